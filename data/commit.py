@@ -1,0 +1,180 @@
+"""Commit or nothing: files and folders that a reader sees whole or not at all.
+
+Everything is written under a unique temporary name in the same folder, flushed with fsync, then renamed; the folder is
+flushed last, so that the name itself survives a power cut. Temporary names start with a dot and end in ``.tmp``; what a
+killed process leaves behind is never read and is swept by the next owner of the folder's lock.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import secrets
+import shutil
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+CHUNK_BYTES = 1 << 20
+
+
+def temporary_beside(path: Path) -> Path:
+    """Return a unique, hidden name in the folder of ``path``: rename within one folder is atomic."""
+    return path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(6)}.tmp")
+
+
+def flush_folder(folder: Path) -> None:
+    """Make the names in ``folder`` durable (fsync of the directory)."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def atomic_file(path: str | Path) -> Iterator[BinaryIO]:
+    """Open a temporary file for writing and give it the name ``path`` when the block ends without an exception.
+
+    Raises:
+        OSError: The file could not be written, flushed or renamed; ``path`` is then as it was before.
+    """
+    path = Path(path)
+    temporary = temporary_beside(path)
+    try:
+        with open(temporary, "xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    flush_folder(path.parent)
+
+
+def write_atomically(path: str | Path, payload: bytes) -> None:
+    """Write ``payload`` to ``path``, whole or not at all."""
+    with atomic_file(path) as file:
+        file.write(payload)
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Write ``value`` as indented JSON, whole or not at all. NaN and infinity are refused: they are not JSON."""
+    write_atomically(path, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
+
+
+@contextlib.contextmanager
+def atomic_folder(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary folder beside ``path`` that takes its name when the block ends without an exception.
+
+    The caller fsyncs nothing: every file in the folder is flushed here before the rename.
+
+    Raises:
+        FileExistsError: ``path`` is there already; committed folders are never overwritten.
+    """
+    path = Path(path)
+    if path.exists():
+        raise FileExistsError(f"{path} is already committed and is never overwritten.")
+    temporary = temporary_beside(path)
+    temporary.mkdir()
+    try:
+        yield temporary
+        for file in sorted(temporary.rglob("*")):
+            if file.is_dir():
+                flush_folder(file)
+            else:
+                flush_file(file)
+        flush_folder(temporary)
+        os.rename(temporary, path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    flush_folder(path.parent)
+
+
+def flush_file(path: Path) -> None:
+    """Make the content of a closed file durable."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sha256_of(path: str | Path) -> str:
+    """Return the sha256 of a file as 64 hexadecimal digits, reading it in pieces."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+class FolderLock:
+    """An exclusive lock on a folder, so that an orphan and a restart never write together.
+
+    The kernel's ``flock`` on ``folder/lock`` is the lock: it ends with its owner, however that dies, so a dead owner's
+    lock needs no taking over. The file names the owner (host, process, start) for the message to whoever comes second.
+    NFS (v4 and Linux v3) carries flock to the server, which is where folders shared by nodes live.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.path = Path(folder) / "lock"
+        self._descriptor: int | None = None
+
+    def acquire(self, *, patience_seconds: float = 0.0) -> None:
+        """Take the lock, waiting at most ``patience_seconds`` for an owner that is just stopping.
+
+        Raises:
+            BlockingIOError: Somebody else holds it; the message names the owner.
+        """
+        import fcntl
+
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        deadline = time.monotonic() + patience_seconds
+        while True:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() >= deadline:
+                    owner = os.read(descriptor, 4096).decode("utf-8", "replace").strip() or "an unknown process"
+                    os.close(descriptor)
+                    raise BlockingIOError(
+                        f"{self.path.parent} is in use by {owner}. Two runs must not write one folder: "
+                        "wait for it, stop it, or give this run another run.root."
+                    ) from None
+                time.sleep(0.1)
+        owner = f"process {os.getpid()} on {socket.gethostname()}, started {time.strftime('%Y-%m-%d %H:%M:%S')}"
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, owner.encode(), 0)
+        self._descriptor = descriptor
+
+    def release(self) -> None:
+        """Give the lock back. Releasing twice is allowed."""
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+    def __enter__(self) -> "FolderLock":
+        self.acquire()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.release()
+
+
+def sweep_temporaries(folder: str | Path) -> list[str]:
+    """Remove what killed writers left in ``folder`` (not below it) and return the names. Hold the folder's lock."""
+    removed = []
+    for path in sorted(Path(folder).glob(".*.tmp")):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+        removed.append(path.name)
+    return removed

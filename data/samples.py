@@ -1,0 +1,305 @@
+"""Samples and their members: what one image or one latent is, and its bytes in a shard, both ways.
+
+A sample is a key and members ``KEY.suffix``. Images: ``png|jpg|jpeg|webp``, ``cls`` (decimal label), ``txt`` (UTF-8
+caption), ``json``. Latents: ``latent.npy``, ``latent_flip.npy`` (2, c, h, w) = posterior mean, log-variance, with the
+same ``cls``, ``txt``, ``json``, and ``NAME.npy`` for features of conditioners. Everything here is parsed as data,
+within bounds, and never unpickled: member contents come from whoever wrote the shard.
+"""
+
+import ast
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from io import BytesIO
+from typing import Any, Literal
+
+import numpy as np
+from PIL import Image
+
+Split = Literal["train", "val"]
+
+IMAGE_SUFFIXES = ("png", "jpg", "jpeg", "webp")
+LATENT_SUFFIX, FLIPPED_SUFFIX = "latent.npy", "latent_flip.npy"
+MAX_KEY_CHARACTERS = 80
+MAX_CAPTION_BYTES = 64 * 1024
+MAX_JSON_BYTES = 1024 * 1024
+MAX_NPY_BYTES = 256 * 1024 * 1024
+MAX_NPY_HEADER_BYTES = 4096
+
+_NPY_MAGIC = b"\x93NUMPY"
+_NPY_DTYPES = frozenset({"<f2", "<f4", "<f8", "|u1", "|i1", "<u2", "<i2", "<u4", "<i4", "<u8", "<i8", "|b1"})
+_KEY = re.compile(r"[A-Za-z0-9_\-]+")
+_LABEL = re.compile(rb"\s*([+-]?[0-9]{1,18})\s*")
+
+
+class BadSample(ValueError):
+    """Input that cannot become a sample. ``str()`` names shard, member and reason.
+
+    Args:
+        reason: One snake_case word for counting, such as ``broken_image``.
+        detail: What was found and what was expected.
+        shard: File that holds the sample; "" when it stands alone.
+        key: The sample's key, as far as it is known.
+        member: Member or file at fault; "" when it is the sample as a whole.
+    """
+
+    def __init__(self, reason: str, detail: str, *, shard: str = "", key: str = "", member: str = "") -> None:
+        self.reason, self.detail, self.shard, self.key, self.member = reason, detail, shard, key, member
+        where = ": ".join(part for part in (shard, member or key) if part)
+        super().__init__(f"{where or 'sample'}: {reason}: {detail}")
+
+    def at(self, *, shard: str = "", key: str = "", member: str = "") -> "BadSample":
+        """Return the same finding with the place filled in where it was not known."""
+        return BadSample(
+            self.reason,
+            self.detail,
+            shard=self.shard or shard,
+            key=self.key or key,
+            member=self.member or member,
+        )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Exceptions travel between processes by pickle, which would call __init__ with the message alone.
+        return _bad_sample, (self.reason, self.detail, self.shard, self.key, self.member)
+
+
+def _bad_sample(reason: str, detail: str, shard: str, key: str, member: str) -> BadSample:
+    return BadSample(reason, detail, shard=shard, key=key, member=member)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageSample:
+    """One image of a source.
+
+    Args:
+        key: Unique in the corpus; see ``check_key``.
+        image: Pixels uint8 (h w c), c in 1, 3, 4, or the encoded file as it was found.
+        label: Class in [0, number of classes); -1 when there is none.
+        caption: One line of text; "" when there is none.
+        metadata: JSON object that goes along.
+        shard: File or shard it is from, for errors.
+        member: Member that holds the image, for errors.
+    """
+
+    key: str
+    image: np.ndarray | bytes
+    label: int = -1
+    caption: str = ""
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    shard: str = ""
+    member: str = ""
+
+
+def check_key(key: str) -> str:
+    """Return ``key`` when it may name a sample: letters, digits, ``_`` and ``-``, at most 80.
+
+    Raises:
+        BadSample: ``bad_key``. A dot would move the border between key and suffix; a slash would make a path of it.
+    """
+    if len(key) > MAX_KEY_CHARACTERS or not _KEY.fullmatch(key):
+        raise BadSample(
+            "bad_key", f"a key has 1 to {MAX_KEY_CHARACTERS} of A-Z a-z 0-9 _ -, not {key[:100]!r}", key=key[:100]
+        )
+    return key
+
+
+def image_members(
+    key: str, image: np.ndarray, *, label: int, caption: str, metadata: Mapping[str, Any]
+) -> dict[str, bytes]:
+    """Return the members of an image sample, by suffix.
+
+    Args:
+        key: Names the sample in errors.
+        image: uint8 (h w c), c = 1 or 3; stored losslessly.
+        label: Class, or -1 for none (no ``cls`` member is made).
+        caption: Caption, or "" for none (no ``txt`` member is made).
+        metadata: Goes into ``json`` with sorted keys.
+    """
+    members = {"png": encode_png(image)}
+    if label >= 0:
+        members["cls"] = b"%d" % label
+    if caption:
+        members["txt"] = caption.encode()
+    try:
+        members["json"] = json.dumps(dict(metadata), sort_keys=True, ensure_ascii=False, allow_nan=False).encode()
+    except (TypeError, ValueError) as error:
+        raise BadSample("bad_json", f"metadata is not JSON: {error}", key=key, member="json") from error
+    return members
+
+
+def latent_members(
+    key: str,
+    moments: np.ndarray,
+    *,
+    flipped: np.ndarray | None = None,
+    dtype: str = "float16",
+    carried: Mapping[str, bytes],
+) -> dict[str, bytes]:
+    """Return the members of a latent sample, by suffix.
+
+    Args:
+        key: Names the sample in errors.
+        moments: Posterior mean and log-variance; float (2, c, h, w).
+        flipped: The same of the mirrored image.
+        dtype: Stored type, ``float16`` or ``float32``.
+        carried: Members taken over from the image sample (``cls``, ``txt``, ``json``).
+
+    Raises:
+        BadSample: ``latent_not_finite`` or ``latent_overflow`` (too large for ``dtype``).
+    """
+    members = {LATENT_SUFFIX: encode_npy(narrow(moments, dtype, key=key, member=LATENT_SUFFIX))}
+    if flipped is not None:
+        members[FLIPPED_SUFFIX] = encode_npy(narrow(flipped, dtype, key=key, member=FLIPPED_SUFFIX))
+    return {**members, **carried}
+
+
+def narrow(values: np.ndarray, dtype: str, *, key: str, member: str) -> np.ndarray:
+    """Cast to ``dtype``, refusing NaN, infinity and what overflows; any shape."""
+    if not np.isfinite(values).all():
+        raise BadSample(
+            "latent_not_finite",
+            f"{np.count_nonzero(~np.isfinite(values))} values are NaN or infinite",
+            key=key,
+            member=member,
+        )
+    largest = float(np.abs(values).max(initial=0.0))
+    if largest > np.finfo(dtype).max:
+        raise BadSample(
+            "latent_overflow", f"a value of {largest:.6g} does not fit {dtype}; store float32", key=key, member=member
+        )
+    return np.ascontiguousarray(values, dtype=dtype)
+
+
+def encode_png(image: np.ndarray) -> bytes:
+    """Return ``image``, uint8 (h w c) with c = 1, 3 or 4, as PNG."""
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] not in (1, 3, 4):
+        raise ValueError(f"An image is uint8 (h w c) with 1, 3 or 4 channels, not {image.dtype} {image.shape}.")
+    buffer = BytesIO()
+    pixels = image[:, :, 0] if image.shape[2] == 1 else image
+    Image.fromarray(np.ascontiguousarray(pixels)).save(buffer, "PNG", compress_level=6)
+    return buffer.getvalue()
+
+
+def parse_label(payload: bytes, *, num_classes: int | None = None) -> int:
+    """Return the class in a ``cls`` member, in [0, ``num_classes``).
+
+    Raises:
+        BadSample: ``label_not_a_number`` or ``label_out_of_range``.
+    """
+    match = _LABEL.fullmatch(payload)
+    if not match:
+        raise BadSample("label_not_a_number", f"expected a decimal number, found {payload[:40]!r}", member="cls")
+    label = int(match[1])
+    if label < 0 or (num_classes is not None and label >= num_classes):
+        top = "" if num_classes is None else f" and below {num_classes}"
+        raise BadSample("label_out_of_range", f"expected a label from 0{top}, found {label}", member="cls")
+    return label
+
+
+def parse_caption(payload: bytes) -> str:
+    """Return the caption in a ``txt`` member, without surrounding white space.
+
+    Raises:
+        BadSample: ``caption_too_long`` (over 64 KiB), ``caption_not_utf8``, ``caption_has_nul`` or ``caption_empty``.
+    """
+    if len(payload) > MAX_CAPTION_BYTES:
+        raise BadSample("caption_too_long", f"{len(payload)} bytes; at most {MAX_CAPTION_BYTES}", member="txt")
+    try:
+        caption = payload.decode("utf-8").strip()
+    except UnicodeDecodeError as error:
+        raise BadSample("caption_not_utf8", f"byte {error.start} is not UTF-8", member="txt") from error
+    if "\0" in caption:
+        raise BadSample("caption_has_nul", f"NUL at character {caption.index(chr(0))}", member="txt")
+    if not caption:
+        raise BadSample("caption_empty", "nothing but white space", member="txt")
+    return caption
+
+
+def parse_metadata(payload: bytes) -> dict[str, Any]:
+    """Return the object in a ``json`` member.
+
+    Raises:
+        BadSample: ``json_too_long`` (over 1 MiB) or ``bad_json`` (not JSON, nested too deep, or not an object).
+    """
+    if len(payload) > MAX_JSON_BYTES:
+        raise BadSample("json_too_long", f"{len(payload)} bytes; at most {MAX_JSON_BYTES}", member="json")
+    try:
+        value = json.loads(payload)
+    except (ValueError, RecursionError) as error:
+        raise BadSample("bad_json", f"not JSON: {str(error)[:200]}", member="json") from error
+    if not isinstance(value, dict):
+        raise BadSample("bad_json", f"expected an object, found {type(value).__name__}", member="json")
+    return value
+
+
+@dataclass(frozen=True)
+class NpyLayout:
+    """How the array of an ``npy`` member lies in its bytes: ``header`` bytes, then C-ordered ``shape`` of ``dtype``."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    header: int
+
+    @property
+    def payload_bytes(self) -> int:
+        """Bytes of the array itself."""
+        # Python integers: a hostile shape must not wrap around.
+        count = 1
+        for length in self.shape:
+            count *= length
+        return count * np.dtype(self.dtype).itemsize
+
+
+def encode_npy(array: np.ndarray) -> bytes:
+    """Return ``array`` in npy format 1.0, little-endian and C-ordered; equal arrays give equal bytes."""
+    array = np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("<"))
+    buffer = BytesIO()
+    np.lib.format.write_array(buffer, array, version=(1, 0), allow_pickle=False)
+    return buffer.getvalue()
+
+
+def parse_npy_layout(head: bytes | memoryview, *, size: int) -> NpyLayout:
+    """Read the header of an npy member without trusting it.
+
+    Args:
+        head: The member's first bytes, at least 4 KiB or all of it.
+        size: Bytes of the whole member.
+
+    Raises:
+        BadSample: ``bad_npy``: another magic or version, object or unknown dtype, Fortran order, more than 256 MiB, or
+            a shape that does not fill the member exactly.
+    """
+    head = bytes(head[: MAX_NPY_HEADER_BYTES + 12])
+    if head[:6] != _NPY_MAGIC or len(head) < 12 or head[6] not in (1, 2, 3):
+        raise BadSample("bad_npy", f"not an npy array: starts with {head[:8]!r}")
+    length_bytes = 2 if head[6] == 1 else 4
+    start = 8 + length_bytes
+    length = int.from_bytes(head[8:start], "little")
+    if length > MAX_NPY_HEADER_BYTES or start + length > len(head):
+        raise BadSample("bad_npy", f"header of {length} bytes; at most {MAX_NPY_HEADER_BYTES} and inside the member")
+    try:
+        fields = ast.literal_eval(head[start : start + length].decode("latin-1").strip())
+        dtype, shape, fortran = fields["descr"], fields["shape"], fields["fortran_order"]
+    except (ValueError, SyntaxError, KeyError, TypeError, MemoryError, RecursionError) as error:
+        raise BadSample("bad_npy", f"header is not an npy header ({type(error).__name__})") from error
+    if not isinstance(dtype, str) or dtype not in _NPY_DTYPES:
+        raise BadSample("bad_npy", f"dtype {str(dtype)[:60]!r} is not one of {', '.join(sorted(_NPY_DTYPES))}")
+    if not isinstance(shape, tuple) or len(shape) > 8 or not all(type(n) is int and n >= 0 for n in shape):
+        raise BadSample("bad_npy", f"shape {str(shape)[:60]} is not a tuple of at most 8 lengths")
+    layout = NpyLayout(dtype, shape, start + length)
+    if fortran is not False and len([n for n in shape if n > 1]) > 1:
+        raise BadSample("bad_npy", "Fortran order; store it C-ordered")
+    if layout.payload_bytes > MAX_NPY_BYTES:
+        raise BadSample("bad_npy", f"shape {shape} of {dtype} is over {MAX_NPY_BYTES} bytes")
+    if layout.header + layout.payload_bytes != size:
+        raise BadSample(
+            "bad_npy", f"shape {shape} of {dtype} needs {layout.header + layout.payload_bytes} bytes, found {size}"
+        )
+    return layout
+
+
+def decode_npy(payload: bytes | memoryview) -> np.ndarray:
+    """Return the array of an npy member, a read-only view of ``payload``; errors as ``parse_npy_layout``."""
+    layout = parse_npy_layout(payload, size=len(payload))
+    return np.frombuffer(payload, dtype=layout.dtype, offset=layout.header).reshape(layout.shape)

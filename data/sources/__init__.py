@@ -1,0 +1,17 @@
+"""Where images come from: one file a source; its config in the union below is its registration."""
+
+from typing import Annotated
+
+from pydantic import Field
+
+from data.sources.fashion_mnist import FashionMNISTConfig
+from data.sources.image_folder import ImageFolderConfig
+from data.sources.source import Source
+from data.sources.synthetic import SyntheticConfig
+from data.sources.webdataset import WebDatasetConfig
+
+SourceConfig = Annotated[
+    FashionMNISTConfig | ImageFolderConfig | SyntheticConfig | WebDatasetConfig, Field(discriminator="kind")
+]
+
+__all__ = ["FashionMNISTConfig", "ImageFolderConfig", "Source", "SourceConfig", "SyntheticConfig", "WebDatasetConfig"]

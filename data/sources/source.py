@@ -1,0 +1,40 @@
+"""What every source offers: images of two splits, by index, in a fixed order."""
+
+import hashlib
+import re
+from typing import Protocol
+
+from data.samples import ImageSample, Split
+
+
+class Source(Protocol):
+    """A corpus as it is found. Two readings of one index give the same sample, on any machine."""
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Class names by label; empty when images have no class."""
+        ...
+
+    def count(self, split: Split) -> int:
+        """Return the number of samples of a split, bad ones included."""
+        ...
+
+    def read(self, split: Split, index: int) -> ImageSample:
+        """Return sample ``index`` in [0, count).
+
+        Raises:
+            BadSample: It cannot become a sample; the others still can.
+        """
+        ...
+
+
+def caption_of_class(name: str) -> str:
+    """Return the plain caption of a class, with the right article: ``a photo of an ankle boot``."""
+    article = "an" if name[:1].lower() in "aeiou" else "a"
+    return f"a photo of {article} {name}"
+
+
+def safe_key(name: str) -> str:
+    """Make a key of any name: readable, without dots or slashes, and unique by its hash."""
+    readable = re.sub(r"[^A-Za-z0-9_-]+", "-", name)[-48:].strip("-")
+    return f"{readable}-{hashlib.sha256(name.encode('utf-8', 'surrogateescape')).hexdigest()[:16]}"

@@ -1,0 +1,260 @@
+"""Shards that others wrote: WebDataset tars (img2dataset's too), read in place, strictly, at any index.
+
+Every shard is scanned once at opening, headers only; what is kept of a sample is 17 bytes. Nothing is extracted, no
+address is ever given to a shell, and a member's name is only ever compared.
+"""
+
+import glob
+import hashlib
+import os
+import re
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from pydantic import AfterValidator, BaseModel, Field
+
+from data.samples import (
+    IMAGE_SUFFIXES,
+    MAX_CAPTION_BYTES,
+    MAX_JSON_BYTES,
+    BadSample,
+    ImageSample,
+    Split,
+    check_key,
+    parse_caption,
+    parse_label,
+    parse_metadata,
+)
+from data.scan import RawSample, mapped, scan_shard
+from data.sources.source import safe_key
+
+MAX_SHARDS = 1_000_000
+MAX_IMAGE_BYTES = 512 * 1024 * 1024
+SCANS_KEPT = 4
+_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.\-]*:")
+_RANGE = re.compile(r"(\d+)\.\.(\d+)")
+
+
+def _local(url: str) -> str:
+    """Refuse anything but a path. ``pipe:`` would start a shell, and ``file:`` hides which file it means."""
+    if match := _SCHEME.match(url):
+        raise ValueError(f"{url!r} starts with {match[0]!r}; shards are read from plain paths: give a path or a glob")
+    if not url or "\0" in url:
+        raise ValueError("a path is not empty and holds no NUL")
+    return url
+
+
+ShardPath = Annotated[str, AfterValidator(_local)]
+
+
+class WebDatasetConfig(BaseModel, frozen=True, extra="forbid"):
+    """Existing WebDataset shards: tars of KEY.jpg|png|webp with KEY.cls, KEY.txt, KEY.json."""
+
+    kind: Literal["webdataset"] = "webdataset"  # tars that others wrote, read in place
+    urls: Annotated[tuple[ShardPath, ...], Field(min_length=1)]  # paths with {000..099}, {a,b} or globs
+    val_urls: tuple[ShardPath, ...] = ()  # shards of the validation split; without them val_fraction decides
+    val_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.01  # share kept for validation, by the hash of the key
+    classes: tuple[str, ...] = ()  # names by label; without them labels are not read
+    captions: Literal["required", "optional", "ignored"] = "optional"  # whether a sample needs KEY.txt
+
+    def open(self) -> "WebDataset":
+        """Scan the shards.
+
+        Raises:
+            ValueError: A path names no file, or a split is empty.
+        """
+        return WebDataset(self)
+
+
+@dataclass(frozen=True)
+class _Shard:
+    path: Path
+    bytes: int
+
+
+class WebDataset:
+    """Samples of tars, bad ones included: reading such a one raises its finding."""
+
+    def __init__(self, config: WebDatasetConfig) -> None:
+        self._config = config
+        self._scans: OrderedDict[int, list[RawSample]] = OrderedDict()
+        self._lock = threading.Lock()
+        train, val = expand(config.urls), expand(config.val_urls)
+        if both := sorted(set(train) & set(val)):
+            raise ValueError(f"{both[0]} is in urls and in val_urls; a shard belongs to one split.")
+        self._shards = [_Shard(path, path.stat().st_size) for path in [*train, *val]]
+        hashes, numbers, rows = self._scan_all()
+        self._duplicates = _later_duplicates(hashes)
+        is_val = numbers >= len(train) if val else hashes < np.uint64(int(config.val_fraction * 2**64))
+        self._places: dict[Split, np.ndarray] = {
+            "train": np.flatnonzero(~is_val),
+            "val": np.flatnonzero(is_val),
+        }
+        self._numbers, self._rows = numbers, rows
+        for split, places in self._places.items():
+            if not len(places):
+                raise ValueError(f"{len(self._shards)} shards with {len(rows)} samples leave none for {split}.")
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Class names by label, as configured."""
+        return self._config.classes
+
+    def count(self, split: Split) -> int:
+        """Return the number of samples of a split, bad ones included."""
+        return len(self._places[split])
+
+    def read(self, split: Split, index: int) -> ImageSample:
+        """Return a sample, its image undecoded.
+
+        Raises:
+            BadSample: What is wrong with it, naming shard and member.
+        """
+        place = int(self._places[split][index])
+        number, row = int(self._numbers[place]), int(self._rows[place])
+        shard = self._shards[number]
+        raw = self._scan(number)[row]
+        if raw.faults:
+            raise raw.faults[0]
+        try:
+            if place in self._duplicates:
+                raise BadSample("duplicate_key", "another sample of the corpus has this key")
+            return self._sample(raw, shard)
+        except BadSample as error:
+            member = f"{raw.key}.{error.member}" if error.member in raw.members else ""
+            raise BadSample(error.reason, error.detail, shard=str(shard.path), key=raw.key, member=member) from None
+
+    def _sample(self, raw: RawSample, shard: _Shard) -> ImageSample:
+        suffixes = [suffix for suffix in IMAGE_SUFFIXES if suffix in raw.members]
+        metadata = parse_metadata(self._payload(raw, shard, "json", MAX_JSON_BYTES)) if "json" in raw.members else {}
+        if not suffixes:
+            # img2dataset leaves a sample without an image where its download failed, and says so in the json.
+            status = f"; its json says {str(metadata['status'])[:60]!r}" if "status" in metadata else ""
+            raise BadSample("missing_image", f"no member {' or '.join(IMAGE_SUFFIXES)}{status}")
+        if len(suffixes) > 1:
+            raise BadSample("two_images", f"members {' and '.join(suffixes)}", member=suffixes[0])
+        return ImageSample(
+            key=_key_of(raw.key),
+            image=self._payload(raw, shard, suffixes[0], MAX_IMAGE_BYTES),
+            label=self._label(raw, shard),
+            caption=self._caption(raw, shard),
+            metadata=metadata,
+            shard=str(shard.path),
+            member=raw.members[suffixes[0]].name,
+        )
+
+    def _label(self, raw: RawSample, shard: _Shard) -> int:
+        if not self.classes:
+            return -1
+        if "cls" not in raw.members:
+            raise BadSample("missing_label", "no member cls, but classes are given")
+        return parse_label(self._payload(raw, shard, "cls", 64), num_classes=len(self.classes))
+
+    def _caption(self, raw: RawSample, shard: _Shard) -> str:
+        if self._config.captions == "ignored":
+            return ""
+        if "txt" not in raw.members:
+            if self._config.captions == "required":
+                raise BadSample("missing_caption", "no member txt, but captions are required")
+            return ""
+        return parse_caption(self._payload(raw, shard, "txt", MAX_CAPTION_BYTES))
+
+    def _payload(self, raw: RawSample, shard: _Shard, suffix: str, at_most: int) -> bytes:
+        member = raw.members[suffix]
+        if member.size > at_most:
+            raise BadSample("member_too_large", f"{member.size} bytes; at most {at_most}", member=suffix)
+        # Read, not mapped: a file that shrinks now gives a short read instead of a signal.
+        with open(shard.path, "rb") as file:
+            payload = os.pread(file.fileno(), member.size, member.offset)
+        if len(payload) != member.size:
+            raise BadSample("shard_changed", "the file was cut since it was scanned", member=suffix)
+        return payload
+
+    def _scan(self, number: int) -> list[RawSample]:
+        """Return the samples of a shard, scanning it unless that was done lately."""
+        shard = self._shards[number]
+        try:
+            size = shard.path.stat().st_size
+        except OSError as error:
+            raise BadSample("shard_missing", f"{error.strerror} since it was scanned", shard=str(shard.path)) from None
+        if size != shard.bytes:
+            detail = f"{size} bytes, {shard.bytes} when it was scanned"
+            raise BadSample("shard_changed", detail, shard=str(shard.path))
+        with self._lock:
+            if number not in self._scans:
+                with mapped(shard.path) as buffer:
+                    self._scans[number] = scan_shard(buffer, shard=str(shard.path))
+                while len(self._scans) > SCANS_KEPT:
+                    self._scans.popitem(last=False)
+            self._scans.move_to_end(number)
+            return self._scans[number]
+
+    def _scan_all(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return, for every sample of every shard: hash of its key (uint64), shard number and row (int64)."""
+        hashes, numbers, rows = [], [], []
+        for number in range(len(self._shards)):
+            samples = self._scan(number)
+            keys = [sample.key or f"\0{number}/{row}" for row, sample in enumerate(samples)]
+            hashes.append(np.array([_hash(key) for key in keys], dtype=np.uint64))
+            numbers.append(np.full(len(samples), number))
+            rows.append(np.arange(len(samples)))
+        return np.concatenate(hashes), np.concatenate(numbers), np.concatenate(rows)
+
+
+def expand(urls: tuple[str, ...]) -> list[Path]:
+    """Return the files that paths with braces and globs name, each once, in the order given, globs sorted.
+
+    Raises:
+        ValueError: One of them names no file, or there are over a million.
+    """
+    found: dict[Path, None] = {}
+    for url in urls:
+        for count, pattern in enumerate(_braces(url)):
+            if count >= MAX_SHARDS:
+                raise ValueError(f"{url!r} names more than {MAX_SHARDS} shards.")
+            matches = sorted(glob.glob(pattern, recursive=True)) if glob.has_magic(pattern) else [pattern]
+            paths = [Path(match) for match in matches if Path(match).is_file()]
+            if not paths:
+                raise ValueError(f"{pattern!r} names no file. Check the path; a relative one starts at {Path.cwd()}.")
+            found.update(dict.fromkeys(paths))
+    return list(found)
+
+
+def _braces(pattern: str) -> Iterator[str]:
+    """Expand ``{a,b}`` and ``{000..099}``, the first pair of braces outermost."""
+    match = re.search(r"\{([^{}]*)\}", pattern)
+    if not match:
+        yield pattern
+        return
+    numeric = _RANGE.fullmatch(match[1])
+    if numeric:
+        first, last, width = int(numeric[1]), int(numeric[2]), len(numeric[1])
+        choices: Any = (f"{number:0{width}d}" for number in range(first, last + 1))
+    else:
+        choices = match[1].split(",")
+    for choice in choices:
+        yield from _braces(pattern[: match.start()] + choice + pattern[match.end() :])
+
+
+def _key_of(key: str) -> str:
+    """Return a key of ours for a foreign one: the same where it is allowed."""
+    try:
+        return check_key(key)
+    except BadSample:
+        return safe_key(key)
+
+
+def _hash(key: str) -> int:
+    return int.from_bytes(hashlib.blake2b(key.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big")
+
+
+def _later_duplicates(hashes: np.ndarray) -> set[int]:
+    """Return the places whose hash occurred before."""
+    order = np.argsort(hashes, kind="stable")
+    same = hashes[order][1:] == hashes[order][:-1]
+    return set(order[1:][same].tolist())

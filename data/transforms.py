@@ -1,0 +1,233 @@
+"""Images as a corpus wants them: decoded safely, upright, in the wanted channels, at the wanted size; uint8 (h w c).
+
+Nothing is decoded before its size is known and bounded. What cannot be shown right in 8 bits (animations, float pixels,
+unknown colour spaces) is refused with a reason, not guessed at.
+"""
+
+import zlib
+from io import BytesIO
+from typing import Annotated, Literal
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from pydantic import BaseModel, Field, PositiveInt
+from torch import Tensor
+
+from data.samples import BadSample, ImageSample
+
+DEFAULT_MAX_PIXELS = 64_000_000
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+
+Fit = Literal["crop", "pad", "stretch", "centre"]
+Level = Annotated[int, Field(ge=0, le=255)]
+MaxPixels = Annotated[int, Field(ge=1, le=178_000_000)]  # above it Pillow itself refuses
+
+
+class ImageViewConfig(BaseModel, frozen=True, extra="forbid"):
+    """How an image of any size and colour mode becomes a square one of the corpus."""
+
+    resolution: PositiveInt = 256  # side of the square, pixels
+    channels: Literal[1, 3] = 3  # 1 grey (ITU-R 601 luma), 3 RGB
+    fit: Fit = "crop"  # crop or pad after scaling, stretch, or centre without scaling
+    resample: Literal["lanczos", "area"] = "lanczos"  # both antialiased
+    background: tuple[Level, Level, Level] = (255, 255, 255)  # RGB behind transparency and in padding, 0 to 255
+    min_side: PositiveInt = 1  # pixels; smaller images are dropped and counted
+    max_aspect: Annotated[float, Field(ge=1)] = 1000.0  # long side / short side; beyond it dropped and counted
+
+
+def view_image(
+    image: np.ndarray | bytes,
+    config: ImageViewConfig,
+    *,
+    max_pixels: int = DEFAULT_MAX_PIXELS,
+    position: tuple[float, float] = (0.5, 0.5),
+    mirrored: bool = False,
+) -> np.ndarray:
+    """Return an image as ``config`` wants it; uint8 (resolution, resolution, channels).
+
+    Args:
+        image: An encoded file, or pixels uint8 (h w c), c in 1, 3, 4.
+        config: The wanted view.
+        max_pixels: Larger images are refused before decoding.
+        position: Where the crop lies, (vertical, horizontal) in [0, 1]; (0.5, 0.5) is the centre.
+        mirrored: Swap left and right, last of all.
+
+    Raises:
+        BadSample: See ``open_image``; also ``too_small`` and ``extreme_aspect``.
+    """
+    if isinstance(image, bytes):
+        scale_to = config.resolution if config.fit in ("crop", "stretch") else 0
+        picture = open_image(
+            image, max_pixels=max_pixels, grey=config.channels == 1, shorter_side=scale_to, config=config
+        )
+    else:
+        picture = Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image)
+        _check_shape(picture.size, config)
+    picture = _flatten(picture, config)
+    picture = _fit(picture, config, position)
+    if mirrored:
+        picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    pixels = np.asarray(picture, dtype=np.uint8)
+    return pixels.reshape(config.resolution, config.resolution, config.channels)
+
+
+def view_sample(sample: ImageSample, config: ImageViewConfig, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> np.ndarray:
+    """Return the image of a sample as ``config`` wants it; findings name the sample's shard, key and member."""
+    try:
+        return view_image(sample.image, config, max_pixels=max_pixels)
+    except BadSample as error:
+        raise error.at(shard=sample.shard, key=sample.key, member=sample.member) from None
+
+
+def decode_image(payload: bytes, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> np.ndarray:
+    """Return the pixels of an encoded image, upright; uint8 (h w c) with c = 1 (grey), 3 (RGB) or 4 (RGBA)."""
+    pixels = np.asarray(open_image(payload, max_pixels=max_pixels), dtype=np.uint8)
+    return pixels[:, :, None] if pixels.ndim == 2 else pixels
+
+
+def open_image(
+    payload: bytes,
+    *,
+    max_pixels: int = DEFAULT_MAX_PIXELS,
+    grey: bool = False,
+    shorter_side: int = 0,
+    config: ImageViewConfig | None = None,
+) -> Image.Image:
+    """Decode an image to mode L, RGB or RGBA, upright by its EXIF orientation.
+
+    Args:
+        payload: An encoded file; PNG, JPEG, WebP, GIF, BMP, TIFF or PNM.
+        max_pixels: Bound on width x height, checked before decoding.
+        grey: The caller wants luma: a JPEG's colour is then not decoded at all.
+        shorter_side: When positive, a JPEG may be decoded at 1/2, 1/4 or 1/8 (the inverse DCT of fewer coefficients, an
+            area-like average) as long as its shorter side keeps this many pixels.
+        config: Checks ``min_side`` and ``max_aspect`` of the file, before decoding.
+
+    Raises:
+        BadSample: ``not_an_image``, ``too_many_pixels``, ``animated``, ``colour_mode``, ``broken_image``, ``too_small``
+            or ``extreme_aspect``.
+    """
+    try:
+        picture = Image.open(BytesIO(payload), formats=FORMATS)
+    except UnidentifiedImageError:
+        raise BadSample("not_an_image", f"{len(payload)} bytes, starting {payload[:8]!r}") from None
+    except Image.DecompressionBombError as error:
+        raise BadSample("too_many_pixels", str(error)) from None
+    except Exception as error:  # parsers of hostile files raise anything
+        raise BadSample("broken_image", f"{type(error).__name__}: {str(error)[:200]}") from None
+    if picture.width * picture.height > max_pixels:
+        raise BadSample("too_many_pixels", f"{picture.width} x {picture.height}; at most {max_pixels} pixels")
+    if config is not None:
+        _check_shape(picture.size, config)
+    if picture.format == "PNG":
+        _check_png(payload)
+    try:
+        if getattr(picture, "n_frames", 1) > 1:
+            raise BadSample("animated", f"{picture.format} with {getattr(picture, 'n_frames', 0)} frames")
+        if picture.format == "JPEG" and (shorter_side or grey):
+            picture.draft(
+                "L" if grey and picture.mode in ("L", "RGB") else picture.mode, _draft_size(picture.size, shorter_side)
+            )
+        picture.load()
+        ImageOps.exif_transpose(picture, in_place=True)
+    except BadSample:
+        raise
+    except Exception as error:
+        raise BadSample("broken_image", f"{picture.format}: {type(error).__name__}: {str(error)[:200]}") from None
+    return _to_eight_bits(picture)
+
+
+def _check_png(payload: bytes) -> None:
+    """Check every chunk's checksum: Pillow skips those of the pixels, and would show flipped bits as they are."""
+    view, position = memoryview(payload), 8
+    while position + 12 <= len(payload):
+        length = int.from_bytes(payload[position : position + 4], "big")
+        end = position + 8 + length
+        name = payload[position + 4 : position + 8]
+        if zlib.crc32(view[position + 4 : end]) != int.from_bytes(payload[end : end + 4], "big"):
+            raise BadSample("broken_image", f"PNG: chunk {name!r} fails its checksum")
+        if name == b"IEND":
+            return
+        position = end + 4
+    raise BadSample("broken_image", "PNG: cut before its end")
+
+
+def to_unit_range(images: np.ndarray | Tensor) -> Tensor:
+    """Turn uint8 images (n h w c) into float32 (n c h w) in [-1, 1]; 0 is -1, 255 is 1."""
+    tensor = torch.from_numpy(images) if isinstance(images, np.ndarray) else images
+    return tensor.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format).div_(127.5).sub_(1.0)
+
+
+def to_levels(images: Tensor) -> np.ndarray:
+    """Turn float images (n c h w) into uint8 (n h w c): the inverse of ``to_unit_range``, clamped and rounded."""
+    levels = images.detach().float().clamp(-1.0, 1.0).add(1.0).mul(127.5).round()
+    return levels.to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu().numpy()
+
+
+def _check_shape(size: tuple[int, int], config: ImageViewConfig) -> None:
+    short, long = min(size), max(size)
+    if short < config.min_side:
+        raise BadSample("too_small", f"{size[0]} x {size[1]}; the shorter side is at least {config.min_side}")
+    if long > config.max_aspect * short:
+        raise BadSample("extreme_aspect", f"{size[0]} x {size[1]}; at most {config.max_aspect:g} to 1")
+
+
+def _draft_size(size: tuple[int, int], shorter_side: int) -> tuple[int, int]:
+    """Return the smallest size that keeps ``shorter_side`` pixels; the full size when that is 0."""
+    if not shorter_side:
+        return size
+    scale = shorter_side / min(size)
+    return max(1, int(size[0] * scale)), max(1, int(size[1] * scale))
+
+
+def _to_eight_bits(picture: Image.Image) -> Image.Image:
+    """Bring any mode that has one meaning to L, RGB or RGBA."""
+    mode, transparent = picture.mode, "transparency" in picture.info
+    if mode.startswith("I;16") or (mode == "I" and picture.format == "PNG"):
+        wide = np.asarray(picture).astype(np.uint32)
+        # 65535 is white: 257 levels of 16 bits to one of 8, rounded.
+        return Image.fromarray(((np.minimum(wide, 65535) * 255 + 32767) // 65535).astype(np.uint8))
+    if mode in ("L", "RGB") and not transparent:
+        return picture
+    if mode == "1":
+        return picture.convert("L")
+    if mode in ("RGBA", "LA", "PA", "La", "RGBa") or (transparent and mode in ("P", "L", "RGB")):
+        return picture.convert("LA").convert("RGBA") if mode == "La" else picture.convert("RGBA")
+    if mode in ("P", "CMYK", "YCbCr", "RGBX"):
+        return picture.convert("RGB")
+    raise BadSample("colour_mode", f"{picture.format} in mode {mode}, which has no certain meaning in 8 bits")
+
+
+def _flatten(picture: Image.Image, config: ImageViewConfig) -> Image.Image:
+    """Lay transparency on the background and bring the picture to the wanted channels."""
+    if picture.mode == "RGBA":
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, (*config.background, 255)), picture)
+    wanted = "L" if config.channels == 1 else "RGB"
+    return picture if picture.mode == wanted else picture.convert(wanted)
+
+
+def _fit(picture: Image.Image, config: ImageViewConfig, position: tuple[float, float]) -> Image.Image:
+    """Bring a flattened picture to the square."""
+    side, (width, height) = config.resolution, picture.size
+    method = Image.Resampling.LANCZOS if config.resample == "lanczos" else Image.Resampling.BOX
+    if config.fit == "crop":
+        short = min(width, height)
+        left, top = (width - short) * position[1], (height - short) * position[0]
+        if short == side:
+            # Whole pixels: nothing to resample.
+            left, top = round(left), round(top)
+            return picture.crop((int(left), int(top), int(left) + side, int(top) + side))
+        return picture.resize((side, side), method, box=(left, top, left + short, top + short))
+    if config.fit == "stretch":
+        return picture if (width, height) == (side, side) else picture.resize((side, side), method)
+    if config.fit == "pad" and max(width, height) != side:
+        scale = side / max(width, height)
+        picture = picture.resize((max(1, round(width * scale)), max(1, round(height * scale))), method)
+    if picture.size == (side, side):
+        return picture
+    grey = Image.new("RGB", (1, 1), config.background).convert("L").getpixel((0, 0))
+    canvas = Image.new(picture.mode, (side, side), grey if picture.mode == "L" else config.background)
+    # Larger than the square (only "centre"): a negative corner crops.
+    canvas.paste(picture, ((side - picture.width) // 2, (side - picture.height) // 2))
+    return canvas

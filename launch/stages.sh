@@ -1,0 +1,35 @@
+# shellcheck shell=bash
+# What the scripts of this folder know about stages; to be sourced, with $python set.
+
+: "${python:?}"
+# shellcheck disable=SC2034  # for those who source this
+stages=(prepare_corpus train_vae encode_latents train_unet evaluate)
+
+say() { printf '%s\n' "$*" >&2; }
+
+# Print the folder a stage writes to, from its resolved configuration: $1 stage, then its --config and other options.
+# Return 2, with the stage's own message, when its configuration has mistakes.
+stage_folder() {
+    local stage="$1" resolved
+    shift
+    resolved="$("$python" -m "pipelines.$stage" "$@" --print-config)" || return 2
+    "$python" -c "$print_folder" "$stage" <<<"$resolved"
+}
+print_folder='
+import sys, tomllib
+from pathlib import PurePath
+from pipelines.config import STAGE_FOLDERS
+stage, config = sys.argv[1], tomllib.loads(sys.stdin.read())
+name = config[stage].get("name", "") if stage == "evaluate" else ""
+print(PurePath(config["run"]["root"], STAGE_FOLDERS[stage] + (f"-{name}" if name else "")))
+'
+
+# Print the exit code that a stage left behind, since the launcher makes 1 of every code: $1 its folder, $2 a file
+# made when the stage began. An older outcome is that of an earlier run.
+stage_exit_code() {
+    if [[ $1/outcome.json -nt $2 ]]; then
+        "$python" -c 'import json, sys; print(json.load(open(sys.argv[1]))["exit_code"] or 1)' "$1/outcome.json" || echo 1
+    else
+        echo 1
+    fi
+}

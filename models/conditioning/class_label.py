@@ -1,0 +1,47 @@
+"""Class labels as a condition: one learned vector a class, and one more for no class."""
+
+from collections.abc import Mapping
+from typing import Annotated, Literal
+
+import torch
+from pydantic import BaseModel, Field
+from torch import Tensor, nn
+
+from models.conditioning.conditioning import Conditioning
+
+
+class ClassConditionerConfig(BaseModel, frozen=True, extra="forbid"):
+    """Condition on the class of the image."""
+
+    kind: Literal["class"] = "class"
+    drop_probability: Annotated[float, Field(ge=0, le=1)] = 0.1  # per sample: train without the label, for guidance
+
+    def build(self, *, num_classes: int, embedding_width: int) -> "ClassConditioner":
+        """The conditioner for classes 0 to ``num_classes`` - 1, which gives vectors of ``embedding_width``."""
+        return ClassConditioner(num_classes=num_classes, embedding_width=embedding_width)
+
+
+class ClassConditioner(nn.Module):
+    """Labels to vectors that are added to the time embedding; the last row of the table is the null class."""
+
+    token_width = 0
+
+    def __init__(self, *, num_classes: int, embedding_width: int) -> None:
+        super().__init__()
+        if num_classes < 1:
+            raise ValueError(
+                "A class conditioner needs a corpus with at least one class, and this one has none. Use a source with "
+                "classes, or remove the conditioner of kind 'class'."
+            )
+        self.num_classes = num_classes
+        self.table = nn.Embedding(num_classes + 1, embedding_width)
+        # A unit-variance row would drown the time embedding, whose features start an order of magnitude smaller.
+        nn.init.normal_(self.table.weight, std=0.02)
+
+    def forward(self, conditions: Mapping[str, Tensor], dropped: Tensor) -> Conditioning:
+        """Reads ``labels`` int64 (b), -1 where an image has none; ``dropped`` bool (b) says who goes without theirs.
+
+        Null labels are chosen by ``where``, so that the graph is the same for every batch.
+        """
+        labels = conditions["labels"]
+        return Conditioning(embedding=self.table(torch.where(dropped | (labels < 0), self.num_classes, labels)))

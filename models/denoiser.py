@@ -1,0 +1,193 @@
+"""The latent diffusion model: where the network, its conditions and the diffusion process meet.
+
+Shapes: b batch, c latent channels, h and w latent size, k number of conditioners. Latents are normalised: about zero
+mean and unit variance in every channel.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Self
+
+import torch
+from pydantic import BaseModel, model_validator
+from torch import Tensor, nn
+
+from models.conditioning import ConditionerConfig, Conditioning, combine
+from models.diffusion.guidance import GuidanceConfig, guided_output
+from models.diffusion.objective import (
+    DenoisingLoss,
+    ObjectiveConfig,
+    check_objective,
+    denoising_loss,
+    times_from_uniforms,
+)
+from models.diffusion.prediction import Estimate, estimate_from_output
+from models.diffusion.samplers import Denoise, NoiseSource, SamplerConfig, sample
+from models.diffusion.schedule import CosineScheduleConfig, Moment, NoiseLevel, ScheduleConfig, add_noise
+from models.unet import UNet, UNetConfig
+
+
+class DenoiserConfig(BaseModel, frozen=True, extra="forbid"):
+    """A U-Net, what it is conditioned on, and the process that it reverses."""
+
+    network: UNetConfig = UNetConfig()  # the U-Net
+    conditioners: tuple[ConditionerConfig, ...] = ()  # what the U-Net is told; none makes it unconditional
+    schedule: ScheduleConfig = CosineScheduleConfig()  # how noise grows with time
+    objective: ObjectiveConfig = ObjectiveConfig()  # what the U-Net learns to predict
+
+    @model_validator(mode="after")
+    def _can_train(self) -> Self:
+        check_objective(self.objective, self.schedule)
+        return self
+
+    @property
+    def drop_probabilities(self) -> tuple[float, ...]:
+        """For each conditioner, how often a training sample goes without it."""
+        return tuple(conditioner.drop_probability for conditioner in self.conditioners)
+
+
+class Denoiser(nn.Module):
+    """Trains by ``forward``, answers by ``estimate``, makes latents by ``sample``.
+
+    ``conditions`` holds fields of a batch, each (b ...), among them those that the conditioners read (see their
+    docstrings); ``dropped`` says which samples go without which conditioner.
+    """
+
+    def __init__(self, config: DenoiserConfig, *, latent_channels: int, latent_size: int, num_classes: int) -> None:
+        """
+        Args:
+            config: The model.
+            latent_channels: Channels c of the latents.
+            latent_size: Height and width of the latents that it is trained on.
+            num_classes: Classes of the corpus, 0 if it has none.
+
+        Raises:
+            ValueError: The network does not suit the latents, or a conditioner the corpus.
+        """
+        super().__init__()
+        if latent_size % config.network.factor:
+            raise ValueError(
+                f"Latents of {latent_size}x{latent_size} cannot be halved {len(config.network.channels) - 1} times "
+                f"by the U-Net: give channels at most {_halvings(latent_size) + 1} entries, or change the resolution."
+            )
+        self.config = config
+        self.latent_channels = latent_channels
+        self.process = config.schedule.build()
+        conditioners = [
+            conditioner.build(num_classes=num_classes, embedding_width=config.network.embedding_width)
+            for conditioner in config.conditioners
+        ]
+        self.conditioners = nn.ModuleList(conditioners)
+        learned_variance = config.objective.variance == "learned"
+        self.network = UNet(
+            config.network,
+            in_channels=latent_channels,
+            out_channels=2 * latent_channels if learned_variance else latent_channels,
+            token_width=_token_width([conditioner.token_width for conditioner in conditioners]),
+        )
+
+    def forward(
+        self, x0: Tensor, noise: Tensor, times: Tensor, conditions: Mapping[str, Tensor], dropped: Tensor
+    ) -> DenoisingLoss:
+        """The training loss of each sample.
+
+        Args:
+            x0: Normalised latents (b c h w), float32.
+            noise: Standard normal, same shape.
+            times: (b,), from ``times``.
+            conditions: Fields of the batch.
+            dropped: bool (b k).
+        """
+        x = add_noise(x0, noise, self.process.level(times, like=x0))
+        output = self.output(x, times, conditions, dropped)
+        return denoising_loss(
+            output, x=x, x0=x0, eps=noise, times=times, process=self.process, objective=self.config.objective
+        )
+
+    def times(self, uniforms: Tensor, *, positions: Tensor, global_batch: int) -> Tensor:
+        """Training times (b,) from a uniform draw a sample (b,), given where each stands in the global batch (b,)."""
+        return times_from_uniforms(
+            uniforms,
+            positions=positions,
+            global_batch=global_batch,
+            times=self.config.objective.times,
+            process=self.process,
+        )
+
+    def output(self, x: Tensor, times: Tensor, conditions: Mapping[str, Tensor], dropped: Tensor) -> Tensor:
+        """What the network says about noisy latents x (b c h w) at times (b,), before any reading of it.
+
+        (b c h w), or (b 2c h w) with a learned variance; in the dtype of ``x``, whatever the network computes in.
+        """
+        condition = self._condition(conditions, dropped)
+        return self.network(x, times, condition.embedding, condition.tokens, condition.token_mask).to(x.dtype)
+
+    def estimate(self, x: Tensor, times: Tensor, conditions: Mapping[str, Tensor], dropped: Tensor) -> Estimate:
+        """The data and the noise that the model sees in noisy latents x (b c h w) at times (b,)."""
+        return self._read(self.output(x, times, conditions, dropped), x, self.process.level(times, like=x))
+
+    def denoise(self, conditions: Mapping[str, Tensor], guidance: GuidanceConfig) -> Denoise:
+        """The model with its conditions and guidance, as the samplers and the variational bound take it."""
+
+        def predict(x: Tensor, moment: Moment, is_null: Tensor) -> Tensor:
+            # Guidance in one call brings every sample twice.
+            repeated = {name: torch.cat([field] * (len(x) // len(field))) for name, field in conditions.items()}
+            times = torch.full((len(x),), moment.time, device=x.device)
+            return self.output(x, times, repeated, is_null[:, None].expand(-1, len(self.conditioners)))
+
+        def denoise(x: Tensor, moment: Moment) -> Estimate:
+            return self._read(guided_output(predict, x, moment, guidance), x, moment.level)
+
+        return denoise
+
+    @torch.no_grad()
+    def sample(
+        self,
+        noise: Tensor,
+        conditions: Mapping[str, Tensor],
+        *,
+        sampler: SamplerConfig,
+        guidance: GuidanceConfig,
+        fresh_noise: NoiseSource,
+    ) -> Tensor:
+        """Turn noise (b c h w), float32, into normalised latents of the same shape.
+
+        ``fresh_noise`` gives the noise of a step by its index, (b c h w); deterministic samplers never call it.
+        """
+        return sample(sampler, self.process, self.denoise(conditions, guidance), noise, fresh_noise=fresh_noise)
+
+    @torch.no_grad()
+    def condition_gap(self, x0: Tensor, noise: Tensor, times: Tensor, conditions: Mapping[str, Tensor]) -> Tensor:
+        """How much the conditions change the prediction: (b,), 0 if they are ignored.
+
+        Root mean square of the difference between the outputs with all conditions and with none, over that of the
+        former. Arguments as in ``forward``.
+        """
+        x = add_noise(x0, noise, self.process.level(times, like=x0))
+        nothing_dropped = torch.zeros(len(x), len(self.conditioners), dtype=torch.bool, device=x.device)
+        told = self.output(x, times, conditions, nothing_dropped).flatten(1)
+        untold = self.output(x, times, conditions, ~nothing_dropped).flatten(1)
+        return torch.linalg.vector_norm(told - untold, dim=1) / torch.linalg.vector_norm(told, dim=1).clamp(min=1e-12)
+
+    def _condition(self, conditions: Mapping[str, Tensor], dropped: Tensor) -> Conditioning:
+        return combine(
+            [conditioner(conditions, dropped[:, index]) for index, conditioner in enumerate(self.conditioners)]
+        )
+
+    def _read(self, output: Tensor, x: Tensor, level: NoiseLevel) -> Estimate:
+        return estimate_from_output(output, x, level, self.config.objective.prediction)
+
+
+def _token_width(widths: Sequence[int]) -> int:
+    """The width that all token conditions share, 0 if there are none."""
+    distinct = sorted({width for width in widths if width})
+    if len(distinct) > 1:
+        raise ValueError(
+            f"The conditioners give tokens of different widths, {distinct}, and the U-Net attends to all tokens alike. "
+            f"Use text encoders of one width, or the pooled vector of one of them."
+        )
+    return distinct[0] if distinct else 0
+
+
+def _halvings(size: int) -> int:
+    """How often ``size`` can be halved."""
+    return (size & -size).bit_length() - 1

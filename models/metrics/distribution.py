@@ -1,0 +1,252 @@
+"""How far a set of generated images is from a set of real ones, by their features.
+
+Three views of one question. The Frechet distance compares mean and covariance, the kernel distance compares all
+moments up to the third without bias, precision and recall tell fidelity from variety. All work in float64 on the CPU,
+draw nothing at random and give the same bits under any number of threads. Letters: n samples, m reference samples,
+d features.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from models.metrics.estimate import Estimate, checked_features, checked_pair, on_one_thread
+
+_ROWS_PER_BLOCK = 1024  # bounds memory: a block of kernel values or distances is (1024 m) float64
+
+
+@dataclass(frozen=True)
+class GaussianStatistics:
+    """Count, mean and centred second moment of features: enough for a Frechet distance, and mergeable in parts."""
+
+    count: int
+    mean: Tensor  # (d,) float64
+    scatter: Tensor  # (d d) float64; sum over samples of (x - mean)(x - mean)^T
+
+    @classmethod
+    @on_one_thread
+    def of(cls, features: Tensor) -> "GaussianStatistics":
+        """Statistics of ``features`` (n d), at least one row.
+
+        Raises:
+            ValueError: The table is empty or holds NaN or infinite values.
+        """
+        features = checked_features(features, name="features", min_samples=1)
+        mean = features.mean(dim=0)
+        centred = features - mean
+        return cls(count=len(features), mean=mean, scatter=centred.T @ centred)
+
+    def merged(self, other: "GaussianStatistics") -> "GaussianStatistics":
+        """Statistics of both parts together (Chan, Golub & LeVeque 1983, eq. 1.5), equal to one pass up to rounding."""
+        count = self.count + other.count
+        shift = other.mean - self.mean
+        return GaussianStatistics(
+            count=count,
+            mean=self.mean + shift * (other.count / count),
+            scatter=self.scatter + other.scatter + torch.outer(shift, shift) * (self.count * other.count / count),
+        )
+
+    @property
+    def covariance(self) -> Tensor:
+        """Unbiased covariance (d d).
+
+        Raises:
+            ValueError: Of a single sample it is unknown.
+        """
+        if self.count < 2:
+            raise ValueError(f"A covariance needs at least 2 samples, not {self.count}.")
+        return self.scatter / (self.count - 1)
+
+
+@on_one_thread
+def gaussian_frechet_distance(mean1: Tensor, covariance1: Tensor, mean2: Tensor, covariance2: Tensor) -> float:
+    """Squared Frechet (2-Wasserstein) distance of two Gaussians.
+
+    Heusel et al. 2017 (arXiv:1706.08500), eq. 6: ``|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2))``. With roots
+    ``C = S S^T`` by symmetric eigen-decomposition, the trace of the matrix root is the sum of the singular values of
+    ``S1^T S2``. No root of a non-symmetric matrix is taken, and nothing is squared that is rooted afterwards, so
+    singular covariances (fewer samples than features) keep their digits.
+
+    Args:
+        mean1, mean2: (d,).
+        covariance1, covariance2: (d d), symmetric and positive semi-definite up to rounding.
+
+    Returns:
+        The distance, >= 0, in squared feature units.
+
+    Raises:
+        ValueError: A covariance is clearly not positive semi-definite.
+    """
+    root1, root2 = _Root.of(covariance1), _Root.of(covariance2)
+    return _frechet_distance(mean1, root1, mean2, root2, torch.linalg.svdvals(root1.matrix.T @ root2.matrix))
+
+
+@on_one_thread
+def frechet_distance(features: Tensor, reference: Tensor) -> Estimate:
+    """Frechet distance between the Gaussians fitted to two feature tables, with its standard error.
+
+    The value is :func:`gaussian_frechet_distance` of the sample means and unbiased covariances; it is biased upwards
+    by O(d / n), so compare only values of equal sample counts. The error is the infinitesimal jackknife (delta method):
+    the deviation of each sample's influence on the distance, which for ``x`` of the first set is, with ``T`` the
+    optimal transport map from the first Gaussian to the second,
+    ``2 (m1 - m2)^T (x - m1) + (x - m1)^T (I - T) (x - m1)``; and likewise for the second set.
+
+    Args:
+        features: (n d), any floating dtype.
+        reference: (m d).
+
+    Raises:
+        ValueError: Fewer than 2 rows, unequal dimensions, NaN or infinite values.
+    """
+    features, reference = checked_pair(features, reference)
+    statistics, statistics_ref = GaussianStatistics.of(features), GaussianStatistics.of(reference)
+    root, root_ref = _Root.of(statistics.covariance), _Root.of(statistics_ref.covariance)
+    left, singular, right_t = torch.linalg.svd(root.matrix.T @ root_ref.matrix)
+    shift = statistics.mean - statistics_ref.mean
+    variance = 0.0
+    for sample, mean, own_root, axes, direction in (
+        (features, statistics.mean, root, left, shift),
+        (reference, statistics_ref.mean, root_ref, right_t.T, -shift),
+    ):
+        centred = sample - mean
+        transported = (centred @ own_root.inverse.T @ axes).square() @ singular  # (x - m)^T T (x - m)
+        influence = 2 * (centred @ direction) + centred.square().sum(dim=1) - transported
+        variance += float(influence.var()) / len(sample)
+    value = _frechet_distance(statistics.mean, root, statistics_ref.mean, root_ref, singular)
+    return Estimate(value, math.sqrt(variance))
+
+
+class _Root(NamedTuple):
+    """A root S of a covariance C = S S^T, with the pseudo-inverse of S and the trace of C."""
+
+    matrix: Tensor
+    inverse: Tensor
+    trace: float
+
+    @classmethod
+    def of(cls, covariance: Tensor) -> "_Root":
+        covariance = covariance.detach().to("cpu", torch.float64)
+        eigenvalues, eigenvectors = torch.linalg.eigh((covariance + covariance.T) / 2)
+        # What an eigenvalue of zero is computed as: its root (1e-8) would otherwise outweigh all other rounding.
+        rounding = float(eigenvalues.abs().max()) * len(eigenvalues) * torch.finfo(torch.float64).eps
+        if float(eigenvalues.min()) < -1e3 * max(rounding, torch.finfo(torch.float64).tiny):
+            raise ValueError(
+                f"A covariance has the eigenvalue {float(eigenvalues.min()):.3g} beside a largest of "
+                f"{float(eigenvalues.max()):.3g}; none may be negative. Compute it in float64 from centred features."
+            )
+        kept = eigenvalues > rounding
+        scale = eigenvalues.clamp_min(0).sqrt() * kept
+        inverse_scale = torch.where(kept, scale, 1.0).reciprocal() * kept
+        return cls(
+            matrix=eigenvectors * scale,
+            inverse=(eigenvectors * inverse_scale).T,
+            trace=float(scale.square().sum()),
+        )
+
+
+def _frechet_distance(mean1: Tensor, root1: _Root, mean2: Tensor, root2: _Root, singular: Tensor) -> float:
+    shift = mean1.detach().to("cpu", torch.float64) - mean2.detach().to("cpu", torch.float64)
+    # Rounding can leave -1e-16 for equal Gaussians; a distance is not negative.
+    return max(0.0, float(shift.square().sum()) + root1.trace + root2.trace - 2 * float(singular.sum()))
+
+
+@on_one_thread
+def kernel_distance(features: Tensor, reference: Tensor) -> Estimate:
+    """Kernel distance (KID): the squared maximum mean discrepancy under a cubic polynomial kernel, without bias.
+
+    Binkowski et al. 2018 (arXiv:1801.01401), section 4: ``k(x, y) = (x . y / d + 1)^3`` with the unbiased U-statistic
+    over all pairs (not over random subsets, whose mean it is), so values of different sample counts compare and small
+    negative values are normal. The error is the delete-one jackknife of both sets, exact from the kernel's row sums
+    (Arvesen 1969 for U-statistics of two samples); where both sets come from one distribution it is cautious, up to a
+    root of two too large.
+
+    Args:
+        features: (n d), n >= 3.
+        reference: (m d), m >= 3.
+
+    Raises:
+        ValueError: Fewer than 3 rows, unequal dimensions, NaN or infinite values.
+    """
+    features, reference = checked_pair(features, reference, min_samples=3)
+    n, m = len(features), len(reference)
+    within = _kernel_row_sums(features, features) - _cubic_kernel_diagonal(features)  # (n,) without the own pair
+    within_ref = _kernel_row_sums(reference, reference) - _cubic_kernel_diagonal(reference)  # (m,)
+    across, across_ref = _kernel_row_sums(features, reference), _kernel_row_sums(reference, features)  # (n,), (m,)
+
+    mean_within = within.sum() / (n * (n - 1))
+    mean_within_ref = within_ref.sum() / (m * (m - 1))
+    value = mean_within + mean_within_ref - 2 * across.sum() / (n * m)
+
+    variance = 0.0
+    for own, other, mean_other, count, count_other in (
+        (within, across, mean_within_ref, n, m),
+        (within_ref, across_ref, mean_within, m, n),
+    ):
+        without_one = (
+            (own.sum() - 2 * own) / ((count - 1) * (count - 2))
+            + mean_other
+            - 2 * (other.sum() - other) / ((count - 1) * count_other)
+        )
+        variance += float(without_one.var(correction=0)) * (count - 1)
+    return Estimate(float(value), math.sqrt(variance))
+
+
+def _kernel_row_sums(rows: Tensor, columns: Tensor) -> Tensor:
+    """Sum of the cubic kernel of each row with all columns; (n d), (m d) -> (n,)."""
+    dimension = rows.shape[1]
+    return torch.cat([(block @ columns.T / dimension + 1).pow(3).sum(dim=1) for block in rows.split(_ROWS_PER_BLOCK)])
+
+
+def _cubic_kernel_diagonal(rows: Tensor) -> Tensor:
+    return (rows.square().sum(dim=1) / rows.shape[1] + 1).pow(3)
+
+
+class PrecisionRecall(NamedTuple):
+    """Fidelity and variety; fractions in [0, 1]."""
+
+    precision: Estimate
+    recall: Estimate
+
+
+@on_one_thread
+def precision_recall(features: Tensor, reference: Tensor, *, num_neighbours: int = 3) -> PrecisionRecall:
+    """Improved precision and recall of a sample against a reference.
+
+    Kynkaanniemi et al. 2019 (arXiv:1904.06991), eqs. 1-2: a set's manifold is the union of the balls around its points
+    that reach to the k-th nearest neighbour. Precision is the fraction of ``features`` inside the manifold of
+    ``reference``, recall the fraction of ``reference`` inside that of ``features``. Both fall with the number of
+    samples; compare equal counts. The errors are binomial, given the manifolds.
+
+    Args:
+        features: (n d), n > k.
+        reference: (m d), m > k.
+        num_neighbours: k.
+
+    Raises:
+        ValueError: Too few rows for k neighbours, unequal dimensions, NaN or infinite values.
+    """
+    if num_neighbours < 1:
+        raise ValueError(f"num_neighbours = {num_neighbours} must be at least 1; 3 is the published choice.")
+    features, reference = checked_pair(features, reference, min_samples=num_neighbours + 1)
+    return PrecisionRecall(
+        precision=_fraction_inside(features, reference, num_neighbours),
+        recall=_fraction_inside(reference, features, num_neighbours),
+    )
+
+
+def _fraction_inside(points: Tensor, manifold: Tensor, num_neighbours: int) -> Estimate:
+    # The own point, at distance exactly zero, is the first neighbour.
+    radii = torch.cat(
+        [_distances(block, manifold).kthvalue(num_neighbours + 1).values for block in manifold.split(_ROWS_PER_BLOCK)]
+    )  # (m,)
+    inside = torch.cat([(_distances(block, manifold) <= radii).any(dim=1) for block in points.split(_ROWS_PER_BLOCK)])
+    fraction = float(inside.double().mean())
+    return Estimate(fraction, math.sqrt(fraction * (1 - fraction) / len(points)))
+
+
+def _distances(rows: Tensor, columns: Tensor) -> Tensor:
+    # Not by the matrix product: |a|^2 - 2ab + |b|^2 leaves 1e-7 for equal points, and duplicates have radius zero.
+    return torch.cdist(rows, columns, compute_mode="donot_use_mm_for_euclid_dist")  # (n m)

@@ -1,0 +1,94 @@
+"""What every metric shares: a value with its standard error, checked inputs, and the same bits on any machine load."""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import NamedTuple, ParamSpec, TypeVar
+
+import torch
+from torch import Tensor
+
+Parameters = ParamSpec("Parameters")
+Result = TypeVar("Result")
+
+
+class Estimate(NamedTuple):
+    """A figure and its one-sigma standard error over the samples it was measured on."""
+
+    value: float
+    error: float
+
+
+def on_one_thread(metric: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
+    """Make ``metric`` give the same bits under any thread count, and leave the thread count as it was.
+
+    BLAS splits a sum over its threads, so a matrix product has other last bits on two threads than on one; an
+    evaluation on one process and on two (which have different thread counts) must not differ by that.
+    """
+
+    @functools.wraps(metric)
+    def single_threaded(*arguments: Parameters.args, **named: Parameters.kwargs) -> Result:
+        num_threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            return metric(*arguments, **named)
+        finally:
+            torch.set_num_threads(num_threads)
+
+    return single_threaded
+
+
+def mean_estimate(values: Tensor) -> Estimate:
+    """Mean of independent ``values`` (n,) and its standard error, the sample deviation over the root of n.
+
+    Raises:
+        ValueError: There are fewer than two values, so the error is unknown.
+    """
+    if values.ndim != 1 or len(values) < 2:
+        raise ValueError(
+            f"A mean with its standard error needs at least 2 values in one dimension, not shape "
+            f"{tuple(values.shape)}. Measure more samples."
+        )
+    values = values.detach().to("cpu", torch.float64)
+    return Estimate(float(values.mean()), float(values.std()) / math.sqrt(len(values)))
+
+
+def checked_features(features: Tensor, *, name: str, min_samples: int = 2) -> Tensor:
+    """``features`` as float64 on the CPU, (n d), after checking what every metric on features assumes.
+
+    Args:
+        features: One row a sample; (n d), any floating dtype and device.
+        name: How an error message calls them.
+        min_samples: The fewest rows that the metric is defined for.
+
+    Raises:
+        ValueError: The shape is not (n d), there are too few rows, or a value is NaN or infinite.
+    """
+    if features.ndim != 2:
+        raise ValueError(f"{name} must be a table (samples, features), not of shape {tuple(features.shape)}.")
+    if len(features) < min_samples:
+        raise ValueError(f"{name}: {len(features)} samples are too few, this metric needs at least {min_samples}.")
+    features = features.detach().to("cpu", torch.float64)
+    finite = features.isfinite().all(dim=1)
+    if not finite.all():
+        raise ValueError(
+            f"{name}: {int((~finite).sum())} of {len(features)} rows hold NaN or infinite values, the first is row "
+            f"{int(finite.int().argmin())}. Look at the image behind that row: the model has probably diverged."
+        )
+    return features
+
+
+def checked_pair(features: Tensor, reference: Tensor, *, min_samples: int = 2) -> tuple[Tensor, Tensor]:
+    """Both feature tables through :func:`checked_features`, and of one dimension.
+
+    Raises:
+        ValueError: As :func:`checked_features`, or when the number of features differs.
+    """
+    features = checked_features(features, name="features", min_samples=min_samples)
+    reference = checked_features(reference, name="reference features", min_samples=min_samples)
+    if features.shape[1] != reference.shape[1]:
+        raise ValueError(
+            f"features have dimension {features.shape[1]}, but reference features have {reference.shape[1]}. "
+            "Compute both with the same extractor."
+        )
+    return features, reference

@@ -1,0 +1,178 @@
+"""Walks over configuration models: what fields there are, at which dotted names, with which defaults and comments."""
+
+import inspect
+import re
+import types
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from pydantic import BaseModel
+from pydantic_core import PydanticUndefined
+
+
+def unwrapped(annotation: Any) -> Any:
+    """Strip ``Annotated``."""
+    while get_origin(annotation) is Annotated:
+        annotation = get_args(annotation)[0]
+    return annotation
+
+
+def variants_of(annotation: Any) -> tuple[type[BaseModel], ...]:
+    """Return the models an annotation admits: one for a nested model, several for a union by ``kind``, else none."""
+    annotation = unwrapped(annotation)
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return (annotation,)
+    if get_origin(annotation) in (Union, types.UnionType):
+        return tuple(variant for part in get_args(annotation) for variant in variants_of(part))
+    return ()
+
+
+def kind_of(variant: type[BaseModel]) -> str | None:
+    """Return the value of a variant's ``kind``, or None for a model that is no variant."""
+    field = variant.model_fields.get("kind")
+    return get_args(field.annotation)[0] if field is not None and get_origin(field.annotation) is Literal else None
+
+
+def _chosen(annotation: Any, tree: Any, default: Any) -> type[BaseModel] | None:
+    """Return the variant that ``tree`` speaks of: the one of its ``kind``, else the default's, else the only one."""
+    variants = variants_of(annotation)
+    if len(variants) == 1:
+        return variants[0]
+    given = tree.get("kind") if isinstance(tree, dict) else None
+    wanted = given if given is not None else getattr(default, "kind", None)
+    return next((variant for variant in variants if kind_of(variant) == wanted), None)
+
+
+def complete(model: type[BaseModel], tree: dict[str, Any]) -> dict[str, Any]:
+    """Fill partly given tables from the field's default, so that one changed key never resets its neighbours."""
+    out = dict(tree)
+    for name, field in model.model_fields.items():
+        given = out.get(name)
+        if isinstance(given, list):
+            (element,) = get_args(unwrapped(field.annotation))[:1] or (None,)
+            out[name] = [
+                complete(variant, item)
+                if isinstance(item, dict) and (variant := _chosen(element, item, None)) is not None
+                else item
+                for item in given
+            ]
+            continue
+        if not isinstance(given, dict):
+            continue
+        default = field.get_default(call_default_factory=False)
+        variant = _chosen(field.annotation, given, default)
+        if variant is None:
+            continue
+        if isinstance(default, variant):
+            given = _merged(default.model_dump(mode="json"), given)
+        out[name] = complete(variant, given)
+    return out
+
+
+def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    out = dict(base)
+    for key, value in over.items():
+        old = out.get(key)
+        same_variant = (
+            isinstance(old, dict) and isinstance(value, dict) and value.get("kind", old.get("kind")) == old.get("kind")
+        )
+        out[key] = _merged(old, value) if same_variant else value  # type: ignore[arg-type]
+    return out
+
+
+def annotation_at(model: type[BaseModel], tree: Any, parts: Sequence[str]) -> Any:
+    """Return the type at a dotted name: ``str`` for anything textual, else the annotation; None where there is none."""
+    name, rest = parts[0], parts[1:]
+    field = model.model_fields.get(name)
+    if field is None:
+        return None
+    annotation, default = unwrapped(field.annotation), field.get_default(call_default_factory=False)
+    below = tree.get(name) if isinstance(tree, dict) else None
+    if rest and rest[0].isdigit() and get_origin(annotation) in (tuple, list):
+        annotation, default = unwrapped(get_args(annotation)[0]), None
+        index = int(rest[0])
+        below = below[index] if isinstance(below, list) and index < len(below) else None
+        rest = rest[1:]
+    if not rest:
+        choices = get_args(annotation) if get_origin(annotation) is Literal else ()
+        return (
+            str if annotation is str or (choices and all(isinstance(choice, str) for choice in choices)) else annotation
+        )
+    if rest == ["kind"]:
+        return str
+    variant = _chosen(annotation, below, default)
+    return annotation_at(variant, below, rest) if variant is not None else None
+
+
+def names_at(model: type[BaseModel], tree: Any, parts: Sequence[str]) -> list[str]:
+    """Return the field names that are valid below a dotted name, given the variants that ``tree`` chose."""
+    current: type[BaseModel] | None = model
+    element: Any = None
+    for part in parts:
+        if part.isdigit():
+            tree = tree[int(part)]
+            current = _chosen(element, tree, None)
+            continue
+        field = current.model_fields.get(part) if current is not None else None
+        if field is None:
+            return []
+        tree = tree.get(part) if isinstance(tree, dict) else None
+        element = (get_args(unwrapped(field.annotation)) or (None,))[0]
+        current = _chosen(field.annotation, tree, field.get_default(call_default_factory=False))
+    return list(current.model_fields) if current is not None else []
+
+
+@lru_cache(maxsize=256)
+def field_comments(model: type[BaseModel]) -> dict[str, str]:
+    """Return the comment that stands beside each field in the source: the one home of its unit and meaning."""
+    comments: dict[str, str] = {}
+    for base in reversed(model.__mro__):
+        if base is BaseModel or not issubclass(base, BaseModel):
+            continue
+        try:
+            source = inspect.getsource(base)
+        except OSError:
+            continue
+        for match in re.finditer(r"^    (\w+):[^\n]*?  # ([^\n]*)$", source, flags=re.MULTILINE):
+            comments[match[1]] = match[2].strip()
+    return comments
+
+
+def model_paths(
+    model: type[BaseModel], default: Any = None, path: tuple[str, ...] = ()
+) -> Iterator[tuple[tuple[str, ...], str, str, str]]:
+    """Yield (path, field, default as text, comment) for every field below ``model``, all variants included."""
+    comments = field_comments(model)
+    for name, field in model.model_fields.items():
+        value = getattr(default, name, field.get_default(call_default_factory=False))
+        variants = variants_of(field.annotation)
+        if not variants:
+            element = get_args(unwrapped(field.annotation))[:1]
+            variants = (
+                variants_of(element[0]) if element and get_origin(unwrapped(field.annotation)) in (tuple, list) else ()
+            )
+            if not variants:
+                shown = f"<run.root>/{name}" if path == ("inputs",) else _shown(value)
+                yield path, name, shown, comments.get(name, "")
+                continue
+            path_below: tuple[str, ...] = (*path, f"{name}.0")
+        else:
+            path_below = (*path, name)
+        for variant in variants:
+            kind = kind_of(variant)
+            chosen = value if isinstance(value, variant) else None
+            if len(variants) > 1 or kind is not None:
+                text = (variant.__doc__ or "").strip().splitlines()[0] if variant.__doc__ else ""
+                yield path_below, "kind", f"{kind}{' (default)' if chosen is not None else ''}", text
+            for below in model_paths(variant, chosen, path_below):
+                if below[1] != "kind" or below[0] != path_below:
+                    yield below
+
+
+def _shown(value: Any) -> str:
+    if value is PydanticUndefined:
+        return "(required)"
+    if isinstance(value, bool):
+        return str(value).lower()
+    return str(list(value)) if isinstance(value, tuple) else str(value)

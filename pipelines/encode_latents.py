@@ -1,0 +1,192 @@
+"""From image shards and a VAE to latent shards: the posterior's moments of every image, and statistics of the whole.
+
+    accelerate launch -m pipelines.encode_latents --config pipelines/configs/demo.toml
+
+Reads: ``runs/NAME/corpus/``, ``runs/NAME/vae/``. Writes: ``runs/NAME/latents/``, one latent shard per image shard, with
+``manifest.json``, which holds the VAE's digest and each channel's mean and standard deviation.
+"""
+
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import Annotated, Any, Literal, get_args
+
+import numpy as np
+import torch
+from pydantic import BaseModel, Field, PositiveInt
+from torch import Tensor
+
+from data.latent_statistics import ChannelSums
+from data.loading import ImageBatch, ImageShards, ShardRange, prefetch
+from data.manifest import FileEntry, Manifest
+from data.samples import BadSample, Split, latent_members
+from data.shards import ShardWriter
+from data.transforms import to_unit_range
+from models.vae import AutoencoderKL
+from pipelines.config import ConfigError, StageConfig, config_from_command_line
+from pipelines.published import load_vae
+from pipelines.runtime.launch import Precision
+from pipelines.runtime.parts import make_parts
+from pipelines.runtime.progress import progress_line
+from pipelines.runtime.quarantine import REPORTED, BadSamplePolicy, settle_quarantine
+from pipelines.runtime.stage import Stage, blaming, running_stage
+
+
+class EncodeLatentsInputs(BaseModel, frozen=True, extra="forbid"):
+    """What is encoded, and by what."""
+
+    corpus: str  # folder of the image shards
+    vae: str  # folder of the autoencoder
+
+
+class EncodeLatentsConfig(StageConfig):
+    """How images become stored moments."""
+
+    inputs: EncodeLatentsInputs  # where the stage reads
+    batch_size: PositiveInt = 64  # images of one forward pass; batches never cross a shard's border
+    flipped: bool = False  # also store the moments of the mirrored image, for flips during training
+    dtype: Literal["float16", "float32"] = "float16"  # of the stored moments
+    precision: Precision = "float32"  # what the encoder computes in
+    bad_samples: BadSamplePolicy = "strict"  # stop at the first bad sample, or count it and go on
+    max_bad_fraction: Annotated[float, Field(ge=0, le=1)] = 0.001  # of all samples; more stop the stage all the same
+
+
+def main() -> None:
+    config = config_from_command_line(EncodeLatentsConfig, table="encode_latents", about=__doc__)
+    parents = {"corpus": "prepare_corpus", "vae": "train_vae"}
+    with running_stage(config, name="encode_latents", parents=parents, precision=config.precision) as stage:
+        encode(config, stage)
+
+
+def encode(config: EncodeLatentsConfig, stage: Stage) -> None:
+    """Encode every shard that is missing, then account for every sample and measure the whole."""
+    with blaming("inputs.vae"):
+        vae = load_vae(config.inputs.vae, stage.parents["vae"]).network.to(stage.accelerator.device)
+    corpus = stage.parents["corpus"]
+    shards = {part.entry.name: (images, part) for images in open_splits(config, corpus) for part in images.shards}
+    check_images(corpus, vae)
+
+    num_images = sum(part.entry.samples for _, part in shards.values())
+    finished = 0
+    with progress_line("encode_latents", total=num_images, unit="images", speaks=stage.is_main) as line:
+
+        def show(done: int, record: Any) -> None:
+            nonlocal finished
+            finished += record["entry"]["samples"] * stage.accelerator.num_processes
+            line.advance_to(min(finished, num_images), {"shards": done})
+
+        records = make_parts(
+            stage, list(shards), lambda name: encode_shard(config, stage, vae, *shards[name]), after_each=show
+        )
+
+    bad = settle_quarantine(stage, records, num_in=num_images, max_bad_fraction=config.max_bad_fraction)
+    files = [FileEntry(**record["entry"]) for record in records if record["entry"]["samples"]]
+    kept = sum(entry.samples for entry in files)
+    assert num_images == kept + bad.total(), "a sample was lost without being counted"
+    statistics = ChannelSums.merged(
+        ChannelSums.from_json(record["sums"]) for record in records if record["entry"]["name"].startswith("train")
+    )
+    stage.tracker.log_metrics({"latents/samples": kept, **statistics.figures("latents")}, step=0)
+    stage.finish(
+        files=files,
+        content={
+            "counts": {"in": num_images, "out": kept, "quarantined": dict(sorted(bad.items()))},
+            "splits": {split: sum(f.samples for f in files if f.name.startswith(split)) for split in get_args(Split)},
+            "classes": list(corpus.classes),
+            "vae": stage.parents["vae"].content["weights"],
+            "latent": {
+                "channels": statistics.num_channels,
+                "size": latent_size(corpus, vae),
+            },
+            "statistics": statistics.summary(),
+        },
+    )
+    figures = ", ".join(f"{value:.3g}" for value in statistics.std)
+    stage.say(f"{kept} latents in {len(files)} shards, {bad.total()} quarantined; std of the channels: {figures}")
+
+
+def open_splits(config: EncodeLatentsConfig, corpus: Manifest) -> Iterator[ImageShards]:
+    """Yield the splits of the corpus that hold samples."""
+    for split in get_args(Split):
+        if corpus.content["splits"][split]:
+            with blaming("inputs.corpus"):
+                yield ImageShards(config.inputs.corpus, split=split, manifest=corpus, cache_bytes=0)
+
+
+def check_images(corpus: Manifest, vae: AutoencoderKL) -> None:
+    """Refuse images that the VAE does not take, before the first is read.
+
+    Raises:
+        ConfigError: Channels or resolution do not fit.
+    """
+    image = corpus.content["image"]
+    if image["channels"] != vae.image_channels or image["resolution"] % vae.factor:
+        raise ConfigError(
+            f"inputs.vae takes images of {vae.image_channels} channel(s) and sides that are multiples of {vae.factor}; "
+            f"inputs.corpus has {image['channels']} channel(s) and {image['resolution']} pixels. Point inputs.vae at a "
+            "VAE trained on such images, or prepare the corpus with another view."
+        )
+
+
+def latent_size(corpus: Manifest, vae: AutoencoderKL) -> int:
+    """Return the side of the latents."""
+    return int(corpus.content["image"]["resolution"]) // vae.factor
+
+
+def encode_shard(
+    config: EncodeLatentsConfig, stage: Stage, vae: AutoencoderKL, images: ImageShards, part: ShardRange
+) -> dict[str, Any]:
+    """Write the latents of one image shard; return its entry, its bad samples and its sums.
+
+    Batches have one size, the last one filled up by repetition: a convolution's bits may depend on the batch size.
+    """
+    indices, size = part.indices, config.batch_size
+    quarantined, sums = [], ChannelSums.empty(vae.config.latent_channels)
+    num_batches = -(-len(indices) // size)
+    with (
+        ShardWriter(stage.folder / part.entry.name) as writer,
+        prefetch(lambda number: images.read(indices[number * size : (number + 1) * size]), depth=2) as batches,
+    ):
+        for _ in range(num_batches):
+            loaded = next(batches)
+            batch = loaded.batch
+            moments, mirrored = encode_batch(config, stage, vae, batch)
+            for row, key in enumerate(batch.keys):
+                try:
+                    members = latent_members(
+                        key,
+                        moments[row],
+                        flipped=mirrored[row] if mirrored is not None else None,
+                        dtype=config.dtype,
+                        carried=images.carried(int(indices[loaded.index * size + row])),
+                    )
+                except BadSample as error:
+                    error = error.at(shard=part.entry.name, key=key)
+                    if config.bad_samples == "strict":
+                        raise ConfigError(f"{error}. Set encode_latents.bad_samples to count it and go on.") from error
+                    quarantined.append({name: getattr(error, name) for name in REPORTED})
+                    continue
+                writer.add(key, members)
+                sums.add(moments[row].astype(config.dtype))
+    assert writer.entry is not None
+    return {"entry": asdict(writer.entry), "quarantined": quarantined, "sums": sums.to_json()}
+
+
+@torch.no_grad()
+def encode_batch(
+    config: EncodeLatentsConfig, stage: Stage, vae: AutoencoderKL, batch: ImageBatch
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """Return the moments of the images, and of the mirrored ones when they are wanted; float32 (n 2 c h w)."""
+    count = len(batch.keys)
+    images = to_unit_range(np.resize(batch.images, (config.batch_size, *batch.images.shape[1:])))
+    images = images.to(stage.accelerator.device)
+
+    def moments(x: Tensor) -> np.ndarray:
+        with stage.accelerator.autocast():
+            posterior = vae.encode(x)
+        return torch.stack([posterior.mean, posterior.log_variance], dim=1)[:count].float().cpu().numpy()
+
+    return moments(images), moments(images.flip(-1)) if config.flipped else None
+
+
+if __name__ == "__main__":
+    main()

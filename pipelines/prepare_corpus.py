@@ -1,0 +1,147 @@
+"""From an image source to WebDataset shards of ``png``, ``cls``, ``txt`` and ``json``, split into train and val.
+
+    accelerate launch -m pipelines.prepare_corpus --config pipelines/configs/demo.toml
+
+Reads: the source. Writes: ``runs/NAME/corpus/`` with shards, their indexes, ``manifest.json`` and, when samples were
+set aside, ``quarantine.jsonl``.
+"""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any, get_args
+
+import numpy as np
+from pydantic import Field, PositiveInt
+
+from data.commit import write_atomically
+from data.manifest import FileEntry
+from data.panels import panel_png
+from data.samples import BadSample, ImageSample, Split, image_members
+from data.shards import ShardWriter
+from data.sources import FashionMNISTConfig, Source, SourceConfig
+from data.transforms import DEFAULT_MAX_PIXELS, ImageViewConfig, MaxPixels, view_image
+from pipelines.config import ConfigError, StageConfig, config_from_command_line
+from pipelines.runtime.parts import make_parts
+from pipelines.runtime.progress import progress_line
+from pipelines.runtime.quarantine import REPORTED, BadSamplePolicy, settle_quarantine
+from pipelines.runtime.stage import Stage, blaming, running_stage
+
+EXAMPLE_ROWS = 4
+MAX_EXAMPLE_COLUMNS = 12
+
+
+class PrepareCorpusConfig(StageConfig):
+    """The source, what becomes of each image, and how many share a shard."""
+
+    source: SourceConfig = FashionMNISTConfig()  # where the images come from
+    view: ImageViewConfig = ImageViewConfig()  # how they become squares of one size
+    samples_per_shard: PositiveInt = 1_000  # a shard is the unit of work of encoding; 1,000 to 10,000 on clusters
+    bad_samples: BadSamplePolicy = "strict"  # stop at the first bad sample, or count it and go on
+    max_bad_fraction: Annotated[float, Field(ge=0, le=1)] = 0.001  # of all samples; more stop the stage all the same
+    max_pixels: MaxPixels = DEFAULT_MAX_PIXELS  # larger images are bad samples, refused before decoding
+
+
+def main() -> None:
+    config = config_from_command_line(PrepareCorpusConfig, table="prepare_corpus", about=__doc__)
+    with running_stage(config, name="prepare_corpus", parents={}) as stage:
+        prepare(config, stage)
+
+
+def prepare(config: PrepareCorpusConfig, stage: Stage) -> None:
+    """Write every shard that is missing, then account for every sample."""
+    with blaming("prepare_corpus.source"):
+        source = config.source.open()
+    if not source.count("train"):
+        raise ConfigError("prepare_corpus.source: it holds no training image. Look at its path and its split.")
+
+    shards = shard_plan(config, source)
+    with progress_line("prepare_corpus", total=len(shards), unit="shards", speaks=stage.is_main) as line:
+        records = make_parts(
+            stage,
+            list(shards),
+            lambda name: write_shard(config, source, stage.folder / name, *shards[name]),
+            after_each=lambda done, _: line.advance_to(done),
+        )
+
+    given = sum(len(indices) for _, indices in shards.values())
+    bad = settle_quarantine(stage, records, num_in=given, max_bad_fraction=config.max_bad_fraction)
+    files = [FileEntry(**record["entry"]) for record in records if record["entry"]["samples"]]
+    kept = sum(entry.samples for entry in files)
+    assert given == kept + bad.total(), "a sample was lost without being counted"
+    if stage.is_main:
+        write_atomically(stage.folder / "examples.png", example_panel(config, source))
+    stage.tracker.log_image("corpus/examples", stage.folder / "examples.png", step=0)
+    stage.tracker.log_metrics({"corpus/samples": kept, "corpus/quarantined": bad.total()}, step=0)
+    stage.finish(
+        files=files,
+        content={
+            "counts": {"in": given, "out": kept, "quarantined": dict(sorted(bad.items()))},
+            "splits": {split: sum(f.samples for f in files if f.name.startswith(split)) for split in get_args(Split)},
+            "classes": list(source.classes),
+            "value_range": [0, 255],
+            "image": {"resolution": config.view.resolution, "channels": config.view.channels},
+        },
+    )
+    stage.say(f"{kept} images in {len(files)} shards, {bad.total()} quarantined, {len(source.classes)} classes")
+
+
+def shard_plan(config: PrepareCorpusConfig, source: Source) -> dict[str, tuple[Split, range]]:
+    """Return which source indices go into which shard: file name -> (split, indices)."""
+    size = config.samples_per_shard
+    return {
+        f"{split}-{number:06}.tar": (split, range(first, min(first + size, source.count(split))))
+        for split in get_args(Split)
+        for number, first in enumerate(range(0, source.count(split), size))
+    }
+
+
+def write_shard(
+    config: PrepareCorpusConfig, source: Source, path: Path, split: Split, indices: range
+) -> dict[str, Any]:
+    """Write one shard and return its record: the file's entry and the samples that were set aside."""
+    quarantined = []
+    with ShardWriter(path) as writer:
+        for index in indices:
+            try:
+                sample = source.read(split, index)
+                writer.add(sample.key, stored_members(config, sample))
+            except BadSample as error:
+                error = error.at(shard=path.name)
+                if config.bad_samples == "strict":
+                    raise ConfigError(
+                        f"prepare_corpus.source: {error}. Mend or remove it, or set "
+                        'prepare_corpus.bad_samples = "quarantine" to count such samples and go on.'
+                    ) from error
+                quarantined.append({name: getattr(error, name) for name in REPORTED})
+    assert writer.entry is not None
+    return {"entry": asdict(writer.entry), "quarantined": quarantined}
+
+
+def stored_members(config: PrepareCorpusConfig, sample: ImageSample) -> dict[str, bytes]:
+    """Return the members of a sample, by suffix, as its shard holds them."""
+    image = view_image(sample.image, config.view, max_pixels=config.max_pixels)
+    return image_members(sample.key, image, label=sample.label, caption=sample.caption, metadata=sample.metadata)
+
+
+def example_panel(config: PrepareCorpusConfig, source: Source) -> bytes:
+    """Draw the first training images of each class, as the corpus has them; PNG."""
+    columns: dict[int, list[np.ndarray]] = {}
+    num_columns = min(max(len(source.classes), 1), MAX_EXAMPLE_COLUMNS)
+    for index in range(min(source.count("train"), 50 * num_columns)):
+        try:
+            sample = source.read("train", index)
+            image = view_image(sample.image, config.view, max_pixels=config.max_pixels)
+        except BadSample:
+            continue  # Counted where its shard was written.
+        column = columns.setdefault(max(sample.label, 0), [])
+        if len(column) < EXAMPLE_ROWS:
+            column.append(image)
+    blank = np.full((config.view.resolution, config.view.resolution, config.view.channels), 255, dtype=np.uint8)
+    cells = [(columns.get(label, []) + [blank] * EXAMPLE_ROWS)[:EXAMPLE_ROWS] for label in range(num_columns)]
+    return panel_png(
+        np.stack([np.stack(column) for column in cells], axis=1), column_labels=source.classes[:num_columns]
+    )
+
+
+if __name__ == "__main__":
+    main()

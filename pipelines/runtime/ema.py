@@ -1,0 +1,93 @@
+"""Exponential moving averages of the weights, several at once, in one fused update each."""
+
+import copy
+from typing import Annotated, Literal
+
+import torch
+from pydantic import BaseModel, Field
+from torch import Tensor, nn
+
+
+class ExponentialAverage(BaseModel, frozen=True, extra="forbid"):
+    """Constant decay, with a warm-up that lets the average follow the early updates."""
+
+    kind: Literal["exponential"] = "exponential"  # the usual average
+    decay: Annotated[float, Field(ge=0, lt=1)] = 0.9999  # per update
+    warmup: bool = True  # decay at update u is at most (1 + u) / (10 + u)
+
+
+class PowerAverage(BaseModel, frozen=True, extra="forbid"):
+    """Weights in proportion to update^gamma (Karras 2024, arXiv:2312.02696, eq. 2): the span grows with training."""
+
+    kind: Literal["power"] = "power"  # scale-free average
+    relative_std: Annotated[float, Field(gt=0, lt=0.28)] = 0.1  # width of the profile, as a fraction of training
+
+
+AverageConfig = Annotated[ExponentialAverage | PowerAverage, Field(discriminator="kind")]
+
+
+def power_exponent(relative_std: float) -> float:
+    """Return gamma for a profile of the given relative width (Karras 2024, algorithm 2).
+
+    Solves std = (gamma + 1)^(1/2) (gamma + 2)^(-1) (gamma + 3)^(-1/2) for gamma >= 0.
+    """
+    inverse_square: float = relative_std**-2
+    low, high = 0.0, 1e6
+    for _ in range(200):
+        middle = 0.5 * (low + high)
+        value = (middle + 2) ** 2 * (middle + 3) / (middle + 1)
+        low, high = (middle, high) if value < inverse_square else (low, middle)
+    return 0.5 * (low + high)
+
+
+def decay_at(config: ExponentialAverage | PowerAverage, *, update: int) -> float:
+    """Return how much of the old average stays at the ``update``-th update (the first is 1)."""
+    match config:
+        case ExponentialAverage(decay=decay, warmup=warmup):
+            return min(decay, (1 + update) / (10 + update)) if warmup else decay
+        case PowerAverage(relative_std=relative_std):
+            return float((1.0 - 1.0 / update) ** (power_exponent(relative_std) + 1.0))
+
+
+class Averages:
+    """Averaged copies of one network; the first is the one that is evaluated and published.
+
+    Args:
+        network: The network that is trained; its present weights are where the averages start.
+        configs: One average each; at least one.
+    """
+
+    def __init__(self, network: nn.Module, configs: tuple[ExponentialAverage | PowerAverage, ...]) -> None:
+        self.configs = configs
+        self.networks = [copy.deepcopy(network).requires_grad_(False).eval() for _ in configs]
+
+    @property
+    def first(self) -> nn.Module:
+        """The averaged network that is evaluated and published."""
+        return self.networks[0]
+
+    @torch.no_grad()
+    def update(self, network: nn.Module, *, update: int) -> None:
+        """Move every average towards the present weights; ``update`` counts from 1."""
+        present: list[Tensor] = list(network.parameters())
+        for config, average in zip(self.configs, self.networks, strict=True):
+            mine_now: list[Tensor] = list(average.parameters())
+            torch._foreach_lerp_(mine_now, present, 1.0 - decay_at(config, update=update))
+            for mine, theirs in zip(average.buffers(), network.buffers(), strict=True):
+                mine.copy_(theirs)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return all averages, for a checkpoint."""
+        return {
+            f"{index}/{name}": tensor
+            for index, average in enumerate(self.networks)
+            for name, tensor in average.state_dict().items()
+        }
+
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        """Put back what ``tensors`` returned."""
+        for index, average in enumerate(self.networks):
+            prefix = f"{index}/"
+            average.load_state_dict(
+                {key[len(prefix) :]: value for key, value in tensors.items() if key.startswith(prefix)}
+            )

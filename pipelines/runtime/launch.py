@@ -1,0 +1,136 @@
+"""From a launched process to an Accelerator: threads, devices, world size, and the ways to be told to stop."""
+
+import ctypes
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from types import FrameType
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
+
+from pipelines.config import ConfigError, RunConfig
+
+Precision = Literal["float32", "bf16", "fp16"]
+COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+PR_SET_PDEATHSIG = 1
+
+
+def launched_world_size() -> int:
+    """Return the number of processes the launcher started; known before torch.distributed is."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def start_accelerator(run: RunConfig, *, precision: Precision = "float32") -> Accelerator:
+    """Join the other processes and say how many there are.
+
+    Raises:
+        ConfigError: The world size is not ``run.num_processes``.
+    """
+    die_with_the_launcher()
+    world_size = launched_world_size()
+    if run.num_processes and run.num_processes != world_size:
+        raise ConfigError(
+            f"run.num_processes = {run.num_processes}, but {world_size} process(es) were launched. On CPU, `accelerate "
+            "launch --cpu --num_processes 2` starts one process without a word; launch as launch/pipeline.sh does, with "
+            "ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes 2, or change run.num_processes."
+        )
+    torch.set_num_threads(threads_per_process(run))
+    torch.use_deterministic_algorithms(run.deterministic)
+    if run.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.backends.cudnn.benchmark = False
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    accelerator = Accelerator(
+        mixed_precision="no" if precision == "float32" else precision,
+        kwargs_handlers=[InitProcessGroupKwargs(backend=backend, timeout=COLLECTIVE_TIMEOUT)]
+        if world_size > 1
+        else None,
+    )
+    if accelerator.num_processes != world_size:
+        raise ConfigError(f"{world_size} processes were launched, but only {accelerator.num_processes} joined.")
+    return accelerator
+
+
+def threads_per_process(run: RunConfig) -> int:
+    """Return the CPU threads this process computes with: training is bit-exact only for a fixed number of them."""
+    if run.threads:
+        return run.threads
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", "1")))
+    return max(1, len(os.sched_getaffinity(0)) // local)
+
+
+def die_with_the_launcher() -> None:
+    """Ask the kernel to kill this process when its launcher dies: an orphan would hold the device and the folder.
+
+    Only under a launcher (it sets LOCAL_RANK or ACCELERATE_*): a process started by hand may outlive its shell.
+    """
+    if sys.platform != "linux" or not any(
+        name == "LOCAL_RANK" or name.startswith("ACCELERATE_") for name in os.environ
+    ):
+        return
+    parent = os.getppid()
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # It died before we asked.
+        raise SystemExit(1)
+
+
+class StopRequest:
+    """A wish to stop, by SIGTERM, Ctrl-C or the file ``stop`` in the stage's folder, agreed on by all ranks.
+
+    A second signal ends the process at once; what is committed stays good.
+    """
+
+    def __init__(self, folder: Path, accelerator: Accelerator) -> None:
+        self.file = folder / "stop"
+        self.reason: str | None = None
+        self._accelerator = accelerator
+        # A group of its own on the host: agreeing never waits for the device.
+        self._group = dist.new_group(backend="gloo") if accelerator.num_processes > 1 else None
+
+    @contextmanager
+    def listening(self) -> Iterator["StopRequest"]:
+        """Take over SIGTERM and SIGINT for the duration of the block."""
+        before = {number: signal.signal(number, self._hear) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield self
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _hear(self, number: int, frame: FrameType | None) -> None:
+        if self.reason is not None:
+            os._exit(128 + number)
+        self.reason = signal.Signals(number).name
+
+    def asked(self) -> bool:
+        """Return whether this rank was asked to stop; other ranks may not know yet."""
+        if self.reason is None and self.file.exists():
+            self.reason = "the file 'stop'"
+        return self.reason is not None
+
+    def agreed(self) -> bool:
+        """Return whether any rank was asked to stop. Every rank calls it, at the same update border."""
+        if self._accelerator.is_main_process:
+            self.asked()
+        if self._group is None:
+            return self.reason is not None
+        flag = torch.tensor([self.reason is not None], dtype=torch.int32)
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self._group)
+        return bool(flag.item())
+
+
+def agree_on(value: int, accelerator: Accelerator) -> int:
+    """Return the main process's ``value`` on every rank. Sent as a tensor: nothing is unpickled from the network."""
+    if accelerator.num_processes == 1:
+        return value
+    tensor = torch.tensor([value], dtype=torch.int64, device=accelerator.device)
+    dist.broadcast(tensor, src=0)
+    return int(tensor.item())

@@ -1,0 +1,126 @@
+"""AdamW, its learning rate as a function of the update, and a step that never lets a non-finite gradient in."""
+
+import math
+from typing import Annotated, Literal
+
+import torch
+from accelerate import Accelerator
+from pydantic import BaseModel, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat
+from torch import Tensor, nn
+
+
+class ConstantRate(BaseModel, frozen=True, extra="forbid"):
+    """The peak rate to the end."""
+
+    kind: Literal["constant"] = "constant"  # flat after the warm-up
+
+
+class CosineRate(BaseModel, frozen=True, extra="forbid"):
+    """Half a cosine from the peak to ``final`` of it (Loshchilov & Hutter 2017, arXiv:1608.03983, eq. 5)."""
+
+    kind: Literal["cosine"] = "cosine"  # ends with the last update
+    final: NonNegativeFloat = 0.0  # rate at the last update, as a fraction of the peak
+
+
+class InverseSquareRootRate(BaseModel, frozen=True, extra="forbid"):
+    """Peak x sqrt(reference / update) after ``reference`` updates (Karras 2024, arXiv:2312.02696, eq. 67)."""
+
+    kind: Literal["inverse_sqrt"] = "inverse_sqrt"  # open-ended training
+    reference: Annotated[int, Field(ge=1)] = 70_000  # updates at the peak before the decay
+
+
+RateSchedule = Annotated[ConstantRate | CosineRate | InverseSquareRootRate, Field(discriminator="kind")]
+
+
+class OptimConfig(BaseModel, frozen=True, extra="forbid"):
+    """AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101) with linear warm-up. Counts are optimizer updates."""
+
+    peak_lr: PositiveFloat = 1e-4  # per update; not scaled by world size
+    warmup_updates: NonNegativeInt = 1_000  # linear from 0 to the peak
+    rate: RateSchedule = ConstantRate()  # what the rate does after the warm-up
+    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9  # decay of the gradient's mean, per update
+    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.99  # decay of the gradient's square, per update
+    epsilon: PositiveFloat = 1e-8  # added to the root of the mean square
+    weight_decay: NonNegativeFloat = 0.0  # decoupled, per update and unit of rate; on matrices and kernels only
+    max_grad_norm: PositiveFloat = 1.0  # L2 over all parameters
+
+
+def learning_rate(config: OptimConfig, *, update: int, total_updates: int) -> float:
+    """Return the rate of the ``update``-th update (the first is 1): a pure function, so there is no state to save."""
+    warmup = min(1.0, update / config.warmup_updates) if config.warmup_updates else 1.0
+    match config.rate:
+        case ConstantRate():
+            decay = 1.0
+        case CosineRate(final=final):
+            span = max(1, total_updates - config.warmup_updates)
+            progress = min(1.0, max(0, update - config.warmup_updates) / span)
+            decay = final + (1.0 - final) * 0.5 * (1.0 + math.cos(math.pi * progress))
+        case InverseSquareRootRate(reference=reference):
+            decay = 1.0 / math.sqrt(max(1.0, update / reference))
+    return config.peak_lr * warmup * decay
+
+
+class Optimizer:
+    """Clipped, fused AdamW over the parameters of one network.
+
+    A step with a non-finite gradient norm changes nothing: the kernel is told on the device (``found_inf``), so that no
+    bad number reaches the weights, and no synchronisation is spent on asking.
+    """
+
+    def __init__(self, network: nn.Module, config: OptimConfig, *, accelerator: Accelerator) -> None:
+        self.config = config
+        self.names = [name for name, parameter in network.named_parameters() if parameter.requires_grad]
+        self.parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
+        decayed = [parameter for parameter in self.parameters if parameter.ndim > 1]
+        plain = [parameter for parameter in self.parameters if parameter.ndim <= 1]
+        self.adamw = torch.optim.AdamW(
+            [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}],
+            lr=config.peak_lr,
+            betas=(config.beta1, config.beta2),
+            eps=config.epsilon,
+            fused=True,
+        )
+        self.scaler: torch.amp.GradScaler | None = accelerator.scaler
+
+    def step(self, *, update: int, total_updates: int) -> Tensor:
+        """Clip and apply the gradients, forget them, and return their L2 norm before clipping (scalar, on device)."""
+        rate = learning_rate(self.config, update=update, total_updates=total_updates)
+        for group in self.adamw.param_groups:
+            group["lr"] = rate
+        if self.scaler is not None:
+            self.scaler.unscale_(self.adamw)
+        norm = nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm, foreach=True)
+        if self.scaler is not None:
+            self.scaler.step(self.adamw)
+        else:
+            self.adamw.found_inf = (~torch.isfinite(norm)).to(torch.float32)  # type: ignore[attr-defined]
+            self.adamw.step()
+        self.adamw.zero_grad(set_to_none=True)
+        return norm
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the state by parameter name, for a checkpoint."""
+        state: dict[str, Tensor] = {}
+        for name, parameter in zip(self.names, self.parameters, strict=True):
+            for key, value in self.adamw.state.get(parameter, {}).items():
+                state[f"{name}/{key}"] = value
+        return state
+
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        """Put back what ``tensors`` returned.
+
+        Raises:
+            ValueError: The state belongs to another network.
+        """
+        known = set(self.names)
+        strangers = sorted({key.rsplit("/", 1)[0] for key in tensors} - known)
+        if strangers or (tensors and len(tensors) != 3 * len(self.names)):
+            raise ValueError(
+                f"The optimizer's state is of another network: {strangers[:3] or 'parameters are missing'}."
+            )
+        for name, parameter in zip(self.names, self.parameters, strict=True):
+            self.adamw.state[parameter] = {
+                key: tensors[f"{name}/{key}"].to(parameter.device)
+                for key in ("step", "exp_avg", "exp_avg_sq")
+                if f"{name}/{key}" in tensors
+            }

@@ -1,0 +1,72 @@
+"""Progress for people: a bar with rate and ETA on a terminal, a plain line now and then elsewhere."""
+
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+PLAIN_LINE_EVERY_SECONDS = 10.0
+
+
+class ProgressLine:
+    """Progress of one pass over ``total`` units of work. Silent on all ranks but the main one."""
+
+    def __init__(self, label: str, *, total: int, unit: str, start: int, speaks: bool) -> None:
+        self.label, self.total, self.unit, self.done, self.speaks = label, total, unit, start, speaks
+        self._start, self._began, self._last_line = start, time.monotonic(), time.monotonic()
+        self._bar: Progress | None = None
+        if speaks and sys.stdout.isatty():
+            self._bar = Progress(
+                TextColumn("{task.description:>16}"),
+                BarColumn(bar_width=None),
+                MofNCompleteColumn(),
+                TextColumn(f"{unit} {{task.fields[figures]}}"),
+                TimeElapsedColumn(),
+                TextColumn("ETA"),
+                TimeRemainingColumn(),
+                console=Console(file=sys.stdout),
+            )
+            self._task = self._bar.add_task(label, total=total, completed=start, figures="")
+            self._bar.start()
+
+    def advance_to(self, done: int, figures: Mapping[str, float] | None = None) -> None:
+        """Show that ``done`` units are finished; ``figures`` are shown beside, in the order given."""
+        self.done = done
+        shown = "  ".join(f"{name} {value:.4g}" for name, value in (figures or {}).items())
+        if self._bar is not None:
+            self._bar.update(self._task, completed=done, figures=shown)
+            return
+        now = time.monotonic()
+        if self.speaks and (now - self._last_line >= PLAIN_LINE_EVERY_SECONDS or done == self.total):
+            self._last_line = now
+            rate = (done - self._start) / max(now - self._began, 1e-9)
+            eta = (self.total - done) / rate if rate > 0 else float("inf")
+            line = f"{self.label}: {done}/{self.total} {self.unit}  {rate:.3g}/s  ETA {duration(eta)}  {shown}"
+            print(line.rstrip(), flush=True)
+
+    def close(self) -> None:
+        """Leave the bar as it is and give the terminal back."""
+        if self._bar is not None:
+            self._bar.stop()
+
+
+def duration(seconds: float) -> str:
+    """Return 75 as "1:15" and 3,675 as "1:01:15"; "?" when it is not known."""
+    if seconds == float("inf"):
+        return "?"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+@contextmanager
+def progress_line(label: str, *, total: int, unit: str, start: int = 0, speaks: bool = True) -> Iterator[ProgressLine]:
+    """Open a progress line and close it however the block ends."""
+    line = ProgressLine(label, total=total, unit=unit, start=start, speaks=speaks)
+    try:
+        yield line
+    finally:
+        line.close()

@@ -1,0 +1,35 @@
+"""Samples that were set aside: counted by reason, listed in a report, and held to a budget."""
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from typing import Literal
+
+from data.commit import write_atomically
+from pipelines.config import ConfigError
+from pipelines.runtime.parts import Record
+from pipelines.runtime.stage import Stage
+
+BadSamplePolicy = Literal["strict", "quarantine"]
+REPORTED = ("shard", "key", "member", "reason")  # what a report says of a sample
+REPORT_NAME = "quarantine.jsonl"
+
+
+def settle_quarantine(stage: Stage, records: Sequence[Record], *, num_in: int, max_bad_fraction: float) -> Counter[str]:
+    """Write the report of all parts' quarantined samples and return their number by reason.
+
+    Raises:
+        ConfigError: There are more than the budget allows; the report is written all the same.
+    """
+    reports = [report for record in records for report in record["quarantined"]]
+    counts = Counter(report["reason"] for report in reports)
+    if stage.is_main and reports:
+        lines = "".join(json.dumps(report, ensure_ascii=False) + "\n" for report in reports)
+        write_atomically(stage.folder / REPORT_NAME, lines.encode())
+        stage.tracker.log_artifact(stage.folder / REPORT_NAME)
+    if len(reports) > max_bad_fraction * num_in:
+        raise ConfigError(
+            f"{len(reports)} of {num_in} samples are bad ({dict(counts)}), more than {stage.name}.max_bad_fraction = "
+            f"{max_bad_fraction} allows. {stage.folder / REPORT_NAME} lists them; mend the corpus or raise the budget."
+        )
+    return counts

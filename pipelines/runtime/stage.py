@@ -1,0 +1,301 @@
+"""What every stage shares: from the request, over the question whether it is done already, to manifest and outcome.
+
+``running_stage`` is the frame of each stage: it refuses what cannot work before any work, takes the folder's lock,
+starts the accelerator and the tracker, and leaves an outcome for scripts however the stage ends.
+"""
+
+import json
+import os
+import platform
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+
+from data.commit import FolderLock, sweep_temporaries, write_atomically, write_json
+from data.manifest import MANIFEST_NAME, FileEntry, Manifest, digest_of, read_manifest, write_manifest
+from pipelines.config import STAGE_FOLDERS, ConfigError, StageConfig, config_as_toml, resume_command
+from pipelines.runtime.launch import Precision, StopRequest, start_accelerator
+from pipelines.runtime.provenance import code_version, hardware
+from pipelines.runtime.tracking import SilentTracker, Tracker, open_tracker
+
+EXIT_CODES = {"done": 0, "failed": 1, "stopped": 75}
+RUN_STATUSES: dict[str, Literal["FINISHED", "FAILED", "KILLED"]] = {
+    "done": "FINISHED",
+    "failed": "FAILED",
+    "stopped": "KILLED",
+}
+LOCK_PATIENCE_SECONDS = 10.0  # a killed launcher's last worker takes a moment to die
+
+
+class Stopped(Exception):
+    """The stage was asked to stop and has committed what it did."""
+
+
+@dataclass(kw_only=True)
+class Stage:
+    """One running stage: its folder, its parents, and its ways to speak to the outside."""
+
+    name: str
+    folder: Path
+    config: StageConfig
+    parents: Mapping[str, Manifest]
+    accelerator: Accelerator
+    tracker: Tracker | SilentTracker
+    stop: StopRequest
+    began: float = field(default_factory=time.time)
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes and speaks for all."""
+        return bool(self.accelerator.is_main_process)
+
+    def say(self, text: str) -> None:
+        """Print a line on the main process."""
+        if self.is_main:
+            print(f"{self.name}: {text}", flush=True)
+
+    def finish(self, *, files: list[FileEntry], content: Mapping[str, Any]) -> None:
+        """Commit the manifest on the main process; every rank waits for it."""
+        if self.is_main:
+            whole = {**request_of(self.name, self.config, self.parents), **content}
+            manifest = write_manifest(self.folder, content=whole, files=files, provenance=self._provenance())
+            self.tracker.set_tags({f"digest.{STAGE_FOLDERS[self.name]}": manifest.digest})
+            self.tracker.log_artifact(self.folder / MANIFEST_NAME)
+        self.accelerator.wait_for_everyone()
+
+    def _provenance(self) -> dict[str, Any]:
+        return {
+            "local_run_id": self.tracker.run_id,
+            "host": socket.gethostname(),
+            "began": self.began,
+            "ended": time.time(),
+            "code_version": code_version(),
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "hardware": hardware(),
+            "world_size": self.accelerator.num_processes,
+            "threads": torch.get_num_threads(),
+            "run": self.config.run.model_dump(mode="json"),
+            "inputs": self.config.model_dump(mode="json").get("inputs", {}),
+        }
+
+
+def read_parents(config: StageConfig, wanted: Mapping[str, str]) -> dict[str, Manifest]:
+    """Read the manifests of a stage's inputs; ``wanted`` maps the input's name to the stage that makes it.
+
+    Raises:
+        ConfigError: Naming every input that is missing or unreadable.
+    """
+    parents, mistakes = {}, []
+    for name, maker in wanted.items():
+        folder = getattr(config.inputs, name)  # type: ignore[attr-defined]
+        try:
+            parents[name] = read_manifest(folder)
+        except (FileNotFoundError, NotADirectoryError):
+            mistakes.append(
+                f"inputs.{name} = {folder!r} holds no {MANIFEST_NAME}: it is not there or not finished. "
+                f"Run pipelines.{maker} first, or point inputs.{name} at a finished folder."
+            )
+        except ValueError as error:
+            mistakes.append(f"inputs.{name} = {folder!r}: {error}")
+    if mistakes:
+        raise ConfigError("\n  ".join(mistakes))
+    return parents
+
+
+def request_of(name: str, config: StageConfig, parents: Mapping[str, Manifest]) -> dict[str, Any]:
+    """Return what the stage is asked to do: its configuration without places, and its parents' digests.
+
+    Places (``run.*``, ``inputs.*``) and the keys a configuration calls harmless do not change the result, so equal work
+    has an equal digest wherever it was done.
+    """
+    whole = config.model_dump(mode="json", exclude={"run", "inputs", *config.harmless})
+    return {"stage": name, "config": whole, "parents": {key: parent.digest for key, parent in sorted(parents.items())}}
+
+
+@contextmanager
+def running_stage(
+    config: StageConfig,
+    *,
+    name: Literal["prepare_corpus", "train_vae", "encode_latents", "train_unet", "evaluate"],
+    parents: Mapping[str, str],
+    precision: Precision = "float32",
+    check: Callable[[Mapping[str, Manifest]], None] = lambda parents: None,
+    folder_name: str | None = None,
+) -> Iterator[Stage]:
+    """Run one stage: see the module's docstring.
+
+    Args:
+        config: The resolved configuration.
+        name: Name of the stage and of its table.
+        parents: Input name -> stage that makes it.
+        precision: What the networks compute in.
+        check: Raises ConfigError when the request cannot work; called with the parents' manifests before any work.
+        folder_name: Folder below ``run.root`` when it is not the stage's usual one.
+
+    Raises:
+        SystemExit: When the stage does not end by finishing: 0 already done, 2 a user's mistake, 75 stopped, 1 failed.
+    """
+    speaks = os.environ.get("RANK", "0") == "0"
+    folder = Path(config.run.root) / (folder_name or STAGE_FOLDERS[name])
+    lock = FolderLock(folder)
+    tracker: Tracker | SilentTracker = SilentTracker()
+    state, code = "failed", 1
+    try:
+        manifests = read_parents(config, parents)
+        check(manifests)
+        request = request_of(name, config, manifests)
+        if already_done(folder, request, allowed=config.run.allow_changed):
+            state = "done"
+            if speaks:
+                print(f"{name}: already finished in {folder}; nothing to do.", flush=True)
+            raise SystemExit(0)
+        accelerator = start_accelerator(config.run, precision=precision)
+        if accelerator.is_main_process:
+            lock.acquire(patience_seconds=LOCK_PATIENCE_SECONDS)
+            sweep_temporaries(folder)
+            write_atomically(folder / "config.toml", config_as_toml(config, table=name).encode())
+            write_json(folder / "request.json", request)
+            tracker = track(config, name=name, folder=folder, parents=manifests, accelerator=accelerator)
+        stop = StopRequest(folder, accelerator)
+        stage = Stage(
+            name=name,
+            folder=folder,
+            config=config,
+            parents=manifests,
+            accelerator=accelerator,
+            tracker=tracker,
+            stop=stop,
+        )
+        threads = f"{torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)}"
+        stage.say(f"{accelerator.num_processes} process(es) x {threads} on {accelerator.device}, {precision}, {folder}")
+        with stop.listening():
+            yield stage
+        state = "done"
+    except Stopped as reason:
+        state = "stopped"
+        if speaks:
+            print(f"{name}: stopped ({reason}). Continue with: {resume_command()}", flush=True)
+    except (ConfigError, BlockingIOError) as error:
+        code = 2
+        if speaks:
+            print(f"{name}: {error}", file=sys.stderr, flush=True)
+    except KeyboardInterrupt:
+        state = "stopped"
+    except Exception:
+        traceback.print_exc()
+    finally:
+        code = 2 if (state, code) == ("failed", 2) else EXIT_CODES[state]
+        tracker.close(RUN_STATUSES[state])
+        if speaks and folder.is_dir():
+            if state != "failed":
+                (folder / "stop").unlink(missing_ok=True)
+            write_json(folder / "outcome.json", {"state": state, "exit_code": code, "resume_command": resume_command()})
+        lock.release()
+    if state == "done" and dist.is_initialized():
+        dist.destroy_process_group()
+    if code:
+        raise SystemExit(code)
+
+
+def already_done(folder: Path, request: Mapping[str, Any], *, allowed: tuple[str, ...]) -> bool:
+    """Return whether the stage has finished this very request; False when it has yet to start or to continue.
+
+    Raises:
+        ConfigError: The folder holds another request's work; the message shows each difference.
+    """
+    finished = (folder / MANIFEST_NAME).is_file()
+    if finished:
+        try:
+            before: Mapping[str, Any] = read_manifest(folder).content
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
+    elif (folder / "request.json").is_file():
+        before = json.loads((folder / "request.json").read_bytes())
+    else:
+        return False
+    differences = [line for key, line in differing_keys(before, request) if key not in allowed or finished]
+    if not differences:
+        return finished
+    what = "finished with" if finished else "begun with"
+    advice = "" if finished else ", or accept the change with --allow-changed KEY"
+    raise ConfigError(
+        f"{folder} was {what} another request:\n    "
+        + "\n    ".join(differences)
+        + "\n  Change it back, choose another "
+        f"run.root, or move the folder away{advice}."
+    )
+
+
+def differing_keys(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return (key, "key: was X, is now Y") for each difference between two requests."""
+    old, new = (_flat({"parents": each["parents"], **each["config"]}) for each in (before, now))
+    return [
+        (key, f"{key}: was {_show(old.get(key))}, is now {_show(new.get(key))}")
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key)
+    ]
+
+
+def track(
+    config: StageConfig, *, name: str, folder: Path, parents: Mapping[str, Manifest], accelerator: Accelerator
+) -> Tracker:
+    """Open the tracker of the main process and tell it what the stage is and what it reads."""
+    request = request_of(name, config, parents)
+    tags = {
+        "stage": name,
+        "digest.config": digest_of(request["config"]),
+        "code_version": code_version(),
+        "world_size": str(accelerator.num_processes),
+        "host": socket.gethostname(),
+        "hardware": hardware(),
+        **{f"upstream.{key}": parent.digest for key, parent in parents.items()},
+    }
+    tracker = open_tracker(
+        folder=folder,
+        root=Path(config.run.root),
+        stage=name,
+        experiment=config.run.experiment,
+        tracking_uri=config.run.tracking_uri,
+        params=_flat(config.model_dump(mode="json")),
+        tags=tags,
+        config_file=folder / "config.toml",
+    )
+    for key, parent in parents.items():
+        tracker.log_input(key, digest=parent.digest, source=str(getattr(config.inputs, key)), context=name)  # type: ignore[attr-defined]
+    return tracker
+
+
+@contextmanager
+def blaming(key: str) -> Iterator[None]:
+    """Turn a ValueError or OSError of the layers below into a ConfigError about ``key``: the user can mend it there."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        raise ConfigError(f"{key}: {error}") from error
+
+
+def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    if isinstance(tree, Mapping) and tree:
+        return {
+            k: v
+            for key, value in tree.items()
+            for k, v in _flat(value, f"{prefix}.{key}" if prefix else str(key)).items()
+        }
+    if isinstance(tree, list) and any(isinstance(item, Mapping) for item in tree):
+        return _flat({str(index): item for index, item in enumerate(tree)}, prefix)
+    return {prefix: tree}
+
+
+def _show(value: Any) -> str:
+    return "absent" if value is None else str(value)

@@ -1,0 +1,85 @@
+"""Load of the machine and of this process, in the names that MLflow's page for system metrics knows."""
+
+import importlib
+import sys
+import time
+from pathlib import Path
+
+import psutil
+
+MIB = 1 << 20
+FIRST_AFTER_SECONDS = 2.0
+
+
+class SystemSampler:
+    """Reads counters that the kernel and torch's allocator keep anyway: no CUDA call, so no wait for the GPU."""
+
+    def __init__(self, folder: Path, *, since: float, every_seconds: float) -> None:
+        """``folder`` names the disk to watch; ``since`` (Unix seconds) is second 0 of the samples."""
+        self._folder = folder
+        self._since = since
+        self._every_seconds = every_seconds
+        self._process = psutil.Process()
+        self._network = psutil.net_io_counters()
+        self._due = 0.0
+
+    def due(self) -> dict[str, float] | None:
+        """Return a sample when it is time for one; its step is in seconds since the run began.
+
+        Call it from one thread only: psutil measures processor time between two calls of the same thread.
+        """
+        if time.monotonic() < self._due:
+            return None
+        if not self._due:  # the first call sets the mark to measure from
+            psutil.cpu_percent()
+            self._process.cpu_percent()
+            self._due = time.monotonic() + FIRST_AFTER_SECONDS
+            return None
+        self._due = time.monotonic() + self._every_seconds
+        now = time.time()
+        return {"step": int(now - self._since), "time": round(now, 3), **self.sample()}
+
+    def sample(self) -> dict[str, float]:
+        """Measure now. Megabytes are MiB; network traffic counts from the start of this process's run."""
+        memory = psutil.virtual_memory()
+        disk = psutil.disk_usage(str(self._folder))
+        network = psutil.net_io_counters()
+        values = {
+            "system/cpu_utilization_percentage": psutil.cpu_percent(),
+            "system/process_cpu_percentage": self._process.cpu_percent(),
+            "system/process_memory_megabytes": self._process.memory_info().rss / MIB,
+            "system/system_memory_usage_megabytes": memory.used / MIB,
+            "system/system_memory_usage_percentage": memory.percent,
+            "system/disk_usage_percentage": disk.percent,
+            "system/disk_available_megabytes": disk.free / MIB,
+        }
+        if network is not None and self._network is not None:
+            values["system/network_receive_megabytes"] = (network.bytes_recv - self._network.bytes_recv) / MIB
+            values["system/network_transmit_megabytes"] = (network.bytes_sent - self._network.bytes_sent) / MIB
+        return values | gpu_sample()
+
+
+def gpu_sample() -> dict[str, float]:
+    """Return this process's GPU memory, and each GPU's utilisation where NVIDIA's Python bindings are installed."""
+    torch = sys.modules.get("torch")  # a stage that has not imported torch uses no GPU
+    if torch is None or not torch.cuda.is_available() or not torch.cuda.is_initialized():
+        return {}
+    device = torch.cuda.current_device()
+    total = torch.cuda.get_device_properties(device).total_memory
+    values = {
+        f"system/gpu_{device}_memory_usage_megabytes": torch.cuda.memory_reserved(device) / MIB,
+        f"system/gpu_{device}_memory_usage_percentage": 100 * torch.cuda.memory_reserved(device) / total,
+        f"system/gpu_{device}_memory_peak_megabytes": torch.cuda.max_memory_allocated(device) / MIB,
+    }
+    try:
+        pynvml = importlib.import_module("pynvml")
+
+        pynvml.nvmlInit()
+        for index in range(pynvml.nvmlDeviceGetCount()):
+            handle = pynvml.nvmlDeviceGetHandleByIndex(index)
+            rates = pynvml.nvmlDeviceGetUtilizationRates(handle)
+            values[f"system/gpu_{index}_utilization_percentage"] = float(rates.gpu)
+            values[f"system/gpu_{index}_power_usage_watts"] = pynvml.nvmlDeviceGetPowerUsage(handle) / 1000
+    except Exception:  # optional, and NVML fails in many ways of its own in containers
+        pass
+    return values

@@ -1,0 +1,291 @@
+"""From image shards to a KL autoencoder: L1 + KL, with optional perceptual and adversarial terms; averaged weights.
+
+    accelerate launch -m pipelines.train_vae --config pipelines/configs/demo.toml
+
+Reads: ``runs/NAME/corpus/``. Writes: ``runs/NAME/vae/`` with ``vae.safetensors`` (averaged weights), ``config.json``,
+``metrics.jsonl``, ``checkpoints/`` and reconstruction grids in ``panels/``.
+
+Shapes: b images of a process's micro-batch, C channels, H and W pixels; c channels, h and w size of a latent.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+import numpy as np
+import torch
+from pydantic import BaseModel, NonNegativeFloat
+from torch import Tensor, nn
+
+from data.commit import write_atomically
+from data.loading import ImageShards, Prefetch, prefetch
+from data.manifest import Manifest
+from data.order import FullShuffleConfig, Order, OrderConfig
+from data.panels import panel_png
+from data.randomness import SampleDraws
+from data.transforms import to_levels, to_unit_range
+from models.discriminator import Discriminator
+from models.metrics import psnr
+from models.vae import AutoencoderKL, VAEConfig
+from models.vae_objective import PatchAdversary, VAEObjective, VAEObjectiveConfig, discriminator_loss
+from pipelines.config import ConfigError, config_from_command_line
+from pipelines.published import publish
+from pipelines.runtime.ema import Averages
+from pipelines.runtime.launch import launched_world_size
+from pipelines.runtime.optim import Optimizer
+from pipelines.runtime.performance import flops_of, peak_flops
+from pipelines.runtime.stage import Stage, blaming, running_stage
+from pipelines.runtime.training import BatchShare, Stateful, Training, TrainingConfig, Weights
+
+NUM_VALIDATION_IMAGES = 256
+NUM_PANEL_COLUMNS = 10
+
+
+class TrainVAEInputs(BaseModel, frozen=True, extra="forbid"):
+    """What the VAE learns from."""
+
+    corpus: str  # folder of the image shards
+
+
+class TrainVAEConfig(TrainingConfig):
+    """The autoencoder, its objective and its training."""
+
+    inputs: TrainVAEInputs  # where the stage reads
+    network: VAEConfig = VAEConfig()  # the autoencoder
+    objective: VAEObjectiveConfig = VAEObjectiveConfig()  # what it minimises
+    order: OrderConfig = FullShuffleConfig()  # order of the training images
+    flip_probability: NonNegativeFloat = 0.5  # of mirroring a training image
+
+
+@dataclass(frozen=True)
+class VAEBatch:
+    """This rank's share of a global batch."""
+
+    images: Tensor  # (b C H W), in [-1, 1]
+    noise: Tensor  # of the posterior draw; (b c h w)
+
+
+Network = TypeVar("Network", bound=nn.Module)
+
+
+@dataclass(kw_only=True)
+class Player(Generic[Network]):
+    """A network in training: bare, as wrapped for the ranks, and its optimizer."""
+
+    network: Network
+    wrapped: nn.Module
+    optimizer: Optimizer
+
+    @classmethod
+    def join(cls, network: Network, config: TrainVAEConfig, stage: Stage) -> "Player[Network]":
+        """Move a network to the device and wrap it, so that its gradients are averaged over the ranks."""
+        network = network.to(stage.accelerator.device)
+        optimizer = Optimizer(network, config.optim, accelerator=stage.accelerator)
+        return cls(network=network, wrapped=stage.accelerator.prepare_model(network), optimizer=optimizer)
+
+
+def main() -> None:
+    config = config_from_command_line(TrainVAEConfig, table="train_vae", about=__doc__)
+
+    def check(parents: Mapping[str, Manifest]) -> None:
+        BatchShare.of(config, table="train_vae", rank=0, world_size=launched_world_size())
+        check_images(config, parents["corpus"])
+
+    with running_stage(
+        config, name="train_vae", parents={"corpus": "prepare_corpus"}, precision=config.precision, check=check
+    ) as stage:
+        train(config, stage)
+
+
+def train(config: TrainVAEConfig, stage: Stage) -> None:
+    """Train to the last update and publish the averaged weights."""
+    # What to learn, and from what.
+    corpus = stage.parents["corpus"]
+    channels = corpus.content["image"]["channels"]
+    torch.manual_seed(config.seed)
+    vae = Player.join(AutoencoderKL(config.network, image_channels=channels), config, stage)
+    adversary = config.objective.adversary
+    judge = None
+    if isinstance(adversary, PatchAdversary):
+        judge = Player.join(Discriminator(adversary.discriminator, image_channels=channels), config, stage)
+    batches = BatchMaker(config, stage)
+
+    # How to learn it.
+    with blaming("train_vae.objective"):
+        objective = VAEObjective(config.objective).to(stage.accelerator.device)
+    averages = Averages(vae.network, config.averages)
+    parts: dict[str, Stateful] = {"vae": Weights(vae.network), "vae_optimizer": vae.optimizer, "vae_averages": averages}
+    if judge is not None:
+        parts |= {"discriminator": Weights(judge.network), "discriminator_optimizer": judge.optimizer}
+    training = Training(
+        stage,
+        config,
+        share=batches.share,
+        parts=parts,
+        flops_per_image=flops_per_image(vae.network, resolution=corpus.content["image"]["resolution"]),
+        peak_flops=peak_flops(str(stage.accelerator.device), config.precision),
+    )
+
+    # Where we stopped last time.
+    training.resume()
+
+    # The loop.
+    for batch in training.updates(batches.from_index):
+        one_update(training, objective, vae, judge, batch)
+        averages.update(vae.network, update=training.update)
+        if training.is_due(config.panel_every):
+            look(config, stage, averages.first, update=training.update)
+
+    files, weights = publish(
+        stage.folder,
+        name="vae",
+        network=averages.first,
+        config={"network": config.network.model_dump(mode="json"), "image_channels": channels},
+    )
+    stage.tracker.log_model("vae", stage.folder)
+    stage.finish(
+        files=files,
+        content={
+            "weights": weights,
+            "counts": corpus.content["counts"],
+            "classes": list(corpus.classes),
+            "value_range": [-1, 1],
+            "factor": config.network.factor,
+            "latent_channels": config.network.latent_channels,
+        },
+    )
+    stage.say(f"{training.update} updates, weights {weights[:12]} in {stage.folder}")
+
+
+def one_update(
+    training: Training,
+    objective: VAEObjective,
+    vae: Player[AutoencoderKL],
+    judge: Player[Discriminator] | None,
+    batch: VAEBatch,
+) -> None:
+    """Move the autoencoder, then the discriminator, by one global batch."""
+    device = training.stage.accelerator.device
+    reconstructions = []
+    if judge is not None:
+        judge.network.requires_grad_(False)
+    for part in training.micro_batches(vae.wrapped):
+        images, noise = batch.images[part].to(device), batch.noise[part].to(device)
+        reconstruction, posterior = vae.wrapped(images, noise)
+        loss = objective(
+            images,
+            reconstruction,
+            posterior,
+            last_layer=vae.network.last_layer,
+            discriminator=judge.network if judge is not None else None,
+            update=training.update,
+        )
+        training.backward(loss.total)
+        training.note({"train/loss": loss.total} | {f"train/{name}": value for name, value in loss.terms.items()})
+        reconstructions.append((images, reconstruction.detach()))
+    training.step("train/grad_norm", vae.optimizer)
+
+    if judge is None:
+        return
+    judge.network.requires_grad_(True)
+    for _, (images, reconstruction) in zip(training.micro_batches(judge.wrapped), reconstructions, strict=True):
+        hinge, gap = discriminator_loss(judge.wrapped, images, reconstruction)
+        training.backward(hinge)
+        training.note({"train/discriminator_loss": hinge, "train/logit_gap": gap})
+    training.step("train/discriminator_grad_norm", judge.optimizer)
+
+
+class BatchMaker:
+    """Makes this rank's share of any global batch: a pure function of the batch's index."""
+
+    def __init__(self, config: TrainVAEConfig, stage: Stage) -> None:
+        accelerator = stage.accelerator
+        with blaming("inputs.corpus"):
+            self.images = ImageShards(config.inputs.corpus, split="train", manifest=stage.parents["corpus"])
+        self.share = BatchShare.of(
+            config, table="train_vae", rank=accelerator.process_index, world_size=accelerator.num_processes
+        )
+        self.order = Order(config.order, num_samples=len(self.images), seed=config.seed)
+        self.config = config
+        height, width, _ = self.images.image_shape
+        factor = config.network.factor
+        self.latent_shape = (config.network.latent_channels, height // factor, width // factor)
+
+    def make(self, index: int) -> VAEBatch:
+        """Read, mirror, and draw the noise of this rank's share of global batch ``index``."""
+        positions = self.share.positions
+        samples = self.order.indices(index * self.config.global_batch + positions.start, len(positions))
+        draws = SampleDraws(self.config.seed, index, positions)
+        images = to_unit_range(self.images.read(samples).images)
+        mirrored = torch.from_numpy(draws.uniforms("flip") < self.config.flip_probability)
+        images = torch.where(mirrored[:, None, None, None], images.flip(-1), images)
+        return VAEBatch(images=images, noise=torch.from_numpy(draws.normals("posterior", self.latent_shape)))
+
+    def from_index(self, start: int) -> Prefetch[VAEBatch]:
+        """Make batches ahead, from ``start`` on."""
+        return prefetch(self.make, start=start, depth=self.config.prefetch_batches)
+
+
+@torch.no_grad()
+def look(config: TrainVAEConfig, stage: Stage, network: nn.Module, *, update: int) -> None:
+    """Measure the averaged weights on validation images and draw the first ones; on the main process."""
+    corpus = stage.parents["corpus"]
+    if not stage.is_main or not corpus.content["splits"]["val"]:
+        return
+    assert isinstance(network, AutoencoderKL)
+    images = ImageShards(config.inputs.corpus, split="val", manifest=corpus)
+    batch = images.read(np.arange(min(NUM_VALIDATION_IMAGES, len(images))))
+    outputs, scales = [], []
+    for part in torch.from_numpy(batch.images).split(config.images_per_device or config.global_batch):
+        posterior = network.encode(to_unit_range(part).to(stage.accelerator.device))
+        outputs.append(to_levels(network.decode(posterior.mode())))
+        scales.append(posterior.mean.std())
+    restored = np.concatenate(outputs)
+    decibels = psnr(torch.from_numpy(restored).movedim(-1, 1), torch.from_numpy(batch.images).movedim(-1, 1))
+    figures = {"val/psnr": float(decibels.mean()), "val/latent_std": float(torch.stack(scales).mean())}
+    stage.tracker.log_metrics(figures, step=update)
+    shown = slice(0, NUM_PANEL_COLUMNS)
+    panel = panel_png(
+        np.stack([batch.images[shown], restored[shown]]),
+        column_labels=[corpus.classes[label] if label >= 0 else "" for label in batch.labels[shown]],
+        row_labels=("image", "reconstruction"),
+        title=f"update {update}: {figures['val/psnr']:.2f} dB on {len(restored)} validation images",
+    )
+    path = stage.folder / "panels" / f"reconstructions-{update:08}.png"
+    path.parent.mkdir(exist_ok=True)
+    write_atomically(path, panel)
+    stage.tracker.log_image("val/reconstructions", path, step=update)
+    stage.say(f"update {update}: PSNR {figures['val/psnr']:.2f} dB, {path}")
+
+
+def check_images(config: TrainVAEConfig, corpus: Manifest) -> None:
+    """Refuse images that the VAE cannot halve often enough.
+
+    Raises:
+        ConfigError: Naming the numbers that fit.
+    """
+    resolution, factor = corpus.content["image"]["resolution"], config.network.factor
+    if resolution % factor:
+        raise ConfigError(
+            f"train_vae.network.channels has {len(config.network.channels)} levels, so images shrink to 1/{factor}, but "
+            f"{resolution} pixels are no multiple of {factor}. Use fewer levels, or prepare the corpus at "
+            f"{resolution // factor * factor or factor} or {-(-resolution // factor) * factor} pixels."
+        )
+
+
+def flops_per_image(network: nn.Module, *, resolution: int) -> float:
+    """Count the FLOPs of the autoencoder's forward and backward pass for one image."""
+    assert isinstance(network, AutoencoderKL)
+    side = resolution // network.factor
+
+    def call(shadow: nn.Module) -> Tensor:
+        images = torch.zeros(1, network.image_channels, resolution, resolution, device="meta")
+        noise = torch.zeros(1, network.config.latent_channels, side, side, device="meta")
+        reconstruction, _ = shadow(images, noise)
+        return reconstruction.sum()
+
+    return float(flops_of(network, call))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,20 @@
+#!/usr/bin/env bash
+# Set up .venv with the test extra, then lint, check types and run the tests.
+#
+#   bash tests/run.sh                  everything but the soak and gpu tests
+#   bash tests/run.sh -m soak          arguments go to pytest; lint and types are then left out
+set -euo pipefail
+
+root="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)"
+cd -- "$root"
+bash launch/setup.sh test
+
+python="$root/.venv/bin/python"
+if (($# == 0)); then
+    "$python" -m ruff check .
+    "$python" -m ruff format --check .
+    "$python" -m mypy
+fi
+
+# A marker expression among the arguments comes later and wins.
+exec "$python" -m pytest -m "not soak and not gpu" "$@"

@@ -1,0 +1,427 @@
+"""A generator of bad shards, and the law they are held to: a clear error, or an exact count; never silence."""
+
+import gzip
+import io
+import os
+import pickle
+import subprocess
+import sys
+import tarfile
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data.samples import BadSample, encode_png
+from data.shards import ShardWriter
+from data.sources import WebDatasetConfig
+from data.transforms import ImageViewConfig, view_sample
+
+SAMPLES = 7
+PLACES = {"start": 0, "middle": 3, "end": 6}
+CLASSES = ("even", "odd")
+VIEW = ImageViewConfig(resolution=8, channels=3, max_aspect=100, min_side=2)
+
+
+class Entry(NamedTuple):
+    """A member to be written: name, content, and tarfile's type."""
+
+    name: str
+    payload: bytes
+    kind: bytes = tarfile.REGTYPE
+
+
+def encoded(image: Image.Image, form: str = "PNG", **options: object) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, form, **options)
+    return buffer.getvalue()
+
+
+def picture(number: int) -> bytes:
+    pixels = np.random.default_rng(number).integers(0, 256, (9, 8, 3), dtype=np.uint8)
+    return encoded(Image.fromarray(pixels))
+
+
+def clean_sample(number: int, *, prefix: str = "b") -> list[Entry]:
+    key = f"{prefix}{number:04d}"
+    return [
+        Entry(f"{key}.png", picture(number)),
+        Entry(f"{key}.cls", b"%d" % (number % 2)),
+        Entry(f"{key}.txt", f"number {number}".encode()),
+        Entry(f"{key}.json", b'{"n": %d}' % number),
+    ]
+
+
+def header_and_payload(entry: Entry, form: int = tarfile.PAX_FORMAT) -> bytes:
+    info = tarfile.TarInfo(entry.name)
+    info.type = entry.kind
+    if entry.kind in (tarfile.SYMTYPE, tarfile.LNKTYPE):
+        info.linkname = "/etc/passwd"
+    info.size = len(entry.payload)
+    return info.tobuf(form) + entry.payload + bytes(-len(entry.payload) % 512)
+
+
+def tar_of(samples: list[list[Entry]], form: int = tarfile.PAX_FORMAT) -> bytes:
+    body = b"".join(header_and_payload(entry, form) for sample in samples for entry in sample)
+    return body + bytes(1024) + bytes(-(len(body) + 1024) % 10240)
+
+
+def clean_samples() -> list[list[Entry]]:
+    return [clean_sample(number) for number in range(SAMPLES)]
+
+
+Expected = dict[str, int]
+Bad = tuple[bytes, Expected, int]  # the shard, bad samples by reason, good samples left in it
+
+
+def with_member(place: int, suffix: str, change: Callable[[Entry], Entry | None], reason: str) -> Bad:
+    """Change or drop one member of one sample; the others stay good."""
+    samples = clean_samples()
+    changed = [change(entry) if entry.name.endswith(suffix) else entry for entry in samples[place]]
+    samples[place] = [entry for entry in changed if entry is not None]
+    return tar_of(samples), {reason: 1}, SAMPLES - 1
+
+
+def with_payload(place: int, suffix: str, payload: bytes, reason: str) -> Bad:
+    return with_member(place, suffix, lambda entry: entry._replace(payload=payload), reason)
+
+
+def with_extra(place: int, entry: Entry, reason: str, *, good: int = SAMPLES) -> Bad:
+    """Put one more member between samples ``place`` and ``place + 1``."""
+    samples = clean_samples()
+    samples[place] = [*samples[place], entry]
+    return tar_of(samples), {reason: 1}, good
+
+
+def start_of(place: int, member: int = 0, *, form: int = tarfile.PAX_FORMAT) -> int:
+    """Return the byte at which a member's header starts in the clean shard."""
+    entries = [entry for sample in clean_samples()[:place] for entry in sample] + clean_samples()[place][:member]
+    return sum(len(header_and_payload(entry, form)) for entry in entries)
+
+
+def cut_between_samples(place: int) -> Bad:
+    return tar_of(clean_samples())[: start_of(place, 0)], {"truncated": 1} if place else {"empty_file": 1}, place
+
+
+def cut_between_members(place: int) -> Bad:
+    # Of a shard with a single, cut sample nobody can say which members are missing: the cut counts on its own.
+    reasons = {"truncated": 1} if place else {"truncated": 1, "missing_label": 1}
+    return tar_of(clean_samples())[: start_of(place, 1)], reasons, place
+
+
+def cut_in_header(place: int) -> Bad:
+    reasons = {"truncated": 1} if place else {"truncated": 1, "missing_label": 1}
+    return tar_of(clean_samples())[: start_of(place, 1) + 200], reasons, place
+
+
+def cut_in_payload(place: int) -> Bad:
+    return tar_of(clean_samples())[: start_of(place, 0) + 512 + 40], {"truncated": 1}, place
+
+
+def corrupt_header(place: int, member: int) -> Bad:
+    raw = bytearray(tar_of(clean_samples()))
+    raw[start_of(place, member) + 10] ^= 0xFF
+    return bytes(raw), {"damaged_header": 1}, SAMPLES - 1
+
+
+def whole_sample_lost(place: int) -> Bad:
+    raw = bytearray(tar_of(clean_samples()))
+    for member in range(4):
+        raw[start_of(place, member) + 10] ^= 0xFF
+    # One fault a lost header, none of which hit a sample that can still be seen.
+    return bytes(raw), {"damaged_header": 1}, SAMPLES - 1
+
+
+def bad_size_field(place: int) -> Bad:
+    raw = bytearray(tar_of(clean_samples()))
+    at = start_of(place, 1)
+    header = tarfile.TarInfo.frombuf(bytes(raw[at : at + 512]), "utf-8", "strict")
+    header.size = 1 << 40
+    raw[at : at + 512] = header.tobuf(tarfile.GNU_FORMAT)
+    return bytes(raw), {"truncated": 1}, place
+
+
+def flipped_payload_bit(place: int) -> Bad:
+    raw = bytearray(tar_of(clean_samples()))
+    raw[start_of(place, 0) + 512 + 60] ^= 0x10
+    return bytes(raw), {"broken_image": 1}, SAMPLES - 1
+
+
+def trailing_data(place: int) -> Bad:
+    return tar_of(clean_samples()) + tar_of([clean_sample(100 + place)]), {"trailing_data": 1}, SAMPLES
+
+
+def duplicate_near(place: int) -> Bad:
+    samples = clean_samples()
+    samples[place] = samples[place] * 2
+    return tar_of(samples), {"duplicate_member": 1}, SAMPLES - 1
+
+
+def duplicate_far(place: int) -> Bad:
+    return tar_of([*clean_samples(), clean_sample(99), clean_sample(place)]), {"duplicate_key": 1}, SAMPLES + 1
+
+
+def duplicate_across_shards(place: int) -> Bad:
+    samples = clean_samples()
+    samples[place] = clean_sample(place, prefix="a")
+    return tar_of(samples), {"duplicate_key": 1}, SAMPLES - 1
+
+
+def pax_sparse(place: int) -> Bad:
+    samples = clean_samples()
+    raw = tar_of(samples)
+    info = tarfile.TarInfo("huge.png")
+    info.size, info.pax_headers = 512, {"GNU.sparse.major": "1", "GNU.sparse.realsize": str(1 << 40)}
+    at = start_of(place, 0)
+    return raw[:at] + info.tobuf(tarfile.PAX_FORMAT) + bytes(512) + raw[at:], {"sparse": 1}, SAMPLES
+
+
+def gnu_sparse(place: int) -> Bad:
+    raw = tar_of(clean_samples())
+    info = tarfile.TarInfo("huge.png")
+    info.type, info.size = tarfile.GNUTYPE_SPARSE, 512
+    header = bytearray(info.tobuf(tarfile.GNU_FORMAT))
+    header[482] = 1  # one continuation header follows
+    header[148:156] = b"        "
+    header[148:156] = b"%06o\0 " % sum(header)
+    at = start_of(place, 0)
+    return raw[:at] + bytes(header) + bytes(1024) + raw[at:], {"sparse": 1}, SAMPLES
+
+
+def raw_name(place: int, name: bytes, reason: str) -> Bad:
+    """Rewrite the name in a member's header, checksum included."""
+    raw = bytearray(tar_of(clean_samples(), tarfile.USTAR_FORMAT))
+    at = start_of(place, 0, form=tarfile.USTAR_FORMAT)
+    header = bytearray(raw[at : at + 512])
+    header[:100] = name.ljust(100, b"\0")
+    header[148:156] = b"        "
+    header[148:156] = b"%06o\0 " % sum(header)
+    raw[at : at + 512] = header
+    return bytes(raw), {reason: 1}, SAMPLES - 1
+
+
+def bomb(width: int, height: int) -> bytes:
+    """A PNG that claims to be huge, with sound checksums."""
+    import zlib
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return len(data).to_bytes(4, "big") + name + data + zlib.crc32(name + data).to_bytes(4, "big")
+
+    header = width.to_bytes(4, "big") + height.to_bytes(4, "big") + bytes([8, 2, 0, 0, 0])
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(9999))) + chunk(b"IEND", b"")
+    )
+
+
+class Trap:
+    """Unpickling it would leave a file behind."""
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return os.system, ("touch /tmp/latentline-was-executed",)
+
+
+def animated(form: str) -> bytes:
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
+    return encoded(frames[0], form, save_all=True, append_images=frames[1:])
+
+
+KINDS: dict[str, Callable[[int], Bad]] = {
+    "cut between samples": cut_between_samples,
+    "cut between the members of a sample": cut_between_members,
+    "cut in a header": cut_in_header,
+    "cut in a payload": cut_in_payload,
+    "corrupt header of the first member": lambda place: corrupt_header(place, 0),
+    "corrupt header of a middle member": lambda place: corrupt_header(place, 1),
+    "corrupt header of the last member": lambda place: corrupt_header(place, 3),
+    "size field beyond the file": bad_size_field,
+    "flipped bit in a payload": flipped_payload_bit,
+    "a second archive behind the first": trailing_data,
+    "empty file": lambda place: (b"", {"empty_file": 1}, 0),
+    "not a tar": lambda place: (b"<html>404 not found</html>" * 500, {"not_a_tar": 1}, 0),
+    "zip under the name tar": lambda place: (b"PK\3\4" + bytes(2000), {"not_a_tar": 1}, 0),
+    "gzip under the name tar": lambda place: (gzip.compress(tar_of(clean_samples())), {"gzip": 1}, 0),
+    "pax sparse member": pax_sparse,
+    "GNU sparse member": gnu_sparse,
+    "duplicate key, next to it": duplicate_near,
+    "duplicate key, far away": duplicate_far,
+    "duplicate key in another shard": duplicate_across_shards,
+    "missing image": lambda place: with_member(place, ".png", lambda e: None, "missing_image"),
+    "missing label": lambda place: with_member(place, ".cls", lambda e: None, "missing_label"),
+    "missing caption": lambda place: with_member(place, ".txt", lambda e: None, "missing_caption"),
+    "failed download": lambda place: with_member(place, ".png", lambda e: None, "missing_image"),
+    "unknown extension": lambda place: with_extra(
+        place, Entry(f"b{place:04d}.exe", b"MZ"), "unknown_extension", good=SAMPLES - 1
+    ),
+    "pyd member": lambda place: with_extra(
+        place, Entry(f"b{place:04d}.pyd", pickle.dumps(Trap())), "unknown_extension", good=SAMPLES - 1
+    ),
+    "pickle member": lambda place: with_extra(place, Entry("trap.pickle", pickle.dumps(Trap())), "unknown_extension"),
+    "pth member": lambda place: with_extra(place, Entry("trap.pth", pickle.dumps(Trap())), "unknown_extension"),
+    "name without an extension": lambda place: with_extra(place, Entry("README", b"hello"), "unknown_extension"),
+    "broken PNG": lambda place: with_payload(place, ".png", picture(1)[:-30], "broken_image"),
+    "broken JPEG": lambda place: with_payload(
+        place, ".png", encoded(Image.effect_noise((64, 64), 90), "JPEG")[:400], "broken_image"
+    ),
+    "text as an image": lambda place: with_payload(place, ".png", b"not an image", "not_an_image"),
+    "empty image": lambda place: with_payload(place, ".png", b"", "not_an_image"),
+    "executable image format": lambda place: with_payload(
+        place, ".png", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not_an_image"
+    ),
+    "decompression bomb": lambda place: with_payload(place, ".png", bomb(60_000, 60_000), "too_many_pixels"),
+    "just over the pixel bound": lambda place: with_payload(place, ".png", bomb(8_001, 8_000), "too_many_pixels"),
+    "1 x 1 image": lambda place: with_payload(place, ".png", encoded(Image.new("RGB", (1, 1))), "too_small"),
+    "20,000 pixels long": lambda place: with_payload(
+        place, ".png", encoded(Image.new("RGB", (20_000, 2))), "extreme_aspect"
+    ),
+    "float pixels": lambda place: with_payload(place, ".png", encoded(Image.new("F", (8, 8)), "TIFF"), "colour_mode"),
+    "32-bit pixels": lambda place: with_payload(place, ".png", encoded(Image.new("I", (8, 8)), "TIFF"), "colour_mode"),
+    "Lab colours": lambda place: with_payload(place, ".png", encoded(Image.new("LAB", (8, 8)), "TIFF"), "colour_mode"),
+    "animated GIF": lambda place: with_payload(place, ".png", animated("GIF"), "animated"),
+    "animated WebP": lambda place: with_payload(place, ".png", animated("WEBP"), "animated"),
+    "animated PNG": lambda place: with_payload(place, ".png", animated("PNG"), "animated"),
+    "caption not UTF-8": lambda place: with_payload(place, ".txt", b"caf\xe9", "caption_not_utf8"),
+    "empty caption": lambda place: with_payload(place, ".txt", b" \n", "caption_empty"),
+    "10 MB caption": lambda place: with_payload(place, ".txt", b"a" * 10_000_000, "member_too_large"),
+    "caption with NUL": lambda place: with_payload(place, ".txt", b"a\0b", "caption_has_nul"),
+    "negative label": lambda place: with_payload(place, ".cls", b"-1", "label_out_of_range"),
+    "label out of range": lambda place: with_payload(place, ".cls", b"2", "label_out_of_range"),
+    "label not a number": lambda place: with_payload(place, ".cls", b"cat", "label_not_a_number"),
+    "label of many digits": lambda place: with_payload(place, ".cls", b"1" * 60, "label_not_a_number"),
+    "empty label": lambda place: with_payload(place, ".cls", b"", "label_not_a_number"),
+    "broken json": lambda place: with_payload(place, ".json", b'{"a": ', "bad_json"),
+    "json nested too deep": lambda place: with_payload(place, ".json", b"[" * 100_000, "bad_json"),
+    "json not an object": lambda place: with_payload(place, ".json", b"[1]", "bad_json"),
+    "name that climbs": lambda place: raw_name(place, b"../../b.png", "unsafe_name"),
+    "absolute name": lambda place: raw_name(place, b"/tmp/latentline-was-written.png", "unsafe_name"),
+    "name with a backslash": lambda place: raw_name(place, b"..\\b.png", "unsafe_name"),
+    "name with a control character": lambda place: raw_name(place, b"b\x1b[2J.png", "unsafe_name"),
+    "name not UTF-8": lambda place: raw_name(place, b"b\xff\xfe.png", "name_not_utf8"),
+    "10,000-character name, pax": lambda place: with_extra(place, Entry("n" * 10_000 + ".png", b""), "long_name"),
+    "symbolic link": lambda place: with_extra(place, Entry("link.png", b"", tarfile.SYMTYPE), "link"),
+    "hard link": lambda place: with_extra(place, Entry("link.png", b"", tarfile.LNKTYPE), "link"),
+    "character device": lambda place: with_extra(place, Entry("device.png", b"", tarfile.CHRTYPE), "device"),
+    "named pipe": lambda place: with_extra(place, Entry("pipe.png", b"", tarfile.FIFOTYPE), "device"),
+}
+
+
+def corpus(folder: Path, bad: bytes) -> WebDatasetConfig:
+    """A clean shard, the bad one, another clean one, and a validation shard."""
+    for name, prefix in {"a": "a", "c": "c", "val": "v"}.items():
+        (folder / f"{name}.tar").write_bytes(tar_of([clean_sample(n, prefix=prefix) for n in range(SAMPLES)]))
+    (folder / "b.tar").write_bytes(bad)
+    return WebDatasetConfig(
+        urls=(str(folder / "{a,b,c}.tar"),), val_urls=(str(folder / "val.tar"),), classes=CLASSES, captions="required"
+    )
+
+
+def ingest(config: WebDatasetConfig, out: Path, *, strict: bool = False) -> tuple[int, int, list[BadSample]]:
+    """Take in the training split as the stage does; return how many samples went in and came out, and the findings."""
+    source = config.open()
+    found: list[BadSample] = []
+    with ShardWriter(out / "train-000000.tar") as shard:
+        for index in range(source.count("train")):
+            try:
+                sample = source.read("train", index)
+                shard.add(sample.key, {"png": encode_png(view_sample(sample, VIEW))})
+            except BadSample as error:
+                if strict:
+                    raise
+                found.append(error)
+    assert shard.entry is not None
+    return source.count("train"), shard.entry.samples, found
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_bad_input_is_counted_exactly_or_stops_with_its_name(kind: str, tmp_path: Path) -> None:
+    for where, place in PLACES.items():
+        folder, out = tmp_path / where, tmp_path / where / "out"
+        out.mkdir(parents=True)
+        bad, reasons, num_good = KINDS[kind](place)
+        config = corpus(folder, bad)
+        before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+
+        num_in, num_out, found = ingest(config, out)
+        assert Counter(finding.reason for finding in found) == reasons, where
+        assert num_out == num_good + 2 * SAMPLES, where
+        assert num_in == num_out + len(found), where
+        assert all(finding.shard == str(folder / "b.tar") for finding in found), where
+
+        with pytest.raises(BadSample) as stopped:
+            ingest(config, out, strict=True)
+        assert str(folder / "b.tar") in str(stopped.value)
+        assert stopped.value.reason in str(stopped.value)
+        assert stopped.value.reason in reasons
+
+        changed = {p for p in tmp_path.rglob("*") if before.get(p) != p.stat().st_mtime_ns}
+        changed = {p for p in changed if out not in (p, *p.parents)}
+        assert not changed, where
+    assert not Path("/tmp/latentline-was-executed").exists()
+    assert not Path("/tmp/latentline-was-written.png").exists()
+
+
+def test_there_are_at_least_forty_kinds_of_bad_input() -> None:
+    assert len(KINDS) >= 40
+
+
+def test_samples_after_damage_are_found_again(tmp_path: Path) -> None:
+    raw = bytearray(tar_of(clean_samples()))
+    raw[start_of(2, 0) : start_of(4, 2)] = b"\xaa" * (start_of(4, 2) - start_of(2, 0))
+    config = corpus(tmp_path, bytes(raw))
+    num_in, num_out, found = ingest(config, tmp_path)
+    # Samples 2 and 3 left no trace, 4 has lost its image and label: one finding, on the sample that shows it.
+    assert [(finding.reason, finding.key) for finding in found] == [("damaged_header", "b0004")]
+    assert (num_in, num_out) == (3 * SAMPLES - 2, 3 * SAMPLES - 3)
+
+
+@pytest.mark.parametrize("change", ["vanish", "grow", "shrink"])
+def test_a_shard_that_changes_during_the_run_is_named(change: str, tmp_path: Path) -> None:
+    source = corpus(tmp_path, tar_of(clean_samples())).open()
+    shard = tmp_path / "b.tar"
+    if change == "vanish":
+        shard.unlink()
+    else:
+        raw = shard.read_bytes()
+        shard.write_bytes(raw + bytes(512) if change == "grow" else raw[:2048])
+    reasons: Counter[str] = Counter()
+    for index in range(source.count("train")):
+        try:
+            source.read("train", index)
+        except BadSample as error:
+            reasons[error.reason] += str(shard) in str(error)
+    assert reasons == {"shard_missing" if change == "vanish" else "shard_changed": SAMPLES}
+
+
+def test_hostile_sizes_cost_no_memory(tmp_path: Path) -> None:
+    hostile = [
+        "decompression bomb",
+        "10 MB caption",
+        "json nested too deep",
+        "10,000-character name, pax",
+        "GNU sparse member",
+    ]
+    for name in hostile:
+        (tmp_path / f"{hostile.index(name)}.tar").write_bytes(KINDS[name](3)[0])
+    (tmp_path / "val.tar").write_bytes(tar_of([clean_sample(1, prefix="v")]))
+    code = f"""
+import resource
+from data.samples import BadSample, encode_png
+from data.sources import WebDatasetConfig
+from data.transforms import ImageViewConfig, view_image
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+def read(pattern):
+    source = WebDatasetConfig(urls=(pattern,), val_urls=({str(tmp_path / "val.tar")!r},), captions="required").open()
+    for i in range(source.count("train")):
+        try:
+            view_image(source.read("train", i).image, ImageViewConfig(resolution=8))
+        except BadSample:
+            pass
+start = peak()
+read({str(tmp_path / "[0-9].tar")!r})
+print((peak() - start) / 1024)
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    assert float(run.stdout) < 64

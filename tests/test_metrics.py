@@ -1,0 +1,479 @@
+"""Metrics on features, of reconstructions and by a probe: against closed forms and independent implementations."""
+
+import math
+import re
+
+import numpy as np
+import pytest
+import scipy.linalg
+import scipy.ndimage
+import scipy.optimize
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from models.metrics import (
+    GaussianStatistics,
+    LinearProbe,
+    frechet_distance,
+    gaussian_frechet_distance,
+    kernel_distance,
+    mean_estimate,
+    precision_recall,
+    psnr,
+    ssim,
+)
+
+
+def normals(*shape: int, seed: int = 0) -> Tensor:
+    return torch.from_numpy(np.random.default_rng(seed).standard_normal(shape))
+
+
+def random_covariance(dimension: int, *, seed: int) -> Tensor:
+    root = normals(dimension, 2 * dimension, seed=seed)
+    return root @ root.T / dimension
+
+
+def random_gaussian(dimension: int, *, seed: int) -> tuple[Tensor, Tensor]:
+    return normals(dimension, seed=seed), random_covariance(dimension, seed=seed + 1000)
+
+
+# ---- Gaussian statistics
+
+
+def test_statistics_are_the_mean_and_the_unbiased_covariance_over_the_samples() -> None:
+    features = normals(40, 7) * 3 + 5
+
+    statistics = GaussianStatistics.of(features)
+
+    torch.testing.assert_close(statistics.mean, features.mean(dim=0))
+    torch.testing.assert_close(statistics.covariance, torch.from_numpy(np.cov(features.numpy(), rowvar=False)))
+
+
+@given(cuts=st.lists(st.integers(1, 59), min_size=1, max_size=4, unique=True))
+@settings(max_examples=20, deadline=None)
+def test_statistics_of_parts_merge_to_those_of_the_whole(cuts: list[int]) -> None:
+    features = normals(60, 5) + torch.arange(60)[:, None]  # a drift, so that the parts have other means
+
+    merged, *rest = (GaussianStatistics.of(part) for part in torch.tensor_split(features, sorted(cuts)))
+    for part in rest:
+        merged = merged.merged(part)
+
+    whole = GaussianStatistics.of(features)
+    assert merged.count == whole.count
+    torch.testing.assert_close(merged.mean, whole.mean, rtol=1e-13, atol=0)
+    torch.testing.assert_close(merged.covariance, whole.covariance, rtol=1e-12, atol=1e-12)
+
+
+def test_the_covariance_of_one_sample_is_refused() -> None:
+    with pytest.raises(ValueError, match="covariance needs at least 2 samples, not 1"):
+        _ = GaussianStatistics.of(normals(1, 3)).covariance
+
+
+# ---- Frechet distance
+
+
+def test_the_frechet_distance_of_axis_aligned_gaussians_has_its_closed_form() -> None:
+    mean1, mean2 = normals(9, seed=1), normals(9, seed=2)
+    variance1, variance2 = normals(9, seed=3).square(), normals(9, seed=4).square()
+
+    distance = gaussian_frechet_distance(mean1, variance1.diag(), mean2, variance2.diag())
+
+    closed_form = (mean1 - mean2).square().sum() + (variance1.sqrt() - variance2.sqrt()).square().sum()
+    assert distance == pytest.approx(float(closed_form), rel=1e-13)
+
+
+def test_the_frechet_distance_agrees_with_the_matrix_root_of_the_product() -> None:
+    (mean1, covariance1), (mean2, covariance2) = random_gaussian(30, seed=5), random_gaussian(30, seed=6)
+
+    distance = gaussian_frechet_distance(mean1, covariance1, mean2, covariance2)
+
+    root = scipy.linalg.sqrtm((covariance1 @ covariance2).numpy())
+    expected = (mean1 - mean2).square().sum() + covariance1.trace() + covariance2.trace() - 2 * np.trace(root).real
+    assert distance == pytest.approx(float(expected), rel=1e-11)
+
+
+def test_the_frechet_distance_of_a_set_to_itself_is_zero_with_fewer_samples_than_features() -> None:
+    features = normals(20, 64)
+
+    assert frechet_distance(features, features).value < 1e-11
+
+
+def test_the_frechet_distance_of_gaussians_on_different_lines_is_the_sum_of_their_variances() -> None:
+    # Both covariances are singular, and so is their product: its matrix root does not exist as a power series.
+    origin, along_x, along_y = (
+        torch.zeros(3),
+        torch.diag(torch.tensor([4.0, 0, 0])),
+        torch.diag(torch.tensor([0, 9.0, 0])),
+    )
+
+    assert gaussian_frechet_distance(origin, along_x, origin, along_y) == pytest.approx(13, rel=1e-14)
+
+
+def test_the_frechet_distance_keeps_its_digits_over_sixteen_orders_of_variance() -> None:
+    variance1, variance2 = 10.0 ** torch.arange(-8, 8, dtype=torch.float64), torch.ones(16, dtype=torch.float64)
+    rotation = torch.linalg.qr(normals(16, 16)).Q
+    origin = torch.zeros(16)
+
+    distance = gaussian_frechet_distance(
+        origin, rotation @ variance1.diag() @ rotation.T, origin, rotation @ variance2.diag() @ rotation.T
+    )
+
+    assert distance == pytest.approx(float((variance1.sqrt() - 1).square().sum()), rel=1e-9)
+
+
+@given(seed=st.integers(0, 10_000))
+@settings(max_examples=20, deadline=None)
+def test_the_root_of_the_frechet_distance_is_a_metric(seed: int) -> None:
+    first, second, third = (random_gaussian(4, seed=3 * seed + index) for index in range(3))
+
+    def distance(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> float:
+        return math.sqrt(gaussian_frechet_distance(*a, *b))
+
+    assert distance(first, second) == pytest.approx(distance(second, first), rel=1e-12)
+    assert distance(first, third) <= distance(first, second) + distance(second, third) + 1e-12
+
+
+def test_a_covariance_that_is_not_positive_is_refused_with_its_eigenvalue() -> None:
+    with pytest.raises(ValueError, match=r"eigenvalue -0\.5 beside a largest of 1; none may be negative"):
+        gaussian_frechet_distance(torch.zeros(2), torch.diag(torch.tensor([1.0, -0.5])), torch.zeros(2), torch.eye(2))
+
+
+@pytest.mark.parametrize("shift", [0.0, 1.0])
+def test_the_error_of_the_frechet_distance_is_its_spread_over_repeated_draws(shift: float) -> None:
+    scale = torch.tensor([2.0, 1.0, 0.7, 0.5])
+    draws = [
+        frechet_distance(normals(300, 4, seed=2 * i) * scale + shift, normals(200, 4, seed=2 * i + 1))
+        for i in range(200)
+    ]
+
+    spread = torch.tensor([draw.value for draw in draws]).std()
+    stated = torch.tensor([draw.error for draw in draws]).mean()
+    assert 0.85 < float(stated / spread) < 1.2  # the spread of 200 draws is itself known to 5 %
+
+
+# ---- kernel distance
+
+
+def kernel_distance_by_definition(features: np.ndarray, reference: np.ndarray) -> float:
+    def kernel(x: np.ndarray, y: np.ndarray) -> float:
+        return float((x @ y / len(x) + 1) ** 3)
+
+    n, m = len(features), len(reference)
+    within = sum(kernel(features[i], features[j]) for i in range(n) for j in range(n) if i != j) / (n * (n - 1))
+    within_ref = sum(kernel(reference[i], reference[j]) for i in range(m) for j in range(m) if i != j) / (m * (m - 1))
+    across = sum(kernel(x, y) for x in features for y in reference) / (n * m)
+    return within + within_ref - 2 * across
+
+
+def test_the_kernel_distance_and_its_error_agree_with_their_definitions() -> None:
+    features, reference = normals(9, 4).numpy() + 0.5, normals(7, 4, seed=1).numpy()
+
+    distance = kernel_distance(torch.from_numpy(features), torch.from_numpy(reference))
+
+    assert distance.value == pytest.approx(kernel_distance_by_definition(features, reference), rel=1e-12)
+    variance = 0.0
+    for part, count in (("features", 9), ("reference", 7)):
+        without_one = [
+            kernel_distance_by_definition(np.delete(features, i, 0), reference)
+            if part == "features"
+            else kernel_distance_by_definition(features, np.delete(reference, i, 0))
+            for i in range(count)
+        ]
+        variance += (count - 1) * float(np.var(without_one))
+    assert distance.error == pytest.approx(math.sqrt(variance), rel=1e-10)
+
+
+def repeated_kernel_distances(*, shift: float) -> tuple[Tensor, float]:
+    draws = [kernel_distance(normals(40, 3, seed=2 * i) + shift, normals(60, 3, seed=2 * i + 1)) for i in range(300)]
+    return torch.tensor([draw.value for draw in draws]), float(torch.tensor([draw.error for draw in draws]).mean())
+
+
+def test_the_kernel_distance_of_equal_distributions_is_zero_on_average_with_a_cautious_error() -> None:
+    values, stated = repeated_kernel_distances(shift=0)
+
+    assert abs(float(values.mean())) < 3 * float(values.std()) / math.sqrt(300)
+    assert 1.0 < stated / float(values.std()) < 1.6
+
+
+def test_the_error_of_the_kernel_distance_is_its_spread_over_repeated_draws() -> None:
+    values, stated = repeated_kernel_distances(shift=1)
+
+    assert 0.85 < stated / float(values.std()) < 1.2
+
+
+def test_blocks_of_rows_do_not_change_the_kernel_distance(monkeypatch: pytest.MonkeyPatch) -> None:
+    features, reference = normals(50, 6), normals(33, 6, seed=1)
+    whole = kernel_distance(features, reference)
+
+    monkeypatch.setattr("models.metrics.distribution._ROWS_PER_BLOCK", 7)
+
+    assert kernel_distance(features, reference) == pytest.approx(whole, rel=1e-12)
+
+
+# ---- precision and recall
+
+
+def test_precision_and_recall_agree_with_their_definitions(monkeypatch: pytest.MonkeyPatch) -> None:
+    features, reference = normals(40, 3).numpy() * 0.6, normals(30, 3, seed=1).numpy() + 0.5
+
+    def fraction_inside(points: np.ndarray, manifold: np.ndarray) -> float:
+        inside = 0
+        for point in points:
+            for i, centre in enumerate(manifold):
+                others = np.delete(manifold, i, axis=0)
+                radius = np.sort(np.linalg.norm(others - centre, axis=1))[2]
+                if np.linalg.norm(point - centre) <= radius:
+                    inside += 1
+                    break
+        return inside / len(points)
+
+    monkeypatch.setattr("models.metrics.distribution._ROWS_PER_BLOCK", 7)
+    precision, recall = precision_recall(torch.from_numpy(features), torch.from_numpy(reference))
+
+    assert precision.value == pytest.approx(fraction_inside(features, reference))
+    assert recall.value == pytest.approx(fraction_inside(reference, features))
+    assert 0 < recall.value < precision.value < 1  # so that the two cannot be exchanged unnoticed
+    assert precision.error == pytest.approx(math.sqrt(precision.value * (1 - precision.value) / 40))
+
+
+def test_equal_sets_have_full_precision_and_recall_even_when_every_image_is_there_many_times() -> None:
+    features = normals(5, 16).repeat_interleave(6, dim=0) * 1e3 + 1e4  # all radii are exactly zero
+
+    precision, recall = precision_recall(features, features.flip(0))
+
+    assert (precision.value, recall.value) == (1, 1)
+
+
+def test_missing_modes_lower_the_recall_and_strange_samples_the_precision() -> None:
+    modes = torch.eye(4).repeat_interleave(25, dim=0) * 100
+    reference = modes + normals(100, 4)
+    two_modes = torch.cat([reference[:50], reference[:50]]) + 0.05 * normals(100, 4, seed=1)
+    half_strange = torch.cat([reference[:50] - 500, reference[50:]]) + 0.05 * normals(100, 4, seed=2)
+
+    assert precision_recall(two_modes, reference).precision.value > 0.95
+    assert precision_recall(two_modes, reference).recall.value <= 0.5
+    assert precision_recall(half_strange, reference).precision.value <= 0.5
+
+
+def test_too_few_samples_for_the_neighbours_are_refused() -> None:
+    with pytest.raises(ValueError, match="reference features: 3 samples are too few, this metric needs at least 4"):
+        precision_recall(normals(9, 2), normals(3, 2))
+    with pytest.raises(ValueError, match="num_neighbours = 0 must be at least 1"):
+        precision_recall(normals(9, 2), normals(9, 2), num_neighbours=0)
+
+
+# ---- what all metrics on features promise
+
+
+def all_metrics(features: Tensor, reference: Tensor, labels: Tensor) -> list[float]:
+    probe = LinearProbe.fit(features, labels, num_classes=3)
+    return [
+        *frechet_distance(features, reference),
+        *kernel_distance(features, reference),
+        *(figure for estimate in precision_recall(features, reference) for figure in estimate),
+        *probe.accuracy(reference, labels),
+        *probe.weight.flatten().tolist(),
+    ]
+
+
+def test_metrics_are_the_same_bits_under_any_number_of_threads() -> None:
+    features, reference = normals(1200, 130).float(), normals(1200, 130, seed=1).float() * 1.1
+    labels = torch.arange(1200) % 3
+    num_threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        on_one = all_metrics(features, reference, labels)
+        torch.set_num_threads(2)
+        on_two = all_metrics(features, reference, labels)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(num_threads)
+
+    assert on_one == on_two
+
+
+def test_a_metric_that_fails_leaves_the_number_of_threads_as_it_was() -> None:
+    num_threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        with pytest.raises(ValueError, match="too few"):
+            frechet_distance(normals(1, 2), normals(9, 2))
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(num_threads)
+
+
+@pytest.mark.parametrize("metric", [frechet_distance, kernel_distance, precision_recall])
+def test_features_that_are_not_finite_are_refused_with_their_row(metric: object) -> None:
+    broken = normals(9, 3)
+    broken[4, 1], broken[6, 0] = math.nan, math.inf
+
+    with pytest.raises(ValueError, match="features: 2 of 9 rows hold NaN or infinite values, the first is row 4"):
+        metric(broken, normals(9, 3))  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("metric", [frechet_distance, kernel_distance, precision_recall])
+def test_features_of_two_extractors_are_refused(metric: object) -> None:
+    with pytest.raises(ValueError, match=r"features have dimension 3, but reference features have 5.*same extractor"):
+        metric(normals(9, 3), normals(9, 5))  # type: ignore[operator]
+
+
+def test_features_that_are_no_table_are_refused() -> None:
+    with pytest.raises(ValueError, match=re.escape("(samples, features), not of shape (4, 3, 2)")):
+        GaussianStatistics.of(normals(4, 3, 2))
+
+
+def test_a_mean_comes_with_the_deviation_of_means() -> None:
+    draws = [mean_estimate(normals(25, seed=i)) for i in range(300)]
+
+    assert torch.tensor([draw.value for draw in draws]).std() == pytest.approx(0.2, rel=0.15)
+    assert torch.tensor([draw.error for draw in draws]).mean() == pytest.approx(0.2, rel=0.05)
+    with pytest.raises(ValueError, match=re.escape("at least 2 values in one dimension, not shape (1,)")):
+        mean_estimate(torch.ones(1))
+
+
+# ---- reconstructions
+
+
+def random_images(*shape: int, seed: int = 0) -> Tensor:
+    return torch.from_numpy(np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8))
+
+
+def test_psnr_of_a_constant_error_has_its_closed_form_for_each_image() -> None:
+    reference = random_images(3, 1, 8, 8) // 2
+    images = reference + torch.tensor([1, 10, 100], dtype=torch.uint8)[:, None, None, None]
+
+    expected = torch.tensor([20 * math.log10(255 / error) for error in (1, 10, 100)], dtype=torch.float64)
+    torch.testing.assert_close(psnr(images, reference), expected, rtol=1e-12, atol=0)
+
+
+def test_psnr_of_equal_images_is_that_of_rounding_to_eight_bits() -> None:
+    images = random_images(2, 3, 8, 8)
+
+    assert psnr(images, images).tolist() == pytest.approx([10 * math.log10(255**2 * 12)] * 2)
+
+
+@pytest.mark.parametrize("figure", [psnr, ssim])
+def test_float_images_are_measured_like_their_eight_bit_levels_and_clamped(figure: object) -> None:
+    images, reference = random_images(2, 3, 16, 16), random_images(2, 3, 16, 16, seed=1)
+    images[0, 0, 0, 0] = 255
+    as_float = images / 127.5 - 1
+    as_float[0, 0, 0, 0] = 1.7  # a decoder's overshoot, which no file can hold
+
+    measured = figure(as_float, reference / 127.5 - 1)  # type: ignore[operator]
+
+    torch.testing.assert_close(measured, figure(images, reference), rtol=1e-6, atol=1e-7)  # type: ignore[operator]
+
+
+def test_ssim_agrees_with_an_independent_implementation() -> None:
+    reference = random_images(2, 3, 24, 17)
+    images = (reference.double() * 0.7 + random_images(2, 3, 24, 17, seed=1).double() * 0.3).round().to(torch.uint8)
+
+    expected = []
+    for image, other in zip(images.double().numpy(), reference.double().numpy(), strict=True):
+        channels = []
+        for x, y in zip(image, other, strict=True):
+
+            def mean(a: np.ndarray) -> np.ndarray:
+                return scipy.ndimage.gaussian_filter(a, sigma=1.5, radius=5)[5:-5, 5:-5]
+
+            ux, uy = mean(x), mean(y)
+            vx, vy, vxy = mean(x * x) - ux**2, mean(y * y) - uy**2, mean(x * y) - ux * uy
+            c1, c2 = 6.5025, 58.5225
+            channels.append(((2 * ux * uy + c1) * (2 * vxy + c2) / ((ux**2 + uy**2 + c1) * (vx + vy + c2))).mean())
+        expected.append(np.mean(channels))
+    torch.testing.assert_close(ssim(images, reference), torch.tensor(expected, dtype=torch.float64), rtol=1e-11, atol=0)
+
+
+def test_ssim_is_one_for_equal_images_only() -> None:
+    images = random_images(1, 1, 16, 16)
+    changed = images.clone()
+    changed[0, 0, 8, 8] ^= 1
+
+    assert ssim(images, images).item() == pytest.approx(1, abs=1e-12)
+    assert ssim(changed, images).item() < 1 - 1e-9
+
+
+def test_images_of_unequal_shape_or_below_the_window_are_refused() -> None:
+    with pytest.raises(ValueError, match=re.escape("images (2, 1, 8, 8) and reference (2, 3, 8, 8)")):
+        psnr(random_images(2, 1, 8, 8), random_images(2, 3, 8, 8))
+    with pytest.raises(ValueError, match="11x11 windows; images of 16x10 are smaller"):
+        ssim(random_images(1, 1, 16, 10), random_images(1, 1, 16, 10))
+
+
+# ---- linear probe
+
+
+def labelled_features(num_samples: int = 90, *, seed: int = 0) -> tuple[Tensor, Tensor]:
+    labels = torch.arange(num_samples) % 3
+    centres = torch.tensor([[1.0, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0]], dtype=torch.float64)
+    return normals(num_samples, 4, seed=seed) + 1.5 * centres[labels], labels
+
+
+def test_the_probe_is_at_the_minimum_of_its_loss() -> None:
+    features, labels = labelled_features()
+    inputs = ((features - features.mean(0)) / features.std(0)).numpy()
+    one_hot = np.eye(3)[labels.numpy()]
+
+    def loss(flat: np.ndarray) -> float:
+        weight, bias = flat[:12].reshape(3, 4), flat[12:]
+        logits = inputs @ weight.T + bias
+        log_probabilities = logits - np.logaddexp.reduce(logits, axis=1, keepdims=True)
+        return -(one_hot * log_probabilities).sum(axis=1).mean() + 0.05 / 2 * (weight**2).sum()
+
+    probe = LinearProbe.fit(features, labels, num_classes=3, l2=0.05)
+
+    oracle = scipy.optimize.minimize(loss, np.zeros(15), method="BFGS", options={"gtol": 1e-7})
+    np.testing.assert_allclose(probe.weight.numpy(), oracle.x[:12].reshape(3, 4), atol=1e-4)
+    np.testing.assert_allclose(
+        (probe.bias - probe.bias.mean()).numpy(), oracle.x[12:] - oracle.x[12:].mean(), atol=1e-4
+    )
+
+
+def test_the_probe_does_not_depend_on_the_units_of_the_features() -> None:
+    features, labels = labelled_features()
+    other_units = features * torch.tensor([1e-3, 1.0, 50.0, 1e4]) + torch.tensor([0.0, 10.0, -3.0, 1e3])
+    new, _ = labelled_features(seed=1)
+    new_other_units = new * torch.tensor([1e-3, 1.0, 50.0, 1e4]) + torch.tensor([0.0, 10.0, -3.0, 1e3])
+
+    predicted = LinearProbe.fit(features, labels, num_classes=3).predict(new)
+
+    assert torch.equal(LinearProbe.fit(other_units, labels, num_classes=3).predict(new_other_units), predicted)
+
+
+def test_a_feature_that_never_varied_is_ignored_by_the_probe() -> None:
+    features, labels = labelled_features()
+    with_constant = torch.cat([features, torch.full((90, 1), 0.1, dtype=torch.float64)], dim=1)
+    probe = LinearProbe.fit(with_constant, labels, num_classes=3)
+    new, _ = labelled_features(seed=1)
+
+    predicted = probe.predict(torch.cat([new, torch.full((90, 1), 7.0, dtype=torch.float64)], dim=1))
+
+    assert torch.equal(predicted, LinearProbe.fit(features, labels, num_classes=3).predict(new))
+
+
+def test_the_accuracy_of_the_probe_is_counted_on_new_samples_with_its_binomial_error() -> None:
+    probe = LinearProbe.fit(*labelled_features(300), num_classes=3)
+    new, labels = labelled_features(300, seed=1)
+
+    accuracy = probe.accuracy(new, labels)
+
+    right = int((probe.predict(new) == labels).sum())
+    assert accuracy.value == right / 300
+    assert 0.6 < accuracy.value < 0.95  # classes overlap: the Bayes classifier is right in 0.83
+    assert accuracy.error == pytest.approx(math.sqrt(accuracy.value * (1 - accuracy.value) / 299))
+
+
+def test_mistakes_in_the_probes_data_are_named() -> None:
+    features, labels = labelled_features()
+
+    with pytest.raises(ValueError, match=r"No sample of class 3 to fit a probe on \(of 4 classes\)"):
+        LinearProbe.fit(features, labels, num_classes=4)
+    with pytest.raises(ValueError, match=r"Labels run from 0 to 2, but must be in 0\.\.1"):
+        LinearProbe.fit(features, labels, num_classes=2)
+    with pytest.raises(ValueError, match=re.escape("90 samples need labels of shape (90,), not (89,)")):
+        LinearProbe.fit(features, labels[1:], num_classes=3)
+    with pytest.raises(ValueError, match=r"fitted on 4 features, but these have 3\. Use the same extractor"):
+        LinearProbe.fit(features, labels, num_classes=3).predict(features[:, :3])

@@ -1,0 +1,376 @@
+"""Tracking against a real `mlflow server`, behind a TCP proxy that delays, refuses, swallows and lies."""
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+from mlflow.exceptions import MlflowException
+from PIL import Image
+from safetensors.numpy import save_file
+
+from pipelines import sync
+from pipelines.runtime.tracking import Tracker, open_tracker
+
+REPOSITORY = Path(__file__).parents[1]
+os.environ.update(sync.CLIENT_SETTINGS)
+
+
+class FaultProxy:
+    """Hands connections on to ``upstream`` in the ``mode`` of the moment: pass, refuse, blackhole, slow or 503."""
+
+    def __init__(self, upstream: int) -> None:
+        self.upstream = upstream
+        self.mode = "pass"
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self._listener.getsockname()[1]
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    @property
+    def uri(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                client, _ = self._listener.accept()
+                threading.Thread(target=self._serve, args=(client,), daemon=True).start()
+
+    def _serve(self, client: socket.socket) -> None:
+        with client, contextlib.suppress(OSError):
+            if self.mode == "refuse":
+                client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")  # a reset, not an end
+                return
+            with socket.create_connection(("127.0.0.1", self.upstream)) as server:
+                threading.Thread(target=self._copy, args=(server, client), daemon=True).start()
+                self._copy(client, server)
+
+    def _copy(self, source: socket.socket, sink: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while payload := source.recv(1 << 16):
+                while self.mode == "blackhole":
+                    time.sleep(0.05)
+                if self.mode == "slow":
+                    time.sleep(0.3)
+                if self.mode == "503":
+                    source.sendall(b"HTTP/1.1 503 Unavailable\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
+                    break
+                sink.sendall(payload)
+            sink.shutdown(socket.SHUT_RDWR)
+
+
+class MlflowServer:
+    """A server process that can be killed and started again on the same port."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        with socket.create_server(("127.0.0.1", 0)) as probe:
+            self.port = probe.getsockname()[1]
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        uri, artifacts = f"sqlite:///{self.folder}/server.db", str(self.folder / "artifacts")
+        command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", uri, "--host", "127.0.0.1"]
+        command += ["--artifacts-destination", artifacts, "--port", str(self.port), "--workers", "1"]
+        with open(self.folder / "server.log", "ab") as log:
+            environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+            self._process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
+        for _ in range(600):
+            with contextlib.suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{self.port}/health"):
+                return
+            time.sleep(0.1)
+        raise RuntimeError((self.folder / "server.log").read_text())
+
+    def kill(self) -> None:
+        if self._process is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+            self._process = None
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MlflowServer]:
+    server = MlflowServer(tmp_path_factory.mktemp("mlflow server"))
+    server.start()
+    yield server
+    server.kill()
+
+
+@pytest.fixture
+def proxy(server: MlflowServer) -> FaultProxy:
+    return FaultProxy(server.port)
+
+
+def start(root: Path, uri: str, *, stage: str = "train_unet", params: dict | None = None) -> Tracker:
+    return open_tracker(
+        folder=root / stage.removeprefix("train_"),
+        root=root,
+        stage=stage,
+        experiment="tests",
+        tracking_uri=uri,
+        params=params or {"optim": {"peak_lr": 1e-3}},
+        tags={"code_version": "1.2.3"},
+        config_file=None,
+    )
+
+
+def log_updates(tracker: Tracker, first: int, last: int) -> None:
+    tracker.log_rows([{"update": n, "batch": n, "time": 1e9 + n, "train/loss": 1 / n} for n in range(first, last + 1)])
+
+
+def mlflow_run(root: Path, uri: str, stage: str = "unet"):
+    client = sync.MlflowStore(uri)._client
+    return client, client.get_run(json.loads((root / stage / "run.json").read_text())["mlflow_run_id"])
+
+
+def losses(root: Path, uri: str) -> list[tuple[int, float]]:
+    client, run = mlflow_run(root, uri)
+    return [(point.step, point.value) for point in client.get_metric_history(run.info.run_id, "train/loss")]
+
+
+def senders() -> list[int]:
+    return [
+        process.pid
+        for process in psutil.process_iter(["cmdline"])
+        if "--with-owner" in (process.info["cmdline"] or []) and process.status() != psutil.STATUS_ZOMBIE
+    ]
+
+
+def test_everything_that_a_stage_logs_arrives_once(tmp_path: Path, proxy: FaultProxy) -> None:
+    root = tmp_path / "runs" / "demo"
+    tracker = start(root, proxy.uri, params={"network": {"channels": [32, 64]}, "conditioners": [{"kind": "class"}]})
+    folder = root / "unet"
+    (folder / "config.json").write_text("{}")
+    save_file({"weight": np.ones(3, np.float32)}, folder / "unet.safetensors")
+    (folder / "manifest.json").write_text('{"content": {}}')
+    tracker.log_input("latents", digest="ab" * 32, source="runs/demo/latents", context="training")
+    for step in (10, 20):
+        Image.new("L", (64, 32), step).save(folder / "grid.png")
+        tracker.log_image("samples/guidance 2", folder / "grid.png", step=step)
+    log_updates(tracker, 1, 1500)  # more than one request takes
+    tracker.log_metrics({"val/loss": 0.25, "val/odd": float("nan")}, step=1500)
+    tracker.log_artifact(folder / "manifest.json", "provenance")
+    tracker.log_model("unet", folder)
+    tracker.set_tags({"digest.unet": "cd" * 32})
+    tracker.close("FINISHED", wait_seconds=30)
+
+    def law() -> None:
+        client, run = mlflow_run(root, proxy.uri)
+        assert losses(root, proxy.uri) == [(n, 1 / n) for n in range(1, 1501)]
+        assert run.info.status == "FINISHED"
+        assert run.info.run_name == "demo/unet"
+        assert run.data.metrics["val/loss"] == 0.25
+        assert np.isnan(run.data.metrics["val/odd"])
+        assert run.data.params == {"network.channels": "[32, 64]", "conditioners.0.kind": "class"}
+        assert run.data.tags["stage"] == "train_unet"
+        assert run.data.tags["digest.unet"] == "cd" * 32
+        parent = client.get_run(run.data.tags["mlflow.parentRunId"])
+        assert (parent.info.run_name, parent.info.status) == ("demo", "FINISHED")
+        [data] = [given.dataset for given in run.inputs.dataset_inputs]
+        assert (data.name, data.digest) == ("latents", ("ab" * 32)[:36])
+        assert json.loads(data.source) == {"uri": "runs/demo/latents", "digest": "ab" * 32}
+        images = sorted(entry.path for entry in client.list_artifacts(run.info.run_id, "images"))
+        assert [name.split("+")[:3] for name in images if name.endswith(".png")] == [
+            ["images/samples~guidance 2", "step", step] for step in ("10", "20")
+        ]
+        assert len(images) == 4  # each with its preview
+        shown = client.download_artifacts(run.info.run_id, next(n for n in images if "+20+" in n and ".png" in n))
+        assert np.asarray(Image.open(shown)).max() == 20  # the picture of that step, though the file was drawn over
+        assert [entry.path for entry in client.list_artifacts(run.info.run_id, "provenance")] == [
+            "provenance/manifest.json"
+        ]
+        [model] = client.search_logged_models([run.info.experiment_id], f"source_run_id = '{run.info.run_id}'")
+        assert (model.name, str(model.status)) == ("unet", "READY")
+        assert [output.model_id for output in run.outputs.model_outputs] == [model.model_id]
+
+    law()
+    (folder / "tracking" / "sent.json").unlink()  # as if the sender had died before it could remember anything
+    assert sync.main([str(root), "--tracking-uri", proxy.uri]) == 0
+    law()
+
+
+@pytest.mark.parametrize("fault", ["refuse", "blackhole", "slow", "503"])
+def test_a_sick_server_costs_the_step_nothing_and_loses_nothing(fault: str, tmp_path: Path, proxy: FaultProxy) -> None:
+    root = tmp_path / "demo"
+    seconds: list[float] = []
+
+    def log(tracker: Tracker, first: int, last: int) -> None:
+        for n in range(first, last + 1):
+            began = time.perf_counter()
+            log_updates(tracker, n, n)
+            seconds.append(time.perf_counter() - began)
+            time.sleep(0.002)
+
+    tracker = start(root, proxy.uri)
+    log(tracker, 1, 200)
+    proxy.mode = fault
+    log(tracker, 201, 600)
+    began = time.monotonic()
+    tracker.close("FINISHED", wait_seconds=1.5)
+    assert time.monotonic() - began < 2.5
+    assert np.median(seconds) < 50e-6
+    assert max(seconds) < 5e-3
+
+    proxy.mode = "pass"
+    assert sync.main([str(root)]) == 0
+    assert losses(root, proxy.uri) == [(n, 1 / n) for n in range(1, 601)]
+    assert mlflow_run(root, proxy.uri)[1].info.status == "FINISHED"
+
+
+def test_a_server_killed_in_mid_run_gets_everything_when_it_is_back(tmp_path: Path, server: MlflowServer) -> None:
+    proxy = FaultProxy(server.port)
+    check_restarts(tmp_path / "demo", server, proxy, restarts=1)
+
+
+@pytest.mark.soak
+def test_a_server_killed_twenty_times_gets_everything_once(tmp_path: Path, server: MlflowServer) -> None:
+    proxy = FaultProxy(server.port)
+    check_restarts(tmp_path / "demo", server, proxy, restarts=20)
+
+
+def check_restarts(root: Path, server: MlflowServer, proxy: FaultProxy, *, restarts: int) -> None:
+    tracker = start(root, proxy.uri)
+    for restart in range(restarts):
+        log_updates(tracker, 2000 * restart + 1, 2000 * restart + 1000)
+        wait_until(lambda: json.loads((root / "unet" / "tracking" / "sent.json").read_text())["offsets"])
+        server.kill()
+        log_updates(tracker, 2000 * restart + 1001, 2000 * restart + 2000)
+        server.start()
+    tracker.close("FINISHED")
+    sync.main([str(root)])
+    assert losses(root, proxy.uri) == [(n, 1 / n) for n in range(1, 2000 * restarts + 1)]
+
+
+STAGE = """
+import sys, time
+sys.path.insert(0, {tests!r})
+from pathlib import Path
+from test_tracking_mlflow import log_updates, start
+tracker = start(Path({root!r}), {uri!r})
+tracker.resume_after({checkpoint})
+log_updates(tracker, {checkpoint} + 1, {last})
+tracker.flush()
+if {ends}:
+    tracker.close("FINISHED")
+else:
+    print("logged", flush=True)
+    time.sleep(60)
+"""
+
+
+def run_stage(root: Path, uri: str, *, checkpoint: int, last: int, ends: bool) -> subprocess.Popen[str]:
+    """Run a stage in a process of its own; return when it is over or has logged everything and hangs."""
+    code = STAGE.format(
+        tests=str(REPOSITORY / "tests"), root=str(root), uri=uri, checkpoint=checkpoint, last=last, ends=ends
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=REPOSITORY)
+    assert process.stdout is not None
+    process.stdout.readline()
+    if ends:
+        assert process.wait(timeout=30) == 0
+    return process
+
+
+def wait_until(condition, *, seconds: float = 20.0) -> None:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        with contextlib.suppress(OSError, ValueError, KeyError, MlflowException):
+            if condition():
+                return
+        time.sleep(0.05)
+    raise AssertionError("it did not come about in time")
+
+
+def test_a_killed_stage_is_closed_as_killed_and_its_restart_continues_the_same_run(
+    tmp_path: Path, proxy: FaultProxy
+) -> None:
+    root = tmp_path / "demo"
+    stage = run_stage(root, proxy.uri, checkpoint=0, last=100, ends=False)
+    wait_until(lambda: len(losses(root, proxy.uri)) == 100)
+    first = mlflow_run(root, proxy.uri)[1].info
+    assert first.status == "RUNNING"
+    [sender] = [child.pid for child in psutil.Process(stage.pid).children()]
+    stage.kill()
+    stage.wait()
+    wait_until(lambda: mlflow_run(root, proxy.uri)[1].info.status == "KILLED", seconds=5)
+    wait_until(lambda: not psutil.pid_exists(sender), seconds=5)
+
+    run_stage(root, proxy.uri, checkpoint=70, last=150, ends=True)
+    again = mlflow_run(root, proxy.uri)[1].info
+    assert (again.run_id, again.status) == (first.run_id, "FINISHED")
+    assert losses(root, proxy.uri) == [(n, 1 / n) for n in range(1, 151)]
+    lines = [json.loads(line)["update"] for line in (root / "unet" / "metrics.jsonl").read_text().splitlines()]
+    assert lines == list(range(1, 151))
+
+
+def test_sync_closes_a_run_as_killed_when_stage_and_sender_died_together(tmp_path: Path, proxy: FaultProxy) -> None:
+    root = tmp_path / "demo"
+    stage = run_stage(root, proxy.uri, checkpoint=0, last=100, ends=False)
+    wait_until(lambda: len(losses(root, proxy.uri)) == 100)
+    assert sync.main([str(root)]) == 0  # a living run is left to its own sender
+    assert mlflow_run(root, proxy.uri)[1].info.status == "RUNNING"
+    for process in [*psutil.Process(stage.pid).children(), psutil.Process(stage.pid)]:
+        process.kill()
+    stage.wait()
+    assert mlflow_run(root, proxy.uri)[1].info.status == "RUNNING"
+    assert sync.main([str(root)]) == 0
+    run = mlflow_run(root, proxy.uri)[1]
+    assert run.info.status == "KILLED"
+    assert mlflow_run(root, proxy.uri)[0].get_run(run.data.tags["mlflow.parentRunId"]).info.status == "KILLED"
+
+
+def test_a_lost_store_is_filled_again_from_the_run_itself(tmp_path: Path, proxy: FaultProxy) -> None:
+    root = tmp_path / "runs" / "demo"
+    tracker = start(root, "offline")
+    log_updates(tracker, 1, 50)
+    tracker.close("FAILED")
+    assert sync.main([str(root)]) == 2  # it names no store
+    assert sync.main([str(root), "--tracking-uri", proxy.uri]) == 0
+    lost = mlflow_run(root, proxy.uri)[1].info.run_id
+    mlflow_run(root, proxy.uri)[0].delete_run(lost)
+    assert sync.main([str(root), "--tracking-uri", proxy.uri]) == 0
+    found = mlflow_run(root, proxy.uri)[1].info
+    assert found.run_id != lost
+    assert found.status == "FAILED"
+    assert losses(root, proxy.uri) == [(n, 1 / n) for n in range(1, 51)]
+
+
+def test_a_parameter_changed_on_resume_becomes_a_tag_and_a_lost_file_is_counted(
+    tmp_path: Path, proxy: FaultProxy, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = tmp_path / "demo"
+    start(root, "offline", params={"peak_lr": 1e-3, "seed": 1}).close("KILLED")
+    tracker = start(root, "offline", params={"peak_lr": 2e-3, "seed": 1})
+    tracker.log_artifact(root / "never-written.json")
+    log_updates(tracker, 1, 3)
+    tracker.close("FINISHED")
+    assert sync.main([str(root), "--tracking-uri", proxy.uri]) == 0
+    run = mlflow_run(root, proxy.uri)[1]
+    assert run.data.params == {"peak_lr": "0.001", "seed": "1"}
+    assert {key: value for key, value in run.data.tags.items() if "changed" in key} == {"changed.peak_lr": "0.002"}
+    assert len(losses(root, proxy.uri)) == 3
+    assert "1 entries refused" in capsys.readouterr().out
+    assert "never-written.json" in (root / "unet" / "tracking" / "refused.log").read_text()
+
+
+def test_stages_that_start_at_once_share_one_parent(tmp_path: Path, proxy: FaultProxy) -> None:
+    root = tmp_path / "demo"
+    trackers = [start(root, proxy.uri, stage=stage) for stage in ("one", "two", "three")]
+    for tracker in trackers:
+        tracker.close("FINISHED", wait_seconds=30)
+    parents = {
+        mlflow_run(root, proxy.uri, stage)[1].data.tags["mlflow.parentRunId"] for stage in ("one", "two", "three")
+    }
+    assert len(parents) == 1
