@@ -164,7 +164,7 @@ def narrow(values: np.ndarray, dtype: str, *, key: str, member: str) -> np.ndarr
             member=member,
         )
     largest = float(np.abs(values).max(initial=0.0))
-    if largest > np.finfo(dtype).max:
+    if largest > float(np.finfo(dtype).max):
         raise BadSample(
             "latent_overflow", f"a value of {largest:.6g} does not fit {dtype}; store float32", key=key, member=member
         )

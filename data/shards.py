@@ -74,16 +74,20 @@ class ShardWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is None:
+        if kind is not None:
+            self._commit.__exit__(kind, error, trace)
+            return
+        with self._commit:
             self._write(bytes(2 * BLOCK))
             self._write(bytes(-self._bytes % RECORD_BYTES))
-        self._commit.__exit__(kind, error, trace)
-        if kind is None:
-            self.entry = FileEntry(
+            self._file.flush()
+            entry = FileEntry(
                 name=self.path.name, bytes=self._bytes, sha256=self._digest.hexdigest(), samples=len(self._keys)
             )
-            # Scanned from the file, not remembered: what was written is what is found.
-            ShardIndex.build(self.path, entry=self.entry).save(index_path(self.path))
+            # Scanned from the file, not remembered, and before it is committed: what was written is what is found.
+            index = ShardIndex.build(Path(self._file.name), entry=entry)
+        index.save(index_path(self.path))
+        self.entry = entry
 
 
 def index_path(shard: Path) -> Path:

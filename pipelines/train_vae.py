@@ -267,7 +267,7 @@ def check_images(config: TrainVAEConfig, corpus: Manifest) -> None:
     resolution, factor = corpus.content["image"]["resolution"], config.network.factor
     if resolution % factor:
         raise ConfigError(
-            f"train_vae.network.channels has {len(config.network.channels)} levels, so images shrink to 1/{factor}, but "
+            f"train_vae.network.channels has {len(config.network.channels)} levels, so images shrink to 1/{factor}; "
             f"{resolution} pixels are no multiple of {factor}. Use fewer levels, or prepare the corpus at "
             f"{resolution // factor * factor or factor} or {-(-resolution // factor) * factor} pixels."
         )

@@ -171,7 +171,6 @@ def test_latents_are_refused_when_their_type_cannot_hold_them() -> None:
     with pytest.raises(BadSample, match=r"latent_overflow: a value of 70000 does not fit float16"):
         latent_members("k", moments, carried={})
     assert decode_npy(latent_members("k", moments, dtype="float32", carried={})["latent.npy"]).max() == 70000
-    # Between the largest float16 and the midpoint to the next power, rounding gives the largest; above it infinity.
     moments[0, 0, 0, 0] = np.nan
     with pytest.raises(BadSample, match="latent_not_finite: 1 values are NaN"):
         latent_members("k", np.zeros_like(moments), flipped=moments, carried={})

@@ -216,7 +216,7 @@ def test_blocks_of_rows_do_not_change_the_kernel_distance(monkeypatch: pytest.Mo
 
 
 def test_precision_and_recall_agree_with_their_definitions(monkeypatch: pytest.MonkeyPatch) -> None:
-    features, reference = normals(40, 3).numpy() * 0.6, normals(30, 3, seed=1).numpy() + 0.5
+    features, reference = normals(40, 3).numpy() * 2, normals(30, 3, seed=1).numpy()
 
     def fraction_inside(points: np.ndarray, manifold: np.ndarray) -> float:
         inside = 0
@@ -234,7 +234,7 @@ def test_precision_and_recall_agree_with_their_definitions(monkeypatch: pytest.M
 
     assert precision.value == pytest.approx(fraction_inside(features, reference))
     assert recall.value == pytest.approx(fraction_inside(reference, features))
-    assert 0 < recall.value < precision.value < 1  # so that the two cannot be exchanged unnoticed
+    assert 0 < precision.value < recall.value < 1  # so that the two cannot be exchanged unnoticed
     assert precision.error == pytest.approx(math.sqrt(precision.value * (1 - precision.value) / 40))
 
 

@@ -34,9 +34,8 @@ class ClassConditioner(nn.Module):
                 "classes, or remove the conditioner of kind 'class'."
             )
         self.num_classes = num_classes
+        # Rows start with unit variance, so that classes are far apart from the first update on; small ones learn slower.
         self.table = nn.Embedding(num_classes + 1, embedding_width)
-        # A unit-variance row would drown the time embedding, whose features start an order of magnitude smaller.
-        nn.init.normal_(self.table.weight, std=0.02)
 
     def forward(self, conditions: Mapping[str, Tensor], dropped: Tensor) -> Conditioning:
         """Reads ``labels`` int64 (b), -1 where an image has none; ``dropped`` bool (b) says who goes without theirs.

@@ -7,6 +7,7 @@ the TensorFlow original, Apache-2.0. About 50 images a second on two cores.
 from pathlib import Path
 from typing import Literal
 
+import torch
 from pydantic import BaseModel
 from torch import Tensor
 
@@ -46,7 +47,8 @@ class EfficientNetLite0(FeatureExtractor):
         self.dimension = 1280
         self.resolution = 224
         self.images_per_pass = 16
-        self.network = EfficientNet.from_name("efficientnet-lite0")
+        with torch.device("meta"):  # no time is spent on initial values
+            self.network = EfficientNet.from_name("efficientnet-lite0")
         load_exactly(self.network, state, path=path)
         self.network.eval().requires_grad_(False)
 

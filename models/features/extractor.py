@@ -112,13 +112,17 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], str]:
 
 
 def load_exactly(network: nn.Module, state: dict[str, Tensor], *, path: Path) -> None:
-    """Load ``state`` into ``network``; every name and shape must fit.
+    """Give ``network`` (which may be on the meta device) the tensors of ``state``; every name and shape must fit.
 
     Raises:
         ValueError: Names are missing or left over, or a shape differs.
     """
+    state = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in state.items()}
+    for name in network.state_dict():
+        if name.endswith("num_batches_tracked"):  # read in training only, and not in every file
+            state.setdefault(name, torch.tensor(0))
     try:
-        network.load_state_dict(state, strict=True)
+        network.load_state_dict(state, strict=True, assign=True)
     except RuntimeError as error:
-        lines = str(error).splitlines()
-        raise ValueError(f"{path} does not fit the network: {' '.join(' '.join(lines[1:4]).split())[:400]}") from error
+        reasons = [line.strip()[:160] for line in str(error).splitlines()[1:4]]
+        raise ValueError(f"{path} does not fit the network: {' '.join(reasons)}") from error

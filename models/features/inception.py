@@ -43,7 +43,8 @@ class Inception(FeatureExtractor):
         self.dimension = 2048
         self.resolution = 299
         self.images_per_pass = 16
-        self.network = InceptionNetwork()
+        with torch.device("meta"):  # no time is spent on initial values
+            self.network = InceptionNetwork()
         # The classifier is not part of the features, and files differ in whether they hold it.
         state = {name: tensor for name, tensor in state.items() if not name.startswith(("fc.", "AuxLogits."))}
         load_exactly(self.network, state, path=config.weights)

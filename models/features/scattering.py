@@ -43,7 +43,7 @@ class Scattering(FeatureExtractor):
     """
 
     wavelets: Tensor  # (2l 1 7 7), real then imaginary parts
-    low_pass: Tensor  # (1 1 5 5)
+    low_pass: Tensor  # (1 1 6 6)
 
     def __init__(self, config: ScatteringConfig) -> None:
         super().__init__()
@@ -55,7 +55,8 @@ class Scattering(FeatureExtractor):
         brightness += _NUM_ANGLES**2 * self.num_octaves * (self.num_octaves - 1) // 2
         self.dimension = brightness + 2 * (_GRID**2 + _NUM_ANGLES * self.num_octaves)
         self.register_buffer("wavelets", morlet_wavelets(_NUM_ANGLES))
-        binomial = torch.tensor([1.0, 4.0, 6.0, 4.0, 1.0]) / 16
+        # Of even length, so that halving keeps the image's centre, and a mirrored image has mirrored features.
+        binomial = torch.tensor([1.0, 5.0, 10.0, 10.0, 5.0, 1.0]) / 32
         self.register_buffer("low_pass", torch.outer(binomial, binomial)[None, None])
         self.weights_sha256 = self._definition_digest(config)
 
@@ -96,7 +97,7 @@ class Scattering(FeatureExtractor):
         return (real.square() + imaginary.square()).sqrt().reshape(b, c * _NUM_ANGLES, h, w)
 
     def _halved(self, images: Tensor) -> Tensor:
-        """Every second pixel of the low-passed image; (b c h w) -> (b c h/2 w/2)."""
+        """Low-passed image at half the size; (b c h w) -> (b c h/2 w/2)."""
         b, c, h, w = images.shape
         planes = functional.pad(images.reshape(b * c, 1, h, w), (2, 2, 2, 2), mode="replicate")
         return functional.conv2d(planes, self.low_pass, stride=2).reshape(b, c, h // 2, w // 2)

@@ -40,8 +40,8 @@ def make_parts(
     """
     folder = folder or stage.folder / "parts"
     folder.mkdir(parents=True, exist_ok=True)
-    if stage.is_main:
-        sweep_temporaries(folder)
+    if stage.is_main and folder.is_relative_to(stage.folder):
+        sweep_temporaries(folder)  # elsewhere, another run may be writing
     rank, world_size = stage.accelerator.process_index, stage.accelerator.num_processes
     missing = [name for name in names if not (folder / f"{name}.json").exists()]
     if stage.is_main and 0 < len(missing) < len(names):

@@ -114,7 +114,7 @@ def open_tracker(
     uri = store_uri(tracking_uri, root=root)
     folder.mkdir(parents=True, exist_ok=True)
     lock = FolderLock(folder / WRITER_LOCK)
-    lock.acquire(patience_seconds=5.0)
+    lock.acquire(patience_seconds=1.0)  # pipelines.sync holds it for a moment, to see whether the run is alive
     identity = run_identity(folder, root=root, stage=stage, experiment=experiment, uri=uri)
     tracker = Tracker(folder=folder, identity=identity, uri=uri, lock=lock)
     tracker.event("start", process=os.getpid(), host=os.uname().nodename)

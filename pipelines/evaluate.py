@@ -1,0 +1,424 @@
+"""From a U-Net and its VAE to DDIM samples, grids, and metrics over a sweep of guidance scales.
+
+    accelerate launch -m pipelines.evaluate --config pipelines/configs/demo.toml
+
+Reads: ``runs/NAME/corpus/`` (reference images), ``runs/NAME/vae/``, ``runs/NAME/unet/``. Writes:
+``runs/NAME/evaluation/`` with ``metrics.json``, ``samples.png``, ``guidance.png``, ``sweep.png`` and ``samples-000000.tar`` ...
+
+Sample i has class i mod K and noise (seed, i); batches have a fixed size and are composed by sample index; ranks take
+whole batches. So the number of processes changes neither an image nor a figure.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Self
+
+import numpy as np
+import torch
+from pydantic import BaseModel, Field, NonNegativeFloat, NonNegativeInt, PositiveInt, model_validator
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from data.commit import write_atomically, write_json
+from data.loading import ImageShards
+from data.manifest import FileEntry, Manifest, digest_of
+from data.panels import panel_png
+from data.samples import Split, image_members
+from data.shards import ShardWriter
+from data.transforms import to_levels, to_unit_range
+from models.diffusion.guidance import GuidanceConfig
+from models.diffusion.samplers import DDIMConfig, SamplerConfig
+from models.features import FeatureExtractor, FeatureExtractorConfig, ScatteringConfig
+from models.metrics import psnr, ssim
+from pipelines.config import ConfigError, StageConfig, config_from_command_line
+from pipelines.evaluation_figures import Reference, distribution_figures, fidelity_figures, sweep_plot
+from pipelines.published import check_same_vae, load_denoiser, load_vae
+from pipelines.runtime.launch import Precision
+from pipelines.runtime.parts import make_parts
+from pipelines.runtime.progress import progress_line
+from pipelines.runtime.stage import Stage, blaming, running_stage
+from pipelines.sampling import ImageSampler
+
+PANEL_ROWS = 8
+MAX_PANEL_COLUMNS = 12
+
+
+class EvaluateInputs(BaseModel, frozen=True, extra="forbid"):
+    """What is evaluated, and against what."""
+
+    corpus: str  # folder of the image shards; its validation images are the reference
+    vae: str  # folder of the autoencoder that made the U-Net's latents
+    unet: str  # folder of the U-Net
+
+
+class EvaluateConfig(StageConfig):
+    """How samples are drawn and judged."""
+
+    harmless = frozenset({"name"})
+
+    inputs: EvaluateInputs  # where the stage reads
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]*$")] = ""  # NAME writes evaluation-NAME/; empty evaluation/
+    seed: NonNegativeInt = 0  # of the samples' noise
+    num_samples: PositiveInt = 1_000  # images at each guidance scale, classes in turn
+    batch_size: PositiveInt = 50  # images drawn at once; images of a batch may depend on it in their last bits
+    sampler: SamplerConfig = DDIMConfig(num_steps=50)  # how samples are drawn
+    guidance: GuidanceConfig = GuidanceConfig(scale=2.0)  # the default guidance, which is shown and stored first
+    sweep: tuple[NonNegativeFloat, ...] = (1.0, 1.5, 2.0, 3.0)  # guidance scales compared; the default's is added
+    extractor: FeatureExtractorConfig = ScatteringConfig()  # what metrics look at images with
+    samples_per_shard: PositiveInt = 1_000  # samples of one tar
+    precision: Precision = "float32"  # what the networks compute in
+
+    @model_validator(mode="after")
+    def _whole_batches(self) -> Self:
+        if self.num_samples % self.batch_size:
+            raise ValueError(
+                f"num_samples = {self.num_samples} is not a multiple of batch_size = {self.batch_size}: batches have "
+                f"one size, so that each image has the same bits on any number of processes"
+            )
+        return self
+
+    @property
+    def scales(self) -> tuple[float, ...]:
+        """All guidance scales, the default first."""
+        return (self.guidance.scale, *sorted(set(self.sweep) - {self.guidance.scale}))
+
+
+def main() -> None:
+    config = config_from_command_line(EvaluateConfig, table="evaluate", about=__doc__)
+    with running_stage(
+        config,
+        name="evaluate",
+        parents={"corpus": "prepare_corpus", "vae": "train_vae", "unet": "train_unet"},
+        precision=config.precision,
+        check=lambda parents: check_request(config, parents),
+        folder_name=f"evaluation-{config.name}" if config.name else None,
+    ) as stage:
+        evaluate(config, stage)
+
+
+def check_request(config: EvaluateConfig, parents: Mapping[str, Manifest]) -> None:
+    """Refuse what cannot be compared, before any work.
+
+    Raises:
+        ConfigError: Another VAE than the U-Net's, other classes, or no validation images.
+    """
+    with blaming("inputs.vae"):
+        check_same_vae(
+            parents["unet"].content["vae"],
+            given=parents["vae"],
+            given_at=config.inputs.vae,
+            user=f"inputs.unet = {config.inputs.unet!r}",
+        )
+    corpus, unet = parents["corpus"], parents["unet"]
+    if corpus.classes != unet.classes:
+        raise ConfigError(
+            f"inputs.corpus has the classes {list(corpus.classes)}, inputs.unet was trained on {list(unet.classes)}. "
+            "Point inputs.corpus at the corpus of the training, or at one with its classes in its order."
+        )
+    if not corpus.content["splits"]["val"]:
+        raise ConfigError("inputs.corpus has no validation images to compare with. Prepare it with a validation split.")
+
+
+def evaluate(config: EvaluateConfig, stage: Stage) -> None:
+    """Draw every sample that is missing, then judge them all."""
+    maker = PartMaker(config, stage)
+    parts = maker.plan()
+    with progress_line("evaluate", total=len(parts.own), unit="batches", speaks=stage.is_main) as line:
+        make_parts(stage, parts.reference, maker.make_reference, folder=maker.reference_folder)
+        make_parts(
+            stage,
+            parts.own,
+            maker.make_own,
+            after_each=lambda done, _: line.advance_to(done),
+        )
+    if stage.is_main:
+        judge(config, stage, maker, parts)
+    stage.finish(
+        files=[
+            FileEntry.of(path, samples=maker.samples_in(path))
+            for path in [
+                *sorted(stage.folder.glob("samples-*.tar")),
+                *(stage.folder / name for name in ("metrics.json", "samples.png", "guidance.png", "sweep.png")),
+            ]
+        ]
+        if stage.is_main
+        else [],
+        content={
+            "weights": stage.parents["unet"].content["weights"],
+            "vae": stage.parents["vae"].content["weights"],
+            "counts": {"in": len(config.scales) * config.num_samples, "out": len(config.scales) * config.num_samples},
+            "classes": list(stage.parents["unet"].classes),
+            "value_range": [0, 255],
+        },
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """The names of all parts."""
+
+    reference: list[str]
+    reconstructions: list[str]
+    samples: dict[float, list[str]]
+
+    @property
+    def own(self) -> list[str]:
+        """Parts that belong to this evaluation; those of the reference are shared by all of one corpus."""
+        return [*self.reconstructions, *(name for names in self.samples.values() for name in names)]
+
+
+class PartMaker:
+    """Makes parts: a batch of images each, with their features; a pure function of the part's name."""
+
+    def __init__(self, config: EvaluateConfig, stage: Stage) -> None:
+        self.config, self.stage = config, stage
+        device = stage.accelerator.device
+        with blaming("inputs.vae"):
+            self.vae = load_vae(config.inputs.vae, stage.parents["vae"]).network.to(device)
+        with blaming("inputs.unet"):
+            published = load_denoiser(config.inputs.unet, stage.parents["unet"])
+        self.sampler = ImageSampler(
+            published.network.to(device),
+            published.normalisation.to(device),
+            self.vae,
+            latent_shape=(published.latent_channels, published.latent_size, published.latent_size),
+            seed=config.seed,
+        )
+        corpus = stage.parents["corpus"]
+        with blaming("inputs.corpus"):
+            self.images: dict[str, ImageShards] = {
+                split: ImageShards(config.inputs.corpus, split=split, manifest=corpus) for split in ("train", "val")
+            }
+        with blaming("evaluate.extractor"):
+            self.extractor: FeatureExtractor = config.extractor.build().to(device)
+        name = f"{corpus.digest[:16]}-{self.extractor.name}-{self.extractor.weights_sha256[:16]}"
+        self.reference_folder = Path(config.run.root).parent / "cache" / "features" / f"{name}-{config.batch_size}"
+
+    def plan(self) -> Plan:
+        """Name every part: what it holds, and the number of its batch."""
+        size = self.config.batch_size
+        batches = {split: -(-len(images) // size) for split, images in self.images.items()}
+        return Plan(
+            reference=[f"{split}-{number:06}" for split in ("train", "val") for number in range(batches[split])],
+            reconstructions=[f"reconstruction-{number:06}" for number in range(batches["val"])],
+            samples={
+                scale: [f"{key_prefix(scale)}-{number:06}" for number in range(self.config.num_samples // size)]
+                for scale in self.config.scales
+            },
+        )
+
+    def make_reference(self, name: str) -> dict[str, Any]:
+        """Extract the features of one batch of real images."""
+        split, number = name.rsplit("-", 1)
+        images, labels = self._real(split, int(number))
+        write_atomically(
+            self.reference_folder / f"{name}.safetensors",
+            save({"features": self._features(images), "labels": labels}),
+        )
+        return {"samples": len(labels)}
+
+    def make_own(self, name: str) -> dict[str, Any]:
+        """Reconstruct one batch of validation images, or draw one batch of samples."""
+        kind, number = name.rsplit("-", 1)
+        tensors = self._reconstructions(int(number)) if kind == "reconstruction" else self._samples(kind, int(number))
+        write_atomically(self.stage.folder / "parts" / f"{name}.safetensors", save(tensors))
+        return {"samples": len(tensors["features"])}
+
+    def read(self, names: list[str], key: str, *, folder: Path | None = None) -> Tensor:
+        """Return one tensor of all named parts, concatenated."""
+        folder = folder or self.stage.folder / "parts"
+        return torch.cat([load_file(folder / f"{name}.safetensors")[key] for name in names])
+
+    def labels(self, indices: range) -> Tensor:
+        """Classes of samples: in turn, so that all are equally frequent; -1 without classes."""
+        num_classes = len(self.stage.parents["unet"].classes)
+        return torch.tensor([index % num_classes if num_classes else -1 for index in indices])
+
+    def samples_in(self, path: Path) -> int:
+        """Return how many samples a tar of this evaluation holds."""
+        if path.suffix != ".tar":
+            return 0
+        first = int(path.stem.removeprefix("samples-")) * self.config.samples_per_shard
+        return min(self.config.samples_per_shard, len(self.config.scales) * self.config.num_samples - first)
+
+    def _real(self, split: str, number: int) -> tuple[Tensor, Tensor]:
+        size, images = self.config.batch_size, self.images[split]
+        batch = images.read(np.arange(number * size, min((number + 1) * size, len(images))))
+        return torch.from_numpy(batch.images), torch.from_numpy(batch.labels)
+
+    @torch.no_grad()
+    def _reconstructions(self, number: int) -> dict[str, Tensor]:
+        real, _ = self._real("val", number)
+        size = self.config.batch_size
+        whole = torch.cat([real] * -(-size // len(real)))[:size]
+        with self.stage.accelerator.autocast():
+            posterior = self.vae.encode(to_unit_range(whole).to(self.stage.accelerator.device))
+            levels = torch.from_numpy(to_levels(self.vae.decode(posterior.mode())))[: len(real)]
+        found, expected = levels.movedim(-1, 1), real.movedim(-1, 1)
+        return {
+            "images": levels,
+            "features": self._features(levels),
+            "psnr": psnr(found, expected),
+            "ssim": ssim(found, expected),
+        }
+
+    def _samples(self, kind: str, number: int) -> dict[str, Tensor]:
+        scale = next(scale for scale in self.config.scales if key_prefix(scale) == kind)
+        indices = range(number * self.config.batch_size, (number + 1) * self.config.batch_size)
+        images = self.sampler.draw(
+            indices,
+            {"labels": self.labels(indices)},
+            sampler=self.config.sampler,
+            guidance=self.config.guidance.model_copy(update={"scale": scale}),
+            autocast=self.stage.accelerator.autocast(),
+        )
+        levels = torch.from_numpy(images)
+        return {"images": levels, "features": self._features(levels)}
+
+    def _features(self, levels: Tensor) -> Tensor:
+        return self.extractor(levels.movedim(-1, 1).contiguous()).cpu()
+
+
+def key_prefix(scale: float) -> str:
+    """Return the part of a sample's key that names its guidance scale; keys hold no dot."""
+    return f"guidance_{scale:g}".replace(".", "p")
+
+
+def judge(config: EvaluateConfig, stage: Stage, maker: PartMaker, parts: Plan) -> None:
+    """Compute all metrics, draw all pictures, store all samples; on the main process."""
+    folder, classes = stage.folder, stage.parents["unet"].classes
+
+    def real(split: Split) -> tuple[Tensor, Tensor]:
+        names = [name for name in parts.reference if name.startswith(split)]
+        features = maker.read(names, "features", folder=maker.reference_folder)
+        return features, maker.read(names, "labels", folder=maker.reference_folder)
+
+    reference = Reference.of(train=real("train"), validation=real("val"), num_classes=len(classes))
+    labels = maker.labels(range(config.num_samples))
+    by_scale = {
+        scale: distribution_figures(maker.read(names, "features"), labels, reference)
+        for scale, names in parts.samples.items()
+    }
+    floor = distribution_figures(maker.read(parts.reconstructions, "features"), reference.labels, reference)
+    vae = fidelity_figures(*(maker.read(parts.reconstructions, name) for name in ("psnr", "ssim")))
+    contract = contract_of(config, stage, maker, reference)
+    write_json(
+        folder / "metrics.json",
+        {
+            "contract": contract,
+            "floor": floor,
+            "vae": vae,
+            "sweep": [{"guidance": scale, **by_scale[scale]} for scale in sorted(by_scale)],
+            "default_guidance": config.guidance.scale,
+        },
+    )
+    draw_pictures(config, stage, maker, parts, by_scale, floor)
+    store_samples(config, stage, maker, parts)
+
+    flat = {f"eval/{name}": figure["value"] for name, figure in by_scale[config.guidance.scale].items()}
+    flat |= {f"eval/floor/{name}": figure["value"] for name, figure in floor.items()}
+    flat |= {f"eval/vae/{name}": figure["value"] for name, figure in vae.items()}
+    stage.tracker.log_metrics(flat, step=0)
+    for scale, figures in by_scale.items():
+        sweep = {f"eval/sweep/{name}": figure["value"] for name, figure in figures.items()}
+        stage.tracker.log_metrics(sweep, step=round(100 * scale))
+    stage.tracker.set_tags({"digest.evaluation_contract": digest_of(contract)})
+    for name in ("metrics.json", "sweep.png"):
+        stage.tracker.log_artifact(folder / name)
+    shown = {**by_scale[config.guidance.scale], **vae}
+    stage.say(", ".join(f"{name} {figure['value']:.4g}" for name, figure in shown.items()))
+    stage.say(f"{folder / 'samples.png'}, {folder / 'metrics.json'}")
+
+
+def contract_of(config: EvaluateConfig, stage: Stage, maker: PartMaker, reference: Reference) -> dict[str, Any]:
+    """Return everything two evaluations must share for their figures to be comparable."""
+    corpus, extractor = stage.parents["corpus"], maker.extractor
+    return {
+        "num_samples": config.num_samples,
+        "seed": config.seed,
+        "sampler": config.sampler.model_dump(mode="json"),
+        "guidance": config.guidance.model_dump(mode="json", exclude={"scale"}),
+        "precision": config.precision,
+        "extractor": {
+            "name": extractor.name,
+            "weights_sha256": extractor.weights_sha256,
+            "dimension": extractor.dimension,
+            "resolution": extractor.resolution,
+        },
+        "image": corpus.content["image"],
+        "reference": {"digest": corpus.digest, "split": "val", "num_images": len(reference.features)},
+        "probe": reference.probe_contract(),
+    }
+
+
+def draw_pictures(
+    config: EvaluateConfig,
+    stage: Stage,
+    maker: PartMaker,
+    parts: Plan,
+    by_scale: Mapping[float, Mapping[str, Any]],
+    floor: Mapping[str, Any],
+) -> None:
+    """Draw the sample grid, the same samples at every guidance, and the metrics over guidance."""
+    folder, classes, default = stage.folder, stage.parents["unet"].classes, config.guidance.scale
+    num_classes = max(len(classes), 1)
+    columns = min(len(classes), MAX_PANEL_COLUMNS) if classes else min(10, config.num_samples)
+    stride = num_classes if classes else columns
+    rows = max(1, min(PANEL_ROWS, config.num_samples // stride))
+    needed = -(-rows * stride // config.batch_size)
+
+    def grid(scale: float, num_rows: int) -> np.ndarray:
+        images = maker.read(parts.samples[scale][:needed], "images").numpy()
+        places = [[row * stride + column for column in range(columns)] for row in range(num_rows)]
+        return images[np.array(places) % len(images)]
+
+    steps = config.sampler.num_steps
+    title = f"guidance {default:g}, {config.sampler.kind} with {steps} steps, seed {config.seed}"
+    write_atomically(
+        folder / "samples.png", panel_png(grid(default, rows), column_labels=classes[:columns], title=title)
+    )
+    scales = sorted(by_scale)
+    across = np.concatenate([grid(scale, 1) for scale in scales])
+    labels = [f"guidance {scale:g}" for scale in scales]
+    write_atomically(folder / "guidance.png", panel_png(across, column_labels=classes[:columns], row_labels=labels))
+    write_atomically(folder / "sweep.png", sweep_plot(by_scale, floor))
+    stage.tracker.log_image("eval/samples", folder / "samples.png", step=0)
+    stage.tracker.log_image("eval/guidance", folder / "guidance.png", step=0)
+
+
+def store_samples(config: EvaluateConfig, stage: Stage, maker: PartMaker, parts: Plan) -> None:
+    """Write all samples into tars, those of the default guidance first; one batch in memory at a time."""
+    batches = [(scale, name) for scale, names in parts.samples.items() for name in names]
+    pending: list[tuple[str, dict[str, bytes]]] = []
+    number = 0
+
+    def write(count: int) -> None:
+        nonlocal number
+        with ShardWriter(stage.folder / f"samples-{number:06}.tar") as writer:
+            for key, members in pending[:count]:
+                writer.add(key, members)
+        del pending[:count]
+        number += 1
+
+    for scale, name in batches:
+        images = maker.read([name], "images").numpy()
+        first = int(name.rsplit("-", 1)[1]) * config.batch_size
+        labels = maker.labels(range(first, first + len(images))).tolist()
+        for offset, (image, label) in enumerate(zip(images, labels, strict=True)):
+            key = f"{key_prefix(scale)}-{first + offset:06}"
+            metadata = {
+                "seed": config.seed,
+                "index": first + offset,
+                "guidance": scale,
+                "steps": config.sampler.num_steps,
+            }
+            pending.append((key, image_members(key, image, label=label, caption="", metadata=metadata)))
+        while len(pending) >= config.samples_per_shard:
+            write(config.samples_per_shard)
+    if pending:
+        write(len(pending))
+
+
+if __name__ == "__main__":
+    main()

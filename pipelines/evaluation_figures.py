@@ -1,0 +1,111 @@
+"""The figures of an evaluation: distances to real images, a probe's opinion, and their plot over guidance."""
+
+import io
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from models.metrics import (
+    Estimate,
+    LinearProbe,
+    frechet_distance,
+    kernel_distance,
+    mean_estimate,
+    precision_recall,
+)
+
+Figures = dict[str, dict[str, float]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reference:
+    """Real images as the extractor sees them: validation features and labels, and a probe."""
+
+    features: Tensor
+    labels: Tensor
+    probe: LinearProbe | None
+    num_probe_images: int
+    probe_accuracy: Estimate | None
+
+    @classmethod
+    def of(cls, *, train: tuple[Tensor, Tensor], validation: tuple[Tensor, Tensor], num_classes: int) -> "Reference":
+        """Fit the probe on ``train``, measure it on ``validation``; both (features (n d), labels (n,))."""
+        features, labels = validation
+        probe, accuracy = None, None
+        if num_classes > 1:
+            probe = LinearProbe.fit(*train, num_classes=num_classes)
+            accuracy = mean_estimate((probe.predict(features) == labels).double())
+        return cls(
+            features=features,
+            labels=labels,
+            probe=probe,
+            num_probe_images=len(train[1]) if probe else 0,
+            probe_accuracy=accuracy,
+        )
+
+    def probe_contract(self) -> dict[str, Any]:
+        """Return how the probe was made and how far it can be trusted: its accuracy on real validation images."""
+        if self.probe_accuracy is None:
+            return {"kind": "none"}
+        return {
+            "kind": "linear",
+            "num_images": self.num_probe_images,
+            "validation_accuracy": _figure(self.probe_accuracy),
+        }
+
+
+def distribution_figures(features: Tensor, labels: Tensor, reference: Reference) -> Figures:
+    """Compare images with the reference's.
+
+    Args:
+        features: (n d).
+        labels: The classes that the images should show; (n,).
+        reference: Real images.
+    """
+    neighbours = precision_recall(features, reference.features)
+    figures = {
+        "frechet_distance": _figure(frechet_distance(features, reference.features)),
+        "kernel_distance": _figure(kernel_distance(features, reference.features)),
+        "precision": _figure(neighbours.precision),
+        "recall": _figure(neighbours.recall),
+    }
+    if reference.probe is not None:
+        right = (reference.probe.predict(features) == labels).double()
+        figures["class_accuracy"] = _figure(mean_estimate(right))
+        by_class = [mean_estimate(right[labels == label]) for label in labels.unique() if (labels == label).sum() > 1]
+        figures["worst_class_accuracy"] = _figure(min(by_class))
+    return figures
+
+
+def fidelity_figures(decibels: Tensor, similarity: Tensor) -> Figures:
+    """Average the PSNR (dB) and the SSIM of single images; (n,) each."""
+    return {"psnr": _figure(mean_estimate(decibels)), "ssim": _figure(mean_estimate(similarity))}
+
+
+def sweep_plot(by_scale: Mapping[float, Mapping[str, Any]], floor: Mapping[str, Any]) -> bytes:
+    """Plot every figure over guidance, with one standard error, and the VAE's floor; PNG."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    scales = sorted(by_scale)
+    names = [name for name in by_scale[scales[0]] if name != "worst_class_accuracy"]
+    figure = Figure(figsize=(3.2 * len(names), 3.0), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axis, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
+        values = [by_scale[scale][name] for scale in scales]
+        axis.errorbar(scales, [v["value"] for v in values], yerr=[v["error"] for v in values], marker="o", capsize=3)
+        axis.axhline(floor[name]["value"], color="grey", linestyle="--", linewidth=1)
+        axis.annotate("VAE reconstructions", (0.98, floor[name]["value"]), xycoords=("axes fraction", "data"),
+                      ha="right", va="bottom", fontsize=8, color="grey")  # fmt: skip
+        axis.set_title(name.replace("_", " "))
+        axis.set_xlabel("guidance scale")
+        axis.grid(alpha=0.3)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    return buffer.getvalue()
+
+
+def _figure(estimate: Estimate) -> dict[str, float]:
+    return {"value": float(estimate.value), "error": float(estimate.error)}

@@ -1,0 +1,75 @@
+"""From noise to images: what evaluation, the sample tool and the training panels share."""
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data.randomness import SampleDraws
+from data.transforms import to_levels
+from models.denoiser import Denoiser
+from models.diffusion.guidance import GuidanceConfig
+from models.diffusion.samplers import SamplerConfig
+from models.vae import AutoencoderKL
+from pipelines.published import Normalisation
+
+
+class ImageSampler:
+    """A latent diffusion model with its VAE: conditions and sample indices in, images out.
+
+    Args:
+        network: Makes normalised latents.
+        normalisation: Takes them back to the VAE's latents.
+        vae: Decodes those.
+        latent_shape: (c, h, w).
+        seed: Noise of sample i depends on (seed, i) only, whoever draws it and in which batch.
+    """
+
+    def __init__(
+        self,
+        network: Denoiser,
+        normalisation: Normalisation,
+        vae: AutoencoderKL,
+        *,
+        latent_shape: tuple[int, int, int],
+        seed: int,
+    ) -> None:
+        self.network, self.normalisation, self.vae = network, normalisation, vae
+        self.latent_shape, self.seed = latent_shape, seed
+        self.device = vae.last_layer.device
+
+    @torch.no_grad()
+    def draw(
+        self,
+        indices: Sequence[int],
+        conditions: Mapping[str, Tensor],
+        *,
+        sampler: SamplerConfig,
+        guidance: GuidanceConfig,
+        autocast: AbstractContextManager[None] | None = None,
+    ) -> np.ndarray:
+        """Return the images of the samples ``indices``; uint8 (n h w C).
+
+        Args:
+            indices: Which samples; they fix the noise.
+            conditions: Fields (n ...), as the denoiser's conditioners read them.
+            sampler: How latents are drawn.
+            guidance: How strongly the conditions pull.
+            autocast: Precision of the networks; default float32.
+        """
+        draws = SampleDraws(self.seed, 0, indices)
+
+        def normals(purpose: str) -> Tensor:
+            return torch.from_numpy(draws.normals(purpose, self.latent_shape)).to(self.device)
+
+        with autocast or nullcontext():
+            latents = self.network.sample(
+                normals("sample"),
+                {name: field.to(self.device) for name, field in conditions.items()},
+                sampler=sampler,
+                guidance=guidance,
+                fresh_noise=lambda step: normals(f"sample/{step}"),
+            )
+            return to_levels(self.vae.decode(self.normalisation.restore(latents)))

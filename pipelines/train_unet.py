@@ -1,0 +1,338 @@
+"""From latent shards to a conditional latent U-Net, with per-sample condition dropout and averaged weights.
+
+    accelerate launch -m pipelines.train_unet --config pipelines/configs/demo.toml
+
+Reads: ``runs/NAME/latents/``, and ``runs/NAME/vae/`` to show samples. Writes: ``runs/NAME/unet/`` with
+``unet.safetensors`` (averaged weights), ``config.json``, ``metrics.jsonl``, ``checkpoints/`` and sample
+grids in ``panels/``.
+
+Shapes: b latents of a process's share, c channels, h and w latent size, k conditioners.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated
+
+import numpy as np
+import torch
+from pydantic import BaseModel, Field, PositiveInt
+from torch import Tensor, nn
+
+from data.commit import write_atomically
+from data.loading import LatentShards, Prefetch, prefetch
+from data.manifest import Manifest
+from data.order import FullShuffleConfig, Order, OrderConfig
+from data.panels import panel_png
+from data.randomness import SampleDraws
+from data.samples import Split
+from data.transforms import to_levels
+from models.denoiser import Denoiser, DenoiserConfig
+from models.diffusion.guidance import GuidanceConfig
+from models.diffusion.samplers import DDIMConfig, SamplerConfig
+from models.vae import Posterior
+from pipelines.config import ConfigError, config_from_command_line
+from pipelines.published import Normalisation, check_same_vae, load_vae, publish
+from pipelines.runtime.ema import Averages
+from pipelines.runtime.launch import launched_world_size
+from pipelines.runtime.optim import Optimizer
+from pipelines.runtime.performance import flops_of, peak_flops
+from pipelines.runtime.stage import Stage, blaming, running_stage
+from pipelines.runtime.training import BatchShare, Training, TrainingConfig, Weights
+
+NUM_VALIDATION_LATENTS = 256
+NUM_VALIDATION_TIMES = 8
+
+
+class TrainUNetInputs(BaseModel, frozen=True, extra="forbid"):
+    """What the U-Net learns from."""
+
+    latents: str  # folder of the latent shards
+    vae: str  # folder of the autoencoder that made them; shows samples
+
+
+class PanelConfig(BaseModel, frozen=True, extra="forbid"):
+    """The sample grid that is drawn during training: one column a class, the same noise in every run."""
+
+    rows: PositiveInt = 4  # samples of each class
+    max_columns: PositiveInt = 12  # classes shown
+    sampler: SamplerConfig = DDIMConfig(num_steps=25)  # how they are drawn
+    guidance: GuidanceConfig = GuidanceConfig(scale=2.0)  # how strongly the condition pulls
+
+
+class TrainUNetConfig(TrainingConfig):
+    """The denoiser and its training."""
+
+    harmless = TrainingConfig.harmless | {"panel"}
+
+    inputs: TrainUNetInputs  # where the stage reads
+    denoiser: DenoiserConfig = DenoiserConfig()  # network, conditions, process and objective
+    order: OrderConfig = FullShuffleConfig()  # order of the training latents
+    flip_probability: Annotated[float, Field(ge=0, le=1)] = 0.0  # of a mirrored image; needs encode_latents.flipped
+    panel: PanelConfig = PanelConfig()  # sample grid during training
+
+
+@dataclass(frozen=True)
+class LatentDraw:
+    """This rank's share of a global batch, with all its randomness."""
+
+    x0: Tensor  # normalised latents (b c h w)
+    noise: Tensor  # standard normal (b c h w)
+    times: Tensor  # (b,)
+    conditions: dict[str, Tensor]  # fields (b ...)
+    dropped: Tensor  # bool (b k)
+
+
+def main() -> None:
+    config = config_from_command_line(TrainUNetConfig, table="train_unet", about=__doc__)
+    with running_stage(
+        config,
+        name="train_unet",
+        parents={"latents": "encode_latents", "vae": "train_vae"},
+        precision=config.precision,
+        check=lambda parents: check_request(config, parents),
+    ) as stage:
+        train(config, stage)
+
+
+def check_request(config: TrainUNetConfig, parents: Mapping[str, Manifest]) -> None:
+    """Refuse what cannot work, before any work.
+
+    Raises:
+        ConfigError: A batch that does not split, latents of another VAE, flips that were not encoded, a misfit network.
+    """
+    BatchShare.of(config, table="train_unet", rank=0, world_size=launched_world_size())
+    latents = parents["latents"].content
+    with blaming("inputs.vae"):
+        check_same_vae(
+            latents["vae"],
+            given=parents["vae"],
+            given_at=config.inputs.vae,
+            user=f"inputs.latents = {config.inputs.latents!r}",
+        )
+    if config.flip_probability and not latents["config"]["flipped"]:
+        raise ConfigError(
+            f"train_unet.flip_probability = {config.flip_probability}, but {config.inputs.latents} holds no mirrored "
+            "latents. Encode with encode_latents.flipped = true, or set the probability to 0."
+        )
+    with blaming("train_unet.denoiser"), torch.device("meta"):
+        build_denoiser(config, parents["latents"])
+
+
+def build_denoiser(config: TrainUNetConfig, latents: Manifest) -> Denoiser:
+    """Build the untrained denoiser for these latents."""
+    shape = latents.content["latent"]
+    return Denoiser(
+        config.denoiser,
+        latent_channels=shape["channels"],
+        latent_size=shape["size"],
+        num_classes=len(latents.classes),
+    )
+
+
+def train(config: TrainUNetConfig, stage: Stage) -> None:
+    """Train to the last update and publish the averaged weights."""
+    # What to learn, and from what.
+    latents = stage.parents["latents"]
+    device = stage.accelerator.device
+    torch.manual_seed(config.seed)
+    denoiser = build_denoiser(config, latents).to(device)
+    batches = BatchMaker(config, stage, denoiser, split="train")
+
+    # How to learn it.
+    optimizer = Optimizer(denoiser, config.optim, accelerator=stage.accelerator)
+    averages = Averages(denoiser, config.averages)
+    wrapped = stage.accelerator.prepare_model(denoiser)
+    training = Training(
+        stage,
+        config,
+        share=batches.share,
+        parts={"unet": Weights(denoiser), "unet_optimizer": optimizer, "unet_averages": averages},
+        flops_per_image=flops_per_image(denoiser, batches.make(0)),
+        peak_flops=peak_flops(str(device), config.precision),
+    )
+    observer = Observer(config, stage, batches.normalisation)
+
+    # Where we stopped last time.
+    training.resume()
+
+    # The loop.
+    for batch in training.updates(batches.from_index):
+        one_update(training, wrapped, optimizer, batch)
+        averages.update(denoiser, update=training.update)
+        if training.is_due(config.panel_every):
+            observer.look(averages.first, update=training.update)
+
+    shape = latents.content["latent"]
+    files, weights = publish(
+        stage.folder,
+        name="unet",
+        network=averages.first,
+        config={
+            "denoiser": config.denoiser.model_dump(mode="json"),
+            "latent_channels": shape["channels"],
+            "latent_size": shape["size"],
+            "num_classes": len(latents.classes),
+            "statistics": latents.content["statistics"],
+        },
+    )
+    stage.tracker.log_model("unet", stage.folder)
+    stage.finish(
+        files=files,
+        content={
+            "weights": weights,
+            "vae": latents.content["vae"],
+            "counts": latents.content["counts"],
+            "classes": list(latents.classes),
+        },
+    )
+    stage.say(f"{training.update} updates, weights {weights[:12]} in {stage.folder}")
+
+
+def one_update(training: Training, wrapped: nn.Module, optimizer: Optimizer, batch: LatentDraw) -> None:
+    """Move the denoiser by one global batch."""
+    device = training.stage.accelerator.device
+    for part in training.micro_batches(wrapped):
+        x0, noise, times, dropped = (
+            field[part].to(device, non_blocking=True) for field in (batch.x0, batch.noise, batch.times, batch.dropped)
+        )
+        conditions = {name: field[part].to(device, non_blocking=True) for name, field in batch.conditions.items()}
+        losses = wrapped(x0, noise, times, conditions, dropped)
+        training.backward(losses.loss.mean())
+        training.note({"train/loss": losses.loss.mean(), "train/error": losses.error.mean()})
+        training.note({"train/dropped_fraction": dropped.float().mean()} if dropped.shape[1] else {})
+    training.step("train/grad_norm", optimizer)
+
+
+class BatchMaker:
+    """Makes this rank's share of any global batch, with its noise: a pure function of the batch's index."""
+
+    def __init__(self, config: TrainUNetConfig, stage: Stage, denoiser: Denoiser, *, split: Split) -> None:
+        accelerator, manifest = stage.accelerator, stage.parents["latents"]
+        with blaming("inputs.latents"):
+            self.latents = LatentShards(config.inputs.latents, split=split, manifest=manifest)
+        self.share = BatchShare.of(
+            config, table="train_unet", rank=accelerator.process_index, world_size=accelerator.num_processes
+        )
+        self.order = Order(config.order, num_samples=len(self.latents), seed=config.seed)
+        self.normalisation = Normalisation(manifest.content["statistics"])
+        self.drop_probabilities = np.array(config.denoiser.drop_probabilities)
+        self.config, self.times = config, denoiser.times
+
+    def make(self, index: int) -> LatentDraw:
+        """Read this rank's share of global batch ``index`` and make every random choice in it."""
+        config, positions = self.config, self.share.positions
+        samples = self.order.indices(index * config.global_batch + positions.start, len(positions))
+        draws = SampleDraws(config.seed, index, positions)
+        mirrored = draws.uniforms("flip") < config.flip_probability
+        stored = self.latents.read(samples, flipped=mirrored if config.flip_probability else None)
+        moments = torch.from_numpy(stored.moments).float()
+        shape = tuple(moments.shape[2:])
+        posterior = Posterior(mean=moments[:, 0], log_variance=moments[:, 1])
+        latents = posterior.sample(torch.from_numpy(draws.normals("posterior", shape)))
+        dropped = draws.uniforms("drop", (len(self.drop_probabilities),)) < self.drop_probabilities
+        return LatentDraw(
+            x0=self.normalisation.normalise(latents),
+            noise=torch.from_numpy(draws.normals("noise", shape)),
+            times=self.times(
+                torch.from_numpy(draws.uniforms("time")),
+                positions=torch.tensor(positions),
+                global_batch=config.global_batch,
+            ),
+            conditions={"labels": torch.from_numpy(stored.labels)},
+            dropped=torch.from_numpy(dropped),
+        )
+
+    def from_index(self, start: int) -> Prefetch[LatentDraw]:
+        """Make batches ahead, from ``start`` on."""
+        return prefetch(self.make, start=start, depth=self.config.prefetch_batches)
+
+
+class Observer:
+    """Looks at the averaged weights now and then: validation loss on fixed noise, and a grid of samples."""
+
+    def __init__(self, config: TrainUNetConfig, stage: Stage, normalisation: Normalisation) -> None:
+        self.config, self.stage = config, stage
+        self.device = stage.accelerator.device
+        self.normalisation = normalisation.to(self.device)
+        with blaming("inputs.vae"):
+            self.vae = load_vae(config.inputs.vae, stage.parents["vae"]).network.to(self.device)
+        self.classes = stage.parents["latents"].classes
+        self.validation = self._validation_latents() if stage.parents["latents"].content["splits"]["val"] else None
+
+    def _validation_latents(self) -> tuple[Tensor, dict[str, Tensor]]:
+        latents = LatentShards(self.config.inputs.latents, split="val", manifest=self.stage.parents["latents"])
+        stored = latents.read(np.arange(min(NUM_VALIDATION_LATENTS, len(latents))))
+        means = torch.from_numpy(stored.moments[:, 0]).float().to(self.device)
+        return self.normalisation.normalise(means), {"labels": torch.from_numpy(stored.labels).to(self.device)}
+
+    @torch.no_grad()
+    def look(self, network: nn.Module, *, update: int) -> None:
+        """Log the validation loss and draw the panel; on the main process."""
+        if not self.stage.is_main:
+            return
+        assert isinstance(network, Denoiser)
+        figures = self.validation_figures(network)
+        self.stage.tracker.log_metrics(figures, step=update)
+        path = self.stage.folder / "panels" / f"samples-{update:08}.png"
+        path.parent.mkdir(exist_ok=True)
+        write_atomically(
+            path, self.panel(network, title=f"update {update}, guidance {self.config.panel.guidance.scale:g}")
+        )
+        self.stage.tracker.log_image("val/samples", path, step=update)
+        shown = ", ".join(f"{name} {value:.4f}" for name, value in figures.items())
+        self.stage.say(f"update {update}: {shown}, {path}")
+
+    def validation_figures(self, network: Denoiser) -> dict[str, float]:
+        """Return the loss on validation latents with fixed noise, at stratified times, and the condition's pull."""
+        if self.validation is None:
+            return {}
+        x0, conditions = self.validation
+        draws = SampleDraws(0, 0, range(len(x0)))
+        noise = torch.from_numpy(draws.normals("validation", tuple(x0.shape[1:]))).to(self.device)
+        strata = (torch.arange(len(x0)) % NUM_VALIDATION_TIMES + 0.5) / NUM_VALIDATION_TIMES
+        times = network.process.time(strata.double()).to(self.device)
+        nothing_dropped = torch.zeros(len(x0), len(network.conditioners), dtype=torch.bool, device=self.device)
+        losses = network(x0, noise, times, conditions, nothing_dropped)
+        figures = {"val/loss": float(losses.loss.mean())}
+        if len(network.conditioners):
+            figures["val/condition_gap"] = float(network.condition_gap(x0, noise, times, conditions).mean())
+        return figures
+
+    def panel(self, network: Denoiser, *, title: str) -> bytes:
+        """Draw samples of every class from the same noise in every run; PNG."""
+        panel = self.config.panel
+        columns = min(max(len(self.classes), 1), panel.max_columns)
+        labels = torch.arange(columns).repeat(panel.rows)
+        shape = self.stage.parents["latents"].content["latent"]
+        draws = SampleDraws(0, 0, range(len(labels)))
+        noise = torch.from_numpy(draws.normals("panel", (shape["channels"], shape["size"], shape["size"])))
+        latents = network.sample(
+            noise.to(self.device),
+            {"labels": labels.to(self.device)},
+            sampler=panel.sampler,
+            guidance=panel.guidance,
+            fresh_noise=lambda step: torch.from_numpy(draws.normals(f"panel/{step}", tuple(noise.shape[1:]))).to(
+                self.device
+            ),
+        )
+        images = to_levels(self.vae.decode(self.normalisation.restore(latents)))
+        grid = images.reshape(panel.rows, columns, *images.shape[1:])
+        return panel_png(grid, column_labels=self.classes[:columns], title=title)
+
+
+def flops_per_image(denoiser: Denoiser, batch: LatentDraw) -> float:
+    """Count the FLOPs of the denoiser's forward and backward pass for one image."""
+    one = slice(0, 1)
+
+    def call(shadow: nn.Module) -> Tensor:
+        conditions = {name: field[one].to("meta") for name, field in batch.conditions.items()}
+        x0, dropped = batch.x0[one].to("meta"), batch.dropped[one].to("meta")
+        times = batch.times[one].to("meta")
+        assert isinstance(shadow, Denoiser)
+        return shadow.output(x0, times, conditions, dropped).sum()
+
+    return float(flops_of(denoiser, call))
+
+
+if __name__ == "__main__":
+    main()

