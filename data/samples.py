@@ -124,7 +124,7 @@ def image_members(
     try:
         members["json"] = json.dumps(dict(metadata), sort_keys=True, ensure_ascii=False, allow_nan=False).encode()
     except (TypeError, ValueError) as error:
-        raise BadSample("bad_json", f"metadata is not JSON: {error}", key=key, member="json") from error
+        raise BadSample("bad_json", f"metadata is not JSON: {error}", key=key, member=f"{key}.json") from error
     return members
 
 
@@ -148,14 +148,15 @@ def latent_members(
     Raises:
         BadSample: ``latent_not_finite`` or ``latent_overflow`` (too large for ``dtype``).
     """
-    members = {LATENT_SUFFIX: encode_npy(narrow(moments, dtype, key=key, member=LATENT_SUFFIX))}
+    members = {LATENT_SUFFIX: encode_npy(narrow(moments, dtype, key=key, suffix=LATENT_SUFFIX))}
     if flipped is not None:
-        members[FLIPPED_SUFFIX] = encode_npy(narrow(flipped, dtype, key=key, member=FLIPPED_SUFFIX))
+        members[FLIPPED_SUFFIX] = encode_npy(narrow(flipped, dtype, key=key, suffix=FLIPPED_SUFFIX))
     return {**members, **carried}
 
 
-def narrow(values: np.ndarray, dtype: str, *, key: str, member: str) -> np.ndarray:
+def narrow(values: np.ndarray, dtype: str, *, key: str, suffix: str) -> np.ndarray:
     """Cast to ``dtype``, refusing NaN, infinity and what overflows; any shape."""
+    member = f"{key}.{suffix}"
     if not np.isfinite(values).all():
         raise BadSample(
             "latent_not_finite",
@@ -189,11 +190,11 @@ def parse_label(payload: bytes, *, num_classes: int | None = None) -> int:
     """
     match = _LABEL.fullmatch(payload)
     if not match:
-        raise BadSample("label_not_a_number", f"expected a decimal number, found {payload[:40]!r}", member="cls")
+        raise BadSample("label_not_a_number", f"expected a decimal number, found {payload[:40]!r}")
     label = int(match[1])
     if label < 0 or (num_classes is not None and label >= num_classes):
         top = "" if num_classes is None else f" and below {num_classes}"
-        raise BadSample("label_out_of_range", f"expected a label from 0{top}, found {label}", member="cls")
+        raise BadSample("label_out_of_range", f"expected a label from 0{top}, found {label}")
     return label
 
 
@@ -204,15 +205,15 @@ def parse_caption(payload: bytes) -> str:
         BadSample: ``caption_too_long`` (over 64 KiB), ``caption_not_utf8``, ``caption_has_nul`` or ``caption_empty``.
     """
     if len(payload) > MAX_CAPTION_BYTES:
-        raise BadSample("caption_too_long", f"{len(payload)} bytes; at most {MAX_CAPTION_BYTES}", member="txt")
+        raise BadSample("caption_too_long", f"{len(payload)} bytes; at most {MAX_CAPTION_BYTES}")
     try:
         caption = payload.decode("utf-8").strip()
     except UnicodeDecodeError as error:
-        raise BadSample("caption_not_utf8", f"byte {error.start} is not UTF-8", member="txt") from error
+        raise BadSample("caption_not_utf8", f"byte {error.start} is not UTF-8") from error
     if "\0" in caption:
-        raise BadSample("caption_has_nul", f"NUL at character {caption.index(chr(0))}", member="txt")
+        raise BadSample("caption_has_nul", f"NUL at character {caption.index(chr(0))}")
     if not caption:
-        raise BadSample("caption_empty", "nothing but white space", member="txt")
+        raise BadSample("caption_empty", "nothing but white space")
     return caption
 
 
@@ -223,13 +224,13 @@ def parse_metadata(payload: bytes) -> dict[str, Any]:
         BadSample: ``json_too_long`` (over 1 MiB) or ``bad_json`` (not JSON, nested too deep, or not an object).
     """
     if len(payload) > MAX_JSON_BYTES:
-        raise BadSample("json_too_long", f"{len(payload)} bytes; at most {MAX_JSON_BYTES}", member="json")
+        raise BadSample("json_too_long", f"{len(payload)} bytes; at most {MAX_JSON_BYTES}")
     try:
         value = json.loads(payload)
     except (ValueError, RecursionError) as error:
-        raise BadSample("bad_json", f"not JSON: {str(error)[:200]}", member="json") from error
+        raise BadSample("bad_json", f"not JSON: {str(error)[:200]}") from error
     if not isinstance(value, dict):
-        raise BadSample("bad_json", f"expected an object, found {type(value).__name__}", member="json")
+        raise BadSample("bad_json", f"expected an object, found {type(value).__name__}")
     return value
 
 

@@ -9,17 +9,16 @@ it does not fit.
 import contextlib
 import hashlib
 import json
+import math
 import mmap
 import tarfile
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from data.commit import atomic_file, write_atomically
@@ -29,6 +28,7 @@ from data.scan import RawSample, mapped, scan_shard
 from data.tar import BLOCK, Member
 
 INDEX_FOLDER, INDEX_FORMAT = "index", 1
+_TENSORS = {"offsets": "<i8", "sizes": "<i8", "labels": "<i8", "key_bytes": "|u1", "key_ends": "<i8"}
 RECORD_BYTES = 20 * BLOCK  # a tar's length is a multiple of this, as tar(1) has it
 
 
@@ -126,13 +126,13 @@ class ShardIndex:
     def __len__(self) -> int:
         return len(self.labels)
 
-    @cached_property
-    def _key_text(self) -> str:
-        return self.key_bytes.tobytes().decode("ascii")
-
     def key(self, row: int) -> str:
         """Return the key of a sample."""
-        return self._key_text[self.key_ends.item(row - 1) if row else 0 : self.key_ends.item(row)]
+        start = self.key_ends.item(row - 1) if row else 0
+        return self.key_bytes[start : self.key_ends.item(row)].tobytes().decode("ascii")
+
+    def _arrays(self) -> dict[str, np.ndarray]:
+        return {name: np.ascontiguousarray(getattr(self, name)) for name in _TENSORS}
 
     @classmethod
     def build(cls, path: Path, *, entry: FileEntry) -> "ShardIndex":
@@ -189,60 +189,48 @@ class ShardIndex:
             "suffixes": self.suffixes,
             "layouts": {suffix: [x.dtype, list(x.shape), x.header] for suffix, x in self.layouts.items()},
         }
-        arrays = {
-            name: np.ascontiguousarray(getattr(self, name))
-            for name in ("offsets", "sizes", "labels", "key_bytes", "key_ends")
-        }
+        arrays = self._arrays()
+        about["arrays_sha256"] = _sha256(arrays)
         path.parent.mkdir(parents=True, exist_ok=True)
         # One metadata entry: safetensors does not keep the order of several.
         write_atomically(path, save(arrays, metadata={"index": json.dumps(about, sort_keys=True)}))
 
     @classmethod
-    def load(cls, path: Path) -> "ShardIndex":
-        """Read an index.
+    def load(cls, path: Path, *, trusted: bool = False) -> "ShardIndex":
+        """Map an index: its pages are read when they are used, and shared by all processes of a node.
+
+        Args:
+            path: An index that ``save`` wrote.
+            trusted: It was checked before; its hash is not computed again.
 
         Raises:
             ValueError: It is damaged or of another format.
         """
         try:
-            with safe_open(path, framework="numpy") as file:
-                about: dict[str, Any] = json.loads(file.metadata()["index"])
-                arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+            about, arrays = _map_safetensors(path)
             if about["format"] != INDEX_FORMAT:
                 raise ValueError(f"format {about['format']}, expected {INDEX_FORMAT}")
-            index = cls(
+            # A reader goes where the index points without looking again, so not a bit of it may have changed.
+            if not trusted and _sha256(arrays) != about["arrays_sha256"]:
+                raise ValueError("its content has changed")
+            return cls(
                 shard=about["shard"],
                 bytes=about["bytes"],
                 sha256=about["sha256"],
                 suffixes=tuple(about["suffixes"]),
-                layouts={k: NpyLayout(v[0], tuple(v[1]), v[2]) for k, v in about["layouts"].items()},
+                layouts={suffix: NpyLayout(v[0], tuple(v[1]), v[2]) for suffix, v in about["layouts"].items()},
                 **arrays,
             )
-            index.check()
-        except (SafetensorError, OSError, ValueError, KeyError, TypeError, IndexError) as error:
+        except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
             raise ValueError(f"{path} is not a readable shard index ({error}). Delete it; it is made again.") from error
-        return index
-
-    def check(self) -> None:
-        """Raise ValueError unless every span lies inside the shard: a reader trusts offsets without looking again."""
-        rows, columns = len(self.labels), len(self.suffixes)
-        if (
-            self.offsets.shape != (rows, columns)
-            or self.sizes.shape != (rows, columns)
-            or self.key_ends.shape != (rows,)
-        ):
-            raise ValueError("its tables differ in length")
-        there = self.offsets >= 0
-        if ((self.offsets + self.sizes)[there] > self.bytes).any() or (self.sizes[there] < 0).any():
-            raise ValueError("a member lies outside the shard")
 
     @classmethod
-    def of(cls, path: Path, *, entry: FileEntry) -> "ShardIndex":
+    def of(cls, path: Path, *, entry: FileEntry, trusted: bool = False) -> "ShardIndex":
         """Return the index of a shard: the kept one when it fits ``entry``, else one made now and kept if possible."""
         kept = index_path(path)
         if kept.is_file():
             with contextlib.suppress(ValueError):
-                index = cls.load(kept)
+                index = cls.load(kept, trusted=trusted)
                 if (index.bytes, index.sha256, len(index)) == (entry.bytes, entry.sha256, entry.samples):
                     return index
         index = cls.build(path, entry=entry)
@@ -252,11 +240,37 @@ class ShardIndex:
         return index
 
 
+def _sha256(arrays: Mapping[str, np.ndarray]) -> str:
+    digest = hashlib.sha256()
+    for name in _TENSORS:
+        digest.update(f"{name} {arrays[name].dtype.str} {arrays[name].shape};".encode())
+        digest.update(arrays[name].tobytes())
+    return digest.hexdigest()
+
+
+def _map_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Return the metadata and, as views of the mapped file, the arrays of an index.
+
+    The format: eight bytes of length, a JSON header of that length, then the arrays at the offsets it gives. The
+    library would copy them, which for ten thousand shards is gigabytes in every process.
+    """
+    with open(path, "rb") as file:
+        buffer = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    start = 8 + int.from_bytes(buffer[:8], "little")
+    header = json.loads(buffer[8:start])
+    arrays = {}
+    for name, dtype in _TENSORS.items():
+        shape, (first, _) = header[name]["shape"], header[name]["data_offsets"]
+        flat = np.frombuffer(buffer, dtype=dtype, count=math.prod(shape), offset=start + first)
+        arrays[name] = flat.reshape(shape)
+    return json.loads(header["__metadata__"]["index"]), arrays
+
+
 def _label(buffer: bytes | mmap.mmap, member: Member, *, shard: str, key: str) -> int:
     try:
         return parse_label(buffer[member.offset : member.offset + min(member.size, 64)])
     except BadSample as error:
-        raise error.at(shard=shard, key=key) from None
+        raise error.at(shard=shard, key=key, member=member.name) from None
 
 
 def _common_layout(buffer: bytes | mmap.mmap, samples: list[RawSample], suffix: str, *, shard: str) -> NpyLayout | None:

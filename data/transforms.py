@@ -17,7 +17,9 @@ from torch import Tensor
 from data.samples import BadSample, ImageSample
 
 DEFAULT_MAX_PIXELS = 64_000_000
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
+
+FILTER_REASONS = frozenset({"too_small", "extreme_aspect"})  # dropped by choice of the view, not bad
 
 Fit = Literal["crop", "pad", "stretch", "centre"]
 Level = Annotated[int, Field(ge=0, le=255)]
@@ -30,7 +32,7 @@ class ImageViewConfig(BaseModel, frozen=True, extra="forbid"):
     resolution: PositiveInt = 256  # side of the square, pixels
     channels: Literal[1, 3] = 3  # 1 grey (ITU-R 601 luma), 3 RGB
     fit: Fit = "crop"  # crop or pad after scaling, stretch, or centre without scaling
-    resample: Literal["lanczos", "area"] = "lanczos"  # both antialiased
+    resample: Literal["lanczos", "area"] = "lanczos"  # for shrinking, both antialiased; enlarging is always Lanczos
     background: tuple[Level, Level, Level] = (255, 255, 255)  # RGB behind transparency and in padding, 0 to 255
     min_side: PositiveInt = 1  # pixels; smaller images are dropped and counted
     max_aspect: Annotated[float, Field(ge=1)] = 1000.0  # long side / short side; beyond it dropped and counted
@@ -97,7 +99,7 @@ def open_image(
     """Decode an image to mode L, RGB or RGBA, upright by its EXIF orientation.
 
     Args:
-        payload: An encoded file; PNG, JPEG, WebP, GIF, BMP, TIFF or PNM.
+        payload: An encoded file; PNG, JPEG, WebP, GIF, BMP or TIFF.
         max_pixels: Bound on width x height, checked before decoding.
         grey: The caller wants luma: a JPEG's colour is then not decoded at all.
         shorter_side: When positive, a JPEG may be decoded at 1/2, 1/4 or 1/8 (the inverse DCT of fewer coefficients, an
@@ -210,7 +212,9 @@ def _flatten(picture: Image.Image, config: ImageViewConfig) -> Image.Image:
 def _fit(picture: Image.Image, config: ImageViewConfig, position: tuple[float, float]) -> Image.Image:
     """Bring a flattened picture to the square."""
     side, (width, height) = config.resolution, picture.size
-    method = Image.Resampling.LANCZOS if config.resample == "lanczos" else Image.Resampling.BOX
+    # Enlarging by area would repeat pixels.
+    by_area = config.resample == "area" and side < (max(width, height) if config.fit == "pad" else min(width, height))
+    method = Image.Resampling.BOX if by_area else Image.Resampling.LANCZOS
     if config.fit == "crop":
         short = min(width, height)
         left, top = (width - short) * position[1], (height - short) * position[0]

@@ -30,6 +30,7 @@ case ${1:-} in
         ;;
 esac
 experiment="$1"
+printf -v this_command '%q ' bash "${BASH_SOURCE[0]}" "$@"
 shift
 launcher=()
 while (($# > 0)) && [[ $1 != -- ]]; do
@@ -114,13 +115,15 @@ for stage in "${stages[@]}"; do
     run_stage "$stage" || code=$?
     if ((code != 0)); then
         say "$stage ended with exit code $code after $((SECONDS - began)) s. The same command continues from there:"
-        say "  bash $(printf '%q ' "$root/launch/pipeline.sh" "$experiment")..."
+        say "  $this_command"
         exit "$code"
     fi
     say "=== $stage took $((SECONDS - began)) s"
 done
 
 results="$(<"$scratch/evaluate")"
+# What a slow or absent server has not taken yet; it costs the stages no time, and a failure here loses nothing.
+"$python" -m pipelines.sync "$(dirname -- "$results")" || say "MLflow is not complete; the line above says how to send the rest."
 store="${MLFLOW_TRACKING_URI:-sqlite:///$(dirname -- "$(dirname -- "$results")")/mlflow.db}"
 cat <<SUMMARY
 

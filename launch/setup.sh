@@ -31,7 +31,7 @@ fingerprint() {
 torch_flavour() { # $1: the one installed before, or nothing
     case ${LATENTLINE_TORCH:-} in
         cpu | cuda) printf '%s' "$LATENTLINE_TORCH" ;;
-        "") if nvidia-smi -L 2>/dev/null | grep -q '^GPU'; then printf cuda; else printf '%s' "${1:-cpu}"; fi ;;
+        "") if [[ $(nvidia-smi -L 2>/dev/null) == GPU* ]]; then printf cuda; else printf '%s' "${1:-cpu}"; fi ;;
         *) die "LATENTLINE_TORCH = $LATENTLINE_TORCH is not known. Use cpu or cuda, or leave it out." ;;
     esac
 }

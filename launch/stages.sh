@@ -4,6 +4,9 @@
 : "${python:?}"
 # shellcheck disable=SC2034  # for those who source this
 stages=(prepare_corpus train_vae encode_latents train_unet evaluate)
+declare -A stage_folders=(
+    [prepare_corpus]=corpus [train_vae]=vae [encode_latents]=latents [train_unet]=unet [evaluate]=evaluation
+)
 
 say() { printf '%s\n' "$*" >&2; }
 
@@ -13,15 +16,14 @@ stage_folder() {
     local stage="$1" resolved
     shift
     resolved="$("$python" -m "pipelines.$stage" "$@" --print-config)" || return 2
-    "$python" -c "$print_folder" "$stage" <<<"$resolved"
+    "$python" -c "$print_folder" "$stage" "${stage_folders[$stage]}" <<<"$resolved"
 }
 print_folder='
-import sys, tomllib
-from pathlib import PurePath
-from pipelines.config import STAGE_FOLDERS
-stage, config = sys.argv[1], tomllib.loads(sys.stdin.read())
+import pathlib, sys, tomllib
+stage, folder = sys.argv[1:]
+config = tomllib.loads(sys.stdin.read())
 name = config[stage].get("name", "") if stage == "evaluate" else ""
-print(PurePath(config["run"]["root"], STAGE_FOLDERS[stage] + (f"-{name}" if name else "")))
+print(pathlib.PurePath(config["run"]["root"], f"{folder}-{name}" if name else folder))
 '
 
 # Print the exit code that a stage left behind, since the launcher makes 1 of every code: $1 its folder, $2 a file

@@ -4,7 +4,7 @@ Shapes: b batch, c latent channels, h and w latent size, k number of conditioner
 mean and unit variance in every channel.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Self
 
 import torch
@@ -39,6 +39,21 @@ class DenoiserConfig(BaseModel, frozen=True, extra="forbid"):
         check_objective(self.objective, self.schedule)
         return self
 
+    @model_validator(mode="after")
+    def _tokens_agree(self) -> Self:
+        widths = sorted({conditioner.token_width for conditioner in self.conditioners if conditioner.token_width})
+        if len(widths) > 1:
+            raise ValueError(
+                f"the conditioners give tokens of different widths, {widths}, but the U-Net attends to all alike: "
+                f"use text encoders of one width, or only the pooled vector of one of them"
+            )
+        return self
+
+    @property
+    def token_width(self) -> int:
+        """Width of the tokens that the U-Net attends to, 0 if no conditioner gives any."""
+        return max((conditioner.token_width for conditioner in self.conditioners), default=0)
+
     @property
     def drop_probabilities(self) -> tuple[float, ...]:
         """For each conditioner, how often a training sample goes without it."""
@@ -71,18 +86,18 @@ class Denoiser(nn.Module):
             )
         self.config = config
         self.latent_channels = latent_channels
-        self.process = config.schedule.build()
-        conditioners = [
+        with torch.device("cpu"):  # tables on the host, also when the network is only sketched on the meta device
+            self.process = config.schedule.build()
+        self.conditioners = nn.ModuleList(
             conditioner.build(num_classes=num_classes, embedding_width=config.network.embedding_width)
             for conditioner in config.conditioners
-        ]
-        self.conditioners = nn.ModuleList(conditioners)
+        )
         learned_variance = config.objective.variance == "learned"
         self.network = UNet(
             config.network,
             in_channels=latent_channels,
             out_channels=2 * latent_channels if learned_variance else latent_channels,
-            token_width=_token_width([conditioner.token_width for conditioner in conditioners]),
+            token_width=config.token_width,
         )
 
     def forward(
@@ -175,17 +190,6 @@ class Denoiser(nn.Module):
 
     def _read(self, output: Tensor, x: Tensor, level: NoiseLevel) -> Estimate:
         return estimate_from_output(output, x, level, self.config.objective.prediction)
-
-
-def _token_width(widths: Sequence[int]) -> int:
-    """The width that all token conditions share, 0 if there are none."""
-    distinct = sorted({width for width in widths if width})
-    if len(distinct) > 1:
-        raise ValueError(
-            f"The conditioners give tokens of different widths, {distinct}, and the U-Net attends to all tokens alike. "
-            f"Use text encoders of one width, or the pooled vector of one of them."
-        )
-    return distinct[0] if distinct else 0
 
 
 def _halvings(size: int) -> int:

@@ -1,26 +1,30 @@
 """Weights and configs in the format of diffusers, both ways.
 
 Our networks are theirs with other names, so a conversion renames, and stacks or splits what we keep fused (query, key
-and value). diffusers itself is not needed: these are dictionaries of tensors and of JSON values.
+and value). diffusers itself is not needed: these are dictionaries of tensors. Configs: ``models/diffusers_config.py``.
 
     VAE                        AutoencoderKL
     U-Net, no tokens           UNet2DModel; a class conditioner is its class embedding
-    U-Net with tokens          UNet2DConditionModel; a class conditioner is its class embedding, a pooled text vector is
-                               its "simple_projection" class embedding
-
-What their networks cannot hold is refused with the reason, in both directions.
+    U-Net with tokens          UNet2DConditionModel; a class conditioner is its class embedding, or the projection of a
+                               pooled text vector is
 """
 
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from models.conditioning import ClassConditionerConfig, TextConditionerConfig
+from models.denoiser import DenoiserConfig
 from models.unet import UNetConfig
 from models.vae import VAEConfig
 
-JSON = dict[str, Any]
+# What some blocks have and others lack; all else is missing when it is not there.
+_OPTIONAL = {
+    "weight": (".shortcut", ".time.linear"),
+    "bias": (".shortcut", ".time.linear", "self_attention.qkv", "cross_attention.q", "cross_attention.kv"),
+}
 
 
 class _Rename(NamedTuple):
@@ -53,58 +57,6 @@ def vae_from_diffusers(weights: Mapping[str, Tensor], config: VAEConfig) -> dict
             parts[-2] = aged[parts[-2]]
         current[".".join(parts)] = tensor
     return _rename_back(current, list(_vae_renames(config)))
-
-
-def vae_config_to_diffusers(config: VAEConfig, *, image_channels: int, sample_size: int) -> JSON:
-    """``config.json`` of the ``AutoencoderKL``, with scaling factor 1; ``sample_size`` is the image size in pixels."""
-    levels = len(config.channels)
-    if config.norm_eps != 1e-6:
-        raise ValueError(
-            f"diffusers' AutoencoderKL normalises with eps 1e-6; this VAE has norm_eps = {config.norm_eps:g}"
-        )
-    return {
-        "_class_name": "AutoencoderKL",
-        "in_channels": image_channels,
-        "out_channels": image_channels,
-        "down_block_types": ["DownEncoderBlock2D"] * levels,
-        "up_block_types": ["UpDecoderBlock2D"] * levels,
-        "block_out_channels": list(config.channels),
-        "layers_per_block": config.blocks_per_level,
-        "act_fn": "silu",
-        "latent_channels": config.latent_channels,
-        "norm_num_groups": config.norm_groups,
-        "sample_size": sample_size,
-        "scaling_factor": 1.0,
-        "mid_block_add_attention": config.mid_attention,
-        "use_quant_conv": config.quant_convs,
-        "use_post_quant_conv": config.quant_convs,
-    }
-
-
-def vae_config_from_diffusers(theirs: Mapping[str, Any]) -> tuple[VAEConfig, int]:
-    """Our config and the number of image channels, from the ``config.json`` of an ``AutoencoderKL``.
-
-    Raises:
-        ValueError: The autoencoder has parts that ours lacks.
-    """
-    expected = {
-        "_class_name": "AutoencoderKL",
-        "act_fn": "silu",
-        "down_block_types": ["DownEncoderBlock2D"] * len(theirs["block_out_channels"]),
-        "up_block_types": ["UpDecoderBlock2D"] * len(theirs["block_out_channels"]),
-        "out_channels": theirs["in_channels"],
-        "use_post_quant_conv": theirs.get("use_quant_conv", True),
-    }
-    _refuse_other_values(theirs, expected, what="AutoencoderKL")
-    config = VAEConfig(
-        latent_channels=theirs["latent_channels"],
-        channels=tuple(theirs["block_out_channels"]),
-        blocks_per_level=theirs.get("layers_per_block", 1),
-        mid_attention=theirs.get("mid_block_add_attention", True),
-        quant_convs=theirs.get("use_quant_conv", True),
-        norm_groups=theirs.get("norm_num_groups", 32),
-    )
-    return config, theirs["in_channels"]
 
 
 def _vae_renames(config: VAEConfig) -> Iterator[_Rename]:
@@ -145,6 +97,46 @@ def unet_from_diffusers(weights: Mapping[str, Tensor], config: UNetConfig, *, to
         ValueError: Keys are missing or left over, with their names.
     """
     return _rename_back(weights, list(_unet_renames(config, token_width=token_width)))
+
+
+def denoiser_to_diffusers(weights: Mapping[str, Tensor], config: DenoiserConfig) -> dict[str, Tensor]:
+    """Our state dict of a ``Denoiser`` as that of the U-Net of ``diffusers_config.unet_to_diffusers``.
+
+    A learned null caption has no place there: it is what their caller passes as the features of the empty caption.
+    """
+    network = {name.removeprefix("network."): tensor for name, tensor in weights.items() if name.startswith("network.")}
+    renamed = unet_to_diffusers(network, config.network, token_width=config.token_width)
+    for ours, theirs in _embedding_renames(config):
+        for leaf in ("weight", "bias"):
+            if f"{ours}.{leaf}" in weights:
+                renamed[f"{theirs[0]}.{leaf}"] = weights[f"{ours}.{leaf}"]
+    return renamed
+
+
+def denoiser_from_diffusers(weights: Mapping[str, Tensor], config: DenoiserConfig) -> dict[str, Tensor]:
+    """As much of a ``Denoiser``'s state dict as a diffusers U-Net holds: the network, and its class embedding if any.
+
+    Raises:
+        ValueError: Keys are missing or left over, with their names.
+    """
+    remaining = dict(weights)
+    renamed = {}
+    for ours, theirs in _embedding_renames(config):
+        for leaf in ("weight", "bias"):
+            tensor = remaining.pop(f"{theirs[0]}.{leaf}", None)
+            if tensor is not None:
+                renamed[f"{ours}.{leaf}"] = tensor
+    network = unet_from_diffusers(remaining, config.network, token_width=config.token_width)
+    return renamed | {f"network.{name}": tensor for name, tensor in network.items()}
+
+
+def _embedding_renames(config: DenoiserConfig) -> Iterator[_Rename]:
+    for index, conditioner in enumerate(config.conditioners):
+        match conditioner:
+            case ClassConditionerConfig():
+                yield _Rename(f"conditioners.{index}.table", ("class_embedding",))
+            case TextConditionerConfig(use="pooled" | "both"):
+                yield _Rename(f"conditioners.{index}.project", ("class_embedding",))
 
 
 def _unet_renames(config: UNetConfig, *, token_width: int) -> Iterator[_Rename]:
@@ -256,7 +248,7 @@ def _rename_back(weights: Mapping[str, Tensor], renames: list[_Rename]) -> dict[
         for leaf in ("weight", "bias"):
             names = [f"{name}.{leaf}" for name in theirs]
             found = [remaining.pop(name) for name in names if name in remaining]
-            if 0 < len(found) < len(names):
+            if len(found) < len(names) and (found or not ours.endswith(_OPTIONAL[leaf])):
                 missing += [name for name in names if name not in weights]
             elif found:
                 renamed[f"{ours}.{leaf}"] = _as_linear(ours, torch.cat(found) if len(found) > 1 else found[0])
@@ -272,11 +264,3 @@ def _as_linear(ours: str, tensor: Tensor) -> Tensor:
     """Some of their attention projections are 1x1 convolutions, the same numbers in another shape."""
     is_linear = ours.endswith((".qkv", ".out", ".proj_in", ".proj_out"))
     return tensor[:, :, 0, 0] if is_linear and tensor.dim() == 4 else tensor
-
-
-def _refuse_other_values(theirs: Mapping[str, Any], expected: Mapping[str, Any], *, what: str) -> None:
-    """Settings that are absent have their default, which is what is expected here."""
-    wrong = {key: theirs[key] for key, value in expected.items() if key in theirs and theirs[key] != value}
-    if wrong:
-        described = ", ".join(f"{key} = {value!r} (only {expected[key]!r})" for key, value in wrong.items())
-        raise ValueError(f"This {what} has parts that the networks here lack: {described}.")

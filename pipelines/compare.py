@@ -163,7 +163,9 @@ def _rows(columns: Sequence[Mapping[str, str]]) -> list[tuple[str, ...]]:
 
 def _scores(scores: Mapping[str, Any]) -> dict[str, Any]:
     """Return an evaluation's scores at the default guidance, of the VAE and of the floor, as shown texts."""
-    chosen = next((entry for entry in scores["sweep"] if entry["guidance"] == scores["default_guidance"]), {})
+    chosen: Mapping[str, Any] = next(
+        (entry for entry in scores["sweep"] if entry["guidance"] == scores["default_guidance"]), {}
+    )
     whole = {"samples": chosen, "vae": scores.get("vae", {}), "floor": scores.get("floor", {})}
     return {name: _with_errors(part) for name, part in whole.items()}
 

@@ -60,7 +60,7 @@ def main() -> None:
 def encode(config: EncodeLatentsConfig, stage: Stage) -> None:
     """Encode every shard that is missing, then account for every sample and measure the whole."""
     with blaming("inputs.vae"):
-        vae = load_vae(config.inputs.vae, stage.parents["vae"]).network.to(stage.accelerator.device)
+        vae = load_vae(config.inputs.vae, stage.parents["vae"], device=stage.accelerator.device).network
     corpus = stage.parents["corpus"]
     shards = {part.entry.name: (images, part) for images in open_splits(config, corpus) for part in images.shards}
     check_images(corpus, vae)

@@ -3,7 +3,7 @@
     accelerate launch -m pipelines.evaluate --config pipelines/configs/demo.toml
 
 Reads: ``runs/NAME/corpus/`` (reference images), ``runs/NAME/vae/``, ``runs/NAME/unet/``. Writes:
-``runs/NAME/evaluation/`` with ``metrics.json``, ``samples.png``, ``guidance.png``, ``sweep.png`` and ``samples-000000.tar`` ...
+``runs/NAME/evaluation/`` with ``metrics.json``, ``samples.png``, ``guidance.png``, ``sweep.png`` and sample shards.
 
 Sample i has class i mod K and noise (seed, i); batches have a fixed size and are composed by sample index; ranks take
 whole batches. So the number of processes changes neither an image nor a figure.
@@ -175,12 +175,12 @@ class PartMaker:
         self.config, self.stage = config, stage
         device = stage.accelerator.device
         with blaming("inputs.vae"):
-            self.vae = load_vae(config.inputs.vae, stage.parents["vae"]).network.to(device)
+            self.vae = load_vae(config.inputs.vae, stage.parents["vae"], device=device).network
         with blaming("inputs.unet"):
-            published = load_denoiser(config.inputs.unet, stage.parents["unet"])
+            published = load_denoiser(config.inputs.unet, stage.parents["unet"], device=device)
         self.sampler = ImageSampler(
-            published.network.to(device),
-            published.normalisation.to(device),
+            published.network,
+            published.normalisation,
             self.vae,
             latent_shape=(published.latent_channels, published.latent_size, published.latent_size),
             seed=config.seed,

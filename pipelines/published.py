@@ -18,6 +18,7 @@ from data.commit import sha256_of, write_atomically, write_json
 from data.manifest import FileEntry, Manifest
 from models.denoiser import Denoiser, DenoiserConfig
 from models.vae import AutoencoderKL, VAEConfig
+from pipelines.runtime.launch import placed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +73,7 @@ def publish(folder: Path, *, name: str, network: nn.Module, config: Mapping[str,
     return [FileEntry.of(path), FileEntry.of(folder / "config.json")], sha256_of(path)
 
 
-def load_vae(folder: str | Path, manifest: Manifest) -> PublishedVAE:
+def load_vae(folder: str | Path, manifest: Manifest, *, device: torch.device) -> PublishedVAE:
     """Build a published VAE, frozen.
 
     Raises:
@@ -81,10 +82,10 @@ def load_vae(folder: str | Path, manifest: Manifest) -> PublishedVAE:
     config, weights = _read(Path(folder), manifest, name="vae")
     network = AutoencoderKL(VAEConfig(**config["network"]), image_channels=config["image_channels"])
     network.load_state_dict(load_file(Path(folder) / "vae.safetensors"))
-    return PublishedVAE(network=network.requires_grad_(False).eval(), weights=weights)
+    return PublishedVAE(network=placed(network.requires_grad_(False).eval(), device), weights=weights)
 
 
-def load_denoiser(folder: str | Path, manifest: Manifest) -> PublishedDenoiser:
+def load_denoiser(folder: str | Path, manifest: Manifest, *, device: torch.device) -> PublishedDenoiser:
     """Build a published U-Net with its process, frozen.
 
     Raises:
@@ -99,8 +100,8 @@ def load_denoiser(folder: str | Path, manifest: Manifest) -> PublishedDenoiser:
     )
     network.load_state_dict(load_file(Path(folder) / "unet.safetensors"))
     return PublishedDenoiser(
-        network=network.requires_grad_(False).eval(),
-        normalisation=Normalisation(config["statistics"]),
+        network=placed(network.requires_grad_(False).eval(), device),
+        normalisation=Normalisation(config["statistics"]).to(device),
         latent_channels=config["latent_channels"],
         latent_size=config["latent_size"],
         vae_weights=manifest.content["vae"],

@@ -37,6 +37,7 @@ from pipelines.runtime.sender import (
     RefusedError,
     Sender,
     StoreSilentError,
+    is_running,
     say,
     send_once,
     send_until_ended,
@@ -54,7 +55,9 @@ CLIENT_SETTINGS = {
     "GIT_PYTHON_REFRESH": "quiet",
 }
 TEXTS_PER_REQUEST = 100  # MLflow's limits
-LONGEST_KEY, LONGEST_PARAM, LONGEST_TAG, LONGEST_DIGEST = 250, 6000, 8000, 36
+LONGEST_KEY, LONGEST_PARAM, LONGEST_TAG = 250, 6000, 8000  # characters
+SHORT_DIGEST = 16  # characters that MLflow's pages show; it takes 36
+RESULT_PREFIX = "eval/"
 REFUSALS = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST")  # of MLflow's error codes, those that no repetition mends
 
 
@@ -89,7 +92,7 @@ class MlflowStore:
         )
         self._stage = identity.stage
         self._run_id = self._find_or_make_run(
-            found_by={"run_id": identity.run_id},
+            found_by={"local_run_id": identity.run_id},
             name=identity.name,
             started=identity.started,
             tags={
@@ -101,13 +104,18 @@ class MlflowStore:
         )
         return self._run_id
 
-    def set_status(self, status: str, *, ended: float | None) -> None:
+    def set_status(self, status: str, *, since: float) -> None:
         """Set the state of the run, and of the pipeline, which is in the state of the stage that spoke last."""
-        for run_id in (self._run_id, self._parent_id):
-            if ended is None:
+        milliseconds = int(1000 * since)
+        runs = [self._run_id]
+        if milliseconds >= int(self._client.get_run(self._parent_id).data.tags.get("status_since", 0)):
+            self._client.set_tag(self._parent_id, "status_since", str(milliseconds))
+            runs.append(self._parent_id)
+        for run_id in runs:
+            if status == "RUNNING":
                 self._client.update_run(run_id, status=status)
             else:
-                self._client.set_terminated(run_id, status, int(1000 * ended))
+                self._client.set_terminated(run_id, status, milliseconds)
 
     def log_points(self, points: Sequence[Point]) -> None:
         """Send at most 1000 points; MLflow knows those again that it has, by their time, step and value."""
@@ -116,6 +124,9 @@ class MlflowStore:
         metrics = [Metric(valid_key(point.key), point.value, point.milliseconds, point.step) for point in points]
         with refusals():
             self._client.log_batch(self._run_id, metrics=metrics, synchronous=True)
+            # A pipeline's row in MLflow shows its result, so that pipelines compare without being unfolded.
+            if results := [metric for metric in metrics if metric.key.startswith(RESULT_PREFIX)]:
+                self._client.log_batch(self._parent_id, metrics=results, synchronous=True)
 
     def log_tags(self, tags: Mapping[str, str]) -> None:
         """Set tags, each cut to what MLflow takes."""
@@ -127,22 +138,31 @@ class MlflowStore:
                 self._client.log_batch(self._run_id, tags=texts[start : start + TEXTS_PER_REQUEST], synchronous=True)
 
     def log_params(self, params: Mapping[str, str]) -> None:
-        """Add parameters. MLflow's never change, so one that did between two starts becomes the tag ``changed.KEY``."""
-        from mlflow.entities import Param
+        """Add parameters to the run, and below the stage's name to the pipeline.
 
+        MLflow's parameters never change; one that did between two starts becomes the tag ``changed.KEY``.
+        """
         known = self._client.get_run(self._run_id).data.params
         params = {valid_key(key): value[:LONGEST_PARAM] for key, value in params.items()}
-        texts = [Param(key, value) for key, value in params.items() if key not in known]
+        self._add_params(self._run_id, {key: value for key, value in params.items() if key not in known})
+        self.log_tags({f"changed.{key}": value for key, value in params.items() if known.get(key, value) != value})
+        settled = self._client.get_run(self._parent_id).data.params
+        whole = {valid_key(f"{self._stage}.{key}"): value for key, value in params.items()}
+        self._add_params(self._parent_id, {key: value for key, value in whole.items() if key not in settled})
+
+    def _add_params(self, run_id: str, params: Mapping[str, str]) -> None:
+        from mlflow.entities import Param
+
+        texts = [Param(key, value) for key, value in params.items()]
         for start in range(0, len(texts), TEXTS_PER_REQUEST):
             with refusals():
-                self._client.log_batch(self._run_id, params=texts[start : start + TEXTS_PER_REQUEST], synchronous=True)
-        self.log_tags({f"changed.{key}": value for key, value in params.items() if known.get(key, value) != value})
+                self._client.log_batch(run_id, params=texts[start : start + TEXTS_PER_REQUEST], synchronous=True)
 
     def log_input(self, name: str, *, digest: str, source: str, context: str) -> None:
         """Name a data set that the run reads. MLflow's digests are short; the whole one stands in the source."""
         from mlflow.entities import Dataset, DatasetInput, InputTag
 
-        data = Dataset(name, digest[:LONGEST_DIGEST], "local", json.dumps({"uri": source, "digest": digest}))
+        data = Dataset(name, digest[:SHORT_DIGEST], "local", json.dumps({"uri": source, "digest": digest}))
         with refusals():
             self._client.log_inputs(self._run_id, [DatasetInput(data, [InputTag("mlflow.data.context", context)])])
 
@@ -186,7 +206,11 @@ class MlflowStore:
         model = next((model for model in found if model.name == name), None)
         if model is None:
             model = self._client.create_logged_model(
-                self._experiment, name=name, source_run_id=self._run_id, model_type=self._stage
+                self._experiment,
+                name=name,
+                source_run_id=self._run_id,
+                model_type=self._stage,
+                params=self._client.get_run(self._run_id).data.params,
             )
         for file in files:
             self._client.log_model_artifact(model.model_id, str(file))
@@ -203,7 +227,8 @@ class MlflowStore:
         location = (database.parent / "mlartifacts" / valid_key(name)).absolute().as_uri() if database else None
         if (found := self._client.get_experiment_by_name(name)) is None:
             try:
-                return str(self._client.create_experiment(name, artifact_location=location))
+                tags = {"mlflow.experimentKind": "custom_model_development"}
+                return str(self._client.create_experiment(name, artifact_location=location, tags=tags))
             except MlflowException as error:
                 found = self._client.get_experiment_by_name(name)
                 if error.error_code != "RESOURCE_ALREADY_EXISTS" or found is None:
@@ -303,7 +328,7 @@ def sync(folder: Path, *, tracking_uri: str, follow: bool) -> int:
         return 2
     lock = FolderLock(folder / SENDER_LOCK)
     try:
-        lock.acquire(patience_seconds=2 * ORPHAN_SECONDS)
+        lock.acquire(patience_seconds=0 if is_running(folder) else 2 * ORPHAN_SECONDS)
     except BlockingIOError:
         print(f"{folder}: the sender of its running stage is at it.")
         return 0

@@ -33,7 +33,7 @@ from models.vae import Posterior
 from pipelines.config import ConfigError, config_from_command_line
 from pipelines.published import Normalisation, check_same_vae, load_vae, publish
 from pipelines.runtime.ema import Averages
-from pipelines.runtime.launch import launched_world_size
+from pipelines.runtime.launch import launched_world_size, placed
 from pipelines.runtime.optim import Optimizer
 from pipelines.runtime.performance import flops_of, peak_flops
 from pipelines.runtime.stage import Stage, blaming, running_stage
@@ -135,7 +135,7 @@ def train(config: TrainUNetConfig, stage: Stage) -> None:
     latents = stage.parents["latents"]
     device = stage.accelerator.device
     torch.manual_seed(config.seed)
-    denoiser = build_denoiser(config, latents).to(device)
+    denoiser = placed(build_denoiser(config, latents), device)
     batches = BatchMaker(config, stage, denoiser, split="train")
 
     # How to learn it.
@@ -192,9 +192,11 @@ def one_update(training: Training, wrapped: nn.Module, optimizer: Optimizer, bat
     """Move the denoiser by one global batch."""
     device = training.stage.accelerator.device
     for part in training.micro_batches(wrapped):
-        x0, noise, times, dropped = (
-            field[part].to(device, non_blocking=True) for field in (batch.x0, batch.noise, batch.times, batch.dropped)
+        x0, noise = (
+            field[part].to(device, non_blocking=True, memory_format=torch.channels_last)
+            for field in (batch.x0, batch.noise)
         )
+        times, dropped = (field[part].to(device, non_blocking=True) for field in (batch.times, batch.dropped))
         conditions = {name: field[part].to(device, non_blocking=True) for name, field in batch.conditions.items()}
         losses = wrapped(x0, noise, times, conditions, dropped)
         training.backward(losses.loss.mean())
@@ -255,7 +257,7 @@ class Observer:
         self.device = stage.accelerator.device
         self.normalisation = normalisation.to(self.device)
         with blaming("inputs.vae"):
-            self.vae = load_vae(config.inputs.vae, stage.parents["vae"]).network.to(self.device)
+            self.vae = load_vae(config.inputs.vae, stage.parents["vae"], device=self.device).network
         self.classes = stage.parents["latents"].classes
         self.validation = self._validation_latents() if stage.parents["latents"].content["splits"]["val"] else None
 

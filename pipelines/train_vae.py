@@ -31,7 +31,7 @@ from models.vae_objective import PatchAdversary, VAEObjective, VAEObjectiveConfi
 from pipelines.config import ConfigError, config_from_command_line
 from pipelines.published import publish
 from pipelines.runtime.ema import Averages
-from pipelines.runtime.launch import launched_world_size
+from pipelines.runtime.launch import launched_world_size, placed
 from pipelines.runtime.optim import Optimizer
 from pipelines.runtime.performance import flops_of, peak_flops
 from pipelines.runtime.stage import Stage, blaming, running_stage
@@ -79,7 +79,7 @@ class Player(Generic[Network]):
     @classmethod
     def join(cls, network: Network, config: TrainVAEConfig, stage: Stage) -> "Player[Network]":
         """Move a network to the device and wrap it, so that its gradients are averaged over the ranks."""
-        network = network.to(stage.accelerator.device)
+        network = placed(network, stage.accelerator.device)
         optimizer = Optimizer(network, config.optim, accelerator=stage.accelerator)
         return cls(network=network, wrapped=stage.accelerator.prepare_model(network), optimizer=optimizer)
 
@@ -170,7 +170,8 @@ def one_update(
     if judge is not None:
         judge.network.requires_grad_(False)
     for part in training.micro_batches(vae.wrapped):
-        images, noise = batch.images[part].to(device), batch.noise[part].to(device)
+        images = batch.images[part].to(device, non_blocking=True, memory_format=torch.channels_last)
+        noise = batch.noise[part].to(device, non_blocking=True, memory_format=torch.channels_last)
         reconstruction, posterior = vae.wrapped(images, noise)
         loss = objective(
             images,

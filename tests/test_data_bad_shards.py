@@ -367,6 +367,25 @@ def test_there_are_at_least_forty_kinds_of_bad_input() -> None:
     assert len(KINDS) >= 40
 
 
+@pytest.mark.parametrize(
+    ("kind", "suffix"),
+    [
+        ("label not a number", "cls"),
+        ("caption with NUL", "txt"),
+        ("10 MB caption", "txt"),
+        ("json not an object", "json"),
+        ("broken PNG", "png"),
+        ("cut in a payload", "png"),
+        ("duplicate key, next to it", "png"),
+        ("pyd member", "pyd"),
+    ],
+)
+def test_findings_name_the_member_at_fault(kind: str, suffix: str, tmp_path: Path) -> None:
+    bad, (reason,), _ = KINDS[kind](3)
+    with pytest.raises(BadSample, match=rf"^{tmp_path}/b\.tar: b0003\.{suffix}: {reason}: "):
+        ingest(corpus(tmp_path, bad), tmp_path, strict=True)
+
+
 def test_samples_after_damage_are_found_again(tmp_path: Path) -> None:
     raw = bytearray(tar_of(clean_samples()))
     raw[start_of(2, 0) : start_of(4, 2)] = b"\xaa" * (start_of(4, 2) - start_of(2, 0))

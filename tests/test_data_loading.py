@@ -8,13 +8,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from data import loading
-from data.loading import ImageShards, LatentShards
+from data import shard_set
+from data.loading import ImageBatch, ImageShards, LatentShards
 from data.manifest import FileEntry, write_manifest
 from data.order import FullShuffleConfig, Order
 from data.prefetch import pinned, prefetch
@@ -141,6 +142,30 @@ def test_images_of_many_sizes_are_read_through_a_view(tmp_path: Path) -> None:
         ImageShards(tmp_path, split="train").read(np.arange(3))
 
 
+def test_bad_images_are_left_out_of_a_batch_and_reported_when_that_is_asked_for(tmp_path: Path) -> None:
+    good = image_members("k", image_of(1), label=4, caption="fine", metadata={})
+    with ShardWriter(tmp_path / "train-000000.tar") as shard:
+        shard.add("k0", good)
+        shard.add("k1", {**good, "png": good["png"][:-20]})
+        shard.add("k2", {**good, "txt": b"\xff"})
+        shard.add("k3", {"cls": b"1"})
+        shard.add("k4", {**good, "cls": b"5"})
+    assert shard.entry is not None
+    write_manifest(tmp_path, content={}, files=[shard.entry], provenance={})
+    for cache_bytes in (0, 1 << 20):
+        shards, bad = ImageShards(tmp_path, split="train", cache_bytes=cache_bytes), []
+        batch = shards.read(np.arange(5), bad=bad)
+        assert (batch.keys, batch.labels.tolist(), batch.captions) == (["k0", "k4"], [4, 5], ["fine", "fine"])
+        np.testing.assert_array_equal(batch.images, [image_of(1)] * 2)
+        assert [(finding.reason, finding.key) for finding in bad] == [
+            ("broken_image", "k1"),
+            ("caption_not_utf8", "k2"),
+            ("missing_image", "k3"),
+        ]
+        with pytest.raises(BadSample, match=r"^train-000000\.tar: k2\.txt: caption_not_utf8"):
+            shards.read(np.array([0, 2]))
+
+
 def test_what_goes_along_with_a_latent_is_carried_byte_for_byte(tmp_path: Path) -> None:
     write_images(tmp_path, [2, 2])
     members = image_members("k3", image_of(3), label=3, caption="no. 3", metadata={})
@@ -157,7 +182,7 @@ def test_the_ranges_of_the_shards_cover_the_split_in_order(tmp_path: Path) -> No
 
 
 def test_readers_hold_a_bounded_number_of_shards_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loading, "MAX_OPEN_SHARDS", 2)
+    monkeypatch.setattr(shard_set, "max_open_shards", lambda: 2)
     write_latents(tmp_path, [2] * 6)
     shards = LatentShards(tmp_path, split="train")
     for _ in range(3):
@@ -166,7 +191,7 @@ def test_readers_hold_a_bounded_number_of_shards_open(tmp_path: Path, monkeypatc
 
 
 def test_threads_that_read_at_once_read_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loading, "MAX_OPEN_SHARDS", 1)
+    monkeypatch.setattr(shard_set, "max_open_shards", lambda: 1)
     write_latents(tmp_path, [4] * 4)
     write_images(tmp_path / "images", [8])
     latents, images = LatentShards(tmp_path, split="train"), ImageShards(tmp_path / "images", split="train")
@@ -220,7 +245,7 @@ def test_shards_of_another_shape_are_refused(tmp_path: Path) -> None:
         LatentShards(tmp_path, split="train").read(np.arange(3))
 
 
-@pytest.mark.parametrize("change", ["cut", "grown", "gone", "cut while open", "grown while open"])
+@pytest.mark.parametrize("change", ["cut", "emptied", "grown", "gone", "cut while open", "grown while open"])
 def test_a_shard_that_changed_is_an_error_not_a_crash(change: str, tmp_path: Path) -> None:
     entries = write_latents(tmp_path, [3, 3])
     shards = LatentShards(tmp_path, split="train")
@@ -231,7 +256,7 @@ def test_a_shard_that_changed_is_an_error_not_a_crash(change: str, tmp_path: Pat
         path.unlink()
     else:
         with open(path, "r+b") as file:
-            file.truncate(4096 if "cut" in change else entries[1].bytes + 512)
+            file.truncate(0 if change == "emptied" else 4096 if "cut" in change else entries[1].bytes + 512)
     with pytest.raises(BadSample, match=r"train-000001\.tar: shard_(changed|missing)"):
         shards.read(np.arange(6))
 
@@ -315,6 +340,31 @@ def test_latents_are_read_ten_times_faster_than_by_plain_webdataset(tmp_path: Pa
     assert np.median(ratios) >= 10, ratios
 
 
+def test_a_hundred_million_samples_are_opened_at_any_step_in_seconds_and_little_memory(tmp_path: Path) -> None:
+    num_shards, samples = 10_000, 10_000
+    with ShardWriter(tmp_path / "shard") as shard:
+        payload = encode_npy(np.zeros((2, 1, 1, 1), dtype=np.float16))
+        for number in range(samples):
+            shard.add(f"k{number}", {"latent.npy": payload, "cls": b"1"})
+    assert shard.entry is not None
+    # Ten thousand names of one shard: the reader cannot tell.
+    for number in range(num_shards):
+        name = f"train-{number:06d}.tar"
+        (tmp_path / name).hardlink_to(tmp_path / "shard")
+        index_path(tmp_path / name).hardlink_to(index_path(tmp_path / "shard"))
+    entries = [replace(shard.entry, name=f"train-{number:06d}.tar") for number in range(num_shards)]
+    manifest = write_manifest(tmp_path, content={}, files=entries, provenance={})
+    order = Order(FullShuffleConfig(), num_samples=num_shards * samples, seed=0)
+
+    process = psutil.Process()
+    before, started = process.memory_info().rss, time.perf_counter()
+    shards = LatentShards(tmp_path, split="train", manifest=manifest)
+    assert len(shards) == 100_000_000
+    assert len(set(shards.read(order.indices(123_456 * 256, 256)).keys)) > 200
+    assert time.perf_counter() - started < 5
+    assert process.memory_info().rss - before < 400 * 2**20
+
+
 def test_prefetched_batches_come_in_order_from_where_they_start() -> None:
     def make(index: int) -> int:
         time.sleep(0.004 * (index % 3))
@@ -377,5 +427,5 @@ def test_tensors_are_pinned_wherever_they_are() -> None:
 
 
 def test_a_batch_keeps_its_structure_when_there_is_nothing_to_pin() -> None:
-    batch = loading.ImageBatch(images=np.zeros(1), labels=np.zeros(1), keys=["k"], captions=[""])
+    batch = ImageBatch(images=np.zeros(1), labels=np.zeros(1), keys=["k"], captions=[""])
     assert replace(pinned(batch)) == batch

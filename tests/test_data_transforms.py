@@ -1,10 +1,13 @@
 """Every odd image is shown right or refused with a reason."""
 
+import contextlib
 import io
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from data.samples import BadSample, ImageSample
@@ -107,6 +110,7 @@ def test_every_exif_orientation_is_shown_upright(orientation: int) -> None:
     np.testing.assert_array_equal(decode_image(encoded(stored, exif=exif)), np.asarray(upright))
 
 
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
 def test_damaged_exif_does_not_cost_the_image() -> None:
     payload = encoded(Image.fromarray(smooth(16, 16)), "JPEG", exif=b"Exif\0\0II*\0\xff\xff\xff\xff" + b"\xee" * 40)
     assert decode_image(payload).shape == (16, 16, 3)
@@ -200,6 +204,27 @@ def test_a_cut_file_is_broken_wherever_it_is_cut(form: str) -> None:
         with pytest.raises(BadSample) as found:
             decode_image(payload[: int(share * len(payload))])
         assert found.value.reason in ("broken_image", "not_an_image")
+
+
+@settings(max_examples=150, deadline=None)
+@given(data=st.data())
+@pytest.mark.filterwarnings("ignore")
+def test_any_damage_to_an_image_ends_in_pixels_or_a_finding(data: st.DataObject) -> None:
+    form = data.draw(st.sampled_from(["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"]))
+    image = Image.fromarray(noise(9, 7, 4)) if form in ("PNG", "WEBP", "TIFF") else Image.fromarray(noise(9, 7))
+    damaged = bytearray(encoded(image, form))
+    for _ in range(data.draw(st.integers(1, 6))):
+        damaged[data.draw(st.integers(0, len(damaged) - 1))] = data.draw(st.integers(0, 255))
+    for view in (ImageViewConfig(resolution=4), ImageViewConfig(resolution=4, channels=1, fit="pad")):
+        with contextlib.suppress(BadSample):
+            assert view_image(bytes(damaged), view, max_pixels=100_000).shape == (4, 4, view.channels)
+
+
+@pytest.mark.parametrize("fit", ["crop", "pad", "stretch"])
+def test_enlarging_by_area_does_not_repeat_pixels(fit: str) -> None:
+    ramp = np.repeat(np.linspace(0, 255, 8).astype(np.uint8)[None, :, None], 8, axis=0)
+    shown = view_image(ramp, ImageViewConfig(resolution=32, channels=1, fit=fit, resample="area"))
+    assert len(np.unique(shown[16])) > 16
 
 
 def test_small_and_extreme_images_are_dropped_where_the_view_says_so() -> None:

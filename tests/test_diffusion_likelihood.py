@@ -22,19 +22,23 @@ from models.diffusion.likelihood import (
 )
 from models.diffusion.posterior import posterior_variance, step_variance
 from models.diffusion.prediction import Estimate
-from models.diffusion.samplers import sampling_moments
 from models.diffusion.schedule import (
     CosineScheduleConfig,
     FlowMatchingConfig,
     LinearScheduleConfig,
     scalar_level,
 )
+from models.diffusion.spacing import sampling_moments
 
 LINEAR = LinearScheduleConfig().build()
 
 
 def draw(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def double(value: float) -> torch.Tensor:
+    return torch.tensor(value, dtype=torch.float64)
 
 
 # --------------------------------------------------------------------------------------------------------- the parts
@@ -53,28 +57,25 @@ def test_gaussian_terms_equal_the_distributions_of_torch():
 @pytest.mark.parametrize("mean", [-1.3, 0.123, 0.999])
 def test_the_masses_of_all_grey_levels_sum_to_one(mean, std):
     levels = torch.arange(256, dtype=torch.float64) * 2 / 255 - 1
-    nll = discretised_gaussian_nll(
-        levels, mean=torch.tensor(mean).double(), log_variance=torch.tensor(2 * math.log(std))
-    )
+    nll = discretised_gaussian_nll(levels, mean=double(mean), log_variance=double(2 * math.log(std)))
     assert (-nll).exp().sum() == pytest.approx(1, abs=1e-12)
 
 
 def test_the_mass_of_a_grey_level_equals_the_integral_and_stays_exact_in_the_tails():
     levels = torch.tensor([-1.0, -1 + 2 / 255, 1 / 255, 1 - 2 / 255, 1.0], dtype=torch.float64)
     for mean in (-0.9, 0.2, 0.9):
-        ours = discretised_gaussian_nll(levels, mean=torch.tensor(mean).double(), log_variance=torch.tensor(-4.0))
-        edges = np.array([-np.inf, *(np.array([-1, -1 + 2 / 255]) + 1 / 255)])
-        low = np.array([-np.inf, levels[1] - 1 / 255, levels[2] - 1 / 255, levels[3] - 1 / 255, 1 - 1 / 255])
-        high = np.array([edges[1], levels[1] + 1 / 255, levels[2] + 1 / 255, levels[3] + 1 / 255, np.inf])
+        ours = discretised_gaussian_nll(levels, mean=double(mean), log_variance=torch.tensor(-4.0).double())
+        low = np.array([-np.inf, *(levels[1:] - 1 / 255)])
+        high = np.array([*(levels[:-1] + 1 / 255), np.inf])
         normal = stats.norm(mean, math.exp(-2))
         side = np.where(low > mean, normal.sf(low) - normal.sf(high), normal.cdf(high) - normal.cdf(low))
         np.testing.assert_allclose(ours.numpy(), -np.log(side), rtol=1e-9)
     # 200 standard deviations away: the density times the width of a level, both as logarithms.
     std = 0.001
     far = discretised_gaussian_nll(
-        torch.tensor([0.2], dtype=torch.float64),
-        mean=torch.zeros(1).double(),
-        log_variance=torch.tensor(2 * math.log(std)),
+        double(0.2),
+        mean=double(0.0),
+        log_variance=double(2 * math.log(std)),
     )
     nearest = (0.2 - 1 / 255) / std
     assert far.item() == pytest.approx(-stats.norm.logsf(nearest), rel=1e-6)
@@ -90,7 +91,7 @@ def test_the_prior_term_is_the_divergence_from_a_standard_normal_and_zero_at_pur
     assert torch.equal(prior_term(x0, level=scalar_level(alpha=0.0, sigma=1.0)), torch.zeros(3).double())
 
 
-# ------------------------------------------------------------------------------------------------- expectations, exactly
+# ------------------------------------------------------------------------------------------------ exact expectations
 
 ROOTS, MASSES = np.polynomial.hermite_e.hermegauss(3)
 PAIRS = torch.tensor(list(itertools.product(ROOTS, ROOTS)), dtype=torch.float64)  # (9 2): data, noise
@@ -121,7 +122,7 @@ PROCESSES = {
 @pytest.mark.parametrize("num_steps", [2, 10, 100])
 @pytest.mark.parametrize("schedule", PROCESSES)
 def test_the_bound_is_tight_for_standard_normal_data(schedule, num_steps):
-    """The reverse of the chain is then Gaussian with variance beta: the bound is the entropy of the data, at any respacing."""
+    """Its reverse chain is Gaussian with variance beta: the bound is the entropy of the data, at any respacing."""
     prior, moves, reconstruction, _ = expected_bound(PROCESSES[schedule], std=1.0, num_steps=num_steps, variance="step")
     entropy = 0.5 * math.log(2 * math.pi * math.e)
     assert (prior + moves.sum() + reconstruction).item() == pytest.approx(entropy, abs=1e-9)

@@ -1,7 +1,7 @@
 """Samplers: laws, mostly on problems with a closed form.
 
-Those are Gaussian data, whose ideal denoiser is linear and whose probability-flow ODE has an exact solution, and a small
-set of points, whose ideal denoiser is a softmax. The references are compared in test_diffusion_samplers_reference.py.
+Those are Gaussian data, whose ideal denoiser is linear and whose probability-flow ODE has an exact solution, and a
+small set of points, whose ideal denoiser is a softmax. test_diffusion_samplers_reference.py compares with others' code.
 """
 
 import math
@@ -29,9 +29,7 @@ from models.diffusion.samplers import (
     lerp,
     sample,
     sample_steps,
-    sampling_moments,
     slerp,
-    spaced_steps,
 )
 from models.diffusion.schedule import (
     CLEAN,
@@ -42,6 +40,7 @@ from models.diffusion.schedule import (
     ScaledLinearScheduleConfig,
     add_noise,
 )
+from models.diffusion.spacing import sampling_moments, spaced_steps
 
 LINEAR = LinearScheduleConfig().build()
 FLOW = FlowMatchingConfig().build()
@@ -303,6 +302,16 @@ def test_more_steps_than_the_schedule_has_are_refused_with_advice():
         check_sampler(DDIMConfig(num_steps=1001), LINEAR, variance_is_learned=False)
     assert 'Use at most 1000, or spacing = "karras"' in str(caught.value)
     check_sampler(DDIMConfig(num_steps=1001, spacing="karras"), LINEAR, variance_is_learned=False)
+
+
+def test_inverting_a_prediction_of_the_data_is_refused_with_advice():
+    def denoise(x, moment):
+        return estimate_from_output(0.5 * x, x, moment.level, "x0")
+
+    moments = sampling_moments(LINEAR, num_steps=5, spacing="trailing")
+    with pytest.raises(ValueError, match="noise in it is not finite") as caught:
+        list(ddim_inversion(denoise, draw(1, 4, 2, 2), moments))
+    assert "use one that predicts eps, v or velocity" in str(caught.value)
 
 
 @pytest.mark.parametrize("schedule", ["flow", "zero terminal SNR"])

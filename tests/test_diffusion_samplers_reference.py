@@ -34,8 +34,6 @@ from models.diffusion.samplers import (
     dpm_solver_pp,
     euler,
     heun,
-    sampling_moments,
-    spaced_steps,
 )
 from models.diffusion.schedule import (
     CosineScheduleConfig,
@@ -44,6 +42,7 @@ from models.diffusion.schedule import (
     ScaledLinearScheduleConfig,
     scalar_level,
 )
+from models.diffusion.spacing import sampling_moments, spaced_steps
 
 LINEAR = LinearScheduleConfig().build()
 CHAINS = {

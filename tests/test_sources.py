@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 from pydantic import TypeAdapter, ValidationError
 
-from data.samples import BadSample, ImageSample, Split, check_key
+from data.samples import BadSample, ImageSample, Split, check_key, image_members
 from data.shards import ShardWriter
 from data.sources import FashionMNISTConfig, ImageFolderConfig, Source, SourceConfig, SyntheticConfig, WebDatasetConfig
 from data.sources.fashion_mnist import MOSAIC
@@ -42,8 +42,6 @@ def shards(folder: Path) -> Source:
         with ShardWriter(folder / f"{name}.tar") as shard:
             for number in numbers:
                 image = np.full((4, 4, 3), number, dtype=np.uint8)
-                from data.samples import image_members
-
                 shard.add(
                     f"k{number}",
                     image_members("k", image, label=number % 2, caption=f"no. {number}", metadata={"n": number}),
@@ -136,7 +134,7 @@ def test_the_embedded_images_are_all_different_and_none_is_in_both_splits() -> N
 
 
 def test_the_embedded_images_belong_to_their_classes() -> None:
-    """A nearest-class-mean classifier, which knows nothing of order, agrees as often as it does on Fashion-MNIST (0.68)."""
+    """Nearest class mean, which knows nothing of order, agrees as often as it does on Fashion-MNIST (0.68)."""
     source = FashionMNISTConfig().open()
     train = np.stack([pixels_of(source.read("train", index)) for index in range(5000)]).astype(np.float32)
     means = np.stack([train[label::10].mean(axis=0).ravel() for label in range(10)])
@@ -213,7 +211,7 @@ def test_bad_files_of_a_folder_are_named(tmp_path: Path) -> None:
         (tmp_path / "a" / f"{number}.png").write_bytes(b"")
         (tmp_path / "a" / f"{number}.txt").write_bytes(b"\xff")
     source = ImageFolderConfig(path=tmp_path).open()
-    with pytest.raises(BadSample, match=r"a/\d+\.png: caption_not_utf8|txt: caption_not_utf8"):
+    with pytest.raises(BadSample, match=r"^a/\d+\.txt: caption_not_utf8"):
         source.read("val", 0)
     for path in (tmp_path / "a").iterdir():
         path.unlink()
@@ -222,9 +220,9 @@ def test_bad_files_of_a_folder_are_named(tmp_path: Path) -> None:
 
 
 def test_folders_without_classes_or_images_are_named(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="is not a folder. Give the folder that holds one folder per class"):
+    with pytest.raises(ValueError, match=r"is not a folder\. Give the folder that holds one folder per class"):
         ImageFolderConfig(path=tmp_path / "none").open()
-    with pytest.raises(ValueError, match="holds no folders. Put the images of each class into a folder"):
+    with pytest.raises(ValueError, match=r"holds no folders\. Put the images of each class into a folder"):
         ImageFolderConfig(path=tmp_path).open()
     (tmp_path / "a").mkdir()
     with pytest.raises(ValueError, match=r"gives no train images at val_fraction = 0.1: it holds 0 files"):

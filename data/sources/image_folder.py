@@ -77,7 +77,7 @@ class ImageFolder:
         except OSError as error:
             raise BadSample("unreadable", str(error), key=key, member=relative) from error
         except BadSample as error:
-            raise error.at(key=key, member=relative) from None
+            raise error.at(key=key, member=str(Path(relative).with_suffix(".txt"))) from None
         return ImageSample(
             key=key, image=image, label=label, caption=caption, metadata={"file": relative}, member=relative
         )

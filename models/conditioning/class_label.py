@@ -16,6 +16,11 @@ class ClassConditionerConfig(BaseModel, frozen=True, extra="forbid"):
     kind: Literal["class"] = "class"
     drop_probability: Annotated[float, Field(ge=0, le=1)] = 0.1  # per sample: train without the label, for guidance
 
+    @property
+    def token_width(self) -> int:
+        """A class gives no tokens."""
+        return 0
+
     def build(self, *, num_classes: int, embedding_width: int) -> "ClassConditioner":
         """The conditioner for classes 0 to ``num_classes`` - 1, which gives vectors of ``embedding_width``."""
         return ClassConditioner(num_classes=num_classes, embedding_width=embedding_width)
@@ -23,8 +28,6 @@ class ClassConditionerConfig(BaseModel, frozen=True, extra="forbid"):
 
 class ClassConditioner(nn.Module):
     """Labels to vectors that are added to the time embedding; the last row of the table is the null class."""
-
-    token_width = 0
 
     def __init__(self, *, num_classes: int, embedding_width: int) -> None:
         super().__init__()
@@ -34,7 +37,7 @@ class ClassConditioner(nn.Module):
                 "classes, or remove the conditioner of kind 'class'."
             )
         self.num_classes = num_classes
-        # Rows start with unit variance, so that classes are far apart from the first update on; small ones learn slower.
+        # Rows start with unit variance: classes that are far apart from the start are learned much sooner.
         self.table = nn.Embedding(num_classes + 1, embedding_width)
 
     def forward(self, conditions: Mapping[str, Tensor], dropped: Tensor) -> Conditioning:

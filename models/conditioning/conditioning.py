@@ -15,6 +15,13 @@ class Conditioning(NamedTuple):
     token_mask: Tensor | None = None  # which tokens there are, bool (b s)
 
 
+class TextFeatures(NamedTuple):
+    """What a text encoder says about captions."""
+
+    tokens: Tensor  # (b s d), float32; zero where a caption has ended
+    pooled: Tensor  # (b d), float32; about unit variance over d
+
+
 def combine(parts: Sequence[Conditioning]) -> Conditioning:
     """Add the pooled embeddings and line up the tokens of several conditions."""
     embeddings = [part.embedding for part in parts if part.embedding is not None]

@@ -7,8 +7,8 @@ import torch
 from pydantic import BaseModel, Field, PositiveInt
 from torch import Tensor, nn
 
-from models.conditioning.conditioning import Conditioning
-from models.conditioning.text_encoder import MiniLMConfig, TextEncoderConfig, TextFeatures
+from models.conditioning.conditioning import Conditioning, TextFeatures
+from models.conditioning.text_encoder import MiniLMConfig, TextEncoderConfig
 
 
 class TextConditionerConfig(BaseModel, frozen=True, extra="forbid"):
@@ -20,6 +20,11 @@ class TextConditionerConfig(BaseModel, frozen=True, extra="forbid"):
     use: Literal["tokens", "pooled", "both"] = "both"  # tokens are attended to, the pooled vector is added
     null: Literal["learned", "empty_caption"] = "learned"  # what stands for no caption
     encoder: TextEncoderConfig = MiniLMConfig()  # what turns captions into features
+
+    @property
+    def token_width(self) -> int:
+        """Width of the tokens that it gives, 0 if it gives none."""
+        return self.width if self.use in ("tokens", "both") else 0
 
     def build(self, *, num_classes: int, embedding_width: int) -> "TextConditioner":
         """The conditioner, whose pooled vector becomes one of ``embedding_width``; classes do not matter to it.
@@ -45,7 +50,6 @@ class TextConditioner(nn.Module):
         super().__init__()
         self.uses_tokens = config.use in ("tokens", "both")
         self.uses_pooled = config.use in ("pooled", "both")
-        self.token_width = config.width if self.uses_tokens else 0
         if self.uses_pooled:
             self.project = nn.Linear(config.width, embedding_width)
         # A learned null is one token, repeated: attending to copies is attending to one.

@@ -21,10 +21,10 @@ from torch import Tensor
 
 from models.diffusion.posterior import (
     Variance,
+    posterior_mean_weights,
     posterior_variance,
     reverse_log_variance,
     step_variance,
-    x0_to_posterior_mean,
 )
 from models.diffusion.prediction import Denoise, Estimate
 from models.diffusion.schedule import CLEAN, Moment, NoiseLevel, NoiseSource, add_noise
@@ -76,22 +76,21 @@ def prior_term(x0: Tensor, *, level: NoiseLevel) -> Tensor:
     return per_sample(0.5 * (variance + (level.alpha * x0).square() - 1 - variance.log()))
 
 
-def move_term(
-    estimate: Estimate, x: Tensor, x0: Tensor, *, log_variance: Tensor, now: NoiseLevel, then: NoiseLevel
-) -> Tensor:
+def move_term(estimate: Estimate, x0: Tensor, *, log_variance: Tensor, now: NoiseLevel, then: NoiseLevel) -> Tensor:
     """L_{t-1} of the move from ``now`` to ``then``, which is not yet clean; (b,).
 
     Args:
-        estimate: What the denoiser believes about ``x``; gives the mean of p(x_{t-1} | x_t).
-        x: Latents at ``now``; (b c h w).
+        estimate: What the denoiser believes about the latents at ``now``; gives the mean of p(x_{t-1} | x_t).
         x0: The data in them; (b c h w).
-        log_variance: Of p(x_{t-1} | x_t); broadcasts over x.
+        log_variance: Of p(x_{t-1} | x_t); broadcasts over x0.
     """
+    # Both means hold the same share of x_t. It is left out: in float32 it would drown their difference.
+    _, of_x0 = posterior_mean_weights(now=now, then=then)
     return per_sample(
         gaussian_kl(
-            mean1=x0_to_posterior_mean(x0, x, now=now, then=then),
+            mean1=of_x0 * x0,
             log_variance1=posterior_variance(now=now, then=then).log(),
-            mean2=x0_to_posterior_mean(estimate.x0, x, now=now, then=then),
+            mean2=of_x0 * estimate.x0,
             log_variance2=log_variance,
         )
     )
@@ -144,14 +143,13 @@ def variational_bound(
     for index, moment in enumerate(moments):
         now = moment.level
         then = moments[index + 1].level if index + 1 < len(moments) else CLEAN
-        x = add_noise(x0, fresh_noise(index), now)
-        estimate = denoise(x, moment)
+        estimate = denoise(add_noise(x0, fresh_noise(index), now), moment)
         if then.sigma > 0:
             smallest = posterior_variance(now=now, then=then)  # stays for the last move, whose own is zero
         largest = step_variance(now=now, then=then)
         log_variance = reverse_log_variance(estimate, smallest=smallest, largest=largest, variance=variance)
         if then.sigma > 0:
-            terms.append(move_term(estimate, x, x0, log_variance=log_variance, now=now, then=then))
+            terms.append(move_term(estimate, x0, log_variance=log_variance, now=now, then=then))
         else:
             terms.append(reconstruction_term(estimate, x0, log_variance=log_variance))
     *moves, reconstruction = terms

@@ -259,6 +259,6 @@ def learned_variance_bound(
     smallest = posterior_variance(now=process.level(second, like=x), then=process.level_before(second, like=x))
     largest = step_variance(now=now, then=then)
     log_variance = reverse_log_variance(estimate, smallest=smallest, largest=largest, variance="learned")
-    move = move_term(estimate, x, x0, log_variance=log_variance, now=now, then=then)
+    move = move_term(estimate, x0, log_variance=log_variance, now=now, then=then)
     last = reconstruction_term(estimate, x0, log_variance=log_variance)
     return (torch.where(times == 0, last, move) / NATS_PER_BIT).to(dtype)

@@ -2,7 +2,7 @@
 
 ``now`` is the noisier level t and ``then`` the cleaner level s; they need not be neighbours, so a respaced sampler uses
 the same formulas. Written for any (alpha, sigma), Kingma et al. 2021 (arXiv:2107.00630), appendix A; on the chain with
-s = t - 1 they are Ho et al. 2020 (arXiv:2006.11239), eqs. 2, 6, 7 with var_step = beta_t.
+s = t - 1, where the variance of a step is beta_t, they are Ho et al. 2020 (arXiv:2006.11239), eqs. 2, 6 and 7.
 """
 
 from __future__ import annotations
@@ -32,13 +32,19 @@ def forward_step(x: Tensor, eps: Tensor, *, now: NoiseLevel, then: NoiseLevel) -
     return step_scale(now=now, then=then) * x + step_variance(now=now, then=then).sqrt() * eps
 
 
-# ----------------------------------------------------------------- the mean, in three forms, and back from each of them
+# ---------------------------------------------------------------- the mean, in three forms, and back from each of them
+
+
+def posterior_mean_weights(*, now: NoiseLevel, then: NoiseLevel) -> tuple[Tensor, Tensor]:
+    """Weights of x_t and of x_0 in the mean of q(x_s | x_t, x_0). Ho et al. 2020, eq. 7."""
+    of_x = step_scale(now=now, then=then) * then.sigma**2 / now.sigma**2
+    of_x0 = then.alpha * step_variance(now=now, then=then) / now.sigma**2
+    return of_x, of_x0
 
 
 def x0_to_posterior_mean(x0: Tensor, x: Tensor, *, now: NoiseLevel, then: NoiseLevel) -> Tensor:
     """Ho et al. 2020, eq. 7. Finite everywhere, at pure noise and for the step onto clean data too."""
-    of_x = step_scale(now=now, then=then) * then.sigma**2 / now.sigma**2
-    of_x0 = then.alpha * step_variance(now=now, then=then) / now.sigma**2
+    of_x, of_x0 = posterior_mean_weights(now=now, then=then)
     return of_x * x + of_x0 * x0
 
 
@@ -54,8 +60,7 @@ def score_to_posterior_mean(score: Tensor, x: Tensor, *, now: NoiseLevel, then: 
 
 def posterior_mean_to_x0(mean: Tensor, x: Tensor, *, now: NoiseLevel, then: NoiseLevel) -> Tensor:
     """Ho et al. 2020, eq. 7 solved for the data. Finite everywhere."""
-    of_x = step_scale(now=now, then=then) * then.sigma**2 / now.sigma**2
-    of_x0 = then.alpha * step_variance(now=now, then=then) / now.sigma**2
+    of_x, of_x0 = posterior_mean_weights(now=now, then=then)
     return (mean - of_x * x) / of_x0
 
 
@@ -69,7 +74,7 @@ def posterior_mean_to_score(mean: Tensor, x: Tensor, *, now: NoiseLevel, then: N
     return (step_scale(now=now, then=then) * mean - x) / step_variance(now=now, then=then)
 
 
-# --------------------------------------------------------------------------------------------------------- the variance
+# -------------------------------------------------------------------------------------------------------- the variance
 
 
 def posterior_variance(*, now: NoiseLevel, then: NoiseLevel) -> Tensor:

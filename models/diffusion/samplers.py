@@ -32,8 +32,7 @@ from models.diffusion.posterior import (
 )
 from models.diffusion.prediction import Denoise, Estimate, eps_to_x0
 from models.diffusion.schedule import CLEAN, Moment, NoiseLevel, NoiseSource, Process
-
-Spacing = Literal["leading", "trailing", "linspace", "quadratic", "karras"]
+from models.diffusion.spacing import Spacing, sampling_moments
 
 DATA = Moment(time=0.0, level=CLEAN)  # where every sampler ends; the network is never asked about it
 
@@ -46,67 +45,6 @@ class SamplerStep:
     x: Tensor  # latents after it; (b c h w)
     level: NoiseLevel  # their noise level
     estimate: Estimate  # the belief that the move followed; ``estimate.x0`` is the preview worth showing
-
-
-# ---------------------------------------------------------------------------------------------------------- moments
-
-
-def spaced_steps(*, num_train_steps: int, num_steps: int, spacing: Spacing) -> list[int]:
-    """Choose ``num_steps`` of the steps 0 ... T - 1, noisiest first.
-
-    ``leading``, ``trailing`` and ``linspace`` are those of Lin et al. 2024 (arXiv:2305.08891), table 2; only
-    ``leading`` does not start at the noisiest step. ``quadratic`` is dense where the data is nearly clean: Song et al.
-    2021 (arXiv:2010.02502), appendix D.2.
-    """
-    T, n = num_train_steps, num_steps
-    if n > T:
-        raise ValueError(
-            f"a sampler of num_steps = {n} cannot take more steps than the {T} of its schedule. "
-            f'Use at most {T}, or spacing = "karras", which is not bound to the steps of the schedule.'
-        )
-    match spacing:
-        case "leading":
-            steps = [i * (T // n) for i in range(n)]
-        case "trailing":
-            steps = [round(T - i * T / n) - 1 for i in reversed(range(n))]
-        case "linspace":
-            steps = [round(i * (T - 1) / (n - 1)) for i in range(n)] if n > 1 else [T - 1]
-        case "quadratic":
-            steps = [int((T - 1) * (i / (n - 1)) ** 2) for i in range(n)] if n > 1 else [T - 1]
-            for i in range(1, n):
-                steps[i] = max(steps[i], steps[i - 1] + 1)  # squares crowd near zero; no step is taken twice
-        case "karras":
-            raise ValueError('spacing = "karras" chooses noise levels, not steps: see karras_ratios')
-    return steps[::-1]
-
-
-def karras_ratios(*, highest: float, lowest: float, num_steps: int, rho: float = 7.0) -> list[float]:
-    """Noise-to-data ratios, evenly spaced after taking the rho-th root, highest first. Karras et al. 2022, eq. 5."""
-    if num_steps == 1:
-        return [highest]
-    low, high = lowest ** (1 / rho), highest ** (1 / rho)
-    return [(high + i / (num_steps - 1) * (low - high)) ** rho for i in range(num_steps)]
-
-
-def sampling_moments(process: Process, *, num_steps: int, spacing: Spacing) -> list[Moment]:
-    """The moments at which a sampler asks the network, noisiest first; clean data is not among them."""
-    if spacing != "karras":
-        steps = spaced_steps(num_train_steps=process.num_steps, num_steps=num_steps, spacing=spacing)
-        return [process.moment(step) for step in steps]
-    highest = float(process.moment(process.num_steps - 1).level.ratio)
-    if highest == float("inf"):
-        raise ValueError(
-            'spacing = "karras" needs a finite noise-to-data ratio to start from, but this schedule ends in pure noise '
-            '(zero_terminal_snr, or flow matching). Use spacing = "trailing".'
-        )
-    lowest = float(process.moment(0).level.ratio)
-    ratios = karras_ratios(highest=highest, lowest=lowest, num_steps=num_steps)
-    return [process.moment_at_ratio(ratio) for ratio in ratios]
-
-
-def _moves(moments: Sequence[Moment]) -> Iterator[tuple[int, Moment, Moment]]:
-    for index, (now, then) in enumerate(pairwise([*moments, DATA])):
-        yield index, now, then
 
 
 # ------------------------------------------------------------------------------------------------------- single steps
@@ -152,6 +90,11 @@ def dpm_solver_step(x: Tensor, x0: Tensor, *, now: NoiseLevel, then: NoiseLevel)
 
 
 # ----------------------------------------------------------------------------------------------------------- samplers
+
+
+def _moves(moments: Sequence[Moment]) -> Iterator[tuple[int, Moment, Moment]]:
+    for index, (now, then) in enumerate(pairwise([*moments, DATA])):
+        yield index, now, then
 
 
 def ddim(
@@ -227,13 +170,21 @@ def ddim_inversion(denoise: Denoise, x0: Tensor, moments: Sequence[Moment]) -> I
     of the level that the step leads to, since clean data has none. The round trip closes as the steps become finer.
 
     Args:
-        denoise: Must be able to tell the noise in clean data: an x0-prediction cannot.
+        denoise: Must be able to tell the noise in clean data: a prediction of x0 or of the score cannot.
         x0: Clean latents; (b c h w).
         moments: As for sampling, noisiest first.
+
+    Raises:
+        ValueError: When the denoiser's noise in clean data is not finite.
     """
     x, level = x0, CLEAN
     for index, then in enumerate(reversed(moments)):
         estimate = denoise(x, Moment(time=then.time, level=level))
+        if index == 0 and not estimate.eps.isfinite().all():
+            raise ValueError(
+                "DDIM inversion starts from clean data, but the denoiser's estimate of the noise in it is not finite. "
+                "A network that predicts x0 cannot be inverted; use one that predicts eps, v or velocity."
+            )
         x = ddim_step(Estimate(x0=eps_to_x0(estimate.eps, x, level), eps=estimate.eps), then=then.level)
         level = then.level
         yield SamplerStep(index, x, level, estimate)

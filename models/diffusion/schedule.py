@@ -67,11 +67,10 @@ class Moment:
 
 def scalar_level(*, alpha: float, sigma: float) -> NoiseLevel:
     """A level for a whole batch."""
-    return NoiseLevel(torch.tensor(alpha, dtype=torch.float64), torch.tensor(sigma, dtype=torch.float64))
+    return NoiseLevel(*torch.tensor([alpha, sigma], dtype=torch.float64, device="cpu"))
 
 
 CLEAN = scalar_level(alpha=1.0, sigma=0.0)
-
 
 NoiseSource = Callable[[int], Tensor]
 """Standard normal noise, given the index of a step: shaped and typed as the latents that it is added to."""
@@ -95,7 +94,7 @@ class DiscreteDiffusion:
     straight = False  # the path from data to noise is curved: alpha^2 + sigma^2 = 1
 
     def __init__(self, betas: Tensor) -> None:
-        self.betas = betas.double()
+        self.betas = betas.double().cpu()
         self.alpha_bars = torch.cumprod(1 - self.betas, dim=0)  # Ho et al. 2020, below eq. 4
         self.num_steps = len(betas)
         self._tables = {torch.device("cpu"): (self.alpha_bars.sqrt(), (1 - self.alpha_bars).sqrt())}
@@ -184,25 +183,25 @@ def _per_sample(values: Tensor, like: Tensor) -> Tensor:
 # ---------------------------------------------------------------------------------------------------------- betas
 
 
-def linear_betas(num_steps: int, *, beta_start: float = 1e-4, beta_end: float = 2e-2) -> Tensor:
+def linear_betas(num_steps: int, *, beta_start: float, beta_end: float) -> Tensor:
     """Evenly spaced betas; (T,) float64. Ho et al. 2020, section 4. The ends are for 1000 steps, scaled by 1000/T."""
     scale = 1000 / num_steps
     return torch.linspace(scale * beta_start, scale * beta_end, num_steps, dtype=torch.float64)
 
 
-def scaled_linear_betas(num_steps: int, *, beta_start: float = 0.00085, beta_end: float = 0.012) -> Tensor:
+def scaled_linear_betas(num_steps: int, *, beta_start: float, beta_end: float) -> Tensor:
     """Betas whose square roots are evenly spaced; (T,) float64. Latent diffusion's; the ends are not scaled with T."""
     return torch.linspace(beta_start**0.5, beta_end**0.5, num_steps, dtype=torch.float64) ** 2
 
 
-def cosine_betas(num_steps: int, *, offset: float = 0.008, max_beta: float = 0.999) -> Tensor:
-    """Betas of a squared-cosine alpha_bar; (T,) float64. Nichol & Dhariwal 2021, eq. 17."""
+def cosine_betas(num_steps: int, *, offset: float) -> Tensor:
+    """Betas of a squared-cosine alpha_bar, at most 0.999; (T,) float64. Nichol & Dhariwal 2021, eq. 17."""
 
     def alpha_bar(t: float) -> float:
         return math.cos((t + offset) / (1 + offset) * math.pi / 2) ** 2
 
     ratios = [alpha_bar((i + 1) / num_steps) / alpha_bar(i / num_steps) for i in range(num_steps)]
-    return (1 - torch.tensor(ratios, dtype=torch.float64)).clamp(max=max_beta)
+    return (1 - torch.tensor(ratios, dtype=torch.float64)).clamp(max=0.999)
 
 
 def with_zero_terminal_snr(betas: Tensor) -> Tensor:

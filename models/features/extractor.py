@@ -5,6 +5,7 @@ import hashlib
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -93,19 +94,16 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], str]:
         raise ValueError(f"There is no weights file {path}. Give the path of one that was downloaded before.")
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if path.suffix not in (".safetensors", ".pth", ".pt"):
+        raise ValueError(f"{path} must end in .safetensors, .pth or .pt.")
     try:
         if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
             state = load_file(path)
-        elif path.suffix in (".pth", ".pt"):
-            state = torch.load(path, map_location="cpu", weights_only=True)
         else:
-            raise ValueError(f"{path} must end in .safetensors, .pth or .pt.")
-    except ValueError:
-        raise
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # each format has its own errors for a damaged file
-        raise ValueError(f"{path} cannot be read as weights ({error}). Download it again.") from error
+        reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+        raise ValueError(f"{path} cannot be read as weights ({reason}). Download it again.") from error
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise ValueError(f"{path} holds no state dict of tensors. Save `model.state_dict()` instead of the model.")
     return state, digest

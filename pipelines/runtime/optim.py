@@ -119,8 +119,10 @@ class Optimizer:
                 f"The optimizer's state is of another network: {strangers[:3] or 'parameters are missing'}."
             )
         for name, parameter in zip(self.names, self.parameters, strict=True):
-            self.adamw.state[parameter] = {
-                key: tensors[f"{name}/{key}"].to(parameter.device)
-                for key in ("step", "exp_avg", "exp_avg_sq")
-                if f"{name}/{key}" in tensors
+            if not tensors:
+                continue
+            # The fused kernel walks parameter and moments side by side: they must lie in memory alike.
+            moments = {
+                key: torch.empty_like(parameter).copy_(tensors[f"{name}/{key}"]) for key in ("exp_avg", "exp_avg_sq")
             }
+            self.adamw.state[parameter] = {"step": tensors[f"{name}/step"].to(parameter.device), **moments}

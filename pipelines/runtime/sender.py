@@ -6,6 +6,7 @@ again by the next `Sender.send`. What it will never take is counted and written 
 
 import contextlib
 import os
+import select
 import signal
 import sys
 import threading
@@ -66,7 +67,7 @@ class Store(Protocol):
     name: str  # the URI, without credentials
 
     def connect(self, identity: RunIdentity) -> str: ...  # finds or makes the run; returns its id in the store
-    def set_status(self, status: str, *, ended: float | None) -> None: ...
+    def set_status(self, status: str, *, since: float) -> None: ...  # Unix seconds
     def log_points(self, points: Sequence[Point]) -> None: ...
     def log_tags(self, tags: Mapping[str, str]) -> None: ...
     def log_params(self, params: Mapping[str, str]) -> None: ...
@@ -112,7 +113,7 @@ class Sender:
         ]
         with self._blaming_the_store():
             self._connect()
-            self.store.set_status("KILLED", ended=max(last))
+            self.store.set_status("KILLED", since=max(last))
         return True
 
     @contextlib.contextmanager
@@ -183,10 +184,10 @@ class Sender:
     def _send_event(self, event: Mapping[str, Any]) -> None:
         match event["kind"]:
             case "start":
-                self.store.set_status("RUNNING", ended=None)
+                self.store.set_status("RUNNING", since=event["time"])
             case "close":
                 self._send_numbers()
-                self.store.set_status(event["status"], ended=event["time"])
+                self.store.set_status(event["status"], since=event["time"])
             case "tags":
                 self.store.log_tags(event["tags"])
             case "params":
@@ -321,13 +322,16 @@ class _Owner:
     def __init__(self) -> None:
         self.closing = threading.Event()
         self.gone = threading.Event()
+        self._parent = os.getppid()
         threading.Thread(target=self._listen, daemon=True).start()
 
     def _listen(self) -> None:
-        if os.read(0, 64):
-            self.closing.set()
-            if os.read(0, 64):
-                return
+        # The parent is asked for too: a process that the stage forked may hold the pipe open after its death.
+        while os.getppid() == self._parent:
+            if select.select([0], [], [], 0.5)[0]:
+                if not os.read(0, 64):
+                    break
+                self.closing.set()
         self.gone.set()
         self.closing.set()
         time.sleep(ORPHAN_SECONDS)
@@ -336,7 +340,7 @@ class _Owner:
 
 def _become_a_background_process(folder: Path) -> None:
     """Yield the processor to training, leave signals to the stage, keep the client's chatter off its terminal."""
-    os.nice(10)
+    os.nice(5)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     global _terminal

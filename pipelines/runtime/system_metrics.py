@@ -39,6 +39,10 @@ class SystemSampler:
         now = time.time()
         return {"step": int(now - self._since), "time": round(now, 3), **self.sample()}
 
+    def stop(self) -> None:
+        """Take no more samples."""
+        self._due = float("inf")
+
     def sample(self) -> dict[str, float]:
         """Measure now. Megabytes are MiB; network traffic counts from the start of this process's run."""
         memory = psutil.virtual_memory()

@@ -21,6 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+import psutil
+
 from data.commit import FolderLock, atomic_file
 from pipelines.runtime.run_identity import AUTO, OFFLINE, RunIdentity, run_identity, store_uri, without_credentials
 from pipelines.runtime.spool import (
@@ -119,7 +121,7 @@ def open_tracker(
     tracker = Tracker(folder=folder, identity=identity, uri=uri, lock=lock)
     tracker.event("start", process=os.getpid(), host=os.uname().nodename)
     tracker.log_params(params)
-    tracker.set_tags(tags)
+    tracker.set_tags({**tags, "folder": str(folder.resolve())})
     if config_file is not None:
         tracker.event("text", spool=FILES, name=config_file.name, text=without_credentials(config_file.read_text()))
     tracker.start_sending()
@@ -294,8 +296,12 @@ class Tracker:
                 self._sender.wait()
 
     def _each_second(self) -> None:
-        if sample := self._sampler.due():
-            self._spool.append(SYSTEM, [sample])
+        try:
+            if sample := self._sampler.due():
+                self._spool.append(SYSTEM, [sample])
+        except (OSError, psutil.Error) as error:  # in a sandbox without /proc, say; no reason to stop
+            print(f"System metrics end here: {error}", file=sys.stderr)
+            self._sampler.stop()
         if self._sender is not None and self._sender.poll() is not None and time.monotonic() > self._sender_retry_at:
             self.start_sending()
 

@@ -1,0 +1,118 @@
+"""Real runs that several tests look at, and how tests start processes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+SMOKE = REPOSITORY / "pipelines" / "configs" / "smoke.toml"
+STAGES = {
+    "prepare_corpus": "corpus",
+    "train_vae": "vae",
+    "encode_latents": "latents",
+    "train_unet": "unet",
+    "evaluate": "evaluation",
+}
+TIMEOUT_SECONDS = 180
+
+
+def environment(**extra: str) -> dict[str, str]:
+    """The environment of a stage: one thread, no launcher of ours, no MLflow server of the user's."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("MLFLOW_", "ACCELERATE_"))}
+    return {**kept, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY), "ACCELERATE_USE_CPU": "true", **extra}
+
+
+def stage_command(stage: str, *words: str, processes: int = 1, config: Path = SMOKE) -> list[str]:
+    """The command line of a stage: plain ``python -m`` for one process, ``accelerate launch`` for more."""
+    launcher = [sys.executable, "-m"]
+    if processes > 1:
+        launcher = [
+            *(sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines", "1"),
+            *("--num_processes", str(processes), "--mixed_precision", "no", "--dynamo_backend", "no"),
+            *("--main_process_port", "0", "-m"),
+        ]
+    return [*launcher, f"pipelines.{stage}", "--config", str(config), "--run.threads", "1", *words]
+
+
+def run_stage(
+    stage: str, *words: str, processes: int = 1, config: Path = SMOKE, cwd: Path | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run a stage to its end and return what it printed and its exit code."""
+    return subprocess.run(
+        stage_command(stage, *words, processes=processes, config=config),
+        env=environment(),
+        cwd=cwd or REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_SECONDS,
+    )
+
+
+def kill_tree(process: subprocess.Popen[Any]) -> None:
+    """SIGKILL a process that was started with ``start_new_session=True``, and all that it started."""
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait(timeout=30)
+
+
+def wait_until(condition: Callable[[], bool], *, seconds: float, what: str) -> None:
+    """Wait for something that must happen."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"{what} did not happen within {seconds} s"
+        time.sleep(0.01)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished pipeline run."""
+
+    root: Path
+    output: Mapping[str, str]
+
+    def folder(self, stage: str) -> Path:
+        return self.root / STAGES[stage]
+
+    def manifest(self, stage: str) -> dict[str, Any]:
+        return json.loads((self.folder(stage) / "manifest.json").read_bytes())
+
+    def rows(self, stage: str) -> dict[int, dict[str, Any]]:
+        """Training lines of ``metrics.jsonl`` by update."""
+        return training_rows(self.folder(stage))
+
+
+def training_rows(folder: Path) -> dict[int, dict[str, Any]]:
+    """Training lines of a folder's ``metrics.jsonl`` by update; each update must be there once."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    updates = [line["update"] for line in lines if "update" in line]
+    assert len(updates) == len(set(updates)), "an update was written twice"
+    return {line["update"]: line for line in lines if "update" in line}
+
+
+def run_pipeline(root: Path, *, processes: int, stages: Mapping[str, str] = STAGES) -> Run:
+    output = {}
+    for stage in stages:
+        done = run_stage(stage, "--run.root", str(root), processes=processes)
+        assert done.returncode == 0, f"{stage} ended with {done.returncode}:\n{done.stdout}\n{done.stderr}"
+        output[stage] = done.stdout
+    return Run(root=root, output=output)
+
+
+@pytest.fixture(scope="session")
+def two_process_run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """All stages of the smoke experiment through ``accelerate launch`` with two processes."""
+    return run_pipeline(tmp_path_factory.mktemp("two processes") / "run", processes=2)
+
+
+@pytest.fixture(scope="session")
+def one_process_run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """All stages of the smoke experiment in one process each."""
+    return run_pipeline(tmp_path_factory.mktemp("one process") / "run", processes=1)

@@ -1,0 +1,260 @@
+"""Laws of the configuration: one tree, strict types, every mistake at once, each with where and what to do."""
+
+import subprocess
+import sys
+import time
+import tomllib
+from pathlib import Path
+from typing import Annotated, ClassVar, Literal, Self
+
+import pytest
+from conftest import REPOSITORY, SMOKE, STAGES, environment
+from pydantic import BaseModel, Field, PositiveFloat, PositiveInt, model_validator
+
+from pipelines.config import ConfigError, StageConfig, config_as_toml, help_text, load_config
+
+
+class Circle(BaseModel, frozen=True, extra="forbid"):
+    """Round."""
+
+    kind: Literal["circle"] = "circle"  # no corners
+    radius: PositiveFloat = 1.0  # metres
+
+
+class Square(BaseModel, frozen=True, extra="forbid"):
+    """Four corners."""
+
+    kind: Literal["square"] = "square"  # four corners
+    side: PositiveInt = 2  # metres
+
+
+Shape = Annotated[Circle | Square, Field(discriminator="kind")]
+
+
+class Inputs(BaseModel, frozen=True, extra="forbid"):
+    corpus: str  # folder
+
+
+class Config(StageConfig):
+    harmless: ClassVar[frozenset[str]] = frozenset()
+
+    inputs: Inputs  # where
+    shape: Shape = Circle(radius=5.0)  # what is drawn
+    shapes: tuple[Shape, ...] = ()  # several
+    global_batch: PositiveInt = 64  # images an update
+    peak_lr: PositiveFloat = 1e-4  # per update
+    name: str = "x"  # any text
+    exact: bool = False  # slower
+
+    @model_validator(mode="after")
+    def _even(self) -> Self:
+        if self.global_batch % 2:
+            raise ValueError(f"global_batch = {self.global_batch} must be even")
+        return self
+
+
+def load(tmp_path: Path, text: str, *words: str) -> Config:
+    path = tmp_path / "experiment.toml"
+    path.write_text(text)
+    return load_config(Config, table="train_vae", argv=["--config", str(path), *words])
+
+
+def mistakes(tmp_path: Path, text: str, *words: str) -> str:
+    with pytest.raises(ConfigError) as error:
+        load(tmp_path, text, *words)
+    return str(error.value)
+
+
+def test_the_command_line_wins_over_the_file_and_the_file_over_defaults(tmp_path: Path) -> None:
+    config = load(
+        tmp_path,
+        '[run]\nroot = "runs/a"\n[train_vae]\nglobal_batch = 32\npeak_lr = 1',
+        *("--global-batch", "16", "--run.root=runs/b", "--train_vae.name", "7", "--exact"),
+    )
+    assert (config.global_batch, config.peak_lr, config.run.root, config.name, config.exact) == (
+        16,
+        1.0,
+        "runs/b",
+        "7",
+        True,
+    )
+
+
+def test_inputs_lie_below_the_root_unless_they_are_given(tmp_path: Path) -> None:
+    assert load(tmp_path, "", "--run.root", "runs/z").inputs.corpus == "runs/z/corpus"
+    assert load(tmp_path, "", "--inputs.corpus", "elsewhere").inputs.corpus == "elsewhere"
+
+
+def test_a_partly_given_table_keeps_its_fields_defaults(tmp_path: Path) -> None:
+    assert load(tmp_path, "", "--shape.radius", "2").shape == Circle(radius=2.0)
+    assert load(tmp_path, "[train_vae.shape]\n").shape == Circle(radius=5.0)
+
+
+def test_a_changed_kind_drops_the_keys_of_the_old_variant(tmp_path: Path) -> None:
+    text = '[train_vae]\nshape = { kind = "circle", radius = 3.0 }\nshapes = [{ kind = "square", side = 9 }]'
+    assert load(tmp_path, text, "--shape.kind", "square").shape == Square()
+    assert load(tmp_path, text, "--shape.kind", "square", "--shape.side", "4").shape == Square(side=4)
+    assert load(tmp_path, text, "--shape.kind", "circle").shape == Circle(radius=3.0)
+    assert load(tmp_path, text, "--shapes.0.side", "4").shapes == (Square(side=4),)
+
+
+def test_all_mistakes_are_shown_at_once_with_source_and_advice(tmp_path: Path) -> None:
+    text = (
+        '[run]\nroott = "x"\n[train_vaee]\n[train_vae]\nglobal_bach = 3\npeak_lr = "fast"\n'
+        'shape = { kind = "cirle" }\nshapes = [{ kind = "square", sid = 2 }]\nexact = 1\n'
+    )
+    message = mistakes(tmp_path, text, "--global-batch", "2.5", "--run.threads", "many", "stray")
+    file = tmp_path / "experiment.toml"
+    for phrase in (
+        "10 mistakes in the configuration",
+        f"[train_vaee] ({file})\n      no stage reads this table; did you mean train_vae?",
+        f"run.roott = 'x' ({file})\n      unknown key; did you mean root?",
+        f"train_vae.global_bach = 3 ({file})\n      unknown key; did you mean global_batch?",
+        f"train_vae.peak_lr = 'fast' ({file})\n      expected a valid number",
+        f"train_vae.shape.kind = 'cirle' ({file})\n      expected one of 'circle', 'square'; did you mean circle?",
+        f"train_vae.shapes.0.sid = 2 ({file})\n      unknown key; did you mean side?",
+        f"train_vae.exact = 1 ({file})\n      expected a valid boolean",
+        "train_vae.global_batch = 2.5 (command line)\n      expected a valid integer",
+        "run.threads = 'many' (command line)\n      expected a valid integer",
+        "'stray' (command line)\n      a value without a name",
+    ):
+        assert phrase in message, f"{phrase}\n--- not in\n{message}"
+
+
+def test_a_number_in_quotes_is_no_number_in_a_file(tmp_path: Path) -> None:
+    assert "expected a valid integer" in mistakes(tmp_path, '[train_vae]\nglobal_batch = "32"')
+
+
+def test_values_are_checked_across_fields(tmp_path: Path) -> None:
+    assert "global_batch = 3 must be even" in mistakes(tmp_path, "", "--global_batch", "3")
+
+
+def test_missing_and_broken_files_are_named(tmp_path: Path) -> None:
+    assert "cannot be read as TOML" in mistakes(tmp_path, "x = [")
+    with pytest.raises(ConfigError, match="there is no such file"):
+        load_config(Config, table="train_vae", argv=["--config", str(tmp_path / "none.toml")])
+    with pytest.raises(ConfigError, match="--config EXPERIMENT.toml"):
+        load_config(Config, table="train_vae", argv=[])
+
+
+def test_a_flag_without_a_value_is_only_for_booleans(tmp_path: Path) -> None:
+    assert "--peak_lr (command line)\n      needs a value" in mistakes(tmp_path, "", "--peak_lr")
+
+
+def test_the_printed_configuration_gives_itself_back(tmp_path: Path) -> None:
+    text = '[train_vae]\nshape = { kind = "square", side = 9 }\nshapes = [{ kind = "circle" }]'
+    config = load(tmp_path, text, "--run.root", "runs/q")
+    assert load(tmp_path, config_as_toml(config, table="train_vae")) == config
+
+
+def test_help_has_one_line_a_field_with_default_and_comment() -> None:
+    lines = help_text(Config, table="train_vae", about="What it does.").splitlines()
+    assert lines[0] == "What it does."
+    assert any(line.split() == ["--global_batch", "64", "images", "an", "update"] for line in lines)
+    assert any(line.split() == ["--shape.radius", "5.0", "metres"] for line in lines)
+    assert any(line.split()[:2] == ["--inputs.corpus", "<run.root>/corpus"] for line in lines)
+
+
+@pytest.mark.parametrize("stage", list(STAGES))
+def test_every_field_of_every_stage_has_its_comment(stage: str) -> None:
+    import importlib
+
+    from pipelines.config_schema import model_paths
+
+    module = importlib.import_module(f"pipelines.{stage}")
+    (model,) = [
+        value
+        for value in vars(module).values()
+        if isinstance(value, type) and issubclass(value, StageConfig) and value.__module__ == module.__name__
+    ]
+    bare = [".".join((*path, name)) for path, name, _, comment in model_paths(model) if not comment]
+    assert not bare, f"fields without a comment: {bare}"
+
+
+@pytest.mark.parametrize("path", sorted((REPOSITORY / "pipelines" / "configs").glob("*.toml")), ids=lambda p: p.stem)
+def test_every_experiment_is_valid_for_every_stage(path: Path) -> None:
+    import importlib
+
+    for stage in STAGES:
+        module = importlib.import_module(f"pipelines.{stage}")
+        (model,) = [
+            value
+            for value in vars(module).values()
+            if isinstance(value, type) and issubclass(value, StageConfig) and value.__module__ == module.__name__
+        ]
+        load_config(model, table=stage, argv=["--config", str(path)])
+
+
+def test_help_is_quick_and_loads_no_tracking_attention_or_diffusers() -> None:
+    code = (
+        "import sys, runpy\nsys.argv = ['x', '--help']\n"
+        "try: runpy.run_module('pipelines.train_unet', run_name='__main__', alter_sys=True)\n"
+        "except SystemExit as end: assert end.code == 0\n"
+        "print('LOADED', sorted({'mlflow', 'xformers', 'diffusers'} & set(sys.modules)))\n"
+    )
+    best = 99.0
+    for _ in range(2):
+        began = time.monotonic()
+        done = subprocess.run(
+            [sys.executable, "-c", code], env=environment(), cwd=REPOSITORY, capture_output=True, text=True
+        )
+        best = min(best, time.monotonic() - began)
+        assert done.stdout.rstrip().endswith("LOADED []"), done.stdout + done.stderr
+    # Two seconds on a quiet machine; a loaded one may take twice as long, which is still no import of mlflow.
+    assert best < 4.0
+
+
+def test_a_mistake_ends_with_code_2_before_any_work(tmp_path: Path) -> None:
+    words = [sys.executable, "-m", "pipelines.train_unet", "--config", str(SMOKE), "--run.root", str(tmp_path / "run")]
+    done = subprocess.run(
+        [*words, "--global_bach", "3", "--updates", "x"],
+        env=environment(),
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    assert "2 mistakes in the configuration" in done.stderr
+    assert "did you mean global_batch?" in done.stderr
+    assert [p.name for p in (tmp_path / "run" / "unet").iterdir()] == ["outcome.json"]
+
+
+def test_missing_inputs_are_all_named_with_the_stage_that_makes_them(tmp_path: Path) -> None:
+    words = [sys.executable, "-m", "pipelines.train_unet", "--config", str(SMOKE), "--run.root", str(tmp_path / "run")]
+    done = subprocess.run(words, env=environment(), cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "Run pipelines.encode_latents first" in done.stderr
+    assert "Run pipelines.train_vae first" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_batch_that_cannot_be_split_names_the_nearest_that_can() -> None:
+    from pipelines.runtime.training import BatchShare
+    from pipelines.train_unet import TrainUNetConfig
+
+    whole = tomllib.loads(SMOKE.read_text())["train_unet"]
+    config = TrainUNetConfig.model_validate({**whole, "inputs": {"latents": "l", "vae": "v"}, "global_batch": 50})
+    with pytest.raises(ConfigError) as error:
+        BatchShare.of(config, table="train_unet", rank=0, world_size=3)
+    assert str(error.value) == (
+        "train_unet.global_batch = 50 cannot be split into whole micro-batches: 3 processes x 8 images = 24. "
+        "Use 48 or 72, or change train_unet.images_per_device or --num_processes."
+    )
+
+
+@pytest.mark.parametrize(("world_size", "per_device"), [(1, 0), (1, 4), (2, 4), (4, 2), (3, 8)])
+def test_the_shares_of_all_ranks_are_the_whole_batch_once(world_size: int, per_device: int) -> None:
+    from pipelines.runtime.training import BatchShare
+    from pipelines.train_unet import TrainUNetConfig
+
+    config = TrainUNetConfig.model_validate(
+        {"inputs": {"latents": "l", "vae": "v"}, "updates": 1, "global_batch": 48, "images_per_device": per_device}
+    )
+    seen: list[int] = []
+    for rank in range(world_size):
+        share = BatchShare.of(config, table="train_unet", rank=rank, world_size=world_size)
+        pieces = [list(share.positions)[part] for part in share.micro_batches()]
+        assert len({len(piece) for piece in pieces}) == 1
+        assert not per_device or len(pieces[0]) == per_device
+        seen += [position for piece in pieces for position in piece]
+    assert seen == list(range(48))

@@ -1,0 +1,356 @@
+"""Our networks against diffusers' with the same weights, and the conversion of weights and configs both ways."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from models.conditioning import ClassConditionerConfig, TextConditionerConfig
+from models.denoiser import Denoiser, DenoiserConfig
+from models.diffusers_config import (
+    scheduler_config_to_diffusers,
+    unet_config_from_diffusers,
+    unet_config_to_diffusers,
+    vae_config_from_diffusers,
+    vae_config_to_diffusers,
+)
+from models.diffusers_format import (
+    denoiser_from_diffusers,
+    denoiser_to_diffusers,
+    unet_from_diffusers,
+    vae_from_diffusers,
+    vae_to_diffusers,
+)
+from models.diffusion.guidance import GuidanceConfig
+from models.diffusion.objective import ObjectiveConfig
+from models.diffusion.samplers import DDIMConfig
+from models.diffusion.schedule import (
+    CosineScheduleConfig,
+    FlowMatchingConfig,
+    LinearScheduleConfig,
+    ScaledLinearScheduleConfig,
+)
+from models.unet import UNet, UNetConfig
+from models.vae import AutoencoderKL, VAEConfig
+
+diffusers = pytest.importorskip("diffusers")
+
+NETWORK = UNetConfig(
+    channels=(16, 32), blocks=(2, 2), attention=(False, True), heads=(2, 4), transformer_depth=(1, 2), norm_groups=8
+)
+CLASS = ClassConditionerConfig()
+TOKENS = TextConditionerConfig(width=12, use="tokens")
+BOTH = TextConditionerConfig(width=12, use="both")
+MODELS = {
+    "class": DenoiserConfig(network=NETWORK, conditioners=(CLASS,)),
+    "class_shift": DenoiserConfig(
+        network=NETWORK.model_copy(update={"time_injection": "shift", "mid_attention": False}), conditioners=(CLASS,)
+    ),
+    "unconditional": DenoiserConfig(network=NETWORK.model_copy(update={"attention": (False, False)})),
+    "text": DenoiserConfig(
+        network=NETWORK.model_copy(update={"heads": (1, 4), "blocks": (1, 2)}), conditioners=(BOTH,)
+    ),
+    "text_class": DenoiserConfig(network=NETWORK, conditioners=(TOKENS, CLASS)),
+}
+VAES = {
+    "plain": VAEConfig(latent_channels=3, channels=(8, 16, 16), blocks_per_level=1, norm_groups=4),
+    "quant_convs": VAEConfig(latent_channels=4, channels=(8, 16), blocks_per_level=2, norm_groups=8, quant_convs=True),
+    "no_attention": VAEConfig(latent_channels=2, channels=(8, 8), norm_groups=4, mid_attention=False),
+}
+NUM_CLASSES = 5
+
+
+def randomise(network: nn.Module) -> None:
+    """Numbers everywhere, of a size that keeps the outputs near one."""
+    torch.manual_seed(0)
+    for parameter in network.parameters():
+        if parameter.dim() > 1:
+            nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5)
+        else:
+            nn.init.normal_(parameter, mean=0.5, std=0.2)
+
+
+def build_pair(name: str) -> tuple[Denoiser, nn.Module]:
+    """Our model and theirs, built from our config and given our weights."""
+    config = MODELS[name]
+    ours = Denoiser(config, latent_channels=4, latent_size=8, num_classes=NUM_CLASSES)
+    randomise(ours)
+    described = unet_config_to_diffusers(config, latent_channels=4, latent_size=8, num_classes=NUM_CLASSES)
+    theirs = getattr(diffusers, described["_class_name"]).from_config(described).eval()
+    theirs.load_state_dict(denoiser_to_diffusers(ours.state_dict(), config))  # strict: no key missing, none left over
+    return ours.eval(), theirs
+
+
+def conditions(batch: int = 3) -> dict[str, Tensor]:
+    draw = torch.Generator().manual_seed(1)
+    tokens = torch.randn(batch, 4, 12, generator=draw)
+    tokens[0, 3:] = 0
+    return {
+        "labels": torch.tensor([1, 4, 0])[:batch],
+        "text_tokens": tokens,
+        "text_pooled": torch.randn(batch, 12, generator=draw),
+    }
+
+
+def ask_theirs(name: str, theirs: nn.Module, x: Tensor, time: Tensor, labels: Tensor) -> Tensor:
+    given = conditions(len(x))
+    told = {"class_labels": given["text_pooled"] if name == "text" else labels}
+    if name.startswith("text"):
+        told |= {"encoder_hidden_states": given["text_tokens"]}
+        told |= {"encoder_attention_mask": (given["text_tokens"] != 0).any(dim=-1)}
+    return theirs(x, time, **({} if name == "unconditional" else told)).sample
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_unet_of_ours_computes_the_same_in_diffusers(name: str) -> None:
+    ours, theirs = build_pair(name)
+    x, time = torch.randn(3, 4, 8, 8), torch.tensor([0, 37, 999])
+    dropped = torch.zeros(3, len(ours.conditioners), dtype=torch.bool)
+    with torch.no_grad():
+        expected = ours.output(x, time, conditions(), dropped)
+        found = ask_theirs(name, theirs, x, time, conditions()["labels"])
+    assert expected.std() > 0.1
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 * expected.abs().max().item())
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_unet_has_as_many_parameters_as_that_of_diffusers(name: str) -> None:
+    ours, theirs = build_pair(name)
+    only_ours = sum(p.numel() for key, p in ours.named_parameters() if ".null_" in key)
+    assert sum(p.numel() for p in ours.parameters()) - only_ours == sum(p.numel() for p in theirs.parameters())
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_unet_comes_back_from_diffusers_as_it_went(name: str) -> None:
+    ours, theirs = build_pair(name)
+    returned = denoiser_from_diffusers(theirs.state_dict(), MODELS[name])
+    left_here = {key for key in ours.state_dict() if ".null_" in key}
+    assert set(returned) == set(ours.state_dict()) - left_here
+    assert all(torch.equal(tensor, ours.state_dict()[key]) for key, tensor in returned.items())
+    read = unet_config_from_diffusers(dict(theirs.config))
+    expected = MODELS[name].network
+    if MODELS[name].token_width == 0:  # UNet2DModel has no depth, and one width of heads for all levels
+        expected = expected.model_copy(update={"transformer_depth": (1, 1), "heads": read.network.heads})
+        assert name == "unconditional" or read.network.heads[1] == 4
+    assert read.network == expected
+    assert (read.in_channels, read.out_channels) == (4, 4)
+    assert read.token_width == MODELS[name].token_width
+    assert read.pooled_width == (12 if BOTH in MODELS[name].conditioners else 0)
+    assert read.num_class_embeddings == (NUM_CLASSES + 1 if CLASS in MODELS[name].conditioners else 0)
+
+
+def test_the_null_class_is_the_last_class_embedding() -> None:
+    ours, theirs = build_pair("class")
+    x, time = torch.randn(2, 4, 8, 8), torch.tensor([5, 500])
+    with torch.no_grad():
+        expected = ours.output(x, time, conditions(2), torch.ones(2, 1, dtype=torch.bool))
+        found = theirs(x, time, class_labels=torch.full((2,), NUM_CLASSES)).sample
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", VAES)
+def test_a_vae_of_ours_computes_the_same_in_diffusers_and_comes_back(name: str) -> None:
+    config = VAES[name]
+    ours = AutoencoderKL(config, image_channels=1)
+    randomise(ours)
+    described = vae_config_to_diffusers(config, image_channels=1, sample_size=16)
+    theirs = diffusers.AutoencoderKL.from_config(described)
+    theirs.load_state_dict(vae_to_diffusers(ours.state_dict(), config))
+    images = torch.rand(2, 1, 16, 16) * 2 - 1
+    with torch.no_grad():
+        here, there = ours.encode(images), theirs.encode(images).latent_dist
+        pairs = [(here.mean, there.mean), (here.log_variance, there.logvar)]
+        pairs += [(ours.decode(here.mean), theirs.decode(here.mean).sample), (here.kl(), there.kl())]
+    for expected, found in pairs:
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 * expected.abs().max().item())
+    assert sum(p.numel() for p in ours.parameters()) == sum(p.numel() for p in theirs.parameters())
+    assert vae_config_from_diffusers(dict(theirs.config)) == (config, 1)
+    returned = vae_from_diffusers(theirs.state_dict(), config)
+    assert all(torch.equal(returned[key], tensor) for key, tensor in ours.state_dict().items())
+
+
+def test_a_vae_published_before_the_attention_was_renamed_is_read_too() -> None:
+    config = VAES["plain"]
+    ours = AutoencoderKL(config, image_channels=1)
+    aged = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    weights = {}
+    for name, tensor in vae_to_diffusers(ours.state_dict(), config).items():
+        if "attentions" in name:
+            for new, old in aged.items():
+                name = name.replace(new, old)
+            # The oldest files hold the projections as 1x1 convolutions.
+            tensor = tensor[:, :, None, None] if tensor.dim() == 2 else tensor
+        weights[name] = tensor
+    returned = vae_from_diffusers(weights, config)
+    assert all(torch.equal(returned[key], tensor) for key, tensor in ours.state_dict().items())
+
+
+SCHEDULES = {
+    "cosine": (CosineScheduleConfig(), "v"),
+    "odd_cosine": (CosineScheduleConfig(num_steps=100, offset=0.02, zero_terminal_snr=True), "v"),
+    "linear": (LinearScheduleConfig(num_steps=200), "eps"),
+    "zero_snr": (ScaledLinearScheduleConfig(zero_terminal_snr=True), "x0"),
+}
+
+
+@pytest.mark.parametrize("spacing", ["leading", "trailing"])
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_their_scheduler_and_unet_make_our_samples(name: str, spacing: str) -> None:
+    schedule, prediction = SCHEDULES[name]
+    ours, theirs = build_pair("class")
+    config = MODELS["class"].model_copy(
+        update={"schedule": schedule, "objective": ObjectiveConfig(prediction=prediction)}
+    )
+    model = Denoiser(config, latent_channels=4, latent_size=8, num_classes=NUM_CLASSES).eval()
+    model.load_state_dict(ours.state_dict())
+    sampler, scale = DDIMConfig(num_steps=5, spacing=spacing), 2.0
+    noise, labels = torch.randn(2, 4, 8, 8), torch.tensor([0, 3])
+    expected = model.sample(
+        noise,
+        {"labels": labels},
+        sampler=sampler,
+        guidance=GuidanceConfig(scale=scale),
+        fresh_noise=lambda index: torch.zeros_like(noise),
+    )
+    # What a user of the export writes.
+    scheduler = diffusers.DDIMScheduler.from_config(scheduler_config_to_diffusers(config, sampler))
+    scheduler.set_timesteps(sampler.num_steps)
+    latents = noise
+    with torch.no_grad():
+        for step in scheduler.timesteps:
+            told = theirs(latents, step, class_labels=labels).sample
+            untold = theirs(latents, step, class_labels=torch.full_like(labels, NUM_CLASSES)).sample
+            latents = scheduler.step(untold + scale * (told - untold), step, latents).prev_sample
+    torch.testing.assert_close(latents, expected, rtol=1e-3, atol=1e-3 * expected.std().item())
+
+
+# ------------------------------------------------------------------------------------- published configs, on no device
+
+SD15_VAE = {
+    "_class_name": "AutoencoderKL",
+    "_diffusers_version": "0.2.2",
+    "act_fn": "silu",
+    "block_out_channels": [128, 256, 512, 512],
+    "down_block_types": ["DownEncoderBlock2D"] * 4,
+    "in_channels": 3,
+    "latent_channels": 4,
+    "layers_per_block": 2,
+    "out_channels": 3,
+    "sample_size": 512,
+    "up_block_types": ["UpDecoderBlock2D"] * 4,
+}
+SD2_VAE = SD15_VAE | {"_diffusers_version": "0.8.0", "norm_num_groups": 32, "sample_size": 768}
+SDXL_VAE = SD15_VAE | {
+    "_diffusers_version": "0.20.0.dev0",
+    "force_upcast": True,
+    "norm_num_groups": 32,
+    "sample_size": 1024,
+    "scaling_factor": 0.13025,
+}
+SD15_UNET = {
+    "_class_name": "UNet2DConditionModel",
+    "_diffusers_version": "0.6.0",
+    "act_fn": "silu",
+    "attention_head_dim": 8,
+    "block_out_channels": [320, 640, 1280, 1280],
+    "center_input_sample": False,
+    "cross_attention_dim": 768,
+    "down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
+    "downsample_padding": 1,
+    "flip_sin_to_cos": True,
+    "freq_shift": 0,
+    "in_channels": 4,
+    "layers_per_block": 2,
+    "mid_block_scale_factor": 1,
+    "norm_eps": 1e-05,
+    "norm_num_groups": 32,
+    "out_channels": 4,
+    "sample_size": 64,
+    "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
+}
+
+
+def check_shapes(ours: nn.Module, converted: dict[str, Tensor], theirs: nn.Module) -> None:
+    assert {key: tensor.shape for key, tensor in converted.items()} == {
+        key: tensor.shape for key, tensor in ours.state_dict().items()
+    }
+    assert sum(p.numel() for p in ours.parameters()) == sum(p.numel() for p in theirs.parameters())
+
+
+@pytest.mark.parametrize("published", [SD15_VAE, SD2_VAE, SDXL_VAE], ids=["sd15", "sd2", "sdxl"])
+def test_published_autoencoders_fit_without_a_key_too_many_or_too_few(published: dict) -> None:
+    config, image_channels = vae_config_from_diffusers(published)
+    with torch.device("meta"):
+        ours, theirs = (
+            AutoencoderKL(config, image_channels=image_channels),
+            diffusers.AutoencoderKL.from_config(published),
+        )
+        check_shapes(ours, vae_from_diffusers(theirs.state_dict(), config), theirs)
+
+
+def test_a_unet_of_the_size_of_sd15_fits_without_a_key_too_many_or_too_few() -> None:
+    read = unet_config_from_diffusers(SD15_UNET)
+    with torch.device("meta"):
+        ours = UNet(
+            read.network, in_channels=read.in_channels, out_channels=read.out_channels, token_width=read.token_width
+        )
+        theirs = diffusers.UNet2DConditionModel.from_config(SD15_UNET)
+        converted = unet_from_diffusers(theirs.state_dict(), read.network, token_width=read.token_width)
+        check_shapes(ours, converted, theirs)
+
+
+# ------------------------------------------------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"network": NETWORK.model_copy(update={"block": "convnext"})}, "it has no ConvNeXt blocks"),
+        ({"schedule": FlowMatchingConfig()}, "hold no flow of this form"),
+        ({"objective": ObjectiveConfig(prediction="velocity")}, "cannot read a prediction of 'velocity'"),
+        ({"objective": ObjectiveConfig(variance="learned")}, "cannot read a learned variance"),
+        ({"conditioners": (TextConditionerConfig(width=12, use="pooled"),)}, "takes no pooled text vector"),
+        ({"conditioners": (BOTH, CLASS)}, "these conditioners give several"),
+        ({"conditioners": (TOKENS, TOKENS)}, "take one sequence of tokens"),
+        ({"network": NETWORK.model_copy(update={"blocks": (1, 2)})}, r"as many blocks in every level, not \[1, 2\]"),
+        (
+            {"network": NETWORK.model_copy(update={"attention": (True, True), "heads": (4, 4)})},
+            r"heads of one width, not \[4, 8\]",
+        ),
+        (
+            {"network": NETWORK.model_copy(update={"mid_attention": False}), "conditioners": (TOKENS,)},
+            "always attends at the lowest resolution",
+        ),
+    ],
+)
+def test_what_diffusers_cannot_hold_is_refused_with_the_reason(changes: dict, reason: str) -> None:
+    config = MODELS["class"].model_copy(update=changes)
+    with pytest.raises(ValueError, match=f"cannot be exported to diffusers: .*{reason}"):
+        unet_config_to_diffusers(config, latent_channels=4, latent_size=8, num_classes=NUM_CLASSES)
+
+
+def test_samplers_that_their_scheduler_cannot_follow_are_refused() -> None:
+    for sampler in (DDIMConfig(num_steps=50, spacing="linspace"), DDIMConfig(num_steps=30)):
+        with pytest.raises(ValueError, match=r"cannot follow .* a number of steps that divides it"):
+            scheduler_config_to_diffusers(MODELS["class"], sampler)
+    flow = MODELS["class"].model_copy(update={"schedule": FlowMatchingConfig()})
+    with pytest.raises(ValueError, match="hold no flow"):
+        scheduler_config_to_diffusers(flow, DDIMConfig())
+
+
+def test_foreign_networks_with_parts_that_ours_lack_are_refused() -> None:
+    sdxl = SD15_UNET | {"addition_embed_type": "text_time", "act_fn": "gelu"}
+    with pytest.raises(ValueError, match=r"act_fn = 'gelu' \(only 'silu'\), addition_embed_type = 'text_time'"):
+        unet_config_from_diffusers(sdxl)
+    odd = SD15_VAE | {"down_block_types": ["DownEncoderBlock2D"] * 3 + ["AttnDownEncoderBlock2D"]}
+    with pytest.raises(ValueError, match="parts that ours lack: down_block_types"):
+        vae_config_from_diffusers(odd)
+
+
+def test_weights_of_another_network_are_refused_by_name() -> None:
+    config = VAES["plain"]
+    weights = vae_to_diffusers(AutoencoderKL(config, image_channels=1).state_dict(), config)
+    weights["encoder.extra.weight"] = weights.pop("encoder.conv_in.weight")
+    with pytest.raises(
+        ValueError, match=r"1 missing \['encoder.conv_in.weight'\], 1 left over \['encoder.extra.weight'\]"
+    ):
+        vae_from_diffusers(weights, config)

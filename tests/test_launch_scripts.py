@@ -1,0 +1,302 @@
+"""The launch scripts start what they should, pass on how it ended, and stop when they are told to.
+
+The scripts are the real ones, in a folder whose name holds spaces; the interpreter they find there is a recorder that
+answers for accelerate and the stages, so that an ending of any kind takes milliseconds.
+"""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+
+from pipelines.config import STAGE_FOLDERS
+
+ROOT = Path(__file__).parent.parent
+STAGES = list(STAGE_FOLDERS)
+
+# What a stage does is a line of shell in the variable STAGE_DOES; $1 is its name, $2 its folder.
+PYTHON = """#!/usr/bin/env bash
+case "$*" in
+    *--print-config)
+        stage="${2#pipelines.}"
+        if [[ " ${MISTAKEN:-} " == *" $stage "* ]]; then echo "$stage: a mistake" >&2; exit 2; fi
+        printf '[run]\\nroot = "runs/a b"\\n[%s]\\n' "$stage" ;;
+    *device_count*) echo "${NUM_GPUS:-0}" ;;
+    "-m pipelines.sync "*) echo "${@:3}" >synced ;;
+    "-m accelerate.commands.launch "*)
+        printf '%s\\n' "${@:3}" >"$RECORDS/$(date +%s%N)"
+        for word in "$@"; do if [[ $word == pipelines.* ]]; then stage="${word#pipelines.}"; fi; done
+        declare -A folders=(FOLDERS)
+        folder="runs/a b/${folders[$stage]}"
+        mkdir -p -- "$folder"
+        outcome() { printf '{"state": "x", "exit_code": %s}' "$1" >"$folder/outcome.json"; }
+        eval "${STAGE_DOES:-outcome 0}" ;;
+    *) exec "REAL" "$@" ;;
+esac
+"""
+
+
+@pytest.fixture
+def house(tmp_path: Path) -> Path:
+    """A copy of the launch folder with a recording interpreter and a set-up that has nothing to do."""
+    root = tmp_path / "a b"
+    shutil.copytree(ROOT / "launch", root / "launch")
+    (root / "launch" / "setup.sh").write_text("exit 0\n")
+    (root / ".venv" / "bin").mkdir(parents=True)
+    (root / "records").mkdir()
+    folders = " ".join(f"[{stage}]={folder}" for stage, folder in STAGE_FOLDERS.items())
+    executable(root / ".venv" / "bin" / "python", PYTHON.replace("FOLDERS", folders).replace("REAL", sys.executable))
+    return root
+
+
+def executable(path: Path, text: str) -> None:
+    path.write_text(text)
+    path.chmod(0o755)
+
+
+def environment(house: Path, **more: str) -> dict[str, str]:
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("PET_", "SLURM_", "MLFLOW"))}
+    inherited.pop("ACCELERATE_USE_CPU", None)
+    return {**inherited, "RECORDS": str(house / "records"), "PYTHONPATH": str(ROOT), **more}
+
+
+def run(house: Path, script: str, *words: str, **more: str) -> subprocess.CompletedProcess[str]:
+    command = ["bash", str(house / script), *words]
+    return subprocess.run(
+        command, cwd=house, env=environment(house, **more), capture_output=True, text=True, timeout=60
+    )
+
+
+def launches(house: Path) -> list[list[str]]:
+    """The words that reached accelerate, launch by launch."""
+    return [path.read_text().splitlines() for path in sorted((house / "records").iterdir())]
+
+
+def launched_stages(house: Path) -> list[str]:
+    return [words[words.index("-m") + 1].removeprefix("pipelines.") for words in launches(house)]
+
+
+def wait_for(path: Path) -> None:
+    deadline = time.monotonic() + 15
+    while not path.exists():
+        assert time.monotonic() < deadline, f"{path} did not appear"
+        time.sleep(0.02)
+
+
+# launch/pipeline.sh
+
+
+def test_the_pipeline_runs_every_stage_in_order_and_says_where_the_results_are(house: Path) -> None:
+    done = run(house, "launch/pipeline.sh", "an experiment.toml")
+    assert done.returncode == 0, done.stderr
+    assert launched_stages(house) == STAGES
+    assert all(words[-2:] == ["--config", "an experiment.toml"] for words in launches(house))
+    assert (house / "synced").read_text() == "runs/a b\n"
+    assert "runs/a b/evaluation/samples.png" in done.stdout
+    assert "runs/a b/evaluation/metrics.json" in done.stdout
+    assert "mlflow ui --backend-store-uri sqlite:///runs/mlflow.db" in done.stdout
+
+
+def test_the_pipeline_ends_with_the_stage_s_own_exit_code_and_starts_nothing_after_it(house: Path) -> None:
+    done = run(house, "launch/pipeline.sh", "x.toml", STAGE_DOES="[[ $stage != train_vae ]] || { outcome 75; exit 1; }")
+    assert done.returncode == 75
+    assert launched_stages(house) == STAGES[:2]
+
+
+def test_an_outcome_of_an_earlier_run_does_not_explain_a_failure_of_this_one(house: Path) -> None:
+    old = house / "runs" / "a b" / "corpus" / "outcome.json"
+    old.parent.mkdir(parents=True)
+    old.write_text(json.dumps({"exit_code": 75}))
+    assert run(house, "launch/pipeline.sh", "x.toml", STAGE_DOES="exit 3").returncode == 1
+
+
+def test_mistakes_of_all_stages_are_shown_before_the_first_one_works(house: Path) -> None:
+    done = run(house, "launch/pipeline.sh", "x.toml", MISTAKEN="train_unet evaluate")
+    assert done.returncode == 2
+    assert "train_unet: a mistake" in done.stderr
+    assert "evaluate: a mistake" in done.stderr
+    assert launches(house) == []
+
+
+@pytest.mark.parametrize(
+    ("gpus", "flags", "file", "processes"),
+    [
+        ("0", [], "cpu.yaml", 2),
+        ("0", ["--num_processes", "1"], "cpu.yaml", 1),
+        ("1", [], "single_gpu.yaml", 1),
+        ("4", [], "multi_gpu.yaml", 4),
+        ("4", ["--num_processes=3"], "multi_gpu.yaml", 3),
+        ("4", ["--config_file", str(ROOT / "launch/accelerate/single_gpu.yaml")], "single_gpu.yaml", 1),
+    ],
+)
+def test_the_pipeline_uses_the_machine_it_finds_unless_told_otherwise(
+    house: Path, gpus: str, flags: list[str], file: str, processes: int
+) -> None:
+    assert run(house, "launch/pipeline.sh", "x.toml", *flags, NUM_GPUS=gpus, STAGE_DOES="exit 1").returncode == 1
+    (words,) = launches(house)
+    arguments = _validate_launch_command(launch_command_parser().parse_args(words))[0]
+    assert Path(arguments.config_file).name == file
+    assert arguments.num_processes == processes
+
+
+def test_options_after_two_dashes_reach_the_stages(house: Path) -> None:
+    run(house, "launch/pipeline.sh", "x.toml", "--num_processes", "2", "--", "--run.root", "b c")
+    assert len(launches(house)) == len(STAGES)
+    assert all(words[-4:] == ["--config", "x.toml", "--run.root", "b c"] for words in launches(house))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_signal_becomes_one_stop_file_and_the_checkpointed_stage_ends_the_pipeline(
+    house: Path, number: signal.Signals
+) -> None:
+    stage = 'trap "exit 9" TERM INT HUP; until [[ -e $folder/stop ]]; do sleep 0.05; done; outcome 75; exit 1'
+    command = ["bash", str(house / "launch" / "pipeline.sh"), "x.toml"]
+    pipeline = subprocess.Popen(
+        command, cwd=house, env=environment(house, STAGE_DOES=stage), start_new_session=True, stderr=subprocess.DEVNULL
+    )
+    wait_for(house / "runs" / "a b" / "corpus")
+    # As a terminal does it: to the whole process group. The stage is not in it.
+    os.killpg(pipeline.pid, number)
+    assert pipeline.wait(timeout=30) == 75
+    assert launched_stages(house) == STAGES[:1]
+
+
+def test_a_second_signal_reaches_the_launcher(house: Path) -> None:
+    stage = 'trap "touch terminated; exit 1" TERM; touch started; while true; do sleep 0.05; done'
+    command = ["bash", str(house / "launch" / "pipeline.sh"), "x.toml"]
+    pipeline = subprocess.Popen(command, cwd=house, env=environment(house, STAGE_DOES=stage), stderr=subprocess.DEVNULL)
+    wait_for(house / "started")
+    pipeline.terminate()
+    wait_for(house / "runs" / "a b" / "corpus" / "stop")
+    pipeline.terminate()
+    assert pipeline.wait(timeout=30) == 1
+    assert (house / "terminated").exists()
+
+
+# launch/node.sh
+
+
+def test_the_machines_of_one_job_agree_on_everything_but_their_rank(house: Path) -> None:
+    for rank in range(3):
+        run(
+            house,
+            "launch/node.sh",
+            *("train_unet", "--config", "x.toml"),
+            **{"PET_NNODES": "3", "PET_NODE_RANK": str(rank), "PET_MASTER_ADDR": "10.0.0.1", "PET_MASTER_PORT": "2345"},
+            NUM_GPUS="4",
+        )
+    seen = [_validate_launch_command(launch_command_parser().parse_args(words))[0] for words in launches(house)]
+    assert [arguments.machine_rank for arguments in seen] == [0, 1, 2]
+    for arguments in seen:
+        assert (arguments.num_machines, arguments.num_processes) == (3, 12)
+        assert (arguments.main_process_ip, arguments.main_process_port) == ("10.0.0.1", 2345)
+        assert arguments.rdzv_backend == "static"
+        assert arguments.multi_gpu
+        assert not arguments.use_cpu
+
+
+def test_several_machines_without_an_address_are_refused_with_advice(house: Path) -> None:
+    done = run(house, "launch/node.sh", "train_unet", "--config", "x.toml", PET_NNODES="2")
+    assert done.returncode == 2
+    assert "PET_NNODES = 2, but PET_MASTER_ADDR does not say where machine 0 is" in done.stderr
+    assert launches(house) == []
+
+
+# launch/slurm
+
+
+@pytest.fixture
+def slurm(house: Path) -> Path:
+    """Stand-ins for the four commands of Slurm that the scripts use; each records its words."""
+    commands = house / "commands"
+    commands.mkdir()
+    executable(commands / "srun", '#!/usr/bin/env bash\nshift\nSLURM_NODEID=0 exec "$@"\n')
+    executable(
+        commands / "scontrol",
+        """#!/usr/bin/env bash
+case $2 in
+    hostnames) printf 'n1\\nn2\\n' ;;
+    node) echo "   NodeAddr=10.0.0.7 NodeHostName=n1" ;;
+    *) echo "$*" >>"$RECORDS/../scontrol" ;;
+esac
+""",
+    )
+    executable(
+        commands / "sbatch",
+        '#!/usr/bin/env bash\necho "$*" >>"$RECORDS/../sbatch"; echo "$(wc -l <"$RECORDS/../sbatch");cluster"\n',
+    )
+    return house
+
+
+def job_environment(slurm: Path, stage_does: str) -> dict[str, str]:
+    return environment(
+        slurm,
+        PATH=f"{slurm / 'commands'}:{os.environ['PATH']}",
+        SLURM_SUBMIT_DIR=str(slurm),
+        SLURM_JOB_ID="70123",
+        SLURM_JOB_NUM_NODES="2",
+        SLURM_JOB_NODELIST="n[1-2]",
+        STAGE_DOES=stage_does,
+    )
+
+
+def start_job(slurm: Path, stage_does: str) -> subprocess.Popen[bytes]:
+    # Slurm runs a copy from its spool folder.
+    shutil.copy(slurm / "launch" / "slurm" / "stage.sbatch", slurm / "slurm_script")
+    command = ["bash", str(slurm / "slurm_script"), "train_unet", "--config", "x.toml"]
+    return subprocess.Popen(command, cwd=slurm, env=job_environment(slurm, stage_does), stderr=subprocess.DEVNULL)
+
+
+UNTIL_STOPPED = "until [[ -e $folder/stop ]]; do sleep 0.05; done; outcome 75; exit 1"
+
+
+def test_slurm_s_warning_stops_the_stage_and_requeues_the_job(slurm: Path) -> None:
+    job = start_job(slurm, UNTIL_STOPPED)
+    wait_for(slurm / "runs" / "a b" / "unet")
+    job.send_signal(signal.SIGUSR1)
+    assert job.wait(timeout=30) == 75
+    assert (slurm / "scontrol").read_text() == "requeue 70123\n"
+
+
+def test_a_stop_file_made_by_hand_ends_the_job_for_good(slurm: Path) -> None:
+    job = start_job(slurm, UNTIL_STOPPED)
+    wait_for(slurm / "runs" / "a b" / "unet")
+    (slurm / "runs" / "a b" / "unet" / "stop").touch()
+    assert job.wait(timeout=30) == 75
+    assert not (slurm / "scontrol").exists()
+
+
+@pytest.mark.parametrize(("stage_does", "code"), [("outcome 0", 0), ("outcome 2; exit 1", 2), ("exit 1", 1)])
+def test_the_job_ends_with_the_stage_s_own_exit_code(slurm: Path, stage_does: str, code: int) -> None:
+    assert start_job(slurm, stage_does).wait(timeout=30) == code
+    assert not (slurm / "scontrol").exists()
+    (words,) = launches(slurm)
+    arguments = _validate_launch_command(launch_command_parser().parse_args(words))[0]
+    assert (arguments.num_machines, arguments.num_processes, arguments.main_process_ip) == (2, 2, "10.0.0.7")
+
+
+def test_submitted_stages_wait_for_each_other(slurm: Path) -> None:
+    path = f"{slurm / 'commands'}:{os.environ['PATH']}"
+    done = run(slurm, "launch/slurm/submit.sh", "x.toml", "--nodes", "4", "--", "--run.root", "b", PATH=path)
+    assert done.returncode == 0, done.stderr
+    lines = (slurm / "sbatch").read_text().splitlines()
+    assert [line.split("stage.sbatch ")[1] for line in lines] == [f"{s} --config x.toml --run.root b" for s in STAGES]
+    assert "--dependency" not in lines[0]
+    for number, line in enumerate(lines[1:], start=1):
+        assert f"--dependency afterok:{number} --kill-on-invalid-dep=yes" in line
+    # The last --nodes counts for sbatch.
+    assert [line.split("--nodes ")[-1][0] for line in lines] == ["1", "4", "4", "4", "4"]
+
+
+def test_nothing_is_submitted_when_a_later_stage_has_a_mistake(slurm: Path) -> None:
+    path = f"{slurm / 'commands'}:{os.environ['PATH']}"
+    done = run(slurm, "launch/slurm/submit.sh", "x.toml", PATH=path, MISTAKEN="evaluate")
+    assert done.returncode == 2
+    assert not (slurm / "sbatch").exists()

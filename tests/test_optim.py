@@ -1,0 +1,107 @@
+"""Laws of the optimizer: rates, skipped steps, exact state."""
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from pipelines.runtime.optim import (
+    ConstantRate,
+    CosineRate,
+    InverseSquareRootRate,
+    OptimConfig,
+    Optimizer,
+    learning_rate,
+)
+
+
+class FakeAccelerator:
+    """All that the optimizer asks of an accelerator without mixed precision."""
+
+    scaler = None
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(2, 8, 3), nn.SiLU(), nn.Conv2d(8, 2, 3)).to(memory_format=torch.channels_last)
+
+
+def one_step(net: nn.Module, optimizer: Optimizer, update: int, *, poison: bool = False) -> torch.Tensor:
+    x = torch.randn(4, 2, 8, 8, generator=torch.Generator().manual_seed(update))
+    loss = net(x).square().mean()
+    (loss * (math.nan if poison else 1.0)).backward()
+    return optimizer.step(update=update, total_updates=100)
+
+
+def test_the_rate_warms_up_linearly_and_ends_as_its_kind_says() -> None:
+    base = {"peak_lr": 2.0, "warmup_updates": 10}
+    constant = OptimConfig(**base, rate=ConstantRate())
+    cosine = OptimConfig(**base, rate=CosineRate(final=0.1))
+    root = OptimConfig(**base, rate=InverseSquareRootRate(reference=25))
+    assert learning_rate(constant, update=1, total_updates=110) == pytest.approx(0.2)
+    assert learning_rate(constant, update=110, total_updates=110) == 2.0
+    assert learning_rate(cosine, update=10, total_updates=110) == pytest.approx(2.0)
+    assert learning_rate(cosine, update=60, total_updates=110) == pytest.approx(2.0 * 0.55)
+    assert learning_rate(cosine, update=110, total_updates=110) == pytest.approx(0.2)
+    assert learning_rate(root, update=25, total_updates=110) == 2.0
+    assert learning_rate(root, update=100, total_updates=110) == pytest.approx(1.0)
+
+
+def test_a_step_is_that_of_plain_adamw_with_clipping() -> None:
+    config = OptimConfig(peak_lr=1e-2, warmup_updates=0, weight_decay=0.1, max_grad_norm=0.5)
+    ours, theirs = network(), network()
+    optimizer = Optimizer(ours, config, accelerator=FakeAccelerator())
+    decayed = [p for p in theirs.parameters() if p.ndim > 1]
+    plain = [p for p in theirs.parameters() if p.ndim <= 1]
+    groups = [{"params": decayed, "weight_decay": 0.1}, {"params": plain, "weight_decay": 0.0}]
+    reference = torch.optim.AdamW(groups, lr=1e-2, betas=(0.9, 0.99), eps=1e-8, foreach=False, fused=False)
+    for update in range(1, 6):
+        one_step(ours, optimizer, update)
+        x = torch.randn(4, 2, 8, 8, generator=torch.Generator().manual_seed(update))
+        theirs(x).square().mean().backward()
+        torch.nn.utils.clip_grad_norm_(theirs.parameters(), 0.5)
+        reference.step()
+        reference.zero_grad()
+    for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
+
+
+def test_a_gradient_that_is_not_finite_changes_nothing() -> None:
+    net = network()
+    optimizer = Optimizer(net, OptimConfig(warmup_updates=0), accelerator=FakeAccelerator())
+    one_step(net, optimizer, 1)
+    before = copy.deepcopy({**net.state_dict(), **optimizer.tensors()})
+    norm = one_step(net, optimizer, 2, poison=True)
+    assert not torch.isfinite(norm)
+    after = {**net.state_dict(), **optimizer.tensors()}
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    one_step(net, optimizer, 3)
+    assert any(not torch.equal(before[name], value) for name, value in net.state_dict().items())
+
+
+def test_the_state_survives_a_round_trip_to_the_bit() -> None:
+    config = OptimConfig(warmup_updates=0)
+    net = network()
+    optimizer = Optimizer(net, config, accelerator=FakeAccelerator())
+    for update in range(1, 4):
+        one_step(net, optimizer, update)
+    weights = copy.deepcopy(net.state_dict())
+    # What a checkpoint holds: contiguous tensors, whatever the network's memory format.
+    stored = {name: value.clone(memory_format=torch.contiguous_format) for name, value in optimizer.tensors().items()}
+    twin = network()
+    twin.load_state_dict(weights)
+    other = Optimizer(twin, config, accelerator=FakeAccelerator())
+    other.load(stored)
+    for update in range(4, 8):
+        one_step(net, optimizer, update)
+        one_step(twin, other, update)
+    assert all(torch.equal(a, b) for a, b in zip(net.parameters(), twin.parameters(), strict=True))
+
+
+def test_the_state_of_another_network_is_refused() -> None:
+    net = network()
+    optimizer = Optimizer(net, OptimConfig(), accelerator=FakeAccelerator())
+    with pytest.raises(ValueError, match="of another network: .*'stranger'"):
+        optimizer.load({"stranger/step": torch.zeros(1)})

@@ -1,0 +1,237 @@
+"""The whole road through real launches: artefacts, equality over process counts, and stopping anywhere."""
+
+import json
+import random
+import shutil
+import signal
+import subprocess
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import (
+    REPOSITORY,
+    STAGES,
+    Run,
+    environment,
+    kill_tree,
+    run_stage,
+    stage_command,
+    training_rows,
+    wait_until,
+)
+from PIL import Image
+
+from data.commit import sha256_of
+
+
+def test_every_stage_leaves_its_artefacts(two_process_run: Run) -> None:
+    expected = {
+        "prepare_corpus": ["manifest.json", "train-000000.tar", "train-000003.tar", "val-000000.tar"],
+        "train_vae": ["manifest.json", "config.json", "vae.safetensors", "metrics.jsonl", "checkpoints"],
+        "encode_latents": ["manifest.json", "train-000000.tar", "train-000003.tar", "val-000000.tar"],
+        "train_unet": ["manifest.json", "config.json", "unet.safetensors", "metrics.jsonl", "checkpoints"],
+        "evaluate": ["manifest.json", "metrics.json", "samples.png", "samples-000000.tar"],
+    }
+    for stage, names in expected.items():
+        folder = two_process_run.folder(stage)
+        for name in [*names, "run.json", "outcome.json", "config.toml"]:
+            assert (folder / name).exists(), f"{folder.name}/{name}"
+        assert json.loads((folder / "outcome.json").read_bytes())["state"] == "done"
+        assert not list(folder.rglob("*.tmp"))
+
+
+def test_the_launcher_really_starts_two_processes(two_process_run: Run) -> None:
+    for stage in STAGES:
+        assert two_process_run.output[stage].startswith(f"{stage}: 2 process(es) x 1 thread")
+
+
+def test_every_training_update_is_logged_once(two_process_run: Run) -> None:
+    for stage in ("train_vae", "train_unet"):
+        rows = two_process_run.rows(stage)
+        assert sorted(rows) == list(range(1, 61))
+        assert all(row["batch"] == row["update"] - 1 for row in rows.values())
+
+
+def test_manifests_name_their_parents_by_digest(two_process_run: Run) -> None:
+    from data.manifest import read_manifest
+
+    digests = {folder: read_manifest(two_process_run.root / folder).digest for folder in STAGES.values()}
+    wanted = {
+        "prepare_corpus": [],
+        "train_vae": ["corpus"],
+        "encode_latents": ["corpus", "vae"],
+        "train_unet": ["latents", "vae"],
+        "evaluate": ["corpus", "unet", "vae"],
+    }
+    for stage, parents in wanted.items():
+        content = two_process_run.manifest(stage)["content"]
+        assert content["parents"] == {name: digests[name] for name in parents}
+        assert content["counts"]["in"] == content["counts"]["out"]
+
+
+def test_one_and_two_processes_make_the_same_shards_and_latents(one_process_run: Run, two_process_run: Run) -> None:
+    stages = ["prepare_corpus", "encode_latents"]
+    # The two VAEs differ in rounding, so latents are compared by encoding with the same one.
+    again = run_stage(
+        "encode_latents",
+        *("--run.root", str(one_process_run.root / "again")),
+        *("--inputs.corpus", str(two_process_run.folder("prepare_corpus"))),
+        *("--inputs.vae", str(two_process_run.folder("train_vae"))),
+    )
+    assert again.returncode == 0, again.stderr
+    folders = {
+        "prepare_corpus": one_process_run.folder("prepare_corpus"),
+        "encode_latents": one_process_run.root / "again" / "latents",
+    }
+    for stage in stages:
+        shards = sorted(two_process_run.folder(stage).glob("*.tar"))
+        assert len(shards) == 5
+        for shard in shards:
+            assert sha256_of(shard) == sha256_of(folders[stage] / shard.name)
+
+
+def test_one_and_two_processes_make_the_same_evaluation(one_process_run: Run, two_process_run: Run) -> None:
+    inputs = [
+        word
+        for name, stage in (("corpus", "prepare_corpus"), ("vae", "train_vae"), ("unet", "train_unet"))
+        for word in (f"--inputs.{name}", str(two_process_run.folder(stage)))
+    ]
+    root = one_process_run.root / "again"
+    again = run_stage("evaluate", "--run.root", str(root), *inputs)
+    assert again.returncode == 0, again.stderr
+    ours, theirs = root / "evaluation", two_process_run.folder("evaluate")
+    for name in ("metrics.json", "samples.png", "guidance.png", "samples-000000.tar", "samples-000001.tar"):
+        assert (ours / name).read_bytes() == (theirs / name).read_bytes(), name
+
+
+@pytest.mark.parametrize("stage", ["train_vae", "train_unet"])
+def test_one_and_two_processes_have_the_same_losses(stage: str, one_process_run: Run, two_process_run: Run) -> None:
+    if stage == "train_unet":
+        root = one_process_run.root / "unet again"
+        latents, vae = two_process_run.folder("encode_latents"), two_process_run.folder("train_vae")
+        again = run_stage(
+            "train_unet", "--run.root", str(root), "--inputs.latents", str(latents), "--inputs.vae", str(vae)
+        )
+        assert again.returncode == 0, again.stderr
+        ours = training_rows(root / "unet")
+    else:
+        ours = one_process_run.rows(stage)
+    theirs = two_process_run.rows(stage)
+    losses = np.array([[rows[update]["train/loss"] for update in sorted(rows)] for rows in (ours, theirs)])
+    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-6)
+
+
+def test_samples_carry_class_and_provenance(two_process_run: Run) -> None:
+    metrics = json.loads((two_process_run.folder("evaluate") / "metrics.json").read_bytes())
+    keys, first = [], None
+    for path in sorted(two_process_run.folder("evaluate").glob("samples-*.tar")):
+        with tarfile.open(path) as tar:
+            for member in tar:
+                if member.name.endswith(".json"):
+                    keys.append(member.name)
+                    first = first or json.load(tar.extractfile(member))
+    assert len(keys) == len(set(keys)) == 48 * len(metrics["sweep"])
+    assert first == {"seed": 0, "index": 0, "guidance": metrics["default_guidance"], "steps": 5}
+    assert metrics["contract"]["num_samples"] == 48
+    assert all(np.isfinite(f["value"]) for entry in metrics["sweep"] for k, f in entry.items() if k != "guidance")
+
+
+def test_the_sample_grid_shows_one_column_a_class(two_process_run: Run) -> None:
+    picture = Image.open(two_process_run.folder("evaluate") / "samples.png")
+    assert picture.width > 4 * 64
+    assert picture.height > 8 * 64
+    assert np.asarray(picture).std() > 10
+
+
+def test_running_a_finished_stage_again_says_so_and_changes_nothing(two_process_run: Run) -> None:
+    before = sha256_of(two_process_run.folder("train_unet") / "manifest.json")
+    done = run_stage("train_unet", "--run.root", str(two_process_run.root))
+    assert done.returncode == 0
+    assert "already finished" in done.stdout
+    assert sha256_of(two_process_run.folder("train_unet") / "manifest.json") == before
+
+
+def start_in_copy(stage: str, run: Run, root: Path, *, processes: int) -> subprocess.Popen[bytes]:
+    """Start a stage on its own in ``root``, with the inputs of a finished run."""
+    inputs = {"train_vae": ["corpus"], "encode_latents": ["corpus", "vae"], "train_unet": ["latents", "vae"]}[stage]
+    words = [word for name in inputs for word in (f"--inputs.{name}", str(run.root / name))]
+    return subprocess.Popen(
+        stage_command(stage, "--run.root", str(root), *words, processes=processes),
+        env=environment(),
+        cwd=REPOSITORY,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+
+
+@pytest.mark.parametrize("stage", ["train_vae", "train_unet"])
+def test_killed_training_ends_with_the_weights_of_an_undisturbed_one(
+    stage: str, two_process_run: Run, tmp_path: Path
+) -> None:
+    folder = tmp_path / STAGES[stage]
+    process = start_in_copy(stage, two_process_run, tmp_path, processes=2)
+    wait_until(lambda: (folder / "checkpoints/update-00000020").exists(), seconds=90, what="the first checkpoint")
+    pause = random.uniform(0, 0.5)
+    try:
+        process.wait(timeout=pause)
+    except subprocess.TimeoutExpired:
+        kill_tree(process)
+    assert not (folder / "manifest.json").exists(), "it finished before it was killed"
+
+    assert start_in_copy(stage, two_process_run, tmp_path, processes=2).wait(timeout=120) == 0
+    weights = f"{STAGES[stage]}.safetensors"
+    expected = two_process_run.rows(stage)
+    found = training_rows(folder)
+    assert {u: row["train/loss"] for u, row in found.items()} == {u: row["train/loss"] for u, row in expected.items()}
+    assert sha256_of(folder / weights) == sha256_of(two_process_run.folder(stage) / weights)
+
+
+def test_killed_encoding_ends_with_the_bytes_of_an_undisturbed_one(two_process_run: Run, tmp_path: Path) -> None:
+    process = start_in_copy("encode_latents", two_process_run, tmp_path, processes=2)
+    wait_until(lambda: any((tmp_path / "latents").glob("*.tar")), seconds=90, what="the first shard")
+    kill_tree(process)
+    assert not (tmp_path / "latents/manifest.json").exists(), "it finished before it was killed"
+    assert start_in_copy("encode_latents", two_process_run, tmp_path, processes=1).wait(timeout=120) == 0
+    for shard in two_process_run.folder("encode_latents").glob("*.tar"):
+        assert sha256_of(shard) == sha256_of(tmp_path / "latents" / shard.name)
+    assert (
+        two_process_run.manifest("encode_latents")["content"]
+        == json.loads((tmp_path / "latents/manifest.json").read_bytes())["content"]
+    )
+
+
+def test_sigterm_commits_a_checkpoint_and_says_how_to_go_on(two_process_run: Run, tmp_path: Path) -> None:
+    process = start_in_copy("train_unet", two_process_run, tmp_path, processes=1)
+    folder = tmp_path / "unet"
+    wait_until(lambda: (folder / "checkpoints/update-00000020").exists(), seconds=90, what="the first checkpoint")
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=30) == 75
+    outcome = json.loads((folder / "outcome.json").read_bytes())
+    assert outcome["state"] == "stopped"
+    assert outcome["exit_code"] == 75
+    assert "-m pipelines.train_unet --config" in outcome["resume_command"]
+    assert start_in_copy("train_unet", two_process_run, tmp_path, processes=1).wait(timeout=120) == 0
+    assert sorted(training_rows(folder)) == list(range(1, 61))
+
+
+def test_a_vae_that_did_not_make_the_latents_is_refused(
+    two_process_run: Run, one_process_run: Run, tmp_path: Path
+) -> None:
+    wrong = tmp_path / "vae"
+    shutil.copytree(two_process_run.folder("train_vae"), wrong)
+    manifest = json.loads((wrong / "manifest.json").read_bytes())
+    manifest["content"]["weights"] = "0" * 64
+    (wrong / "manifest.json").write_text(json.dumps(manifest))
+    root = tmp_path / "run"
+    done = run_stage(
+        "train_unet",
+        *("--run.root", str(root), "--inputs.vae", str(wrong)),
+        *("--inputs.latents", str(two_process_run.folder("encode_latents"))),
+    )
+    assert done.returncode == 2
+    assert "A latent means nothing to another VAE" in done.stderr
+    assert not (root / "unet" / "checkpoints").exists()
+    assert json.loads((root / "unet" / "outcome.json").read_bytes())["exit_code"] == 2
