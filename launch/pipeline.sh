@@ -80,9 +80,9 @@ stage_pid="" folder="" requests=0
 request_stop() {
     requests=$((requests + 1))
     [[ -n $stage_pid ]] || exit 75
-    if ((requests == 1)) && [[ -d $folder ]]; then
+    if ((requests == 1)); then
         say "stopping at the next update, with a checkpoint"
-        : >"$folder/stop"
+        mkdir -p -- "$folder" && : >"$folder/stop"
     else
         kill -TERM "$stage_pid" 2>/dev/null || true
     fi
@@ -119,6 +119,7 @@ for stage in "${stages[@]}"; do
         exit "$code"
     fi
     say "=== $stage took $((SECONDS - began)) s"
+    ((requests == 0)) || exit 75 # It was quicker than the request to stop.
 done
 
 results="$(<"$scratch/evaluate")"

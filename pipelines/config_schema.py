@@ -1,7 +1,9 @@
 """Walks over configuration models: what fields there are, at which dotted names, with which defaults and comments."""
 
+import ast
 import inspect
 import re
+import textwrap
 import types
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
@@ -131,11 +133,16 @@ def field_comments(model: type[BaseModel]) -> dict[str, str]:
         if base is BaseModel or not issubclass(base, BaseModel):
             continue
         try:
-            source = inspect.getsource(base)
+            source = textwrap.dedent(inspect.getsource(base))
         except OSError:
             continue
-        for match in re.finditer(r"^    (\w+):[^\n]*?  # ([^\n]*)$", source, flags=re.MULTILINE):
-            comments[match[1]] = match[2].strip()
+        (tree,) = ast.parse(source).body
+        assert isinstance(tree, ast.ClassDef)
+        for node in tree.body:
+            if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+                lines = source.splitlines()[node.lineno - 1 : node.end_lineno]
+                found = [match[1] for line in lines if (match := re.search(r"  # (.*)$", line))]
+                comments[node.target.id] = found[0].strip() if found else ""
     return comments
 
 

@@ -23,6 +23,7 @@ from torch import Tensor
 from data.commit import write_atomically, write_json
 from data.loading import ImageShards
 from data.manifest import FileEntry, Manifest, digest_of
+from data.order import FullShuffleConfig, Order
 from data.panels import panel_png
 from data.samples import Split, image_members
 from data.shards import ShardWriter
@@ -66,6 +67,7 @@ class EvaluateConfig(StageConfig):
     guidance: GuidanceConfig = GuidanceConfig(scale=2.0)  # the default guidance, which is shown and stored first
     sweep: tuple[NonNegativeFloat, ...] = (1.0, 1.5, 2.0, 3.0)  # guidance scales compared; the default's is added
     extractor: FeatureExtractorConfig = ScatteringConfig()  # what metrics look at images with
+    probe_images: PositiveInt = 10_000  # training images that the class probe is fitted on, at most
     samples_per_shard: PositiveInt = 1_000  # samples of one tar
     precision: Precision = "float32"  # what the networks compute in
 
@@ -192,13 +194,18 @@ class PartMaker:
             }
         with blaming("evaluate.extractor"):
             self.extractor: FeatureExtractor = config.extractor.build().to(device)
+        # Which real images are looked at: all validation images, and a draw of training images for the probe.
+        order = Order(FullShuffleConfig(), num_samples=len(self.images["train"]), seed=0)
+        probed = np.sort(order.indices(0, min(config.probe_images, len(self.images["train"]))))
+        self.real_indices = {"train": probed, "val": np.arange(len(self.images["val"]))}
         name = f"{corpus.digest[:16]}-{self.extractor.name}-{self.extractor.weights_sha256[:16]}"
-        self.reference_folder = Path(config.run.root).parent / "cache" / "features" / f"{name}-{config.batch_size}"
+        shape = f"{len(probed)}-{config.batch_size}"
+        self.reference_folder = Path(config.run.root).parent / "cache" / "features" / f"{name}-{shape}"
 
     def plan(self) -> Plan:
         """Name every part: what it holds, and the number of its batch."""
         size = self.config.batch_size
-        batches = {split: -(-len(images) // size) for split, images in self.images.items()}
+        batches = {split: -(-len(indices) // size) for split, indices in self.real_indices.items()}
         return Plan(
             reference=[f"{split}-{number:06}" for split in ("train", "val") for number in range(batches[split])],
             reconstructions=[f"reconstruction-{number:06}" for number in range(batches["val"])],
@@ -243,8 +250,8 @@ class PartMaker:
         return min(self.config.samples_per_shard, len(self.config.scales) * self.config.num_samples - first)
 
     def _real(self, split: str, number: int) -> tuple[Tensor, Tensor]:
-        size, images = self.config.batch_size, self.images[split]
-        batch = images.read(np.arange(number * size, min((number + 1) * size, len(images))))
+        size = self.config.batch_size
+        batch = self.images[split].read(self.real_indices[split][number * size : (number + 1) * size])
         return torch.from_numpy(batch.images), torch.from_numpy(batch.labels)
 
     @torch.no_grad()

@@ -419,6 +419,7 @@ def test_waiting_for_a_batch_is_measured() -> None:
         assert next(batches).wait_seconds < 0.02
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="page-locked memory needs CUDA")
 def test_tensors_are_pinned_wherever_they_are() -> None:
     batch = pinned({"a": [torch.zeros(2), (torch.zeros(3), "text")]})

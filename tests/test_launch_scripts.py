@@ -168,6 +168,16 @@ def test_a_signal_becomes_one_stop_file_and_the_checkpointed_stage_ends_the_pipe
     assert launched_stages(house) == STAGES[:1]
 
 
+def test_no_stage_begins_after_a_request_to_stop_that_came_too_late_for_the_one_before(house: Path) -> None:
+    command = ["bash", str(house / "launch" / "pipeline.sh"), "x.toml"]
+    stage = "until [[ -e $folder/stop ]]; do sleep 0.05; done; outcome 0"
+    pipeline = subprocess.Popen(command, cwd=house, env=environment(house, STAGE_DOES=stage), stderr=subprocess.DEVNULL)
+    wait_for(house / "runs" / "a b" / "corpus")
+    pipeline.terminate()
+    assert pipeline.wait(timeout=30) == 75
+    assert launched_stages(house) == STAGES[:1]
+
+
 def test_a_second_signal_reaches_the_launcher(house: Path) -> None:
     stage = 'trap "touch terminated; exit 1" TERM; touch started; while true; do sleep 0.05; done'
     command = ["bash", str(house / "launch" / "pipeline.sh"), "x.toml"]
