@@ -26,8 +26,9 @@ COLD_READS = 64  # batches that are fetched in advance after one that had to wai
 
 @dataclass(frozen=True, kw_only=True)
 class ImageBatch:
-    """Images uint8 (n h w c), labels int64 (n,) with -1 for none, keys and captions ("" for none)."""
+    """Indices int64 (n,), images uint8 (n h w c), labels int64 (n,) with -1 for none, keys, captions ("" for none)."""
 
+    indices: np.ndarray
     images: np.ndarray
     labels: np.ndarray
     keys: list[str]
@@ -102,6 +103,7 @@ class ImageShards(ShardSet):
             if self._cache is None or not self._cache[1][index]:
                 shard.will_need(row, self._suffix(shard, row))
         kept: list[tuple[OpenShard, int]] = []
+        found: list[int] = []
         captions: list[str] = []
         for index, shard, row in samples:
             try:
@@ -113,7 +115,9 @@ class ImageShards(ShardSet):
                 bad.append(error)
                 continue
             kept.append((shard, row))
+            found.append(index)
         return ImageBatch(
+            indices=np.array(found, dtype=np.int64),
             images=images[: len(kept)],
             labels=np.array([shard.label(row) for shard, row in kept], dtype=np.int64),
             keys=[shard.key(row) for shard, row in kept],

@@ -41,6 +41,8 @@ class EncodeLatentsInputs(BaseModel, frozen=True, extra="forbid"):
 class EncodeLatentsConfig(StageConfig):
     """How images become stored moments."""
 
+    harmless = frozenset({"bad_samples", "max_bad_fraction"})
+
     inputs: EncodeLatentsInputs  # where the stage reads
     batch_size: PositiveInt = 64  # images of one forward pass; batches never cross a shard's border
     flipped: bool = False  # also store the moments of the mirrored image, for flips during training
@@ -142,13 +144,30 @@ def encode_shard(
     indices, size = part.indices, config.batch_size
     quarantined, sums = [], ChannelSums.empty(vae.config.latent_channels)
     num_batches = -(-len(indices) // size)
+
+    def read(number: int) -> tuple[ImageBatch, list[BadSample]]:
+        unreadable: list[BadSample] = []
+        return images.read(indices[number * size : (number + 1) * size], bad=unreadable), unreadable
+
+    def set_aside(error: BadSample) -> None:
+        error = error.at(shard=part.entry.name)
+        if config.bad_samples == "strict":
+            raise ConfigError(
+                f"inputs.corpus: {error}. Mend the sample and prepare the corpus again, or set "
+                'encode_latents.bad_samples = "quarantine" to count such samples and go on.'
+            ) from error
+        quarantined.append({name: getattr(error, name) for name in REPORTED})
+
     with (
         ShardWriter(stage.folder / part.entry.name) as writer,
-        prefetch(lambda number: images.read(indices[number * size : (number + 1) * size]), depth=2) as batches,
+        prefetch(read, depth=2) as batches,
     ):
         for _ in range(num_batches):
-            loaded = next(batches)
-            batch = loaded.batch
+            batch, unreadable = next(batches).batch
+            for error in unreadable:
+                set_aside(error)
+            if not batch.keys:
+                continue
             moments, mirrored = encode_batch(config, stage, vae, batch)
             for row, key in enumerate(batch.keys):
                 try:
@@ -157,13 +176,10 @@ def encode_shard(
                         moments[row],
                         flipped=mirrored[row] if mirrored is not None else None,
                         dtype=config.dtype,
-                        carried=images.carried(int(indices[loaded.index * size + row])),
+                        carried=images.carried(int(batch.indices[row])),
                     )
                 except BadSample as error:
-                    error = error.at(shard=part.entry.name, key=key)
-                    if config.bad_samples == "strict":
-                        raise ConfigError(f"{error}. Set encode_latents.bad_samples to count it and go on.") from error
-                    quarantined.append({name: getattr(error, name) for name in REPORTED})
+                    set_aside(error.at(key=key))
                     continue
                 writer.add(key, members)
                 sums.add(moments[row].astype(config.dtype))

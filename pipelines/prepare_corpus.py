@@ -19,7 +19,7 @@ from data.panels import panel_png
 from data.samples import BadSample, ImageSample, Split, image_members
 from data.shards import ShardWriter
 from data.sources import FashionMNISTConfig, Source, SourceConfig
-from data.transforms import DEFAULT_MAX_PIXELS, ImageViewConfig, MaxPixels, view_image
+from data.transforms import DEFAULT_MAX_PIXELS, FILTER_REASONS, ImageViewConfig, MaxPixels, view_sample
 from pipelines.config import ConfigError, StageConfig, config_from_command_line
 from pipelines.runtime.parts import make_parts
 from pipelines.runtime.progress import progress_line
@@ -32,6 +32,8 @@ MAX_EXAMPLE_COLUMNS = 12
 
 class PrepareCorpusConfig(StageConfig):
     """The source, what becomes of each image, and how many share a shard."""
+
+    harmless = frozenset({"bad_samples", "max_bad_fraction"})
 
     source: SourceConfig = FashionMNISTConfig()  # where the images come from
     view: ImageViewConfig = ImageViewConfig()  # how they become squares of one size
@@ -64,7 +66,7 @@ def prepare(config: PrepareCorpusConfig, stage: Stage) -> None:
         )
 
     given = sum(len(indices) for _, indices in shards.values())
-    bad = settle_quarantine(stage, records, num_in=given, max_bad_fraction=config.max_bad_fraction)
+    bad = settle_quarantine(stage, records, num_in=given, max_bad_fraction=config.max_bad_fraction, free=FILTER_REASONS)
     files = [FileEntry(**record["entry"]) for record in records if record["entry"]["samples"]]
     kept = sum(entry.samples for entry in files)
     assert given == kept + bad.total(), "a sample was lost without being counted"
@@ -107,7 +109,7 @@ def write_shard(
                 writer.add(sample.key, stored_members(config, sample))
             except BadSample as error:
                 error = error.at(shard=path.name)
-                if config.bad_samples == "strict":
+                if config.bad_samples == "strict" and error.reason not in FILTER_REASONS:
                     raise ConfigError(
                         f"prepare_corpus.source: {error}. Mend or remove it, or set "
                         'prepare_corpus.bad_samples = "quarantine" to count such samples and go on.'
@@ -119,7 +121,7 @@ def write_shard(
 
 def stored_members(config: PrepareCorpusConfig, sample: ImageSample) -> dict[str, bytes]:
     """Return the members of a sample, by suffix, as its shard holds them."""
-    image = view_image(sample.image, config.view, max_pixels=config.max_pixels)
+    image = view_sample(sample, config.view, max_pixels=config.max_pixels)
     return image_members(sample.key, image, label=sample.label, caption=sample.caption, metadata=sample.metadata)
 
 
@@ -130,7 +132,7 @@ def example_panel(config: PrepareCorpusConfig, source: Source) -> bytes:
     for index in range(min(source.count("train"), 50 * num_columns)):
         try:
             sample = source.read("train", index)
-            image = view_image(sample.image, config.view, max_pixels=config.max_pixels)
+            image = view_sample(sample, config.view, max_pixels=config.max_pixels)
         except BadSample:
             continue  # Counted where its shard was written.
         column = columns.setdefault(max(sample.label, 0), [])

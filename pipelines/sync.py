@@ -19,8 +19,9 @@ import shutil
 import sys
 import tempfile
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from data.commit import FolderLock
 from pipelines.runtime.run_identity import (
@@ -64,20 +65,24 @@ REFUSALS = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST")  # of MLflow's error codes
 class MlflowStore:
     """One stage's run in an MLflow store (see `pipelines.runtime.sender.Store`)."""
 
-    def __init__(self, uri: str) -> None:
-        from mlflow.tracking import MlflowClient
-
+    def __init__(self, uri: str, tell: Callable[[str], None] = say) -> None:
+        """``tell`` takes what the user should know."""
+        self._tell = tell
         self.name = without_credentials(uri)
         self._uri = uri
-        self._client = MlflowClient(tracking_uri=uri)
+        self._client: Any = None
         self._experiment = ""
         self._run_id = ""
         self._parent_id = ""
         self._stage = ""
+        self._gives_the_result = False
 
     def connect(self, identity: RunIdentity) -> str:
         """Find or make the experiment, the pipeline's run and, below it, the stage's run."""
-        with making_the_database(self._uri):
+        from mlflow.tracking import MlflowClient
+
+        with making_the_database(self._uri, self._tell):
+            self._client = MlflowClient(tracking_uri=self._uri)
             self._experiment = self._find_or_make_experiment(identity.experiment)
         origin = {
             "pipeline_id": identity.pipeline_id,
@@ -91,6 +96,7 @@ class MlflowStore:
             tags={**origin, "mlflow.source.name": "launch/pipeline.sh"},
         )
         self._stage = identity.stage
+        self._gives_the_result = "/evaluation-" not in identity.name  # which are further looks at the same model
         self._run_id = self._find_or_make_run(
             found_by={"local_run_id": identity.run_id},
             name=identity.name,
@@ -125,7 +131,8 @@ class MlflowStore:
         with refusals():
             self._client.log_batch(self._run_id, metrics=metrics, synchronous=True)
             # A pipeline's row in MLflow shows its result, so that pipelines compare without being unfolded.
-            if results := [metric for metric in metrics if metric.key.startswith(RESULT_PREFIX)]:
+            results = [metric for metric in metrics if metric.key.startswith(RESULT_PREFIX)]
+            if results and self._gives_the_result:
                 self._client.log_batch(self._parent_id, metrics=results, synchronous=True)
 
     def log_tags(self, tags: Mapping[str, str]) -> None:
@@ -181,16 +188,19 @@ class MlflowStore:
 
         ``MlflowClient.log_image`` takes a new random name at every call: sending again would show a picture twice.
         """
-        from PIL import Image
+        from PIL import Image, UnidentifiedImageError
 
         unique = uuid.uuid5(uuid.NAMESPACE_OID, f"{self._run_id} {key} {step} {milliseconds}")
         stem = f"{key.replace('/', '~')}+step+{step}+timestamp+{milliseconds}+{unique}"
         with tempfile.TemporaryDirectory() as folder:
             whole, preview = Path(folder, f"{stem}.png"), Path(folder, f"{stem}+compressed.webp")
             shutil.copyfile(path, whole)
-            with Image.open(path) as image:
-                image.thumbnail((256, 256))
-                image.save(preview)
+            try:
+                with Image.open(path) as image:
+                    image.thumbnail((256, 256))
+                    image.save(preview)
+            except UnidentifiedImageError as error:
+                raise RefusedError(str(error)) from None
             self.log_artifact(whole, folder="images")
             self.log_artifact(preview, folder="images")
         self.log_tags({"mlflow.loggedImages": "true"})
@@ -261,7 +271,7 @@ def refusals() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def making_the_database(uri: str) -> Iterator[None]:
+def making_the_database(uri: str, tell: Callable[[str], None]) -> Iterator[None]:
     """Let one process at a time make an sqlite store, and say that it takes a moment."""
     database = sqlite_file(uri)
     if database is None:
@@ -273,7 +283,7 @@ def making_the_database(uri: str) -> Iterator[None]:
     lock.acquire(patience_seconds=60)
     try:
         if not database.exists():
-            say(f"MLflow: making the database {database} (once; it takes a few seconds, and the run does not wait).")
+            tell(f"MLflow: making the database {database} (once; it takes a few seconds, and the run does not wait).")
         yield
     finally:
         lock.release()
@@ -304,7 +314,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     os.environ.update({key: os.environ.get(key, value) for key, value in CLIENT_SETTINGS.items()})
     if options.with_owner:
-        return send_while_owned(options.paths[0], lambda: MlflowStore(os.environ["MLFLOW_TRACKING_URI"]))
+        return send_while_owned(options.paths[0], lambda tell: MlflowStore(os.environ["MLFLOW_TRACKING_URI"], tell))
     folders = [folder for path in options.paths for folder in run_folders(path)]
     if not folders:
         print(f"No run lies in {', '.join(map(str, options.paths))}: no {RUN_FILE} there or below.", file=sys.stderr)

@@ -226,7 +226,8 @@ class BatchMaker:
         samples = self.order.indices(index * config.global_batch + positions.start, len(positions))
         draws = SampleDraws(config.seed, index, positions)
         mirrored = draws.uniforms("flip") < config.flip_probability
-        stored = self.latents.read(samples, flipped=mirrored if config.flip_probability else None)
+        with blaming("inputs.latents"):
+            stored = self.latents.read(samples, flipped=mirrored if config.flip_probability else None)
         moments = torch.from_numpy(stored.moments).float()
         shape = tuple(moments.shape[2:])
         posterior = Posterior(mean=moments[:, 0], log_variance=moments[:, 1])

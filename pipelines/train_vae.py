@@ -217,7 +217,8 @@ class BatchMaker:
         positions = self.share.positions
         samples = self.order.indices(index * self.config.global_batch + positions.start, len(positions))
         draws = SampleDraws(self.config.seed, index, positions)
-        images = to_unit_range(self.images.read(samples).images)
+        with blaming("inputs.corpus"):
+            images = to_unit_range(self.images.read(samples).images)
         mirrored = torch.from_numpy(draws.uniforms("flip") < self.config.flip_probability)
         images = torch.where(mirrored[:, None, None, None], images.flip(-1), images)
         return VAEBatch(images=images, noise=torch.from_numpy(draws.normals("posterior", self.latent_shape)))

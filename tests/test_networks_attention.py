@@ -2,6 +2,7 @@
 
 import builtins
 import sys
+import types
 from typing import Any
 
 import pytest
@@ -59,6 +60,29 @@ def test_backends_agree_in_values_and_gradients() -> None:
         results.append((out, *torch.autograd.grad(out.square().sum(), given)))
     for one, other in zip(*results, strict=True):
         torch.testing.assert_close(one, other)
+
+
+def test_xformers_is_called_in_its_own_layout(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its kernels need a GPU; here its documented interface stands in: (b s n d), and an additive bias (b n s t)."""
+
+    def memory_efficient_attention(q: Tensor, k: Tensor, v: Tensor, attn_bias: Tensor | None) -> Tensor:
+        if attn_bias is not None:
+            assert attn_bias.shape == (q.shape[0], q.shape[2], q.shape[1], k.shape[1])
+            assert attn_bias.dtype == q.dtype
+            assert attn_bias.stride(-2) % 8 == 0  # its kernels refuse other alignments
+        logits = torch.einsum("bsnd,btnd->bnst", q, k) / q.shape[-1] ** 0.5
+        weights = torch.softmax(logits if attn_bias is None else logits + attn_bias, dim=-1)
+        return torch.einsum("bnst,btnd->bsnd", weights, v)
+
+    for name in ("xformers", "xformers.ops"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    monkeypatch.setattr(sys.modules["xformers.ops"], "memory_efficient_attention", memory_efficient_attention, False)
+    q, k, v = qkv()
+    mask = torch.tensor([[1, 1, 1, 1, 1, 1, 1], [0, 1, 0, 1, 1, 0, 0]]).bool()
+    for given in (None, mask):
+        torch.testing.assert_close(
+            attend(q, k, v, mask=given, backend="xformers"), attend(q, k, v, mask=given, backend="math")
+        )
 
 
 @pytest.mark.gpu

@@ -299,6 +299,14 @@ def test_shards_can_be_given_to_each_split(tmp_path: Path) -> None:
         WebDatasetConfig(urls=(f"{tmp_path}/?.tar",), val_urls=(f"{tmp_path}/a.tar",)).open()
 
 
+def test_a_split_that_would_be_empty_is_named(tmp_path: Path) -> None:
+    shards(tmp_path)
+    with pytest.raises(
+        ValueError, match=r"1 shards with 30 samples leave none for val\. Give other urls, give val_urls"
+    ):
+        WebDatasetConfig(urls=(f"{tmp_path}/a.tar",), val_fraction=1e-9).open()
+
+
 def test_braces_and_globs_name_files_in_order(tmp_path: Path) -> None:
     for number in (7, 8, 9, 10, 11):
         (tmp_path / f"s-{number:03d}.tar").touch()

@@ -160,7 +160,7 @@ def test_logging_takes_microseconds_even_when_the_disk_hangs(tmp_path: Path, sta
     seconds = [seconds_of(lambda n=n: tracker.log_rows(rows(n, n))) for n in range(2, 2000)]
     assert np.median(seconds) < 50e-6
     assert max(seconds) < 5e-3
-    with open(folder / METRICS, "rb") as pipe:  # the disk is back
+    with open(os.open(folder / METRICS, os.O_RDWR), "rb") as pipe:  # the disk is back
         lines = [json.loads(pipe.readline()) for _ in range(2, 2000)]
     assert lines == rows(2, 1999)
 
@@ -240,6 +240,12 @@ def test_the_store_is_the_configured_one_then_the_environments_then_sqlite_besid
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
     monkeypatch.chdir(tmp_path)
     assert store_uri("auto", root=Path("runs/demo")) == f"sqlite:///{tmp_path}/runs/mlflow.db"
+
+
+@pytest.mark.parametrize("uri", ["runs/mlruns", "file:///tmp/mlruns", "of line"])
+def test_a_uri_that_names_no_store_is_refused(uri: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=f"run.tracking_uri = '{uri}' names no store.*http://HOST:5000.*'offline'"):
+        store_uri(uri, root=tmp_path)
 
 
 MOUNTS = """/dev/vda / ext4 rw 0 0

@@ -18,6 +18,7 @@ import numpy as np
 import psutil
 import pytest
 from mlflow.exceptions import MlflowException
+from mlflow.tracking import MlflowClient
 from PIL import Image
 from safetensors.numpy import save_file
 from test_tracking import seconds_of
@@ -134,7 +135,7 @@ def log_updates(tracker: Tracker, first: int, last: int) -> None:
 
 
 def mlflow_run(root: Path, uri: str, stage: str = "unet"):
-    client = sync.MlflowStore(uri)._client
+    client = MlflowClient(tracking_uri=uri)
     return client, client.get_run(json.loads((root / stage / "run.json").read_text())["mlflow_run_id"])
 
 
@@ -335,6 +336,20 @@ def test_sync_closes_a_run_as_killed_when_stage_and_sender_died_together(tmp_pat
     assert mlflow_run(root, proxy.uri)[0].get_run(run.data.tags["mlflow.parentRunId"]).info.status == "KILLED"
 
 
+def test_sync_follows_an_offline_run_until_it_ends(tmp_path: Path, proxy: FaultProxy) -> None:
+    root = tmp_path / "demo"
+    stage = run_stage(root, "offline", checkpoint=0, last=100, ends=False)
+    with ThreadPoolExecutor(1) as pool:
+        followed = pool.submit(sync.main, [str(root), "--tracking-uri", proxy.uri, "--follow"])
+        wait_until(lambda: len(losses(root, proxy.uri)) == 100)
+        assert mlflow_run(root, proxy.uri)[1].info.status == "RUNNING"
+        assert not followed.done()
+        stage.kill()
+        stage.wait()
+        assert followed.result(timeout=60) == 0
+    assert mlflow_run(root, proxy.uri)[1].info.status == "KILLED"
+
+
 def test_a_lost_store_is_filled_again_from_the_run_itself(tmp_path: Path, proxy: FaultProxy) -> None:
     root = tmp_path / "runs" / "demo"
     tracker = start(root, "offline")
@@ -351,13 +366,15 @@ def test_a_lost_store_is_filled_again_from_the_run_itself(tmp_path: Path, proxy:
     assert losses(root, proxy.uri) == [(n, 1 / n) for n in range(1, 51)]
 
 
-def test_a_parameter_changed_on_resume_becomes_a_tag_and_a_lost_file_is_counted(
+def test_a_parameter_changed_on_resume_becomes_a_tag_and_a_lost_or_broken_file_is_counted(
     tmp_path: Path, proxy: FaultProxy, capsys: pytest.CaptureFixture[str]
 ) -> None:
     root = tmp_path / "demo"
     start(root, "offline", params={"peak_lr": 1e-3, "seed": 1}).close("KILLED")
     tracker = start(root, "offline", params={"peak_lr": 2e-3, "seed": 1})
     tracker.log_artifact(root / "never-written.json")
+    (root / "no.png").write_text("no picture")
+    tracker.log_image("val/samples", root / "no.png", step=1)
     log_updates(tracker, 1, 3)
     tracker.close("FINISHED")
     assert sync.main([str(root), "--tracking-uri", proxy.uri]) == 0
@@ -365,7 +382,7 @@ def test_a_parameter_changed_on_resume_becomes_a_tag_and_a_lost_file_is_counted(
     assert run.data.params == {"peak_lr": "0.001", "seed": "1"}
     assert {key: value for key, value in run.data.tags.items() if "changed" in key} == {"changed.peak_lr": "0.002"}
     assert len(losses(root, proxy.uri)) == 3
-    assert "1 entries refused" in capsys.readouterr().out
+    assert "2 entries refused" in capsys.readouterr().out
     assert "never-written.json" in (root / "unet" / "tracking" / "refused.log").read_text()
 
 
@@ -378,6 +395,19 @@ def test_stages_that_are_sent_at_once_share_one_parent(tmp_path: Path, proxy: Fa
         commands = [[str(root / stage), "--tracking-uri", proxy.uri] for stage in stages]
         assert list(pool.map(sync.main, commands)) == [0] * len(stages)
     assert len({mlflow_run(root, proxy.uri, stage)[1].data.tags["mlflow.parentRunId"] for stage in stages}) == 1
+
+
+def test_a_further_evaluation_leaves_the_pipelines_result_alone(tmp_path: Path, proxy: FaultProxy) -> None:
+    root = tmp_path / "demo"
+    for stage, accuracy in (("evaluation", 0.9), ("evaluation-cold", 0.5)):
+        tracker = start(root, "offline", stage=stage)
+        tracker.log_metrics({"eval/accuracy": accuracy}, step=0)
+        tracker.close("FINISHED")
+    assert sync.main([str(root), "--tracking-uri", proxy.uri]) == 0
+    client, run = mlflow_run(root, proxy.uri, "evaluation-cold")
+    assert run.data.metrics["eval/accuracy"] == 0.5
+    history = client.get_metric_history(run.data.tags["mlflow.parentRunId"], "eval/accuracy")
+    assert [point.value for point in history] == [0.9]
 
 
 def test_the_pipeline_is_in_the_state_of_the_stage_that_spoke_last(tmp_path: Path, proxy: FaultProxy) -> None:

@@ -52,9 +52,10 @@ class ImageFolder:
                 self._files[split].append((relative, label))
         for split, files in self._files.items():
             if not files:
+                total, endings = sum(map(len, self._files.values())), ", ".join(sorted(EXTENSIONS))
                 raise ValueError(
-                    f"{root} gives no {split} images at val_fraction = {val_fraction}: "
-                    f"it holds {sum(map(len, self._files.values()))} files ending in {', '.join(sorted(EXTENSIONS))}."
+                    f"{root} gives no {split} images at val_fraction = {val_fraction}: it holds {total} files "
+                    f"ending in {endings}. Add images, or change val_fraction."
                 )
 
     def count(self, split: Split) -> int:

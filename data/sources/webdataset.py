@@ -101,7 +101,10 @@ class WebDataset:
         self._numbers, self._rows = numbers, rows
         for split, places in self._places.items():
             if not len(places):
-                raise ValueError(f"{len(self._shards)} shards with {len(rows)} samples leave none for {split}.")
+                raise ValueError(
+                    f"{len(self._shards)} shards with {len(rows)} samples leave none for {split}. "
+                    "Give other urls, give val_urls, or change val_fraction."
+                )
 
     @property
     def classes(self) -> tuple[str, ...]:

@@ -61,10 +61,12 @@ def ddim_step(estimate: Estimate, *, then: NoiseLevel) -> Tensor:
 
 
 def stochastic_ddim_step(estimate: Estimate, z: Tensor, *, now: NoiseLevel, then: NoiseLevel, eta: float) -> Tensor:
-    """Replace a part of the estimated noise by the fresh noise ``z``. Song et al. 2021, eqs. 12 and 16."""
-    fresh = eta**2 * posterior_variance(now=now, then=then)  # sigma_t(eta)^2
-    kept = (then.sigma**2 - fresh).clamp(min=0)  # rounding only: fresh <= sigma^2 for eta <= 1
-    return then.alpha * estimate.x0 + kept.sqrt() * estimate.eps + fresh.sqrt() * z
+    """Replace a share of the estimated noise by the fresh noise ``z``. Song et al. 2021, eqs. 12 and 16.
+
+    Their sigma_t(eta)^2 is that share of the variance at ``then``: eta^2 beta-tilde.
+    """
+    share = eta**2 * step_variance(now=now, then=then) / now.sigma**2  # in [0, 1]
+    return then.alpha * estimate.x0 + then.sigma * ((1 - share).sqrt() * estimate.eps + share.sqrt() * z)
 
 
 def heun_correction(here: Estimate, there: Estimate, *, now: NoiseLevel, then: NoiseLevel, straight: bool) -> Tensor:

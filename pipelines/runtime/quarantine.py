@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Literal
 
 from data.commit import write_atomically
@@ -15,8 +15,12 @@ REPORTED = ("shard", "key", "member", "reason")  # what a report says of a sampl
 REPORT_NAME = "quarantine.jsonl"
 
 
-def settle_quarantine(stage: Stage, records: Sequence[Record], *, num_in: int, max_bad_fraction: float) -> Counter[str]:
+def settle_quarantine(
+    stage: Stage, records: Sequence[Record], *, num_in: int, max_bad_fraction: float, free: Collection[str] = ()
+) -> Counter[str]:
     """Write the report of all parts' quarantined samples and return their number by reason.
+
+    Samples with a reason in ``free`` were dropped by choice, not because they are bad: the budget does not count them.
 
     Raises:
         ConfigError: There are more than the budget allows; the report is written all the same.
@@ -27,9 +31,10 @@ def settle_quarantine(stage: Stage, records: Sequence[Record], *, num_in: int, m
         lines = "".join(json.dumps(report, ensure_ascii=False) + "\n" for report in reports)
         write_atomically(stage.folder / REPORT_NAME, lines.encode())
         stage.tracker.log_artifact(stage.folder / REPORT_NAME)
-    if len(reports) > max_bad_fraction * num_in:
+    bad = sum(count for reason, count in counts.items() if reason not in free)
+    if bad > max_bad_fraction * num_in:
         raise ConfigError(
-            f"{len(reports)} of {num_in} samples are bad ({dict(counts)}), more than {stage.name}.max_bad_fraction = "
+            f"{bad} of {num_in} samples are bad ({dict(counts)}), more than {stage.name}.max_bad_fraction = "
             f"{max_bad_fraction} allows. {stage.folder / REPORT_NAME} lists them; mend the corpus or raise the budget."
         )
     return counts

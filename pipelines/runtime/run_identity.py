@@ -124,11 +124,16 @@ def store_uri(tracking_uri: str, *, root: Path) -> str:
     """Return the URI of the store: as given, else from MLFLOW_TRACKING_URI, else sqlite beside ``root``.
 
     Raises:
-        ValueError: It is an sqlite file on a network folder, which such folders corrupt.
+        ValueError: It is no store that MLflow has, or an sqlite file on a network folder, which such folders corrupt.
     """
     uri = os.environ.get("MLFLOW_TRACKING_URI", "") if tracking_uri == AUTO else tracking_uri
     if not uri:
         uri = f"sqlite:///{Path(os.path.abspath(root)).parent / 'mlflow.db'}"
+    if uri != OFFLINE and (uri.startswith("file:") or "://" not in uri) and not uri.startswith("databricks"):
+        raise ValueError(
+            f"run.tracking_uri = {uri!r} names no store: MLflow keeps no runs in plain folders. Give the address of a "
+            f"server (http://HOST:5000), a database (sqlite:///PATH/mlflow.db), {AUTO!r} or {OFFLINE!r}."
+        )
     if (database := sqlite_file(uri)) is not None and (kind := network_file_system(database)):
         raise ValueError(
             f"The MLflow store {database} would be an sqlite file on a network folder ({kind}), where sqlite corrupts. "

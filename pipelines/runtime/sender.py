@@ -14,8 +14,9 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TextIO
 
 from data.commit import FolderLock
 from pipelines.runtime.run_identity import RunIdentity, pipeline_lock, without_credentials
@@ -274,13 +275,17 @@ def send_until_ended(sender: Sender) -> bool:
     return send_once(sender)
 
 
-def send_while_owned(folder: Path, open_store: Callable[[], Store]) -> int:
+def send_while_owned(folder: Path, open_store: Callable[[Callable[[str], None]], Store]) -> int:
     """Be the sender of a stage, which holds the other end of the standard input; return the exit code.
 
     The stage writes ``close`` when it has written its last line, and kills a sender that then takes too long. When
     the pipe ends, the stage was killed: what a few seconds allow is sent, and the run is closed as KILLED.
+
+    Args:
+        folder: The stage's folder.
+        open_store: Makes the store, given the function that tells the stage's user something.
     """
-    _become_a_background_process(folder)
+    tell = partial(print, file=_become_a_background_process(folder), flush=True)
     owner = _Owner()
     lock = FolderLock(folder / SENDER_LOCK)
     while True:
@@ -290,7 +295,7 @@ def send_while_owned(folder: Path, open_store: Callable[[], Store]) -> int:
         except BlockingIOError:  # the sender of the stage's last life, or a person with pipelines.sync
             if owner.closing.is_set():
                 return 1
-    sender = Sender(folder, open_store())
+    sender = Sender(folder, open_store(tell))
     failures, has_answered = 0, False
     while True:
         gone, closing = owner.gone.is_set(), owner.closing.is_set()
@@ -300,14 +305,14 @@ def send_while_owned(folder: Path, open_store: Callable[[], Store]) -> int:
             else:
                 sender.send(files_older_than=0.0 if closing else FILES_WAIT_SECONDS)
             if failures >= FAILURES_TO_SPEAK_OF:
-                say(f"MLflow at {sender.store.name} answers again.")
+                tell(f"MLflow at {sender.store.name} answers again.")
             failures, has_answered = 0, True
             if closing:
                 return 0
         except StoreSilentError as silent:
             failures += 1
             if failures == FAILURES_TO_SPEAK_OF:
-                say(f"{silent}. The run goes on; everything is kept, and sent when MLflow is back.")
+                tell(f"{silent}. The run goes on; everything is kept, and sent when MLflow is back.")
             if gone or (closing and not has_answered):
                 return 1
         if closing:
@@ -338,23 +343,20 @@ class _Owner:
         os._exit(1)  # a request may hang in the client for much longer, and an orphan must not
 
 
-def _become_a_background_process(folder: Path) -> None:
-    """Yield the processor to training, leave signals to the stage, keep the client's chatter off its terminal."""
+def _become_a_background_process(folder: Path) -> TextIO:
+    """Yield the processor to training, leave signals to the stage, and write to a log; return the stage's terminal."""
     os.nice(5)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
-    global _terminal
-    _terminal = open(os.dup(2), "w")  # noqa: SIM115 (for the life of the process)
+    terminal = open(os.dup(2), "w")  # noqa: SIM115 (for the life of the process)
     log = os.open(folder / "tracking" / "sender.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     if os.fstat(log).st_size > LOG_BYTES:
         os.ftruncate(log, 0)
     os.dup2(log, 1)
     os.dup2(log, 2)
-
-
-_terminal = sys.stderr
+    return terminal
 
 
 def say(text: str) -> None:
-    """Tell the user, on the terminal of the stage."""
-    print(text, file=_terminal, flush=True)
+    """Tell the user."""
+    print(text, file=sys.stderr, flush=True)

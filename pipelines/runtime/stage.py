@@ -28,6 +28,7 @@ from pipelines.runtime.launch import Precision, StopRequest, start_accelerator
 from pipelines.runtime.provenance import code_version, hardware
 from pipelines.runtime.tracking import SilentTracker, Tracker, open_tracker
 
+OUTCOME_NAME = "outcome.json"
 EXIT_CODES = {"done": 0, "failed": 1, "stopped": 75}
 RUN_STATUSES: dict[str, Literal["FINISHED", "FAILED", "KILLED"]] = {
     "done": "FINISHED",
@@ -150,7 +151,7 @@ def running_stage(
     folder = Path(config.run.root) / (folder_name or STAGE_FOLDERS[name])
     lock = FolderLock(folder)
     tracker: Tracker | SilentTracker = SilentTracker()
-    state, code = "failed", 1
+    state, code, working = "failed", 1, False
     try:
         manifests = read_parents(config, parents)
         check(manifests)
@@ -164,6 +165,7 @@ def running_stage(
         if accelerator.is_main_process:
             lock.acquire(patience_seconds=LOCK_PATIENCE_SECONDS)
             sweep_temporaries(folder)
+            (folder / OUTCOME_NAME).unlink(missing_ok=True)
             write_atomically(folder / "config.toml", config_as_toml(config, table=name).encode())
             write_json(folder / "request.json", request)
             tracker = track(config, name=name, folder=folder, parents=manifests, accelerator=accelerator)
@@ -180,6 +182,7 @@ def running_stage(
         threads = f"{torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)}"
         stage.say(f"{accelerator.num_processes} process(es) x {threads} on {accelerator.device}, {precision}, {folder}")
         with stop.listening():
+            working = True
             yield stage
         state = "done"
     except Stopped as reason:
@@ -188,24 +191,32 @@ def running_stage(
             print(f"{name}: stopped ({reason}). Continue with: {resume_command()}", flush=True)
     except (ConfigError, BlockingIOError) as error:
         code = 2
-        if speaks:
+        if speaks or working:  # Before the work all ranks find the same; in the work one may be alone with it.
             print(f"{name}: {error}", file=sys.stderr, flush=True)
     except KeyboardInterrupt:
         state = "stopped"
     except Exception:
         traceback.print_exc()
     finally:
-        code = 2 if (state, code) == ("failed", 2) else EXIT_CODES[state]
+        code = code if state == "failed" else EXIT_CODES[state]
+        if speaks and state != "done" and working and (folder / OUTCOME_NAME).exists():
+            state, code = "failed", 1  # Another rank failed first, said so there, and took this one along.
+        elif speaks or state == "failed":
+            leave_outcome(folder, state=state, code=code)
+        if speaks and state != "failed":
+            (folder / "stop").unlink(missing_ok=True)
         tracker.close(RUN_STATUSES[state])
-        if speaks and folder.is_dir():
-            if state != "failed":
-                (folder / "stop").unlink(missing_ok=True)
-            write_json(folder / "outcome.json", {"state": state, "exit_code": code, "resume_command": resume_command()})
         lock.release()
     if state == "done" and dist.is_initialized():
         dist.destroy_process_group()
     if code:
         raise SystemExit(code)
+
+
+def leave_outcome(folder: Path, *, state: str, code: int) -> None:
+    """Write ``outcome.json`` for scripts: ``accelerate launch`` makes 1 of every exit code."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / OUTCOME_NAME, {"state": state, "exit_code": code, "resume_command": resume_command()})
 
 
 def already_done(folder: Path, request: Mapping[str, Any], *, allowed: tuple[str, ...]) -> bool:

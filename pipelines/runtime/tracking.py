@@ -19,11 +19,11 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import psutil
 
-from data.commit import FolderLock, atomic_file
+from data.commit import FolderLock, temporary_beside
 from pipelines.runtime.run_identity import AUTO, OFFLINE, RunIdentity, run_identity, store_uri, without_credentials
 from pipelines.runtime.spool import (
     EVENTS,
@@ -45,26 +45,8 @@ SYSTEM_EVERY_SECONDS = 10
 CLOSE_WAIT_SECONDS = 10.0
 
 
-class RunTracker(Protocol):
-    """What stages may say; `Tracker` on the main process, `SilentTracker` on the others."""
-
-    @property
-    def last_update(self) -> int: ...
-    def resume_after(self, update: int) -> None: ...
-    def log_rows(self, rows: Sequence[Mapping[str, float | int]]) -> None: ...
-    def log_metrics(self, metrics: Mapping[str, float], *, step: int, attempt: int = 1) -> None: ...
-    def log_image(self, key: str, path: Path, *, step: int) -> None: ...
-    def log_artifact(self, path: Path, folder: str = "") -> None: ...
-    def set_tags(self, tags: Mapping[str, str]) -> None: ...
-    def log_params(self, params: Mapping[str, Any]) -> None: ...
-    def log_input(self, name: str, *, digest: str, source: str, context: str) -> None: ...
-    def log_model(self, name: str, folder: Path) -> None: ...
-    def flush(self) -> None: ...
-    def close(self, status: Status) -> None: ...
-
-
 class SilentTracker:
-    """Says nothing: what the ranks beside the main process hold."""
+    """Takes what `Tracker` takes and says nothing: what the ranks beside the main process hold."""
 
     run_id = ""
     pipeline_id = ""
@@ -110,14 +92,18 @@ def open_tracker(
         config_file: The resolved configuration as a file; kept with the run, without credentials.
 
     Raises:
-        ValueError: The store would be an sqlite file on a network folder.
+        ValueError: The store would be an sqlite file on a network folder, or run.json or pipeline.json is damaged.
         BlockingIOError: Another process tracks into this folder.
     """
     uri = store_uri(tracking_uri, root=root)
     folder.mkdir(parents=True, exist_ok=True)
     lock = FolderLock(folder / WRITER_LOCK)
     lock.acquire(patience_seconds=1.0)  # pipelines.sync holds it for a moment, to see whether the run is alive
-    identity = run_identity(folder, root=root, stage=stage, experiment=experiment, uri=uri)
+    try:
+        identity = run_identity(folder, root=root, stage=stage, experiment=experiment, uri=uri)
+    except BaseException:
+        lock.release()
+        raise
     tracker = Tracker(folder=folder, identity=identity, uri=uri, lock=lock)
     tracker.event("start", process=os.getpid(), host=os.uname().nodename)
     tracker.log_params(params)
@@ -204,8 +190,9 @@ class Tracker:
             count += 1
             kept = kept.with_name(f"{stem}-{count}.png")
         kept.parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "rb") as source, atomic_file(kept) as copy:
-            shutil.copyfileobj(source, copy)
+        whole = temporary_beside(kept)  # renamed without fsync, which may take longer than a step
+        shutil.copyfile(path, whole)
+        whole.rename(kept)
         self.event("image", spool=FILES, key=key, step=step, path=self._relative(kept))
 
     def log_artifact(self, path: Path, folder: str = "") -> None:
