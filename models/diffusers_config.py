@@ -334,6 +334,6 @@ def scheduler_config_to_diffusers(config: DenoiserConfig, sampler: DDIMConfig) -
         case CosineScheduleConfig(offset=0.008):
             shape = {"beta_schedule": "squaredcos_cap_v2"}
         case _:
-            # Already rescaled where it should be.
-            shape = {"trained_betas": schedule.build().betas.tolist(), "rescale_betas_zero_snr": False}
+            # Already rescaled where it should be; to do it again changes nothing.
+            shape = {"trained_betas": schedule.build().betas.tolist()}
     return theirs | shape

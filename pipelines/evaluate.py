@@ -34,7 +34,7 @@ from models.features import FeatureExtractor, FeatureExtractorConfig, Scattering
 from models.metrics import psnr, ssim
 from pipelines.config import ConfigError, StageConfig, config_from_command_line
 from pipelines.evaluation_figures import Reference, distribution_figures, fidelity_figures, sweep_plot
-from pipelines.published import check_same_vae, load_denoiser, load_vae
+from pipelines.published import check_same_vae, check_sampler_suits, denoiser_config, load_denoiser, load_vae
 from pipelines.runtime.launch import Precision
 from pipelines.runtime.parts import make_parts
 from pipelines.runtime.progress import progress_line
@@ -112,6 +112,8 @@ def check_request(config: EvaluateConfig, parents: Mapping[str, Manifest]) -> No
             given_at=config.inputs.vae,
             user=f"inputs.unet = {config.inputs.unet!r}",
         )
+    with blaming("evaluate.sampler"):
+        check_sampler_suits(config.sampler, denoiser_config(config.inputs.unet))
     corpus, unet = parents["corpus"], parents["unet"]
     if corpus.classes != unet.classes:
         raise ConfigError(

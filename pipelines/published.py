@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from data.commit import sha256_of, write_atomically, write_json
 from data.manifest import FileEntry, Manifest
 from models.denoiser import Denoiser, DenoiserConfig
+from models.diffusion.samplers import SamplerConfig, check_sampler
 from models.vae import AutoencoderKL, VAEConfig
 from pipelines.runtime.launch import placed
 
@@ -106,6 +107,21 @@ def load_denoiser(folder: str | Path, manifest: Manifest, *, device: torch.devic
         latent_size=config["latent_size"],
         vae_weights=manifest.content["vae"],
     )
+
+
+def denoiser_config(folder: str | Path) -> DenoiserConfig:
+    """Read how a published U-Net is built, without its weights."""
+    return DenoiserConfig.model_validate(json.loads((Path(folder) / "config.json").read_bytes())["denoiser"])
+
+
+def check_sampler_suits(sampler: SamplerConfig, denoiser: DenoiserConfig) -> None:
+    """Refuse a sampler that the denoiser's process cannot be sampled with.
+
+    Raises:
+        ValueError: Saying why, and which sampler would do.
+    """
+    learned = denoiser.objective.variance == "learned"
+    check_sampler(sampler, denoiser.schedule.build(), variance_is_learned=learned)
 
 
 def check_same_vae(used: str, *, given: Manifest, given_at: str, user: str) -> None:

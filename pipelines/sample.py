@@ -18,7 +18,7 @@ from data.samples import encode_png
 from models.diffusion.guidance import GuidanceConfig
 from models.diffusion.samplers import DDIMConfig, SamplerConfig
 from pipelines.config import ConfigError, StageConfig, config_from_command_line
-from pipelines.published import check_same_vae, load_denoiser, load_vae
+from pipelines.published import check_same_vae, check_sampler_suits, denoiser_config, load_denoiser, load_vae
 from pipelines.runtime.progress import progress_line
 from pipelines.runtime.stage import blaming, read_parents
 from pipelines.sampling import ImageSampler
@@ -61,6 +61,7 @@ def draw(config: SampleConfig) -> None:
     unet = parents["unet"]
     with blaming("inputs"):
         check_same_vae(unet.content["vae"], given=parents["vae"], given_at=config.inputs.vae, user=config.inputs.unet)
+        check_sampler_suits(config.sampler, denoiser_config(config.inputs.unet))
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         vae = load_vae(config.inputs.vae, parents["vae"], device=device)
         published = load_denoiser(config.inputs.unet, unet, device=device)

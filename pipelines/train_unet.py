@@ -31,7 +31,7 @@ from models.diffusion.guidance import GuidanceConfig
 from models.diffusion.samplers import DDIMConfig, SamplerConfig
 from models.vae import Posterior
 from pipelines.config import ConfigError, config_from_command_line
-from pipelines.published import Normalisation, check_same_vae, load_vae, publish
+from pipelines.published import Normalisation, check_same_vae, check_sampler_suits, load_vae, publish
 from pipelines.runtime.ema import Averages
 from pipelines.runtime.launch import launched_world_size, placed
 from pipelines.runtime.optim import Optimizer
@@ -116,6 +116,8 @@ def check_request(config: TrainUNetConfig, parents: Mapping[str, Manifest]) -> N
         )
     with blaming("train_unet.denoiser"), torch.device("meta"):
         build_denoiser(config, parents["latents"])
+    with blaming("train_unet.panel.sampler"):
+        check_sampler_suits(config.panel.sampler, config.denoiser)
 
 
 def build_denoiser(config: TrainUNetConfig, latents: Manifest) -> Denoiser:

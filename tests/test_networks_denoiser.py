@@ -154,8 +154,8 @@ def test_half_precision_weights_leave_latents_and_loss_in_full_precision() -> No
     denoiser = build(CLASS)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         loss = denoiser(*latents(), TIMES, conditions(), kept(denoiser)).loss
-        x0 = denoiser.estimate(latents()[0], TIMES, conditions(), kept(denoiser)).x0
-    assert loss.dtype == x0.dtype == torch.float32
+        output = denoiser.output(latents()[0], TIMES, conditions(), kept(denoiser))
+    assert loss.dtype == output.dtype == torch.float32
 
 
 def test_the_whole_training_step_is_one_graph() -> None:
