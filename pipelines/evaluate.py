@@ -10,80 +10,37 @@ whole batches. So the number of processes changes neither an image nor a figure.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any
 
 import numpy as np
-import torch
-from pydantic import BaseModel, Field, NonNegativeFloat, NonNegativeInt, PositiveInt, model_validator
-from safetensors.torch import load_file, save
+from pydantic import Field, PositiveInt
 from torch import Tensor
 
 from data.commit import write_atomically, write_json
-from data.loading import ImageShards
 from data.manifest import FileEntry, Manifest, digest_of
-from data.order import FullShuffleConfig, Order
 from data.panels import panel_png
 from data.samples import Split, image_members
 from data.shards import ShardWriter
-from data.transforms import to_levels, to_unit_range
-from models.diffusion.guidance import GuidanceConfig
-from models.diffusion.samplers import DDIMConfig, SamplerConfig
-from models.features import FeatureExtractor, FeatureExtractorConfig, ScatteringConfig
-from models.metrics import psnr, ssim
-from pipelines.config import ConfigError, StageConfig, config_from_command_line
+from pipelines.config import ConfigError, config_from_command_line
 from pipelines.evaluation_figures import Reference, distribution_figures, fidelity_figures, sweep_plot
-from pipelines.published import check_same_vae, check_sampler_suits, denoiser_config, load_denoiser, load_vae
-from pipelines.runtime.launch import Precision
+from pipelines.evaluation_parts import DrawConfig, PartMaker, Plan, key_prefix
+from pipelines.published import check_same_vae, check_sampler_suits, denoiser_config
 from pipelines.runtime.parts import make_parts
 from pipelines.runtime.progress import progress_line
 from pipelines.runtime.stage import Stage, blaming, running_stage
-from pipelines.sampling import ImageSampler
 
 PANEL_ROWS = 8
 MAX_PANEL_COLUMNS = 12
 
 
-class EvaluateInputs(BaseModel, frozen=True, extra="forbid"):
-    """What is evaluated, and against what."""
-
-    corpus: str  # folder of the image shards; its validation images are the reference
-    vae: str  # folder of the autoencoder that made the U-Net's latents
-    unet: str  # folder of the U-Net
-
-
-class EvaluateConfig(StageConfig):
-    """How samples are drawn and judged."""
+class EvaluateConfig(DrawConfig):
+    """How samples are drawn, judged and stored."""
 
     harmless = frozenset({"name"})
 
-    inputs: EvaluateInputs  # where the stage reads
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]*$")] = ""  # NAME writes evaluation-NAME/; empty evaluation/
-    seed: NonNegativeInt = 0  # of the samples' noise
-    num_samples: PositiveInt = 1_000  # images at each guidance scale, classes in turn
-    batch_size: PositiveInt = 50  # images drawn at once; images of a batch may depend on it in their last bits
-    sampler: SamplerConfig = DDIMConfig(num_steps=50)  # how samples are drawn
-    guidance: GuidanceConfig = GuidanceConfig(scale=2.0)  # the default guidance, which is shown and stored first
-    sweep: tuple[NonNegativeFloat, ...] = (1.0, 1.5, 2.0, 3.0)  # guidance scales compared; the default's is added
-    extractor: FeatureExtractorConfig = ScatteringConfig()  # what metrics look at images with
-    probe_images: PositiveInt = 10_000  # training images that the class probe is fitted on, at most
     samples_per_shard: PositiveInt = 1_000  # samples of one tar
-    precision: Precision = "float32"  # what the networks compute in
-
-    @model_validator(mode="after")
-    def _whole_batches(self) -> Self:
-        if self.num_samples % self.batch_size:
-            raise ValueError(
-                f"num_samples = {self.num_samples} is not a multiple of batch_size = {self.batch_size}: batches have "
-                f"one size, so that each image has the same bits on any number of processes"
-            )
-        return self
-
-    @property
-    def scales(self) -> tuple[float, ...]:
-        """All guidance scales, the default first."""
-        return (self.guidance.scale, *sorted(set(self.sweep) - {self.guidance.scale}))
 
 
 def main() -> None:
@@ -140,7 +97,7 @@ def evaluate(config: EvaluateConfig, stage: Stage) -> None:
         judge(config, stage, maker, parts)
     stage.finish(
         files=[
-            FileEntry.of(path, samples=maker.samples_in(path))
+            FileEntry.of(path, samples=samples_in(config, path))
             for path in [
                 *sorted(stage.folder.glob("samples-*.tar")),
                 *(stage.folder / name for name in ("metrics.json", "samples.png", "guidance.png", "sweep.png")),
@@ -156,142 +113,6 @@ def evaluate(config: EvaluateConfig, stage: Stage) -> None:
             "value_range": [0, 255],
         },
     )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Plan:
-    """The names of all parts."""
-
-    reference: list[str]
-    reconstructions: list[str]
-    samples: dict[float, list[str]]
-
-    @property
-    def own(self) -> list[str]:
-        """Parts that belong to this evaluation; those of the reference are shared by all of one corpus."""
-        return [*self.reconstructions, *(name for names in self.samples.values() for name in names)]
-
-
-class PartMaker:
-    """Makes parts: a batch of images each, with their features; a pure function of the part's name."""
-
-    def __init__(self, config: EvaluateConfig, stage: Stage) -> None:
-        self.config, self.stage = config, stage
-        device = stage.accelerator.device
-        with blaming("inputs.vae"):
-            self.vae = load_vae(config.inputs.vae, stage.parents["vae"], device=device).network
-        with blaming("inputs.unet"):
-            published = load_denoiser(config.inputs.unet, stage.parents["unet"], device=device)
-        self.sampler = ImageSampler(
-            published.network,
-            published.normalisation,
-            self.vae,
-            latent_shape=(published.latent_channels, published.latent_size, published.latent_size),
-            seed=config.seed,
-        )
-        corpus = stage.parents["corpus"]
-        with blaming("inputs.corpus"):
-            self.images: dict[str, ImageShards] = {
-                split: ImageShards(config.inputs.corpus, split=split, manifest=corpus) for split in ("train", "val")
-            }
-        with blaming("evaluate.extractor"):
-            self.extractor: FeatureExtractor = config.extractor.build().to(device)
-        # Which real images are looked at: all validation images, and a draw of training images for the probe.
-        order = Order(FullShuffleConfig(), num_samples=len(self.images["train"]), seed=0)
-        probed = np.sort(order.indices(0, min(config.probe_images, len(self.images["train"]))))
-        self.real_indices = {"train": probed, "val": np.arange(len(self.images["val"]))}
-        name = f"{corpus.digest[:16]}-{self.extractor.name}-{self.extractor.weights_sha256[:16]}"
-        shape = f"{len(probed)}-{config.batch_size}"
-        self.reference_folder = Path(config.run.root).parent / "cache" / "features" / f"{name}-{shape}"
-
-    def plan(self) -> Plan:
-        """Name every part: what it holds, and the number of its batch."""
-        size = self.config.batch_size
-        batches = {split: -(-len(indices) // size) for split, indices in self.real_indices.items()}
-        return Plan(
-            reference=[f"{split}-{number:06}" for split in ("train", "val") for number in range(batches[split])],
-            reconstructions=[f"reconstruction-{number:06}" for number in range(batches["val"])],
-            samples={
-                scale: [f"{key_prefix(scale)}-{number:06}" for number in range(self.config.num_samples // size)]
-                for scale in self.config.scales
-            },
-        )
-
-    def make_reference(self, name: str) -> dict[str, Any]:
-        """Extract the features of one batch of real images."""
-        split, number = name.rsplit("-", 1)
-        images, labels = self._real(split, int(number))
-        write_atomically(
-            self.reference_folder / f"{name}.safetensors",
-            save({"features": self._features(images), "labels": labels}),
-        )
-        return {"samples": len(labels)}
-
-    def make_own(self, name: str) -> dict[str, Any]:
-        """Reconstruct one batch of validation images, or draw one batch of samples."""
-        kind, number = name.rsplit("-", 1)
-        tensors = self._reconstructions(int(number)) if kind == "reconstruction" else self._samples(kind, int(number))
-        write_atomically(self.stage.folder / "parts" / f"{name}.safetensors", save(tensors))
-        return {"samples": len(tensors["features"])}
-
-    def read(self, names: list[str], key: str, *, folder: Path | None = None) -> Tensor:
-        """Return one tensor of all named parts, concatenated."""
-        folder = folder or self.stage.folder / "parts"
-        return torch.cat([load_file(folder / f"{name}.safetensors")[key] for name in names])
-
-    def labels(self, indices: range) -> Tensor:
-        """Classes of samples: in turn, so that all are equally frequent; -1 without classes."""
-        num_classes = len(self.stage.parents["unet"].classes)
-        return torch.tensor([index % num_classes if num_classes else -1 for index in indices])
-
-    def samples_in(self, path: Path) -> int:
-        """Return how many samples a tar of this evaluation holds."""
-        if path.suffix != ".tar":
-            return 0
-        first = int(path.stem.removeprefix("samples-")) * self.config.samples_per_shard
-        return min(self.config.samples_per_shard, len(self.config.scales) * self.config.num_samples - first)
-
-    def _real(self, split: str, number: int) -> tuple[Tensor, Tensor]:
-        size = self.config.batch_size
-        batch = self.images[split].read(self.real_indices[split][number * size : (number + 1) * size])
-        return torch.from_numpy(batch.images), torch.from_numpy(batch.labels)
-
-    @torch.no_grad()
-    def _reconstructions(self, number: int) -> dict[str, Tensor]:
-        real, _ = self._real("val", number)
-        size = self.config.batch_size
-        whole = torch.cat([real] * -(-size // len(real)))[:size]
-        with self.stage.accelerator.autocast():
-            posterior = self.vae.encode(to_unit_range(whole).to(self.stage.accelerator.device))
-            levels = torch.from_numpy(to_levels(self.vae.decode(posterior.mode())))[: len(real)]
-        found, expected = levels.movedim(-1, 1), real.movedim(-1, 1)
-        return {
-            "images": levels,
-            "features": self._features(levels),
-            "psnr": psnr(found, expected),
-            "ssim": ssim(found, expected),
-        }
-
-    def _samples(self, kind: str, number: int) -> dict[str, Tensor]:
-        scale = next(scale for scale in self.config.scales if key_prefix(scale) == kind)
-        indices = range(number * self.config.batch_size, (number + 1) * self.config.batch_size)
-        images = self.sampler.draw(
-            indices,
-            {"labels": self.labels(indices)},
-            sampler=self.config.sampler,
-            guidance=self.config.guidance.model_copy(update={"scale": scale}),
-            autocast=self.stage.accelerator.autocast(),
-        )
-        levels = torch.from_numpy(images)
-        return {"images": levels, "features": self._features(levels)}
-
-    def _features(self, levels: Tensor) -> Tensor:
-        return self.extractor(levels.movedim(-1, 1).contiguous()).cpu()
-
-
-def key_prefix(scale: float) -> str:
-    """Return the part of a sample's key that names its guidance scale; keys hold no dot."""
-    return f"guidance_{scale:g}".replace(".", "p")
 
 
 def judge(config: EvaluateConfig, stage: Stage, maker: PartMaker, parts: Plan) -> None:
@@ -394,6 +215,14 @@ def draw_pictures(
     write_atomically(folder / "sweep.png", sweep_plot(by_scale, floor))
     stage.tracker.log_image("eval/samples", folder / "samples.png", step=0)
     stage.tracker.log_image("eval/guidance", folder / "guidance.png", step=0)
+
+
+def samples_in(config: EvaluateConfig, path: Path) -> int:
+    """Return how many samples a file of the evaluation holds."""
+    if path.suffix != ".tar":
+        return 0
+    first = int(path.stem.removeprefix("samples-")) * config.samples_per_shard
+    return min(config.samples_per_shard, len(config.scales) * config.num_samples - first)
 
 
 def store_samples(config: EvaluateConfig, stage: Stage, maker: PartMaker, parts: Plan) -> None:

@@ -186,7 +186,7 @@ def test_what_a_full_disk_refuses_is_written_whole_when_there_is_room(
     assert f"{METRICS} cannot be written" in capsys.readouterr().err
 
 
-def test_an_image_is_kept_as_it_was_and_once_a_step(tmp_path: Path, start: Opener) -> None:
+def test_an_image_is_kept_as_it_was_and_known_again_when_it_is_replayed(tmp_path: Path, start: Opener) -> None:
     drawn = tmp_path / "grid.png"
     tracker = start()
     for shade in (1, 1, 2):  # drawn, drawn again by a replay, drawn otherwise after a rewind
@@ -196,7 +196,10 @@ def test_an_image_is_kept_as_it_was_and_once_a_step(tmp_path: Path, start: Opene
     tracker.flush()
     folder = tmp_path / "runs/demo/unet"
     logged = [line for _, line in entries(folder / FILES, start=0) if line["kind"] == "image"]
-    assert [np.asarray(Image.open(folder / line["path"])).max() for line in logged] == [1, 2]
+    assert [np.asarray(Image.open(folder / line["path"])).max() for line in logged] == [1, 1, 2]
+    first, again, other = [{key: line[key] for key in line if key != "time"} for line in logged]
+    assert first == again
+    assert first["path"] != other["path"]
     assert {(line["key"], line["step"]) for line in logged} == {("samples/grid", 7)}
     with pytest.raises(ValueError, match=r"Image key 'step=7': only letters, digits"):
         tracker.log_image("step=7", drawn, step=7)

@@ -208,7 +208,7 @@ class Sender:
             case "text":
                 self.store.log_text(event["name"], event["text"])
             case "image":
-                self.store.log_image(event["key"], path, step=event["step"], milliseconds=int(1000 * event["time"]))
+                self.store.log_image(event["key"], path, step=event["step"], milliseconds=int(1000 * event["drawn"]))
             case "model":
                 self.store.log_model(event["name"], path)
             case kind:

@@ -21,8 +21,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import psutil
-
 from data.commit import FolderLock, temporary_beside
 from pipelines.runtime.run_identity import AUTO, OFFLINE, RunIdentity, run_identity, store_uri, without_credentials
 from pipelines.runtime.spool import (
@@ -184,16 +182,17 @@ class Tracker:
         stem = f"{key.replace('/', '~')}-{step:07d}"
         kept = self._folder / "tracking" / "images" / f"{stem}.png"
         count = 1
-        while kept.exists():  # a replay brings the same picture again, a rewind another one
-            if filecmp.cmp(path, kept, shallow=False):
-                return
+        while kept.exists() and not filecmp.cmp(path, kept, shallow=False):  # drawn otherwise after a rewind
             count += 1
             kept = kept.with_name(f"{stem}-{count}.png")
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        whole = temporary_beside(kept)  # renamed without fsync, which may take longer than a step
-        shutil.copyfile(path, whole)
-        whole.rename(kept)
-        self.event("image", spool=FILES, key=key, step=step, path=self._relative(kept))
+        if not kept.exists():
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            whole = temporary_beside(kept)  # renamed without fsync, which may take longer than a step
+            shutil.copyfile(path, whole)
+            whole.rename(kept)
+        # A replay says it again, as the same picture: the run may have been killed before the first entry was written.
+        drawn = round(kept.stat().st_mtime, 3)
+        self.event("image", spool=FILES, key=key, step=step, drawn=drawn, path=self._relative(kept))
 
     def log_artifact(self, path: Path, folder: str = "") -> None:
         """Send a file as an artefact. It is read when it is sent, so it must be written once and stay."""
@@ -286,8 +285,8 @@ class Tracker:
         try:
             if sample := self._sampler.due():
                 self._spool.append(SYSTEM, [sample])
-        except (OSError, psutil.Error) as error:  # in a sandbox without /proc, say; no reason to stop
-            print(f"System metrics end here: {error}", file=sys.stderr)
+        except Exception as error:  # of whatever kind: it must not end the thread that writes the metrics
+            print(f"System metrics end here: {error!r}", file=sys.stderr)
             self._sampler.stop()
         if self._sender is not None and self._sender.poll() is not None and time.monotonic() > self._sender_retry_at:
             self.start_sending()
