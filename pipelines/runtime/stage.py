@@ -273,7 +273,7 @@ def track(
         "world_size": str(accelerator.num_processes),
         "host": socket.gethostname(),
         "hardware": hardware(),
-        **{f"upstream.{key}": parent.digest for key, parent in parents.items()},
+        **{f"upstream.{key}": digest for key, digest in ancestors(parents).items()},
     }
     tracker = open_tracker(
         folder=folder,
@@ -288,6 +288,12 @@ def track(
     for key, parent in parents.items():
         tracker.log_input(key, digest=parent.digest, source=str(getattr(config.inputs, key)), context=name)  # type: ignore[attr-defined]
     return tracker
+
+
+def ancestors(parents: Mapping[str, Manifest]) -> dict[str, str]:
+    """Return the digests of the inputs and of what those were made from, as far as the manifests tell."""
+    older = {key: digest for parent in parents.values() for key, digest in parent.content.get("parents", {}).items()}
+    return {**older, **{key: parent.digest for key, parent in parents.items()}}
 
 
 @contextmanager
