@@ -140,15 +140,17 @@ def write_early_outcome(argv: Sequence[str], *, table: str) -> None:
 
 
 def resume_command() -> str:
-    """Return the command that started this process, for messages and outcome.json."""
+    """Return the command that started this process, without passwords, for messages and outcome.json."""
     import shlex
+
+    from pipelines.runtime.run_identity import without_credentials
 
     main = sys.modules.get("__main__")
     module = getattr(getattr(main, "__spec__", None), "name", None)
     words = ["python", "-m", module] if module else ["python", sys.argv[0]]
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         words = ["accelerate", "launch", "[launcher flags]", "-m", str(module)]
-    return " ".join([*words[:2], *words[2:], *(shlex.quote(word) for word in sys.argv[1:])])
+    return without_credentials(" ".join([*words, *(shlex.quote(word) for word in sys.argv[1:])]))
 
 
 def _early_root(argv: Sequence[str], *, table: str) -> str | None:

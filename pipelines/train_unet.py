@@ -156,6 +156,8 @@ def train(config: TrainUNetConfig, stage: Stage) -> None:
 
     # Where we stopped last time.
     training.resume()
+    if training.update == 0:
+        observer.look(averages.first, update=0)  # what cannot be drawn fails now, not after hours
 
     # The loop.
     for batch in training.updates(batches.from_index):

@@ -128,6 +128,8 @@ def train(config: TrainVAEConfig, stage: Stage) -> None:
 
     # Where we stopped last time.
     training.resume()
+    if training.update == 0:
+        look(config, stage, averages.first, update=0)  # what cannot be drawn fails now, not after hours
 
     # The loop.
     for batch in training.updates(batches.from_index):

@@ -111,3 +111,13 @@ def test_a_panel_shows_every_cell_in_its_place() -> None:
         for column in range(3):
             patch = picture[44 + 2 + row * 66 : 44 + 66 + row * 66, 2 + column * 66 : 66 + column * 66]
             assert (patch == cells[row, column, 0, 0, 0]).all()
+
+
+def test_a_password_in_the_tracking_uri_is_written_nowhere(tmp_path: Path) -> None:
+    uri = "http://me:hunter2@127.0.0.1:9"
+    done = run_stage("prepare_corpus", "--run.root", str(tmp_path), "--run.tracking_uri", uri)
+    assert done.returncode == 0, done.stderr
+    assert "hunter2" not in done.stdout + done.stderr
+    written = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert any(path.name == "config.toml" and b"***@127.0.0.1:9" in path.read_bytes() for path in written)
+    assert not [path for path in written if b"hunter2" in path.read_bytes()]

@@ -167,7 +167,7 @@ def test_everything_that_a_stage_logs_arrives_once(tmp_path: Path, proxy: FaultP
     tracker.log_artifact(folder / "manifest.json", "provenance")
     tracker.log_model("unet", folder)
     tracker.set_tags({"digest.unet": "cd" * 32})
-    tracker.close("FINISHED", wait_seconds=30)
+    tracker.close("FINISHED", wait_seconds=150)
 
     def law() -> None:
         client, run = mlflow_run(root, proxy.uri)

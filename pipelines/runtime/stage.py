@@ -26,6 +26,7 @@ from data.manifest import MANIFEST_NAME, FileEntry, Manifest, digest_of, read_ma
 from pipelines.config import STAGE_FOLDERS, ConfigError, StageConfig, config_as_toml, resume_command
 from pipelines.runtime.launch import Precision, StopRequest, start_accelerator
 from pipelines.runtime.provenance import code_version, hardware
+from pipelines.runtime.run_identity import without_credentials
 from pipelines.runtime.tracking import SilentTracker, Tracker, open_tracker
 
 OUTCOME_NAME = "outcome.json"
@@ -86,7 +87,7 @@ class Stage:
             "hardware": hardware(),
             "world_size": self.accelerator.num_processes,
             "threads": torch.get_num_threads(),
-            "run": self.config.run.model_dump(mode="json"),
+            "run": json.loads(without_credentials(self.config.run.model_dump_json())),
             "inputs": self.config.model_dump(mode="json").get("inputs", {}),
         }
 
@@ -167,7 +168,8 @@ def running_stage(
             sweep_temporaries(folder)
             for stale in (OUTCOME_NAME, "stop"):
                 (folder / stale).unlink(missing_ok=True)
-            write_atomically(folder / "config.toml", config_as_toml(config, table=name).encode())
+            shown = without_credentials(config_as_toml(config, table=name))
+            write_atomically(folder / "config.toml", shown.encode())
             write_json(folder / "request.json", request)
             tracker = track(config, name=name, folder=folder, parents=manifests, accelerator=accelerator)
         stop = StopRequest(folder, accelerator)
@@ -275,16 +277,17 @@ def track(
         "hardware": hardware(),
         **{f"upstream.{key}": digest for key, digest in ancestors(parents).items()},
     }
-    tracker = open_tracker(
-        folder=folder,
-        root=Path(config.run.root),
-        stage=name,
-        experiment=config.run.experiment,
-        tracking_uri=config.run.tracking_uri,
-        params=_flat(config.model_dump(mode="json")),
-        tags=tags,
-        config_file=folder / "config.toml",
-    )
+    with blaming("run.tracking_uri"):
+        tracker = open_tracker(
+            folder=folder,
+            root=Path(config.run.root),
+            stage=name,
+            experiment=config.run.experiment,
+            tracking_uri=config.run.tracking_uri,
+            params=_flat(config.model_dump(mode="json")),
+            tags=tags,
+            config_file=folder / "config.toml",
+        )
     for key, parent in parents.items():
         tracker.log_input(key, digest=parent.digest, source=str(getattr(config.inputs, key)), context=name)  # type: ignore[attr-defined]
     return tracker

@@ -293,6 +293,8 @@ class Training:
             "local_run_id": self.stage.tracker.run_id,
         }
         if self.stage.is_main:
+            # Lines up to here are never written again: they must be on disk before the checkpoint is.
+            self.stage.tracker.flush()
             self._checkpoints.save(self.update, {name: part.tensors() for name, part in self.parts.items()}, state)
 
 
