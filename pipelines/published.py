@@ -39,6 +39,7 @@ class PublishedDenoiser:
     latent_channels: int
     latent_size: int
     vae_weights: str
+    text: Mapping[str, Any] | None  # of the captions' features that it was trained on; None without captions
 
 
 class Normalisation(nn.Module):
@@ -106,6 +107,7 @@ def load_denoiser(folder: str | Path, manifest: Manifest, *, device: torch.devic
         latent_channels=config["latent_channels"],
         latent_size=config["latent_size"],
         vae_weights=manifest.content["vae"],
+        text=config.get("text"),
     )
 
 
