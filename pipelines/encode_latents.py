@@ -25,6 +25,7 @@ from data.transforms import to_unit_range
 from models.vae import AutoencoderKL
 from pipelines.captions import CaptionEncoder, CaptionFeaturesConfig, NoTextConfig
 from pipelines.config import ConfigError, StageConfig, config_from_command_line
+from pipelines.foreign import STAND_INS
 from pipelines.published import load_vae
 from pipelines.runtime.launch import Precision
 from pipelines.runtime.parts import make_parts
@@ -37,7 +38,7 @@ class EncodeLatentsInputs(BaseModel, frozen=True, extra="forbid"):
     """What is encoded, and by what."""
 
     corpus: str  # folder of the image shards
-    vae: str  # folder of the autoencoder
+    vae: str  # folder of the autoencoder, or of an AutoencoderKL in the format of diffusers
 
 
 class EncodeLatentsConfig(StageConfig):
@@ -58,7 +59,9 @@ class EncodeLatentsConfig(StageConfig):
 def main() -> None:
     config = config_from_command_line(EncodeLatentsConfig, table="encode_latents", about=__doc__)
     parents = {"corpus": "prepare_corpus", "vae": "train_vae"}
-    with running_stage(config, name="encode_latents", parents=parents, precision=config.precision) as stage:
+    with running_stage(
+        config, name="encode_latents", parents=parents, precision=config.precision, stand_ins=STAND_INS
+    ) as stage:
         encode(config, stage)
 
 
@@ -104,12 +107,23 @@ def encode(config: EncodeLatentsConfig, stage: Stage) -> None:
                 "channels": statistics.num_channels,
                 "size": latent_size(corpus, vae),
             },
-            "statistics": statistics.summary(),
+            "statistics": normalised_by(statistics, stage.parents["vae"]),
             "text": captions.about if captions else None,
         },
     )
     figures = ", ".join(f"{value:.3g}" for value in statistics.std)
     stage.say(f"{kept} latents in {len(files)} shards, {bad.total()} quarantined; std of the channels: {figures}")
+
+
+def normalised_by(statistics: ChannelSums, vae: Manifest) -> dict[str, Any]:
+    """Return the latents' statistics; a VAE with a scaling of its own, as published ones have, keeps that.
+
+    ``mean`` and ``std`` are what latents are normalised by: a U-Net published with the VAE was trained on them so.
+    """
+    measured, scaling = statistics.summary(), vae.content.get("normalisation")
+    if scaling is None:
+        return measured
+    return {**measured, **scaling, "measured_mean": measured["mean"], "measured_std": measured["std"]}
 
 
 def caption_encoder(config: EncodeLatentsConfig, stage: Stage) -> CaptionEncoder | None:

@@ -26,6 +26,7 @@ from data.shards import ShardWriter
 from pipelines.config import ConfigError, config_from_command_line
 from pipelines.evaluation_figures import Reference, distribution_figures, fidelity_figures, sweep_plot
 from pipelines.evaluation_parts import DrawConfig, PartMaker, Plan, key_prefix
+from pipelines.foreign import STAND_INS
 from pipelines.published import check_same_vae, check_sampler_suits, denoiser_config
 from pipelines.runtime.parts import make_parts
 from pipelines.runtime.progress import progress_line
@@ -53,6 +54,7 @@ def main() -> None:
         precision=config.precision,
         check=lambda parents: check_request(config, parents),
         folder_name=f"evaluation-{config.name}" if config.name else None,
+        stand_ins=STAND_INS,
     ) as stage:
         evaluate(config, stage)
 

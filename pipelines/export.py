@@ -31,6 +31,7 @@ from models.diffusion.samplers import DDIMConfig
 from models.vae import AutoencoderKL
 from pipelines.captions import as_tensors, prompt_encoder
 from pipelines.config import ConfigError, StageConfig, config_from_command_line
+from pipelines.foreign import STAND_INS
 from pipelines.model_card import model_card
 from pipelines.published import PublishedDenoiser, check_same_vae, denoiser_config, load_denoiser, load_vae
 from pipelines.runtime.stage import blaming, read_parents
@@ -70,7 +71,7 @@ def main() -> None:
 
 def export(config: ExportConfig) -> None:
     """Write the folder; the card comes last."""
-    parents = read_parents(config, {"vae": "train_vae", "unet": "train_unet"})
+    parents = read_parents(config, {"vae": "train_vae", "unet": "train_unet"}, stand_ins=STAND_INS)
     output = Path(config.output)
     if output.is_dir() and any(output.iterdir()) and not (output / "example.safetensors").is_file():
         raise ConfigError(f"output = {config.output!r} is a folder with other things in it. Give a new one.")

@@ -22,6 +22,7 @@ from models.diffusion.guidance import GuidanceConfig
 from models.diffusion.samplers import DDIMConfig, SamplerConfig
 from pipelines.captions import as_tensors, prompt_encoder
 from pipelines.config import ConfigError, StageConfig, config_from_command_line
+from pipelines.foreign import STAND_INS
 from pipelines.published import check_same_vae, check_sampler_suits, denoiser_config, load_denoiser, load_vae
 from pipelines.runtime.progress import progress_line
 from pipelines.runtime.stage import blaming, read_parents
@@ -62,7 +63,7 @@ def main() -> None:
 
 def draw(config: SampleConfig) -> None:
     """Draw the images and write them."""
-    parents = read_parents(config, {"vae": "train_vae", "unet": "train_unet"})
+    parents = read_parents(config, {"vae": "train_vae", "unet": "train_unet"}, stand_ins=STAND_INS)
     unet = parents["unet"]
     with blaming("inputs"):
         check_same_vae(unet.content["vae"], given=parents["vae"], given_at=config.inputs.vae, user=config.inputs.unet)

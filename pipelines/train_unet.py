@@ -27,6 +27,7 @@ from models.denoiser import Denoiser, DenoiserConfig
 from models.vae import Posterior
 from pipelines.captions import as_tensors, check_features
 from pipelines.config import ConfigError, config_from_command_line
+from pipelines.foreign import STAND_INS, RandomStart, StartConfig, check_start, load_start
 from pipelines.published import Normalisation, check_same_vae, check_sampler_suits, publish
 from pipelines.runtime.ema import Averages
 from pipelines.runtime.launch import launched_world_size, placed
@@ -51,6 +52,7 @@ class TrainUNetConfig(TrainingConfig):
 
     inputs: TrainUNetInputs  # where the stage reads
     denoiser: DenoiserConfig = DenoiserConfig()  # network, conditions, process and objective
+    start: StartConfig = RandomStart()  # weights to start from
     order: OrderConfig = FullShuffleConfig()  # order of the training latents
     flip_probability: Annotated[float, Field(ge=0, le=1)] = 0.0  # of a mirrored image; needs encode_latents.flipped
     panel: PanelConfig = PanelConfig()  # sample grid during training
@@ -75,6 +77,7 @@ def main() -> None:
         parents={"latents": "encode_latents", "vae": "train_vae"},
         precision=config.precision,
         check=lambda parents: check_request(config, parents),
+        stand_ins=STAND_INS,
     ) as stage:
         train(config, stage)
 
@@ -103,6 +106,8 @@ def check_request(config: TrainUNetConfig, parents: Mapping[str, Manifest]) -> N
         check_features(config.denoiser, latents.get("text"))
         with torch.device("meta"):
             build_denoiser(config, parents["latents"])
+    with blaming("train_unet.start"):
+        check_start(config.start, config.denoiser, latent_channels=latents["latent"]["channels"])
     with blaming("train_unet.panel.sampler"):
         check_sampler_suits(config.panel.sampler, config.denoiser)
 
@@ -124,7 +129,10 @@ def train(config: TrainUNetConfig, stage: Stage) -> None:
     latents = stage.parents["latents"]
     device = stage.accelerator.device
     torch.manual_seed(config.seed)
-    denoiser = placed(build_denoiser(config, latents), device)
+    denoiser = build_denoiser(config, latents)
+    with blaming("train_unet.start"):
+        start = load_start(config.start, denoiser)
+    denoiser = placed(denoiser, device)
     batches = BatchMaker(config, stage, denoiser, split="train")
 
     # How to learn it.
@@ -178,6 +186,7 @@ def train(config: TrainUNetConfig, stage: Stage) -> None:
         content={
             "weights": weights,
             "vae": latents.content["vae"],
+            "start": start,
             "counts": latents.content["counts"],
             "classes": list(latents.classes),
         },
