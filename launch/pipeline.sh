@@ -122,7 +122,8 @@ for stage in "${stages[@]}"; do
     ((requests == 0)) || exit 75 # It was quicker than the request to stop.
 done
 
-results="$(<"$scratch/evaluate")"
+# Absolute, so that what is printed works from any folder.
+results="$(cd -- "$(<"$scratch/evaluate")" && pwd)"
 # What a slow or absent server has not taken yet; it costs the stages no time, and a failure here loses nothing.
 "$python" -m pipelines.sync "$(dirname -- "$results")" || say "MLflow is not complete; the line above says how to send the rest."
 store="${MLFLOW_TRACKING_URI:-sqlite:///$(dirname -- "$(dirname -- "$results")")/mlflow.db}"

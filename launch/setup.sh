@@ -14,7 +14,6 @@ venv="$root/.venv"
 python="$venv/bin/python"
 constraints="$root/launch/constraints.txt"
 stamp="$venv/latentline-setup"       # three lines: fingerprint, torch flavour, extras
-cpu_index="https://download.pytorch.org/whl/cpu"
 export PIP_DISABLE_PIP_VERSION_CHECK=1
 
 say() { printf 'setup: %s\n' "$*" >&2; }
@@ -77,19 +76,17 @@ install_if_findable() {
 # The plain Linux wheel brings several GB of CUDA libraries. Wheels without them have the local version "+cpu", and
 # a request for exactly that version is met by such a wheel or by nothing.
 install_cpu_torch() {
-    local index version versions
+    local version versions
     [[ $(installed_torch) != *+cpu ]] || return 0
-    for index in "" "--extra-index-url=$cpu_index"; do
-        # The tested version first, then whatever else is findable within the range of pyproject.toml.
-        versions="$("$python" -m pip index versions torch --retries 1 ${index:+"$index"} 2>/dev/null |
-            grep -o '[0-9][0-9.]*+cpu' | sort --unique --version-sort --reverse || true)"
-        for version in "$pinned_torch+cpu" $versions; do
-            "$python" - "$version" "$torch_range" <<<"$in_range" || continue
-            ! install_if_findable --retries 1 ${index:+"$index"} "torch==$version" || return 0
-        done
+    # The tested version first, then whatever else is findable within the range of pyproject.toml.
+    versions="$("$python" -m pip index versions torch --retries 1 2>/dev/null |
+        grep -o '[0-9][0-9.]*+cpu' | sort --unique --version-sort --reverse || true)"
+    for version in "$pinned_torch+cpu" $versions; do
+        "$python" - "$version" "$torch_range" <<<"$in_range" || continue
+        ! install_if_findable --retries 1 "torch==$version" || return 0
     done
-    say "no CPU wheel of torch for $("$python" -V) is findable, neither as pip is configured nor at $cpu_index."
-    say "The plain wheel follows; on x86-64 Linux it brings several GB of CUDA libraries."
+    say "pip finds no CPU wheel of torch for $("$python" -V): the plain wheel follows, which on x86-64 Linux brings several GB"
+    say "of CUDA libraries. To avoid them, name an index that has CPU wheels in PIP_EXTRA_INDEX_URL and start again."
 }
 in_range='
 import sys

@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from data.commit import FolderLock
+from data.commit import FolderLock, temporary_beside
 from pipelines.runtime.run_identity import (
     OFFLINE,
     RUN_FILE,
@@ -284,9 +284,22 @@ def making_the_database(uri: str, tell: Callable[[str], None]) -> Iterator[None]
     try:
         if not database.exists():
             tell(f"MLflow: making the database {database} (once; it takes a few seconds, and the run does not wait).")
+            make_database(database)
         yield
     finally:
         lock.release()
+
+
+def make_database(path: Path) -> None:
+    """Make an sqlite store under a temporary name and rename it: one that is killed half-made is never opened again."""
+    from mlflow import MlflowClient
+
+    temporary = temporary_beside(path)
+    try:
+        MlflowClient(tracking_uri=f"sqlite:///{temporary}").search_experiments(max_results=1)
+        temporary.rename(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def valid_key(key: str) -> str:

@@ -236,6 +236,14 @@ def test_an_empty_caption_can_stand_for_none(folder: Path) -> None:
     assert "null_tokens" not in dict(conditioner.named_parameters())
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_conditioner_can_be_sketched_without_memory(folder: Path) -> None:
+    config = TextConditionerConfig(width=8, null="empty_caption", encoder=MiniLMConfig(folder=folder, max_tokens=6))
+    with torch.device("meta"):
+        sketch = config.build(num_classes=0, embedding_width=4)
+    assert {tensor.device.type for tensor in sketch.state_dict().values()} == {"meta"}
+
+
 def test_an_encoder_of_another_width_is_refused(folder: Path) -> None:
     config = TextConditionerConfig(width=6, null="empty_caption", encoder=MiniLMConfig(folder=folder, max_tokens=6))
     with pytest.raises(ValueError, match=r"features of width 8, but the text conditioner has width = 6. Set its width"):

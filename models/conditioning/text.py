@@ -40,7 +40,9 @@ class TextConditionerConfig(BaseModel, frozen=True, extra="forbid"):
         """
         conditioner = TextConditioner(self, embedding_width=embedding_width)
         if self.null == "empty_caption":
-            conditioner.set_null(self.encoder.build().encode([""]))
+            with torch.device("cpu"):  # real numbers, also where the network is only sketched on the meta device
+                features = self.encoder.build().encode([""])
+            conditioner.set_null(features)
         return conditioner
 
 

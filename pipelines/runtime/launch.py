@@ -4,6 +4,7 @@ import ctypes
 import os
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -14,7 +15,7 @@ from typing import Literal, TypeVar
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs
+from accelerate.utils import InitProcessGroupKwargs, parse_flag_from_env
 from torch import nn
 
 from pipelines.config import ConfigError, RunConfig
@@ -22,6 +23,7 @@ from pipelines.config import ConfigError, RunConfig
 Precision = Literal["float32", "bf16", "fp16"]
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 PR_SET_PDEATHSIG = 1
+SECOND_SIGNAL_SECONDS = 0.5  # one Ctrl-C can come twice: from the terminal, and from a launcher that passes it on
 
 
 def launched_world_size() -> int:
@@ -48,7 +50,8 @@ def start_accelerator(run: RunConfig, *, precision: Precision = "float32") -> Ac
     if run.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.backends.cudnn.benchmark = False
-    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    cpu_wanted = parse_flag_from_env("ACCELERATE_USE_CPU")
+    backend = "nccl" if torch.cuda.is_available() and not cpu_wanted else "gloo"
     accelerator = Accelerator(
         mixed_precision="no" if precision == "float32" else precision,
         kwargs_handlers=[InitProcessGroupKwargs(backend=backend, timeout=COLLECTIVE_TIMEOUT)]
@@ -86,7 +89,9 @@ def die_with_the_launcher() -> None:
     ):
         return
     parent = os.getppid()
-    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    # torch's launcher passes signals on and waits; accelerate's simple one just dies, so there SIGTERM asks to stop.
+    number = signal.SIGKILL if "TORCHELASTIC_RUN_ID" in os.environ else signal.SIGTERM
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, number)
     if os.getppid() != parent:  # It died before we asked.
         raise SystemExit(1)
 
@@ -100,9 +105,10 @@ class StopRequest:
     def __init__(self, folder: Path, accelerator: Accelerator) -> None:
         self.file = folder / "stop"
         self.reason: str | None = None
+        self._heard = 0.0
         self._accelerator = accelerator
         # A group of its own on the host: agreeing never waits for the device.
-        self._group = dist.new_group(backend="gloo") if accelerator.num_processes > 1 else None
+        self.group = dist.new_group(backend="gloo") if accelerator.num_processes > 1 else None
 
     @contextmanager
     def listening(self) -> Iterator["StopRequest"]:
@@ -115,9 +121,10 @@ class StopRequest:
                 signal.signal(number, handler)
 
     def _hear(self, number: int, frame: FrameType | None) -> None:
-        if self.reason is not None:
+        if self.reason is not None and time.monotonic() - self._heard > SECOND_SIGNAL_SECONDS:
             os._exit(128 + number)
-        self.reason = signal.Signals(number).name
+        if self.reason is None:
+            self.reason, self._heard = signal.Signals(number).name, time.monotonic()
 
     def asked(self) -> bool:
         """Return whether this rank was asked to stop; other ranks may not know yet."""
@@ -125,14 +132,18 @@ class StopRequest:
             self.reason = "the file 'stop'"
         return self.reason is not None
 
+    def tell_everyone(self) -> None:
+        """Let the other ranks know through the file, where there is no collective to agree by."""
+        self.file.touch()
+
     def agreed(self) -> bool:
         """Return whether any rank was asked to stop. Every rank calls it, at the same update border."""
         if self._accelerator.is_main_process:
             self.asked()
-        if self._group is None:
+        if self.group is None:
             return self.reason is not None
         flag = torch.tensor([self.reason is not None], dtype=torch.int32)
-        dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self._group)
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self.group)
         return bool(flag.item())
 
 

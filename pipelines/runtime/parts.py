@@ -64,4 +64,5 @@ def make_parts(
 
 def _stop_if_asked(stage: Stage) -> None:
     if stage.stop.asked():
+        stage.stop.tell_everyone()
         raise Stopped(f"{stage.stop.reason}; finished parts are kept")

@@ -36,13 +36,13 @@ class ProgressLine:
         """Show that ``done`` units are finished; ``figures`` are shown beside, in the order given."""
         self.done = done
         shown = "  ".join(f"{name} {value:.4g}" for name, value in (figures or {}).items())
-        if self._bar is not None:
-            self._bar.update(self._task, completed=done, figures=shown)
-            return
         now = time.monotonic()
+        rate = (done - self._start) / max(now - self._began, 1e-9)
+        if self._bar is not None:
+            self._bar.update(self._task, completed=done, figures=f"{rate:.3g}/s  {shown}".rstrip())
+            return
         if self.speaks and (now - self._last_line >= PLAIN_LINE_EVERY_SECONDS or done == self.total):
             self._last_line = now
-            rate = (done - self._start) / max(now - self._began, 1e-9)
             eta = (self.total - done) / rate if rate > 0 else float("inf")
             line = f"{self.label}: {done}/{self.total} {self.unit}  {rate:.3g}/s  ETA {duration(eta)}  {shown}"
             print(line.rstrip(), flush=True)

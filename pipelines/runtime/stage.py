@@ -179,7 +179,8 @@ def running_stage(
         if accelerator.is_main_process:
             lock.acquire(patience_seconds=LOCK_PATIENCE_SECONDS)
             sweep_temporaries(folder)
-            (folder / OUTCOME_NAME).unlink(missing_ok=True)
+            for stale in (OUTCOME_NAME, "stop"):
+                (folder / stale).unlink(missing_ok=True)
             write_atomically(folder / "config.toml", config_as_toml(config, table=name).encode())
             write_json(folder / "request.json", request)
             tracker = track(config, name=name, folder=folder, parents=manifests, accelerator=accelerator)
@@ -217,11 +218,13 @@ def running_stage(
             state, code = "failed", 1  # Another rank failed first, said so there, and took this one along.
         elif speaks or state == "failed":
             leave_outcome(folder, state=state, code=code)
+        tracker.close(RUN_STATUSES[state])
         if speaks and state != "failed":
             (folder / "stop").unlink(missing_ok=True)
-        tracker.close(RUN_STATUSES[state])
         lock.release()
-    if state == "done" and dist.is_initialized():
+    if state != "failed" and dist.is_initialized():
+        # The launcher ends all ranks when one has gone: none goes before the main process has told its tracker.
+        dist.barrier(group=stop.group)
         dist.destroy_process_group()
     if code:
         raise SystemExit(code)
@@ -284,7 +287,7 @@ def track(
         "world_size": str(accelerator.num_processes),
         "host": socket.gethostname(),
         "hardware": hardware(),
-        **{f"upstream.{key}": parent.digest for key, parent in parents.items()},
+        **{f"upstream.{key}": digest for key, digest in ancestors(parents).items()},
     }
     tracker = open_tracker(
         folder=folder,
@@ -299,6 +302,12 @@ def track(
     for key, parent in parents.items():
         tracker.log_input(key, digest=parent.digest, source=str(getattr(config.inputs, key)), context=name)  # type: ignore[attr-defined]
     return tracker
+
+
+def ancestors(parents: Mapping[str, Manifest]) -> dict[str, str]:
+    """Return the digests of the inputs and of what those were made from, as far as the manifests tell."""
+    older = {key: digest for parent in parents.values() for key, digest in parent.content.get("parents", {}).items()}
+    return {**older, **{key: parent.digest for key, parent in parents.items()}}
 
 
 @contextmanager
