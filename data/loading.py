@@ -140,6 +140,12 @@ class ImageShards(ShardSet):
         found = {suffix: shard.member(row, suffix) for suffix in CARRIED_SUFFIXES}
         return {suffix: bytes(payload) for suffix, payload in found.items() if payload is not None}
 
+    def labels_and_captions(self, indices: np.ndarray) -> tuple[np.ndarray, list[str]]:
+        """Return the labels int64 (n,), -1 for none, and captions, "" for none, without decoding an image."""
+        samples = list(zip(*self.locate(indices), strict=True))
+        labels = np.array([shard.label(row) for shard, row in samples], dtype=np.int64)
+        return labels, [shard.caption(row) for shard, row in samples]
+
     def _checked(self, shard: OpenShard, row: int) -> np.ndarray:
         pixels = self._decode(shard, row)
         if pixels.shape != self.image_shape:

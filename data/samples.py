@@ -134,6 +134,7 @@ def latent_members(
     *,
     flipped: np.ndarray | None = None,
     dtype: str = "float16",
+    features: Mapping[str, np.ndarray] | None = None,
     carried: Mapping[str, bytes],
 ) -> dict[str, bytes]:
     """Return the members of a latent sample, by suffix.
@@ -143,6 +144,7 @@ def latent_members(
         moments: Posterior mean and log-variance; float (2, c, h, w).
         flipped: The same of the mirrored image.
         dtype: Stored type, ``float16`` or ``float32``.
+        features: Further arrays by name, such as a caption's ``text_tokens`` (s, d).
         carried: Members taken over from the image sample (``cls``, ``txt``, ``json``).
 
     Raises:
@@ -151,6 +153,8 @@ def latent_members(
     members = {LATENT_SUFFIX: encode_npy(narrow(moments, dtype, key=key, suffix=LATENT_SUFFIX))}
     if flipped is not None:
         members[FLIPPED_SUFFIX] = encode_npy(narrow(flipped, dtype, key=key, suffix=FLIPPED_SUFFIX))
+    for name, values in (features or {}).items():
+        members[f"{name}.npy"] = encode_npy(narrow(values, dtype, key=key, suffix=f"{name}.npy"))
     return {**members, **carried}
 
 

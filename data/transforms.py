@@ -19,7 +19,8 @@ from data.samples import BadSample, ImageSample
 DEFAULT_MAX_PIXELS = 64_000_000
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 
-FILTER_REASONS = frozenset({"too_small", "extreme_aspect"})  # dropped by choice of the view, not bad
+# Dropped by choice of the view or the source, not bad.
+FILTER_REASONS = frozenset({"too_small", "extreme_aspect", "not_listed"})
 
 Fit = Literal["crop", "pad", "stretch", "centre"]
 Level = Annotated[int, Field(ge=0, le=255)]

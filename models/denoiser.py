@@ -55,6 +55,11 @@ class DenoiserConfig(BaseModel, frozen=True, extra="forbid"):
         return max((conditioner.token_width for conditioner in self.conditioners), default=0)
 
     @property
+    def fields(self) -> tuple[str, ...]:
+        """Fields of a batch that the conditioners read."""
+        return tuple(dict.fromkeys(field for conditioner in self.conditioners for field in conditioner.fields))
+
+    @property
     def drop_probabilities(self) -> tuple[float, ...]:
         """For each conditioner, how often a training sample goes without it."""
         return tuple(conditioner.drop_probability for conditioner in self.conditioners)

@@ -4,7 +4,7 @@ They go with the weights of ``models/diffusers_format.py``. What one side has an
 reason, in both directions: a network that loads and computes something else would be worse than none.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from models.conditioning import ClassConditionerConfig, TextConditionerConfig
@@ -28,8 +28,23 @@ _PREDICTIONS = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}
 # ------------------------------------------------------------------------------------------------------------ VAE
 
 
-def vae_config_to_diffusers(config: VAEConfig, *, image_channels: int, sample_size: int) -> JSON:
-    """``config.json`` of the ``AutoencoderKL``, with scaling factor 1; ``sample_size`` is the image size in pixels."""
+def vae_config_to_diffusers(
+    config: VAEConfig,
+    *,
+    image_channels: int,
+    sample_size: int,
+    latents_mean: Sequence[float] | None = None,
+    latents_std: Sequence[float] | None = None,
+) -> JSON:
+    """``config.json`` of the ``AutoencoderKL``, with scaling factor 1.
+
+    Args:
+        config: The VAE.
+        image_channels: Channels of the images.
+        sample_size: Side of the images, pixels.
+        latents_mean: What a channel's latents are normalised by; None when they are not.
+        latents_std: The same.
+    """
     levels = len(config.channels)
     if config.norm_eps != 1e-6:
         raise ValueError(
@@ -48,6 +63,8 @@ def vae_config_to_diffusers(config: VAEConfig, *, image_channels: int, sample_si
         "norm_num_groups": config.norm_groups,
         "sample_size": sample_size,
         "scaling_factor": 1.0,
+        "latents_mean": None if latents_mean is None else list(latents_mean),
+        "latents_std": None if latents_std is None else list(latents_std),
         "mid_block_add_attention": config.mid_attention,
         "use_quant_conv": config.quant_convs,
         "use_post_quant_conv": config.quant_convs,

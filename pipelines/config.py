@@ -106,7 +106,8 @@ def load_config(model: type[Config], *, table: str, argv: Sequence[str]) -> Conf
 
 def config_as_toml(config: StageConfig, *, table: str) -> str:
     """Return the resolved configuration as an experiment file that gives it back."""
-    whole = config.model_dump(mode="json")
+    # TOML has no word for nothing; a field that may be None is so by default, so leaving it out gives it back.
+    whole = config.model_dump(mode="json", exclude_none=True)
     return tomli_w.dumps({"run": whole.pop("run"), table: whole})
 
 

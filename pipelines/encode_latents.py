@@ -3,7 +3,8 @@
     accelerate launch -m pipelines.encode_latents --config pipelines/configs/demo.toml
 
 Reads: ``runs/NAME/corpus/``, ``runs/NAME/vae/``. Writes: ``runs/NAME/latents/``, one latent shard per image shard, with
-``manifest.json``, which holds the VAE's digest and each channel's mean and standard deviation.
+``manifest.json``, which holds the VAE's digest and each channel's mean and standard deviation. With a text encoder
+(``captions``) the features of each caption lie beside its latent, and the manifest holds the encoder's digest.
 """
 
 from collections.abc import Iterator
@@ -22,7 +23,9 @@ from data.samples import BadSample, Split, latent_members
 from data.shards import ShardWriter
 from data.transforms import to_unit_range
 from models.vae import AutoencoderKL
+from pipelines.captions import CaptionEncoder, CaptionFeaturesConfig, NoTextConfig
 from pipelines.config import ConfigError, StageConfig, config_from_command_line
+from pipelines.foreign import STAND_INS
 from pipelines.published import load_vae
 from pipelines.runtime.launch import Precision
 from pipelines.runtime.parts import make_parts
@@ -35,7 +38,7 @@ class EncodeLatentsInputs(BaseModel, frozen=True, extra="forbid"):
     """What is encoded, and by what."""
 
     corpus: str  # folder of the image shards
-    vae: str  # folder of the autoencoder
+    vae: str  # folder of the autoencoder, or of an AutoencoderKL in the format of diffusers
 
 
 class EncodeLatentsConfig(StageConfig):
@@ -46,7 +49,8 @@ class EncodeLatentsConfig(StageConfig):
     inputs: EncodeLatentsInputs  # where the stage reads
     batch_size: PositiveInt = 64  # images of one forward pass; batches never cross a shard's border
     flipped: bool = False  # also store the moments of the mirrored image, for flips during training
-    dtype: Literal["float16", "float32"] = "float16"  # of the stored moments
+    captions: CaptionFeaturesConfig = NoTextConfig()  # what computes the features of captions, for text conditions
+    dtype: Literal["float16", "float32"] = "float16"  # of the stored moments and features
     precision: Precision = "float32"  # what the encoder computes in
     bad_samples: BadSamplePolicy = "strict"  # stop at the first bad sample, or count it and go on
     max_bad_fraction: Annotated[float, Field(ge=0, le=1)] = 0.001  # of all samples; more stop the stage all the same
@@ -55,7 +59,9 @@ class EncodeLatentsConfig(StageConfig):
 def main() -> None:
     config = config_from_command_line(EncodeLatentsConfig, table="encode_latents", about=__doc__)
     parents = {"corpus": "prepare_corpus", "vae": "train_vae"}
-    with running_stage(config, name="encode_latents", parents=parents, precision=config.precision) as stage:
+    with running_stage(
+        config, name="encode_latents", parents=parents, precision=config.precision, stand_ins=STAND_INS
+    ) as stage:
         encode(config, stage)
 
 
@@ -63,6 +69,8 @@ def encode(config: EncodeLatentsConfig, stage: Stage) -> None:
     """Encode every shard that is missing, then account for every sample and measure the whole."""
     with blaming("inputs.vae"):
         vae = load_vae(config.inputs.vae, stage.parents["vae"], device=stage.accelerator.device).network
+    with blaming("encode_latents.captions"):
+        captions = caption_encoder(config, stage)
     corpus = stage.parents["corpus"]
     shards = {part.entry.name: (images, part) for images in open_splits(config, corpus) for part in images.shards}
     check_images(corpus, vae)
@@ -77,7 +85,7 @@ def encode(config: EncodeLatentsConfig, stage: Stage) -> None:
             line.advance_to(min(finished, num_images), {"shards": done})
 
         records = make_parts(
-            stage, list(shards), lambda name: encode_shard(config, stage, vae, *shards[name]), after_each=show
+            stage, list(shards), lambda name: encode_shard(config, stage, vae, captions, *shards[name]), after_each=show
         )
 
     bad = settle_quarantine(stage, records, num_in=num_images, max_bad_fraction=config.max_bad_fraction)
@@ -99,11 +107,30 @@ def encode(config: EncodeLatentsConfig, stage: Stage) -> None:
                 "channels": statistics.num_channels,
                 "size": latent_size(corpus, vae),
             },
-            "statistics": statistics.summary(),
+            "statistics": normalised_by(statistics, stage.parents["vae"]),
+            "text": captions.about if captions else None,
         },
     )
     figures = ", ".join(f"{value:.3g}" for value in statistics.std)
     stage.say(f"{kept} latents in {len(files)} shards, {bad.total()} quarantined; std of the channels: {figures}")
+
+
+def normalised_by(statistics: ChannelSums, vae: Manifest) -> dict[str, Any]:
+    """Return the latents' statistics; a VAE with a scaling of its own, as published ones have, keeps that.
+
+    ``mean`` and ``std`` are what latents are normalised by: a U-Net published with the VAE was trained on them so.
+    """
+    measured, scaling = statistics.summary(), vae.content.get("normalisation")
+    if scaling is None:
+        return measured
+    return {**measured, **scaling, "measured_mean": measured["mean"], "measured_std": measured["std"]}
+
+
+def caption_encoder(config: EncodeLatentsConfig, stage: Stage) -> CaptionEncoder | None:
+    """Load the text encoder, if one is asked for."""
+    if isinstance(config.captions, NoTextConfig):
+        return None
+    return CaptionEncoder(config.captions, device=stage.accelerator.device)
 
 
 def open_splits(config: EncodeLatentsConfig, corpus: Manifest) -> Iterator[ImageShards]:
@@ -135,9 +162,14 @@ def latent_size(corpus: Manifest, vae: AutoencoderKL) -> int:
 
 
 def encode_shard(
-    config: EncodeLatentsConfig, stage: Stage, vae: AutoencoderKL, images: ImageShards, part: ShardRange
+    config: EncodeLatentsConfig,
+    stage: Stage,
+    vae: AutoencoderKL,
+    captions: CaptionEncoder | None,
+    images: ImageShards,
+    part: ShardRange,
 ) -> dict[str, Any]:
-    """Write the latents of one image shard; return its entry, its bad samples and its sums.
+    """Write the latents of one image shard, with its captions' features; return its entry, bad samples and sums.
 
     Batches have one size, the last one filled up by repetition: a convolution's bits may depend on the batch size.
     """
@@ -158,6 +190,8 @@ def encode_shard(
             ) from error
         quarantined.append({name: getattr(error, name) for name in REPORTED})
 
+    if captions is not None:
+        captions.forget()  # The shard's bytes depend on the shard alone.
     with (
         ShardWriter(stage.folder / part.entry.name) as writer,
         prefetch(read, depth=2) as batches,
@@ -169,6 +203,7 @@ def encode_shard(
             if not batch.keys:
                 continue
             moments, mirrored = encode_batch(config, stage, vae, batch)
+            features = captions(batch.captions) if captions is not None else {}
             for row, key in enumerate(batch.keys):
                 try:
                     members = latent_members(
@@ -176,6 +211,7 @@ def encode_shard(
                         moments[row],
                         flipped=mirrored[row] if mirrored is not None else None,
                         dtype=config.dtype,
+                        features={name: values[row] for name, values in features.items()},
                         carried=images.carried(int(batch.indices[row])),
                     )
                 except BadSample as error:

@@ -5,8 +5,9 @@
 Reads: ``runs/NAME/corpus/`` (reference images), ``runs/NAME/vae/``, ``runs/NAME/unet/``. Writes:
 ``runs/NAME/evaluation/`` with ``metrics.json``, ``samples.png``, ``guidance.png``, ``sweep.png`` and sample shards.
 
-Sample i has class i mod K and noise (seed, i); batches have a fixed size and are composed by sample index; ranks take
-whole batches. So the number of processes changes neither an image nor a figure.
+Sample i has class i mod K, or with a text condition the caption of a validation image, and noise (seed, i); batches
+have a fixed size and are composed by sample index; ranks take whole batches. So the number of processes changes neither
+an image nor a figure.
 """
 
 from collections.abc import Mapping
@@ -25,6 +26,7 @@ from data.shards import ShardWriter
 from pipelines.config import ConfigError, config_from_command_line
 from pipelines.evaluation_figures import Reference, distribution_figures, fidelity_figures, sweep_plot
 from pipelines.evaluation_parts import DrawConfig, PartMaker, Plan, key_prefix
+from pipelines.foreign import STAND_INS
 from pipelines.published import check_same_vae, check_sampler_suits, denoiser_config
 from pipelines.runtime.parts import make_parts
 from pipelines.runtime.progress import progress_line
@@ -52,6 +54,7 @@ def main() -> None:
         precision=config.precision,
         check=lambda parents: check_request(config, parents),
         folder_name=f"evaluation-{config.name}" if config.name else None,
+        stand_ins=STAND_INS,
     ) as stage:
         evaluate(config, stage)
 
@@ -177,6 +180,7 @@ def contract_of(config: EvaluateConfig, stage: Stage, maker: PartMaker, referenc
             "resolution": extractor.resolution,
         },
         "image": corpus.content["image"],
+        "conditions": "validation captions" if maker.prompts is not None else "classes in turn",
         "reference": {"digest": corpus.digest, "split": "val", "num_images": len(reference.features)},
         "probe": reference.probe_contract(),
     }
@@ -192,9 +196,10 @@ def draw_pictures(
 ) -> None:
     """Draw the sample grid, the same samples at every guidance, and the metrics over guidance."""
     folder, classes, default = stage.folder, stage.parents["unet"].classes, config.guidance.scale
-    num_classes = max(len(classes), 1)
-    columns = min(len(classes), MAX_PANEL_COLUMNS) if classes else min(10, config.num_samples)
-    stride = num_classes if classes else columns
+    in_turn = classes if maker.prompts is None else ()
+    columns = min(len(in_turn), MAX_PANEL_COLUMNS) if in_turn else min(10, config.num_samples)
+    stride = len(in_turn) or columns
+    heads = in_turn[:columns] if maker.prompts is None else maker.captions(range(columns))
     rows = max(1, min(PANEL_ROWS, config.num_samples // stride))
     needed = -(-rows * stride // config.batch_size)
 
@@ -206,12 +211,12 @@ def draw_pictures(
     steps = config.sampler.num_steps
     title = f"guidance {default:g}, {config.sampler.kind} with {steps} steps, seed {config.seed}"
     write_atomically(
-        folder / "samples.png", panel_png(grid(default, rows), column_labels=classes[:columns], title=title)
+        folder / "samples.png", panel_png(grid(default, rows), column_labels=in_turn[:columns], title=title)
     )
     scales = sorted(by_scale)
     across = np.concatenate([grid(scale, 1) for scale in scales])
     labels = [f"guidance {scale:g}" for scale in scales]
-    write_atomically(folder / "guidance.png", panel_png(across, column_labels=classes[:columns], row_labels=labels))
+    write_atomically(folder / "guidance.png", panel_png(across, column_labels=heads, row_labels=labels))
     write_atomically(folder / "sweep.png", sweep_plot(by_scale, floor))
     stage.tracker.log_image("eval/samples", folder / "samples.png", step=0)
     stage.tracker.log_image("eval/guidance", folder / "guidance.png", step=0)
@@ -242,8 +247,9 @@ def store_samples(config: EvaluateConfig, stage: Stage, maker: PartMaker, parts:
     for scale, name in batches:
         images = maker.read([name], "images").numpy()
         first = int(name.rsplit("-", 1)[1]) * config.batch_size
-        labels = maker.labels(range(first, first + len(images))).tolist()
-        for offset, (image, label) in enumerate(zip(images, labels, strict=True)):
+        indices = range(first, first + len(images))
+        labels, captions = maker.labels(indices).tolist(), maker.captions(indices)
+        for offset, (image, label, caption) in enumerate(zip(images, labels, captions, strict=True)):
             key = f"{key_prefix(scale)}-{first + offset:06}"
             metadata = {
                 "seed": config.seed,
@@ -251,7 +257,7 @@ def store_samples(config: EvaluateConfig, stage: Stage, maker: PartMaker, parts:
                 "guidance": scale,
                 "steps": config.sampler.num_steps,
             }
-            pending.append((key, image_members(key, image, label=label, caption="", metadata=metadata)))
+            pending.append((key, image_members(key, image, label=label, caption=caption, metadata=metadata)))
         while len(pending) >= config.samples_per_shard:
             write(config.samples_per_shard)
     if pending:

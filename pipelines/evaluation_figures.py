@@ -75,7 +75,8 @@ def distribution_figures(features: Tensor, labels: Tensor, reference: Reference)
         right = (reference.probe.predict(features) == labels).double()
         figures["class_accuracy"] = _figure(mean_estimate(right))
         by_class = [mean_estimate(right[labels == label]) for label in labels.unique() if (labels == label).sum() > 1]
-        figures["worst_class_accuracy"] = _figure(min(by_class))
+        if by_class:
+            figures["worst_class_accuracy"] = _figure(min(by_class))
     return figures
 
 

@@ -1,7 +1,8 @@
 """What an evaluation looks at: batches of samples, of reconstructions and of real images, each with its features.
 
-Every batch is a part that any rank can make on its own, a pure function of its name: sample i has class i mod K and
-noise (seed, i), and batches have a fixed size and are composed by sample index.
+Every batch is a part that any rank can make on its own, a pure function of its name: sample i has class i mod K, or the
+caption and class of a validation image that i picks, and noise (seed, i); batches have a fixed size and are composed by
+sample index.
 """
 
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from models.diffusion.guidance import GuidanceConfig
 from models.diffusion.samplers import DDIMConfig, SamplerConfig
 from models.features import FeatureExtractor, FeatureExtractorConfig, ScatteringConfig
 from models.metrics import psnr, ssim
+from pipelines.captions import as_tensors, prompt_encoder
 from pipelines.config import StageConfig
 from pipelines.published import load_denoiser, load_vae
 from pipelines.runtime.launch import Precision
@@ -42,7 +44,7 @@ class DrawConfig(StageConfig):
 
     inputs: EvaluateInputs  # where the stage reads
     seed: NonNegativeInt = 0  # of the samples' noise
-    num_samples: PositiveInt = 1_000  # images at each guidance scale, classes in turn
+    num_samples: PositiveInt = 1_000  # images at each guidance scale: classes, or validation captions, in turn
     batch_size: PositiveInt = 50  # images drawn at once; images of a batch may depend on it in their last bits
     sampler: SamplerConfig = DDIMConfig(num_steps=50)  # how samples are drawn
     guidance: GuidanceConfig = GuidanceConfig(scale=2.0)  # the default guidance, which is shown and stored first
@@ -102,6 +104,8 @@ class PartMaker:
             self.images: dict[str, ImageShards] = {
                 split: ImageShards(config.inputs.corpus, split=split, manifest=corpus) for split in ("train", "val")
             }
+        with blaming("inputs.unet"):
+            self.prompts = prompt_encoder(published.network.config, published.text, device=device)
         with blaming("evaluate.extractor"):
             self.extractor: FeatureExtractor = config.extractor.build().to(device)
         # Which real images are looked at: all validation images, and a draw of training images for the probe.
@@ -148,9 +152,27 @@ class PartMaker:
         return torch.cat([load_file(folder / f"{name}.safetensors")[key] for name in names])
 
     def labels(self, indices: range) -> Tensor:
-        """Classes of samples: in turn, so that all are equally frequent; -1 without classes."""
+        """Classes of samples: in turn, so that all are equally frequent, or the captions'; -1 for none."""
+        if self.prompts is not None:
+            return torch.from_numpy(self._subjects(indices)[0])
         num_classes = len(self.stage.parents["unet"].classes)
         return torch.tensor([index % num_classes if num_classes else -1 for index in indices])
+
+    def captions(self, indices: range) -> list[str]:
+        """Captions that samples are drawn for; "" where the model reads none."""
+        return self._subjects(indices)[1] if self.prompts is not None else [""] * len(indices)
+
+    def _subjects(self, indices: range) -> tuple[np.ndarray, list[str]]:
+        """Labels and captions of the validation images that samples are drawn for; each image once before any twice."""
+        order = Order(FullShuffleConfig(), num_samples=len(self.images["val"]), seed=0)
+        return self.images["val"].labels_and_captions(order.indices(indices.start, len(indices)))
+
+    def _conditions(self, indices: range) -> dict[str, Tensor]:
+        conditions = {"labels": self.labels(indices)}
+        if self.prompts is not None:
+            self.prompts.forget()  # A part depends on its name alone.
+            conditions |= as_tensors(self.prompts(self.captions(indices)))
+        return conditions
 
     def _real(self, split: str, number: int) -> tuple[Tensor, Tensor]:
         size = self.config.batch_size
@@ -178,7 +200,7 @@ class PartMaker:
         indices = range(number * self.config.batch_size, (number + 1) * self.config.batch_size)
         images = self.sampler.draw(
             indices,
-            {"labels": self.labels(indices)},
+            self._conditions(indices),
             sampler=self.config.sampler,
             guidance=self.config.guidance.model_copy(update={"scale": scale}),
             autocast=self.stage.accelerator.autocast(),

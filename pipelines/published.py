@@ -19,6 +19,7 @@ from data.manifest import FileEntry, Manifest
 from models.denoiser import Denoiser, DenoiserConfig
 from models.diffusion.samplers import SamplerConfig, check_sampler
 from models.vae import AutoencoderKL, VAEConfig
+from pipelines.foreign import FOREIGN_STAGE, read_foreign_vae
 from pipelines.runtime.launch import placed
 
 
@@ -39,6 +40,7 @@ class PublishedDenoiser:
     latent_channels: int
     latent_size: int
     vae_weights: str
+    text: Mapping[str, Any] | None  # of the captions' features that it was trained on; None without captions
 
 
 class Normalisation(nn.Module):
@@ -75,11 +77,15 @@ def publish(folder: Path, *, name: str, network: nn.Module, config: Mapping[str,
 
 
 def load_vae(folder: str | Path, manifest: Manifest, *, device: torch.device) -> PublishedVAE:
-    """Build a published VAE, frozen.
+    """Build a published VAE, ours or that of a diffusers folder, frozen.
 
     Raises:
         ValueError: The weights are missing or not those of the manifest.
     """
+    if manifest.content.get("stage") == FOREIGN_STAGE:
+        theirs = read_foreign_vae(Path(folder), manifest)
+        weights = manifest.content["weights"]
+        return PublishedVAE(network=placed(theirs.requires_grad_(False).eval(), device), weights=weights)
     config, weights = _read(Path(folder), manifest, name="vae")
     network = AutoencoderKL(VAEConfig(**config["network"]), image_channels=config["image_channels"])
     network.load_state_dict(load_file(Path(folder) / "vae.safetensors"))
@@ -106,6 +112,7 @@ def load_denoiser(folder: str | Path, manifest: Manifest, *, device: torch.devic
         latent_channels=config["latent_channels"],
         latent_size=config["latent_size"],
         vae_weights=manifest.content["vae"],
+        text=config.get("text"),
     )
 
 

@@ -1,11 +1,14 @@
-"""Draw images from a trained run: for a class, a number, a guidance scale, steps and a seed.
+"""Draw images from a trained run: for a class or a prompt, a number, a guidance scale, steps and a seed.
 
     python -m pipelines.sample --config pipelines/configs/demo.toml --class_name sneaker --number 16 --guidance.scale 3
+    python -m pipelines.sample --config pipelines/configs/emoji.toml --prompt "grinning cat face with smiling eyes"
 
 Reads: ``runs/NAME/vae/``, ``runs/NAME/unet/``. Writes: ``OUTPUT/KEY.png`` for each image, and ``OUTPUT/grid.png``.
 """
 
+import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +20,9 @@ from data.panels import panel_png
 from data.samples import encode_png
 from models.diffusion.guidance import GuidanceConfig
 from models.diffusion.samplers import DDIMConfig, SamplerConfig
+from pipelines.captions import as_tensors, prompt_encoder
 from pipelines.config import ConfigError, StageConfig, config_from_command_line
+from pipelines.foreign import STAND_INS
 from pipelines.published import check_same_vae, check_sampler_suits, denoiser_config, load_denoiser, load_vae
 from pipelines.runtime.progress import progress_line
 from pipelines.runtime.stage import blaming, read_parents
@@ -37,11 +42,12 @@ class SampleConfig(StageConfig):
     """Which images to draw, and how."""
 
     inputs: SampleInputs  # where the weights are
-    class_name: str = "all"  # a class of the corpus by name or number, or "all" in turn
+    prompt: str = ""  # what to draw, in words, for a model with a text condition; empty for anything
+    class_name: str = "all"  # a class of the corpus by name or number, "all" in turn, or "none" for any
     number: PositiveInt = 16  # images
     seed: NonNegativeInt = 0  # image i depends on (seed, i) only
     sampler: SamplerConfig = DDIMConfig(num_steps=50)  # how they are drawn; --sampler.num_steps N
-    guidance: GuidanceConfig = GuidanceConfig(scale=2.0)  # how strongly the class pulls; --guidance.scale S
+    guidance: GuidanceConfig = GuidanceConfig(scale=2.0)  # how strongly class and prompt pull; --guidance.scale S
     batch_size: PositiveInt = 50  # images drawn at once
     output: str = "samples"  # folder to write to
 
@@ -57,7 +63,7 @@ def main() -> None:
 
 def draw(config: SampleConfig) -> None:
     """Draw the images and write them."""
-    parents = read_parents(config, {"vae": "train_vae", "unet": "train_unet"})
+    parents = read_parents(config, {"vae": "train_vae", "unet": "train_unet"}, stand_ins=STAND_INS)
     unet = parents["unet"]
     with blaming("inputs"):
         check_same_vae(unet.content["vae"], given=parents["vae"], given_at=config.inputs.vae, user=config.inputs.unet)
@@ -65,7 +71,14 @@ def draw(config: SampleConfig) -> None:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         vae = load_vae(config.inputs.vae, parents["vae"], device=device)
         published = load_denoiser(config.inputs.unet, unet, device=device)
-    labels = labels_of(config, unet.classes)
+    reads = published.network.config.fields
+    labels = labels_of(config, unet.classes if "labels" in reads else ())
+    with blaming("inputs.unet"):
+        encoder = prompt_encoder(published.network.config, published.text, device=device)
+    if config.prompt and encoder is None:
+        raise ConfigError(f"prompt = {config.prompt!r}, but {config.inputs.unet} was not trained on captions.")
+    # A caption is encoded once: all images have the same.
+    prompt = as_tensors(encoder([config.prompt])) if encoder is not None else {}
     sampler = ImageSampler(
         published.network,
         published.normalisation,
@@ -79,24 +92,26 @@ def draw(config: SampleConfig) -> None:
         for first in range(0, config.number, config.batch_size):
             indices = range(first, min(first + config.batch_size, config.number))
             conditions = {"labels": torch.tensor([labels[index] for index in indices])}
+            conditions |= {name: torch.cat([field] * len(indices)) for name, field in prompt.items()}
             images.extend(sampler.draw(indices, conditions, sampler=config.sampler, guidance=config.guidance))
             line.advance_to(len(images))
+    write_images(config, images, [unet.classes[label] if label >= 0 else "" for label in labels])
 
+
+def write_images(config: SampleConfig, images: Sequence[np.ndarray], names: Sequence[str]) -> None:
+    """Write each image, and a grid of all; ``names`` are their classes, "" for none."""
     output = Path(config.output)
     output.mkdir(parents=True, exist_ok=True)
-    for index, image in enumerate(images):
-        name = unet.classes[labels[index]].replace(" ", "_").replace("/", "_") if unet.classes else "image"
-        write_atomically(output / f"{index:06}-{name}-seed{config.seed}.png", encode_png(image))
-    columns = (
-        min(GRID_COLUMNS, len(images)) if config.class_name != "all" else min(len(unet.classes) or GRID_COLUMNS, 12)
-    )
+    for index, (image, name) in enumerate(zip(images, names, strict=True)):
+        readable = re.sub(r"[^A-Za-z0-9_-]+", "_", name or config.prompt)[:40].strip("_") or "image"
+        write_atomically(output / f"{index:06}-{readable}-seed{config.seed}.png", encode_png(image))
+    heads = list(dict.fromkeys(names)) if config.class_name == "all" and any(names) else []
+    columns = min(len(heads) or GRID_COLUMNS, len(images), 12)
     rows = max(1, len(images) // columns)
-    shown = np.stack((images * columns)[: rows * columns]).reshape(rows, columns, *images[0].shape)
-    heads = unet.classes[:columns] if config.class_name == "all" else ()
-    title = (
-        f"{config.class_name}, guidance {config.guidance.scale:g}, {config.sampler.num_steps} steps, seed {config.seed}"
-    )
-    write_atomically(output / "grid.png", panel_png(shown, column_labels=heads, title=title))
+    shown = np.stack(images[: rows * columns]).reshape(rows, columns, *images[0].shape)
+    what = ", ".join(part for part in (config.prompt, config.class_name if any(names) else "") if part) or "any"
+    title = f"{what}, guidance {config.guidance.scale:g}, {config.sampler.num_steps} steps, seed {config.seed}"
+    write_atomically(output / "grid.png", panel_png(shown, column_labels=heads[:columns], title=title))
     print(f"sample: {len(images)} images and grid.png in {output}")
 
 
@@ -106,7 +121,7 @@ def labels_of(config: SampleConfig, classes: tuple[str, ...]) -> list[int]:
     Raises:
         ConfigError: There is no such class.
     """
-    if not classes:
+    if not classes or config.class_name == "none":
         return [-1] * config.number
     if config.class_name == "all":
         return [index % len(classes) for index in range(config.number)]
@@ -116,7 +131,7 @@ def labels_of(config: SampleConfig, classes: tuple[str, ...]) -> list[int]:
         return [int(config.class_name)] * config.number
     raise ConfigError(
         f"class_name = {config.class_name!r} is no class of {config.inputs.unet}. Classes are "
-        f"{', '.join(classes)}, their numbers from 0, or 'all'."
+        f"{', '.join(classes)}, their numbers from 0, 'all' or 'none'."
     )
 
 

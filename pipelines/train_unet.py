@@ -15,32 +15,27 @@ from typing import Annotated
 
 import numpy as np
 import torch
-from pydantic import BaseModel, Field, PositiveInt
+from pydantic import BaseModel, Field
 from torch import Tensor, nn
 
-from data.commit import write_atomically
 from data.loading import LatentShards, Prefetch, prefetch
 from data.manifest import Manifest
 from data.order import FullShuffleConfig, Order, OrderConfig
-from data.panels import panel_png
 from data.randomness import SampleDraws
 from data.samples import Split
-from data.transforms import to_levels
 from models.denoiser import Denoiser, DenoiserConfig
-from models.diffusion.guidance import GuidanceConfig
-from models.diffusion.samplers import DDIMConfig, SamplerConfig
 from models.vae import Posterior
+from pipelines.captions import as_tensors, check_features
 from pipelines.config import ConfigError, config_from_command_line
-from pipelines.published import Normalisation, check_same_vae, check_sampler_suits, load_vae, publish
+from pipelines.foreign import STAND_INS, RandomStart, StartConfig, check_start, load_start
+from pipelines.published import Normalisation, check_same_vae, check_sampler_suits, publish
 from pipelines.runtime.ema import Averages
 from pipelines.runtime.launch import launched_world_size, placed
 from pipelines.runtime.optim import Optimizer
 from pipelines.runtime.performance import flops_of, peak_flops
 from pipelines.runtime.stage import Stage, blaming, running_stage
 from pipelines.runtime.training import BatchShare, Training, TrainingConfig, Weights
-
-NUM_VALIDATION_LATENTS = 256
-NUM_VALIDATION_TIMES = 8
+from pipelines.unet_observer import Observer, PanelConfig
 
 
 class TrainUNetInputs(BaseModel, frozen=True, extra="forbid"):
@@ -50,15 +45,6 @@ class TrainUNetInputs(BaseModel, frozen=True, extra="forbid"):
     vae: str  # folder of the autoencoder that made them; shows samples
 
 
-class PanelConfig(BaseModel, frozen=True, extra="forbid"):
-    """The sample grid that is drawn during training: one column a class, the same noise in every run."""
-
-    rows: PositiveInt = 4  # samples of each class
-    max_columns: PositiveInt = 12  # classes shown
-    sampler: SamplerConfig = DDIMConfig(num_steps=25)  # how they are drawn
-    guidance: GuidanceConfig = GuidanceConfig(scale=2.0)  # how strongly the condition pulls
-
-
 class TrainUNetConfig(TrainingConfig):
     """The denoiser and its training."""
 
@@ -66,6 +52,7 @@ class TrainUNetConfig(TrainingConfig):
 
     inputs: TrainUNetInputs  # where the stage reads
     denoiser: DenoiserConfig = DenoiserConfig()  # network, conditions, process and objective
+    start: StartConfig = RandomStart()  # weights to start from
     order: OrderConfig = FullShuffleConfig()  # order of the training latents
     flip_probability: Annotated[float, Field(ge=0, le=1)] = 0.0  # of a mirrored image; needs encode_latents.flipped
     panel: PanelConfig = PanelConfig()  # sample grid during training
@@ -90,6 +77,7 @@ def main() -> None:
         parents={"latents": "encode_latents", "vae": "train_vae"},
         precision=config.precision,
         check=lambda parents: check_request(config, parents),
+        stand_ins=STAND_INS,
     ) as stage:
         train(config, stage)
 
@@ -114,8 +102,12 @@ def check_request(config: TrainUNetConfig, parents: Mapping[str, Manifest]) -> N
             f"train_unet.flip_probability = {config.flip_probability}, but {config.inputs.latents} holds no mirrored "
             "latents. Encode with encode_latents.flipped = true, or set the probability to 0."
         )
-    with blaming("train_unet.denoiser"), torch.device("meta"):
-        build_denoiser(config, parents["latents"])
+    with blaming("train_unet.denoiser"):
+        check_features(config.denoiser, latents.get("text"))
+        with torch.device("meta"):
+            build_denoiser(config, parents["latents"])
+    with blaming("train_unet.start"):
+        check_start(config.start, config.denoiser, latent_channels=latents["latent"]["channels"])
     with blaming("train_unet.panel.sampler"):
         check_sampler_suits(config.panel.sampler, config.denoiser)
 
@@ -137,7 +129,10 @@ def train(config: TrainUNetConfig, stage: Stage) -> None:
     latents = stage.parents["latents"]
     device = stage.accelerator.device
     torch.manual_seed(config.seed)
-    denoiser = placed(build_denoiser(config, latents), device)
+    denoiser = build_denoiser(config, latents)
+    with blaming("train_unet.start"):
+        start = load_start(config.start, denoiser)
+    denoiser = placed(denoiser, device)
     batches = BatchMaker(config, stage, denoiser, split="train")
 
     # How to learn it.
@@ -152,7 +147,14 @@ def train(config: TrainUNetConfig, stage: Stage) -> None:
         flops_per_image=flops_per_image(denoiser, batches.make(0)),
         peak_flops=peak_flops(str(device), config.precision),
     )
-    observer = Observer(config, stage, batches.normalisation)
+    with blaming("inputs"):
+        observer = Observer(
+            stage,
+            config.panel,
+            latents_folder=config.inputs.latents,
+            vae_folder=config.inputs.vae,
+            fields=config.denoiser.fields,
+        )
 
     # Where we stopped last time.
     training.resume()
@@ -177,6 +179,7 @@ def train(config: TrainUNetConfig, stage: Stage) -> None:
             "latent_size": shape["size"],
             "num_classes": len(latents.classes),
             "statistics": latents.content["statistics"],
+            "text": latents.content.get("text"),
         },
     )
     stage.tracker.log_model("unet", stage.folder)
@@ -185,6 +188,7 @@ def train(config: TrainUNetConfig, stage: Stage) -> None:
         content={
             "weights": weights,
             "vae": latents.content["vae"],
+            "start": start,
             "counts": latents.content["counts"],
             "classes": list(latents.classes),
         },
@@ -215,7 +219,8 @@ class BatchMaker:
     def __init__(self, config: TrainUNetConfig, stage: Stage, denoiser: Denoiser, *, split: Split) -> None:
         accelerator, manifest = stage.accelerator, stage.parents["latents"]
         with blaming("inputs.latents"):
-            self.latents = LatentShards(config.inputs.latents, split=split, manifest=manifest)
+            features = [field for field in config.denoiser.fields if field != "labels"]
+            self.latents = LatentShards(config.inputs.latents, split=split, manifest=manifest, features=features)
         self.share = BatchShare.of(
             config, table="train_unet", rank=accelerator.process_index, world_size=accelerator.num_processes
         )
@@ -245,86 +250,13 @@ class BatchMaker:
                 positions=torch.tensor(positions),
                 global_batch=config.global_batch,
             ),
-            conditions={"labels": torch.from_numpy(stored.labels)},
+            conditions={"labels": torch.from_numpy(stored.labels), **as_tensors(stored.features)},
             dropped=torch.from_numpy(dropped),
         )
 
     def from_index(self, start: int) -> Prefetch[LatentDraw]:
         """Make batches ahead, from ``start`` on."""
         return prefetch(self.make, start=start, depth=self.config.prefetch_batches)
-
-
-class Observer:
-    """Looks at the averaged weights now and then: validation loss on fixed noise, and a grid of samples."""
-
-    def __init__(self, config: TrainUNetConfig, stage: Stage, normalisation: Normalisation) -> None:
-        self.config, self.stage = config, stage
-        self.device = stage.accelerator.device
-        self.normalisation = normalisation.to(self.device)
-        with blaming("inputs.vae"):
-            self.vae = load_vae(config.inputs.vae, stage.parents["vae"], device=self.device).network
-        self.classes = stage.parents["latents"].classes
-        self.validation = self._validation_latents() if stage.parents["latents"].content["splits"]["val"] else None
-
-    def _validation_latents(self) -> tuple[Tensor, dict[str, Tensor]]:
-        latents = LatentShards(self.config.inputs.latents, split="val", manifest=self.stage.parents["latents"])
-        stored = latents.read(np.arange(min(NUM_VALIDATION_LATENTS, len(latents))))
-        means = torch.from_numpy(stored.moments[:, 0]).float().to(self.device)
-        return self.normalisation.normalise(means), {"labels": torch.from_numpy(stored.labels).to(self.device)}
-
-    @torch.no_grad()
-    def look(self, network: nn.Module, *, update: int) -> None:
-        """Log the validation loss and draw the panel; on the main process."""
-        if not self.stage.is_main:
-            return
-        assert isinstance(network, Denoiser)
-        figures = self.validation_figures(network)
-        self.stage.tracker.log_metrics(figures, step=update)
-        path = self.stage.folder / "panels" / f"samples-{update:08}.png"
-        path.parent.mkdir(exist_ok=True)
-        write_atomically(
-            path, self.panel(network, title=f"update {update}, guidance {self.config.panel.guidance.scale:g}")
-        )
-        self.stage.tracker.log_image("val/samples", path, step=update)
-        shown = ", ".join(f"{name} {value:.4f}" for name, value in figures.items())
-        self.stage.say(f"update {update}: {shown}, {path}")
-
-    def validation_figures(self, network: Denoiser) -> dict[str, float]:
-        """Return the loss on validation latents with fixed noise, at stratified times, and the condition's pull."""
-        if self.validation is None:
-            return {}
-        x0, conditions = self.validation
-        draws = SampleDraws(0, 0, range(len(x0)))
-        noise = torch.from_numpy(draws.normals("validation", tuple(x0.shape[1:]))).to(self.device)
-        strata = (torch.arange(len(x0)) % NUM_VALIDATION_TIMES + 0.5) / NUM_VALIDATION_TIMES
-        times = network.process.time(strata.double()).to(self.device)
-        nothing_dropped = torch.zeros(len(x0), len(network.conditioners), dtype=torch.bool, device=self.device)
-        losses = network(x0, noise, times, conditions, nothing_dropped)
-        figures = {"val/loss": float(losses.loss.mean())}
-        if len(network.conditioners):
-            figures["val/condition_gap"] = float(network.condition_gap(x0, noise, times, conditions).mean())
-        return figures
-
-    def panel(self, network: Denoiser, *, title: str) -> bytes:
-        """Draw samples of every class from the same noise in every run; PNG."""
-        panel = self.config.panel
-        columns = min(max(len(self.classes), 1), panel.max_columns)
-        labels = torch.arange(columns).repeat(panel.rows)
-        shape = self.stage.parents["latents"].content["latent"]
-        draws = SampleDraws(0, 0, range(len(labels)))
-        noise = torch.from_numpy(draws.normals("panel", (shape["channels"], shape["size"], shape["size"])))
-        latents = network.sample(
-            noise.to(self.device),
-            {"labels": labels.to(self.device)},
-            sampler=panel.sampler,
-            guidance=panel.guidance,
-            fresh_noise=lambda step: torch.from_numpy(draws.normals(f"panel/{step}", tuple(noise.shape[1:]))).to(
-                self.device
-            ),
-        )
-        images = to_levels(self.vae.decode(self.normalisation.restore(latents)))
-        grid = images.reshape(panel.rows, columns, *images.shape[1:])
-        return panel_png(grid, column_labels=self.classes[:columns], title=title)
 
 
 def flops_per_image(denoiser: Denoiser, batch: LatentDraw) -> float:

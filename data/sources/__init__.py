@@ -4,6 +4,7 @@ from typing import Annotated
 
 from pydantic import Field
 
+from data.sources.emoji import EmojiConfig
 from data.sources.fashion_mnist import FashionMNISTConfig
 from data.sources.image_folder import ImageFolderConfig
 from data.sources.source import Source
@@ -11,7 +12,16 @@ from data.sources.synthetic import SyntheticConfig
 from data.sources.webdataset import WebDatasetConfig
 
 SourceConfig = Annotated[
-    FashionMNISTConfig | ImageFolderConfig | SyntheticConfig | WebDatasetConfig, Field(discriminator="kind")
+    EmojiConfig | FashionMNISTConfig | ImageFolderConfig | SyntheticConfig | WebDatasetConfig,
+    Field(discriminator="kind"),
 ]
 
-__all__ = ["FashionMNISTConfig", "ImageFolderConfig", "Source", "SourceConfig", "SyntheticConfig", "WebDatasetConfig"]
+__all__ = [
+    "EmojiConfig",
+    "FashionMNISTConfig",
+    "ImageFolderConfig",
+    "Source",
+    "SourceConfig",
+    "SyntheticConfig",
+    "WebDatasetConfig",
+]

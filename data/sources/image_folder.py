@@ -4,7 +4,6 @@
 may lie deeper. Which split a file belongs to depends on its relative name alone, so adding files never moves others.
 """
 
-import hashlib
 import os
 from pathlib import Path
 from typing import Annotated, Literal
@@ -12,7 +11,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, Field
 
 from data.samples import MAX_CAPTION_BYTES, BadSample, ImageSample, Split, parse_caption
-from data.sources.source import caption_of_class, safe_key
+from data.sources.source import caption_of_class, safe_key, unit_hash
 
 EXTENSIONS = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
 MAX_FILE_BYTES = 512 * 1024 * 1024
@@ -48,7 +47,7 @@ class ImageFolder:
         self._files: dict[Split, list[tuple[str, int]]] = {"train": [], "val": []}
         for label, name in enumerate(self.classes):
             for relative in _images_below(root, name):
-                split: Split = "val" if _unit_hash(relative) < val_fraction else "train"
+                split: Split = "val" if unit_hash(relative) < val_fraction else "train"
                 self._files[split].append((relative, label))
         for split, files in self._files.items():
             if not files:
@@ -97,8 +96,3 @@ def _images_below(root: Path, name: str) -> list[str]:
     for folder, _, files in os.walk(root / name):
         found += [Path(folder, f).relative_to(root).as_posix() for f in files if Path(f).suffix.lower() in EXTENSIONS]
     return sorted(found)
-
-
-def _unit_hash(relative: str) -> float:
-    """Map a name to [0, 1), evenly."""
-    return int.from_bytes(hashlib.sha256(os.fsencode(relative)).digest()[:8], "big") / 2**64

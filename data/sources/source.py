@@ -1,6 +1,7 @@
 """What every source offers: images of two splits, by index, in a fixed order."""
 
 import hashlib
+import os
 import re
 from typing import Protocol
 
@@ -32,6 +33,11 @@ def caption_of_class(name: str) -> str:
     """Return the plain caption of a class, with the right article: ``a photo of an ankle boot``."""
     article = "an" if name[:1].lower() in "aeiou" else "a"
     return f"a photo of {article} {name}"
+
+
+def unit_hash(name: str) -> float:
+    """Map a name to [0, 1), evenly: names below a fraction are that fraction, whatever other names there are."""
+    return int.from_bytes(hashlib.sha256(os.fsencode(name)).digest()[:8], "big") / 2**64
 
 
 def safe_key(name: str) -> str:

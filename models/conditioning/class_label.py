@@ -17,6 +17,11 @@ class ClassConditionerConfig(BaseModel, frozen=True, extra="forbid"):
     drop_probability: Annotated[float, Field(ge=0, le=1)] = 0.1  # per sample: train without the label, for guidance
 
     @property
+    def fields(self) -> tuple[str, ...]:
+        """Fields of a batch that it reads."""
+        return ("labels",)
+
+    @property
     def token_width(self) -> int:
         """A class gives no tokens."""
         return 0
@@ -45,5 +50,9 @@ class ClassConditioner(nn.Module):
 
         Null labels are chosen by ``where``, so that the graph is the same for every batch.
         """
+        return Conditioning(embedding=self.table(self.rows(conditions, dropped)))
+
+    def rows(self, conditions: Mapping[str, Tensor], dropped: Tensor) -> Tensor:
+        """Rows of the table (b,) int64, the null class's among them; arguments as in ``forward``."""
         labels = conditions["labels"]
-        return Conditioning(embedding=self.table(torch.where(dropped | (labels < 0), self.num_classes, labels)))
+        return torch.where(dropped | (labels < 0), self.num_classes, labels)

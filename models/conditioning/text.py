@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from models.conditioning.conditioning import Conditioning, TextFeatures
 from models.conditioning.text_encoder import MiniLMConfig, TextEncoderConfig
 
+TEXT_TOKENS, TEXT_POOLED = "text_tokens", "text_pooled"  # what features of captions are called in a batch
+
 
 class TextConditionerConfig(BaseModel, frozen=True, extra="forbid"):
     """Condition on the caption of the image, by the features of a frozen text encoder."""
@@ -20,6 +22,11 @@ class TextConditionerConfig(BaseModel, frozen=True, extra="forbid"):
     use: Literal["tokens", "pooled", "both"] = "both"  # tokens are attended to, the pooled vector is added
     null: Literal["learned", "empty_caption"] = "learned"  # what stands for no caption
     encoder: TextEncoderConfig = MiniLMConfig()  # what turns captions into features
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """Fields of a batch that it reads."""
+        return {"tokens": (TEXT_TOKENS,), "pooled": (TEXT_POOLED,), "both": (TEXT_TOKENS, TEXT_POOLED)}[self.use]
 
     @property
     def token_width(self) -> int:
@@ -42,7 +49,8 @@ class TextConditionerConfig(BaseModel, frozen=True, extra="forbid"):
 class TextConditioner(nn.Module):
     """Features of captions, computed by the encoder beforehand, to a ``Conditioning``.
 
-    Reads ``text_tokens`` (b s width), zero where a caption has ended, and ``text_pooled`` (b width).
+    Reads ``text_tokens`` (b s width), zero where a caption has ended, and ``text_pooled`` (b width). An image without a
+    caption has zeros everywhere and gets the null, as one whose caption is dropped.
     """
 
     null_tokens: Tensor
@@ -80,12 +88,16 @@ class TextConditioner(nn.Module):
         """Fields of a batch, and which samples (b,) bool go without their caption."""
         embedding, tokens, token_mask = None, None, None
         if self.uses_pooled:
-            pooled = torch.where(
-                dropped[:, None], self.null_pooled, conditions["text_pooled"].to(self.null_pooled.dtype)
-            )
-            embedding = self.project(pooled)  # (b embedding_width)
+            embedding = self.project(self.pooled(conditions, dropped))  # (b embedding_width)
         if self.uses_tokens:
-            given = conditions["text_tokens"].to(self.null_tokens.dtype)
-            tokens = torch.where(dropped[:, None, None], self.null_tokens, given)  # (b s width)
+            given = conditions[TEXT_TOKENS].to(self.null_tokens.dtype)
+            absent = dropped | (given == 0).flatten(1).all(dim=1)
+            tokens = torch.where(absent[:, None, None], self.null_tokens, given)  # (b s width)
             token_mask = (tokens != 0).any(dim=-1)
         return Conditioning(embedding=embedding, tokens=tokens, token_mask=token_mask)
+
+    def pooled(self, conditions: Mapping[str, Tensor], dropped: Tensor) -> Tensor:
+        """What is projected: the pooled vectors (b width), the null's among them; arguments as in ``forward``."""
+        given = conditions[TEXT_POOLED].to(self.null_pooled.dtype)
+        absent = dropped | (given == 0).all(dim=1)
+        return torch.where(absent[:, None], self.null_pooled, given)

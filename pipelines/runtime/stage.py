@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
@@ -92,8 +93,18 @@ class Stage:
         }
 
 
-def read_parents(config: StageConfig, wanted: Mapping[str, str]) -> dict[str, Manifest]:
-    """Read the manifests of a stage's inputs; ``wanted`` maps the input's name to the stage that makes it.
+StandIns = Mapping[str, Callable[[Path], Manifest | None]]
+
+
+def read_parents(
+    config: StageConfig, wanted: Mapping[str, str], *, stand_ins: StandIns = MappingProxyType({})
+) -> dict[str, Manifest]:
+    """Read the manifests of a stage's inputs.
+
+    Args:
+        config: Says where the inputs are.
+        wanted: Input name -> stage that makes it.
+        stand_ins: Input name -> what makes a manifest of a folder that another program wrote, None where it did not.
 
     Raises:
         ConfigError: Naming every input that is missing or unreadable.
@@ -102,7 +113,8 @@ def read_parents(config: StageConfig, wanted: Mapping[str, str]) -> dict[str, Ma
     for name, maker in wanted.items():
         folder = getattr(config.inputs, name)  # type: ignore[attr-defined]
         try:
-            parents[name] = read_manifest(folder)
+            stand_in = stand_ins[name](Path(folder)) if name in stand_ins else None
+            parents[name] = stand_in or read_manifest(folder)
         except (FileNotFoundError, NotADirectoryError):
             mistakes.append(
                 f"inputs.{name} = {folder!r} holds no {MANIFEST_NAME}: it is not there or not finished. "
@@ -134,6 +146,7 @@ def running_stage(
     precision: Precision = "float32",
     check: Callable[[Mapping[str, Manifest]], None] = lambda parents: None,
     folder_name: str | None = None,
+    stand_ins: StandIns = MappingProxyType({}),
 ) -> Iterator[Stage]:
     """Run one stage: see the module's docstring.
 
@@ -144,6 +157,7 @@ def running_stage(
         precision: What the networks compute in.
         check: Raises ConfigError when the request cannot work; called with the parents' manifests before any work.
         folder_name: Folder below ``run.root`` when it is not the stage's usual one.
+        stand_ins: Inputs that may be folders of another program; see ``read_parents``.
 
     Raises:
         SystemExit: When the stage does not end by finishing: 0 already done, 2 a user's mistake, 75 stopped, 1 failed.
@@ -154,7 +168,7 @@ def running_stage(
     tracker: Tracker | SilentTracker = SilentTracker()
     state, code, working = "failed", 1, False
     try:
-        manifests = read_parents(config, parents)
+        manifests = read_parents(config, parents, stand_ins=stand_ins)
         check(manifests)
         request = request_of(name, config, manifests)
         if already_done(folder, request, allowed=config.run.allow_changed):

@@ -1,0 +1,114 @@
+"""The model card of an export: what the model is, and the lines that reproduce its example in diffusers."""
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+CARD = """\
+---
+library_name: diffusers
+tags: [latent-diffusion, {unet_class}]
+---
+
+# {experiment}
+
+A latent diffusion model trained with Latentline, in the format of diffusers: an `AutoencoderKL`, a `{unet_class}` and a
+`DDIMScheduler`.
+
+![Samples](grid.png)
+
+Latents are normalised channel by channel: `vae.config.latents_mean` and `latents_std` take the U-Net's latents back to
+the VAE's, and `scaling_factor` is 1. No stock pipeline of diffusers does this, so there is no `model_index.json`; these
+lines draw the example, run in this folder:
+
+```python
+{code}
+```
+
+Both figures are rounding: below 1e-3 of the latents' and the images' deviation.
+
+{conditions}
+
+`example.safetensors` holds {num_samples} samples in float32: {names}.
+
+| weights | sha256 |
+|---|---|
+{digests}
+"""
+
+CODE = """\
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, {unet_class}
+from safetensors.torch import load_file
+
+unet, vae = {unet_class}.from_pretrained("unet"), AutoencoderKL.from_pretrained("vae")
+scheduler, example = DDIMScheduler.from_pretrained("scheduler"), load_file("example.safetensors")
+scheduler.set_timesteps(int(example["num_inference_steps"]))
+latents, scale = example["noise"], example["guidance_scale"]
+with torch.no_grad():
+    for t in scheduler.timesteps:
+{step}
+        latents = scheduler.step(output, t, latents).prev_sample
+    mean, std = (torch.tensor(vae.config[name]).view(1, -1, 1, 1) for name in ("latents_mean", "latents_std"))
+    images = vae.decode(latents * std + mean).sample
+for found, name in ((latents, "latents"), (images, "images")):
+    print(name, ((found - example[name]).abs().max() / example[name].std()).item())"""
+
+ARGUMENTS = ("class_labels", "encoder_hidden_states", "encoder_attention_mask")
+
+
+def model_card(
+    *,
+    unet_class: str,
+    example: Mapping[str, Tensor],
+    classes: tuple[str, ...],
+    digests: Mapping[str, str],
+    experiment: str,
+) -> str:
+    """Return ``README.md``.
+
+    Args:
+        unet_class: Its class in diffusers.
+        example: What ``example.safetensors`` holds.
+        classes: Class names by label.
+        digests: sha256 of the weights, by what they are.
+        experiment: The experiment's name.
+    """
+    return CARD.format(
+        unet_class=unet_class,
+        experiment=experiment,
+        code=CODE.format(unet_class=unet_class, step=_step(example)),
+        conditions=_conditions(example, classes),
+        num_samples=len(example["noise"]),
+        names=", ".join(f"`{name}` {tuple(tensor.shape)}" for name, tensor in example.items()),
+        digests="\n".join(f"| {what} | `{digest}` |" for what, digest in digests.items()),
+    )
+
+
+def _step(example: Mapping[str, Tensor]) -> str:
+    given = [name for name in ARGUMENTS if name in example]
+    if not given:
+        return "        output = unet(latents, t).sample"
+    told, untold = (", ".join(f'{name}=example["{prefix}{name}"]' for name in given) for prefix in ("", "null_"))
+    return (
+        f"        told = unet(latents, t, {told}).sample\n"
+        f"        untold = unet(latents, t, {untold}).sample\n"
+        f"        output = untold + scale * (told - untold)"
+    )
+
+
+def _conditions(example: Mapping[str, Tensor], classes: tuple[str, ...]) -> str:
+    if "class_labels" not in example and "encoder_hidden_states" not in example:
+        return "The model is unconditional."
+    parts = []
+    if "class_labels" in example and not example["class_labels"].is_floating_point():
+        named = ", ".join(f"{label} {name}" for label, name in enumerate(classes))
+        parts.append(f"`class_labels` are {named}; {len(classes)}, the last class embedding, is no class.")
+    if "encoder_hidden_states" in example:
+        pooled = "class_labels" in example and example["class_labels"].is_floating_point()
+        parts.append(
+            "`encoder_hidden_states` are the text encoder's features of each token, `encoder_attention_mask` says "
+            "which tokens there are" + (", `class_labels` is its pooled vector." if pooled else ".")
+        )
+        parts.append("Those with `null_` in front stand for no caption.")
+    return "\n".join(parts)

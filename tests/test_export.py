@@ -1,0 +1,192 @@
+"""Exports: what diffusers makes of them, by the lines of their own model card, and call by call."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import Run, environment, run_stage
+from safetensors.torch import load_file
+
+from data.manifest import read_manifest
+from models.conditioning import ClassConditionerConfig, TextConditionerConfig
+from models.conditioning.text_encoder import MiniLMConfig
+from models.denoiser import Denoiser, DenoiserConfig
+from models.diffusion.samplers import DDIMConfig
+from models.unet import UNetConfig
+from models.vae import AutoencoderKL, VAEConfig
+from pipelines.export import ExportConfig, ExportInputs, compute_example
+from pipelines.model_card import model_card
+from pipelines.published import Normalisation, PublishedDenoiser, load_denoiser, load_vae
+
+diffusers = pytest.importorskip("diffusers")
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def exported(one_process_run: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("export") / "smoke"
+    done = run_stage(
+        *("export", "--run.root", str(one_process_run.root), "--format", "diffusers", "--output", str(output)),
+        *("--num_inference_steps", "10"),
+    )
+    assert done.returncode == 0, done.stderr
+    return output
+
+
+def lines_of_card(folder: Path) -> str:
+    (code,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), flags=re.DOTALL)
+    return code
+
+
+def figures_of_card(folder: Path) -> dict[str, float]:
+    """Run the card's lines in the exported folder, as a reader would, and return what they print."""
+    done = subprocess.run(
+        [sys.executable, "-c", lines_of_card(folder)], cwd=folder, env=environment(), capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return {name: float(value) for name, value in (line.split() for line in done.stdout.splitlines())}
+
+
+def test_the_lines_of_the_model_card_reproduce_our_samples(exported: Path) -> None:
+    figures = figures_of_card(exported)
+    assert set(figures) == {"latents", "images"}
+    assert max(figures.values()) < 1e-3
+
+
+def test_each_call_of_the_exported_networks_is_ours(exported: Path, one_process_run: Run) -> None:
+    unet = diffusers.UNet2DModel.from_pretrained(exported / "unet")
+    vae = diffusers.AutoencoderKL.from_pretrained(exported / "vae")
+    ours = load_denoiser(one_process_run.root / "unet", read_manifest(one_process_run.root / "unet"), device=CPU)
+    our_vae = load_vae(one_process_run.root / "vae", read_manifest(one_process_run.root / "vae"), device=CPU).network
+    example = load_file(exported / "example.safetensors")
+    times = torch.tensor([0, 250, 700, 999])
+    with torch.no_grad():
+        for labels in (example["class_labels"], example["null_class_labels"]):
+            dropped = (labels == 4)[:, None]
+            expected = ours.network.output(example["noise"], times, {"labels": labels}, dropped)
+            found = unet(example["noise"], times, class_labels=labels).sample
+            assert (found - expected).norm() / expected.norm() < 1e-5
+        restored = ours.normalisation.restore(example["latents"])
+        mean, std = (torch.tensor(vae.config[name])[:, None, None] for name in ("latents_mean", "latents_std"))
+        assert torch.equal(example["latents"] * std + mean, restored)
+        found, expected = vae.decode(restored).sample, our_vae.decode(restored)
+        assert (found - expected).norm() / expected.norm() < 1e-5
+        posterior = vae.encode(expected.clamp(-1, 1)).latent_dist
+        ours_posterior = our_vae.encode(expected.clamp(-1, 1))
+        assert (posterior.mean - ours_posterior.mean).norm() / ours_posterior.mean.norm() < 1e-5
+    assert vae.config.scaling_factor == 1
+
+
+def test_an_export_holds_what_others_need_to_check_it(exported: Path) -> None:
+    example = load_file(exported / "example.safetensors")
+    assert {name: tuple(tensor.shape) for name, tensor in example.items()} == {
+        "noise": (4, 4, 4, 4),
+        "class_labels": (4,),
+        "null_class_labels": (4,),
+        "guidance_scale": (),
+        "num_inference_steps": (),
+        "latents": (4, 4, 4, 4),
+        "images": (4, 3, 16, 16),
+    }
+    assert example["class_labels"].tolist() == [0, 1, 2, 3]
+    assert example["null_class_labels"].tolist() == [4] * 4
+    assert example["images"].dtype == example["latents"].dtype == torch.float32
+    assert (exported / "grid.png").read_bytes().startswith(b"\x89PNG")
+    assert not (exported / "model_index.json").exists()
+
+
+def test_exporting_again_gives_the_same_bytes_and_other_folders_are_left_alone(
+    exported: Path, one_process_run: Run, tmp_path: Path
+) -> None:
+    words = ["--run.root", str(one_process_run.root), "--num_inference_steps", "10"]
+    before = {path: path.read_bytes() for path in exported.rglob("*") if path.is_file()}
+    assert run_stage("export", *words, "--output", str(exported)).returncode == 0
+    assert {path: path.read_bytes() for path in exported.rglob("*") if path.is_file()} == before
+    (tmp_path / "thesis.txt").write_text("mine")
+    refused = run_stage("export", *words, "--output", str(tmp_path))
+    assert refused.returncode == 2
+    assert "a folder with other things in it" in refused.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_what_diffusers_cannot_hold_is_refused_before_anything_is_written(one_process_run: Run, tmp_path: Path) -> None:
+    words = ["--run.root", str(one_process_run.root), "--output", str(tmp_path / "export")]
+    refused = run_stage("export", *words, "--num_inference_steps", "30")
+    assert refused.returncode == 2
+    assert "cannot follow 30 steps" in refused.stderr
+    unet = tmp_path / "unet"
+    unet.mkdir()
+    for name in ("manifest.json", "unet.safetensors", "config.json"):
+        (unet / name).write_bytes((one_process_run.root / "unet" / name).read_bytes())
+    config = json.loads((unet / "config.json").read_bytes())
+    config["denoiser"] |= {
+        "schedule": {"kind": "flow_matching"},
+        "objective": config["denoiser"]["objective"] | {"prediction": "velocity"},
+    }
+    (unet / "config.json").write_text(json.dumps(config))
+    refused = run_stage("export", *words, "--inputs.unet", str(unet))
+    assert refused.returncode == 2
+    assert "cannot be exported to diffusers: its schedulers hold no flow of this form" in refused.stderr
+    assert not (tmp_path / "export").exists()
+
+
+@pytest.mark.parametrize("kind", ["text", "text_and_class", "unconditional"])
+def test_cards_of_other_conditions_reproduce_their_samples_too(kind: str, tmp_path: Path) -> None:
+    from pipelines import export
+
+    torch.manual_seed(0)
+    text = TextConditionerConfig(width=12, encoder=MiniLMConfig(max_tokens=5))
+    conditioners = {
+        "text": (text,),
+        "text_and_class": (text.model_copy(update={"use": "tokens"}), ClassConditionerConfig()),
+        "unconditional": (),
+    }[kind]
+    network = UNetConfig(
+        channels=(16, 32), blocks=(1, 1), attention=(False, True), heads=(1, 4), transformer_depth=(1, 1), norm_groups=8
+    )
+    denoiser = Denoiser(
+        DenoiserConfig(network=network, conditioners=conditioners), latent_channels=3, latent_size=4, num_classes=3
+    ).eval()
+    for parameter in denoiser.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5)
+    statistics = {"mean": [0.1, -0.2, 0.3], "std": [1.5, 0.7, 1.1]}
+    published = PublishedDenoiser(
+        network=denoiser,
+        normalisation=Normalisation(statistics),
+        latent_channels=3,
+        latent_size=4,
+        vae_weights="",
+        text=None,
+    )
+    vae = AutoencoderKL(VAEConfig(latent_channels=3, channels=(8, 8), norm_groups=4), image_channels=1).eval()
+    tokens = torch.randn(4, 5, 12)
+    tokens[1, 3:] = 0
+    conditions = {
+        "labels": torch.tensor([0, 1, 2, 0]),
+        "text_tokens": tokens,
+        "text_pooled": torch.randn(4, 12),
+    }
+    config = ExportConfig(inputs=ExportInputs(vae="", unet=""), num_inference_steps=10, guidance_scale=2.5)
+    sampler = DDIMConfig(num_steps=10)
+    if kind == "unconditional":
+        config = config.model_copy(update={"guidance_scale": 1.0})
+    example = compute_example(config, published, vae, sampler=sampler, conditions=conditions)
+    configs = export.network_configs(published, vae, num_classes=3)
+    export.write_export(
+        tmp_path,
+        networks={"vae": vae, "unet": denoiser},
+        configs=configs,
+        scheduler=export.scheduler_config_to_diffusers(denoiser.config, sampler),
+        example=example,
+    )
+    card = model_card(
+        unet_class=configs["unet"]["_class_name"], example=example, classes=("a", "b", "c"), digests={}, experiment="x"
+    )
+    (tmp_path / "README.md").write_text(card)
+    assert example["latents"].std() > 0.1
+    assert max(figures_of_card(tmp_path).values()) < 1e-3

@@ -1,0 +1,191 @@
+"""Networks published in the format of diffusers: as the VAE of a run, and as the start of a training."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import Run, run_stage
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from data.loading import ImageShards, LatentShards
+from data.manifest import read_manifest
+from data.transforms import to_unit_range
+from models.conditioning import ClassConditionerConfig, TextConditionerConfig
+from models.denoiser import Denoiser, DenoiserConfig
+from models.unet import UNetConfig
+from pipelines.foreign import DiffusersStart, RandomStart, check_start, foreign_vae, load_start
+
+diffusers = pytest.importorskip("diffusers")
+
+NETWORK = UNetConfig(
+    channels=(16, 32), blocks=(1, 1), attention=(False, True), heads=(1, 2), transformer_depth=(1, 1), norm_groups=8
+)
+
+
+def build_vae(**changes: object) -> nn.Module:
+    torch.manual_seed(0)
+    shape = {
+        "down_block_types": ["DownEncoderBlock2D"] * 2,
+        "up_block_types": ["UpDecoderBlock2D"] * 2,
+        "block_out_channels": [8, 16],
+        "norm_num_groups": 4,
+        "latent_channels": 3,
+    }
+    return diffusers.AutoencoderKL(**(shape | changes)).eval()
+
+
+def build_unet(**changes: object) -> nn.Module:
+    torch.manual_seed(0)
+    shape = {
+        "in_channels": 3,
+        "out_channels": 3,
+        "block_out_channels": [16, 32],
+        "layers_per_block": 1,
+        "down_block_types": ["DownBlock2D", "AttnDownBlock2D"],
+        "up_block_types": ["AttnUpBlock2D", "UpBlock2D"],
+        "attention_head_dim": 16,
+        "norm_num_groups": 8,
+        "attn_norm_num_groups": 8,
+        "resnet_time_scale_shift": "scale_shift",
+        "num_class_embeds": 5,
+    }
+    return diffusers.UNet2DModel(**(shape | changes)).eval()
+
+
+@pytest.fixture(scope="module")
+def latents(one_process_run: Run, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Latents of a published VAE, and its folder: (run, vae)."""
+    folder = tmp_path_factory.mktemp("published")
+    build_vae(scaling_factor=0.5, shift_factor=0.25).save_pretrained(folder / "vae")
+    done = run_stage(
+        *("encode_latents", "--run.root", str(folder / "run"), "--inputs.vae", str(folder / "vae")),
+        *("--inputs.corpus", str(one_process_run.root / "corpus")),
+    )
+    assert done.returncode == 0, done.stderr
+    return folder / "run", folder / "vae"
+
+
+def test_latents_of_a_published_vae_are_its_own_and_keep_its_scaling(
+    latents: tuple[Path, Path], one_process_run: Run
+) -> None:
+    run, folder = latents
+    theirs = diffusers.AutoencoderKL.from_pretrained(folder)
+    images = ImageShards(one_process_run.root / "corpus", split="val").read(np.arange(16)).images
+    stored = LatentShards(run / "latents", split="val").read(np.arange(16)).moments
+    with torch.no_grad():
+        posterior = theirs.encode(to_unit_range(images)).latent_dist
+    expected = torch.stack([posterior.mean, posterior.logvar], dim=1)
+    # Stored in half precision.
+    torch.testing.assert_close(torch.from_numpy(stored).float(), expected, rtol=2e-3, atol=2e-3)
+    statistics = read_manifest(run / "latents").content["statistics"]
+    assert statistics["mean"] == [0.25] * 3  # (z - shift) * factor is (z - mean) / std
+    assert statistics["std"] == [2.0] * 3
+    assert statistics["measured_mean"] != statistics["mean"]
+
+
+def test_a_unet_is_trained_and_evaluated_on_a_published_vae_from_a_published_unet(
+    latents: tuple[Path, Path], one_process_run: Run, tmp_path: Path
+) -> None:
+    run, vae = latents
+    build_unet().save_pretrained(tmp_path / "unet")
+    words = ["--run.root", str(run), "--inputs.vae", str(vae)]
+    start = ["--start", f'{{ kind = "diffusers", folder = "{tmp_path / "unet"}" }}']
+    network = ["--denoiser.network.channels", "[16, 32]", "--updates", "2", "--panel_every", "2", "--log_every", "1"]
+    done = run_stage("train_unet", *words, *start, *network)
+    assert done.returncode == 0, done.stderr
+    corpus = ["--inputs.corpus", str(one_process_run.root / "corpus")]
+    done = run_stage("evaluate", *words, *corpus, "--num_samples", "16", "--sweep", "[]")
+    assert done.returncode == 0, done.stderr
+    # The start is in the weights: after two updates of warm-up they have hardly moved.
+    weights = load_file(run / "unet" / "unet.safetensors")
+    theirs = load_file(tmp_path / "unet" / "diffusion_pytorch_model.safetensors")
+    difference = (weights["network.conv_in.weight"] - theirs["conv_in.weight"]).abs().max()
+    assert 0 < difference < 0.02 < theirs["conv_in.weight"].abs().max()
+
+
+@pytest.mark.parametrize("with_tokens", [False, True])
+def test_a_start_computes_what_the_published_unet_computes(with_tokens: bool, tmp_path: Path) -> None:
+    if with_tokens:
+        theirs = diffusers.UNet2DConditionModel(
+            in_channels=3,
+            out_channels=3,
+            block_out_channels=[16, 32],
+            layers_per_block=1,
+            down_block_types=["DownBlock2D", "CrossAttnDownBlock2D"],
+            up_block_types=["CrossAttnUpBlock2D", "UpBlock2D"],
+            attention_head_dim=[1, 2],
+            norm_num_groups=8,
+            cross_attention_dim=12,
+            resnet_time_scale_shift="scale_shift",
+            use_linear_projection=True,
+        ).eval()
+        conditioners = (TextConditionerConfig(width=12, use="tokens"),)
+    else:
+        theirs, conditioners = build_unet(), (ClassConditionerConfig(),)
+    theirs.save_pretrained(tmp_path)
+    config, start = DenoiserConfig(network=NETWORK, conditioners=conditioners), DiffusersStart(folder=tmp_path)
+    ours = Denoiser(config, latent_channels=3, latent_size=8, num_classes=4).eval()
+    check_start(start, config, latent_channels=3)
+    assert len(load_start(start, ours) or "") == 64
+    x, times = torch.randn(2, 3, 8, 8), torch.tensor([3, 700])
+    fields = {"labels": torch.tensor([1, 3]), "text_tokens": torch.randn(2, 6, 12)}
+    asked = {"encoder_hidden_states": fields["text_tokens"]} if with_tokens else {"class_labels": fields["labels"]}
+    with torch.no_grad():
+        expected = theirs(x, times, **asked).sample
+        found = ours.output(x, times, fields, torch.zeros(2, 1, dtype=torch.bool))
+    assert (found - expected).norm() / expected.norm() < 1e-5
+    assert load_start(RandomStart(), ours) is None
+
+
+def test_a_start_of_another_shape_is_refused_with_every_difference(tmp_path: Path) -> None:
+    build_unet(in_channels=4, layers_per_block=2).save_pretrained(tmp_path)
+    config = DenoiserConfig(network=NETWORK, conditioners=(ClassConditionerConfig(),))
+    with pytest.raises(ValueError, match=r"has blocks = \[2, 2\], not \[1, 1\]; latent channels = 4, not 3"):
+        check_start(DiffusersStart(folder=tmp_path), config, latent_channels=3)
+
+
+def test_weights_that_could_run_code_are_refused(tmp_path: Path) -> None:
+    build_vae().save_pretrained(tmp_path)
+    path = tmp_path / "diffusion_pytorch_model.safetensors"
+    path.rename(tmp_path / "diffusion_pytorch_model.bin")
+    with pytest.raises(ValueError, match="read from safetensors only"):
+        foreign_vae(tmp_path)
+
+
+def test_a_published_vae_that_was_changed_has_other_latents_and_is_refused(
+    latents: tuple[Path, Path], tmp_path: Path
+) -> None:
+    run, folder = latents
+    changed = tmp_path / "vae"
+    changed.mkdir()
+    (changed / "config.json").write_bytes((folder / "config.json").read_bytes())
+    weights = load_file(folder / "diffusion_pytorch_model.safetensors")
+    weights["decoder.conv_out.bias"] += 1
+    save_file(weights, changed / "diffusion_pytorch_model.safetensors")
+    done = run_stage(
+        *("train_unet", "--run.root", str(tmp_path / "run"), "--inputs.vae", str(changed)),
+        *("--inputs.latents", str(run / "latents")),
+    )
+    assert done.returncode == 2
+    assert "A latent means nothing to another VAE" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("given", "mean", "std"),
+    [
+        ({}, 0.0, 1 / 0.18215),  # Stable Diffusion 1 and 2 name no factor
+        ({"scaling_factor": 0.13025}, 0.0, 1 / 0.13025),
+        ({"scaling_factor": 1.5305, "shift_factor": 0.0609}, 0.0609, 1 / 1.5305),
+        ({"scaling_factor": 2.0, "latents_mean": [1.0] * 4, "latents_std": [3.0] * 4}, 1.0, 1.5),
+    ],
+)
+def test_scalings_of_published_vaes_are_read(given: dict, mean: float, std: float, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"_class_name": "AutoencoderKL", "latent_channels": 4, **given}))
+    save_file({}, tmp_path / "diffusion_pytorch_model.safetensors")
+    manifest = foreign_vae(tmp_path)
+    assert manifest is not None
+    assert manifest.content["normalisation"]["mean"] == pytest.approx([mean] * 4)
+    assert manifest.content["normalisation"]["std"] == pytest.approx([std] * 4)
