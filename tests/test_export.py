@@ -27,10 +27,10 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
-def exported(one_process_run: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def exported(two_process_run: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("export") / "smoke"
     done = run_stage(
-        *("export", "--run.root", str(one_process_run.root), "--format", "diffusers", "--output", str(output)),
+        *("export", "--run.root", str(two_process_run.root), "--format", "diffusers", "--output", str(output)),
         *("--num_inference_steps", "10"),
     )
     assert done.returncode == 0, done.stderr
@@ -57,11 +57,11 @@ def test_the_lines_of_the_model_card_reproduce_our_samples(exported: Path) -> No
     assert max(figures.values()) < 1e-3
 
 
-def test_each_call_of_the_exported_networks_is_ours(exported: Path, one_process_run: Run) -> None:
+def test_each_call_of_the_exported_networks_is_ours(exported: Path, two_process_run: Run) -> None:
     unet = diffusers.UNet2DModel.from_pretrained(exported / "unet")
     vae = diffusers.AutoencoderKL.from_pretrained(exported / "vae")
-    ours = load_denoiser(one_process_run.root / "unet", read_manifest(one_process_run.root / "unet"), device=CPU)
-    our_vae = load_vae(one_process_run.root / "vae", read_manifest(one_process_run.root / "vae"), device=CPU).network
+    ours = load_denoiser(two_process_run.root / "unet", read_manifest(two_process_run.root / "unet"), device=CPU)
+    our_vae = load_vae(two_process_run.root / "vae", read_manifest(two_process_run.root / "vae"), device=CPU).network
     example = load_file(exported / "example.safetensors")
     times = torch.tensor([0, 250, 700, 999])
     with torch.no_grad():
@@ -100,9 +100,9 @@ def test_an_export_holds_what_others_need_to_check_it(exported: Path) -> None:
 
 
 def test_exporting_again_gives_the_same_bytes_and_other_folders_are_left_alone(
-    exported: Path, one_process_run: Run, tmp_path: Path
+    exported: Path, two_process_run: Run, tmp_path: Path
 ) -> None:
-    words = ["--run.root", str(one_process_run.root), "--num_inference_steps", "10"]
+    words = ["--run.root", str(two_process_run.root), "--num_inference_steps", "10"]
     before = {path: path.read_bytes() for path in exported.rglob("*") if path.is_file()}
     assert run_stage("export", *words, "--output", str(exported)).returncode == 0
     assert {path: path.read_bytes() for path in exported.rglob("*") if path.is_file()} == before
@@ -113,15 +113,15 @@ def test_exporting_again_gives_the_same_bytes_and_other_folders_are_left_alone(
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 
 
-def test_what_diffusers_cannot_hold_is_refused_before_anything_is_written(one_process_run: Run, tmp_path: Path) -> None:
-    words = ["--run.root", str(one_process_run.root), "--output", str(tmp_path / "export")]
+def test_what_diffusers_cannot_hold_is_refused_before_anything_is_written(two_process_run: Run, tmp_path: Path) -> None:
+    words = ["--run.root", str(two_process_run.root), "--output", str(tmp_path / "export")]
     refused = run_stage("export", *words, "--num_inference_steps", "30")
     assert refused.returncode == 2
     assert "cannot follow 30 steps" in refused.stderr
     unet = tmp_path / "unet"
     unet.mkdir()
     for name in ("manifest.json", "unet.safetensors", "config.json"):
-        (unet / name).write_bytes((one_process_run.root / "unet" / name).read_bytes())
+        (unet / name).write_bytes((two_process_run.root / "unet" / name).read_bytes())
     config = json.loads((unet / "config.json").read_bytes())
     config["denoiser"] |= {
         "schedule": {"kind": "flow_matching"},

@@ -56,24 +56,24 @@ def build_unet(**changes: object) -> nn.Module:
 
 
 @pytest.fixture(scope="module")
-def latents(one_process_run: Run, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+def latents(two_process_run: Run, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """Latents of a published VAE, and its folder: (run, vae)."""
     folder = tmp_path_factory.mktemp("published")
     build_vae(scaling_factor=0.5, shift_factor=0.25).save_pretrained(folder / "vae")
     done = run_stage(
         *("encode_latents", "--run.root", str(folder / "run"), "--inputs.vae", str(folder / "vae")),
-        *("--inputs.corpus", str(one_process_run.root / "corpus")),
+        *("--inputs.corpus", str(two_process_run.root / "corpus")),
     )
     assert done.returncode == 0, done.stderr
     return folder / "run", folder / "vae"
 
 
 def test_latents_of_a_published_vae_are_its_own_and_keep_its_scaling(
-    latents: tuple[Path, Path], one_process_run: Run
+    latents: tuple[Path, Path], two_process_run: Run
 ) -> None:
     run, folder = latents
     theirs = diffusers.AutoencoderKL.from_pretrained(folder)
-    images = ImageShards(one_process_run.root / "corpus", split="val").read(np.arange(16)).images
+    images = ImageShards(two_process_run.root / "corpus", split="val").read(np.arange(16)).images
     stored = LatentShards(run / "latents", split="val").read(np.arange(16)).moments
     with torch.no_grad():
         posterior = theirs.encode(to_unit_range(images)).latent_dist
@@ -87,7 +87,7 @@ def test_latents_of_a_published_vae_are_its_own_and_keep_its_scaling(
 
 
 def test_a_unet_is_trained_and_evaluated_on_a_published_vae_from_a_published_unet(
-    latents: tuple[Path, Path], one_process_run: Run, tmp_path: Path
+    latents: tuple[Path, Path], two_process_run: Run, tmp_path: Path
 ) -> None:
     run, vae = latents
     build_unet().save_pretrained(tmp_path / "unet")
@@ -96,7 +96,7 @@ def test_a_unet_is_trained_and_evaluated_on_a_published_vae_from_a_published_une
     network = ["--denoiser.network.channels", "[16, 32]", "--updates", "2", "--panel_every", "2", "--log_every", "1"]
     done = run_stage("train_unet", *words, *start, *network)
     assert done.returncode == 0, done.stderr
-    corpus = ["--inputs.corpus", str(one_process_run.root / "corpus")]
+    corpus = ["--inputs.corpus", str(two_process_run.root / "corpus")]
     done = run_stage("evaluate", *words, *corpus, "--num_samples", "16", "--sweep", "[]")
     assert done.returncode == 0, done.stderr
     # The start is in the weights: after two updates of warm-up they have hardly moved.

@@ -126,8 +126,8 @@ def test_features_of_another_encoder_are_refused(emoji: tuple[Path, Path], tmp_p
     assert "has tokens = 16, but the features in inputs.latents have tokens = 32" in done.stderr
 
 
-def test_a_text_condition_needs_features(one_process_run: Run, tmp_path: Path) -> None:
-    words = [f"--inputs.{name}={one_process_run.root / name}" for name in ("latents", "vae")]
+def test_a_text_condition_needs_features(two_process_run: Run, tmp_path: Path) -> None:
+    words = [f"--inputs.{name}={two_process_run.root / name}" for name in ("latents", "vae")]
     done = run_stage(
         *("train_unet", "--run.root", str(tmp_path), *words, "--denoiser.conditioners", '[{ kind = "text" }]')
     )
@@ -135,9 +135,9 @@ def test_a_text_condition_needs_features(one_process_run: Run, tmp_path: Path) -
     assert "Set encode_latents.captions" in done.stderr
 
 
-def test_a_prompt_for_a_model_without_captions_is_refused(one_process_run: Run, tmp_path: Path) -> None:
+def test_a_prompt_for_a_model_without_captions_is_refused(two_process_run: Run, tmp_path: Path) -> None:
     done = run_stage(
-        "sample", "--run.root", str(one_process_run.root), "--output", str(tmp_path), "--prompt", "a red circle"
+        "sample", "--run.root", str(two_process_run.root), "--output", str(tmp_path), "--prompt", "a red circle"
     )
     assert done.returncode == 2
     assert "was not trained on captions" in done.stderr
