@@ -32,7 +32,10 @@ def environment(**extra: str) -> dict[str, str]:
 
 
 def stage_command(stage: str, *words: str, processes: int = 1, config: Path = SMOKE) -> list[str]:
-    """The command line of a stage: plain ``python -m`` for one process, ``accelerate launch`` for more."""
+    """The command line of a stage: plain ``python -m`` for one process, ``accelerate launch`` for more.
+
+    Its figures stay in the stage's folder unless ``words`` names a store: most tests are not about MLflow.
+    """
     launcher = [sys.executable, "-m"]
     if processes > 1:
         launcher = [
@@ -40,7 +43,17 @@ def stage_command(stage: str, *words: str, processes: int = 1, config: Path = SM
             *("--num_processes", str(processes), "--mixed_precision", "no", "--dynamo_backend", "no"),
             *("--main_process_port", "0", "-m"),
         ]
-    return [*launcher, f"pipelines.{stage}", "--config", str(config), "--run.threads", "1", *words]
+    return [
+        *launcher,
+        f"pipelines.{stage}",
+        "--config",
+        str(config),
+        "--run.threads",
+        "1",
+        "--run.tracking_uri",
+        "offline",
+        *words,
+    ]
 
 
 def run_stage(
@@ -97,10 +110,10 @@ def training_rows(folder: Path) -> dict[int, dict[str, Any]]:
     return {line["update"]: line for line in lines if "update" in line}
 
 
-def run_pipeline(root: Path, *, processes: int, stages: Mapping[str, str] = STAGES) -> Run:
+def run_pipeline(root: Path, *words: str, processes: int, stages: Mapping[str, str] = STAGES) -> Run:
     output = {}
     for stage in stages:
-        done = run_stage(stage, "--run.root", str(root), processes=processes)
+        done = run_stage(stage, "--run.root", str(root), *words, processes=processes)
         assert done.returncode == 0, f"{stage} ended with {done.returncode}:\n{done.stdout}\n{done.stderr}"
         output[stage] = done.stdout
     return Run(root=root, output=output)
@@ -109,7 +122,7 @@ def run_pipeline(root: Path, *, processes: int, stages: Mapping[str, str] = STAG
 @pytest.fixture(scope="session")
 def two_process_run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """All stages of the smoke experiment through ``accelerate launch`` with two processes."""
-    return run_pipeline(tmp_path_factory.mktemp("two processes") / "run", processes=2)
+    return run_pipeline(tmp_path_factory.mktemp("two processes") / "run", "--run.tracking_uri", "auto", processes=2)
 
 
 @pytest.fixture(scope="session")

@@ -428,5 +428,5 @@ def test_tensors_are_pinned_wherever_they_are() -> None:
 
 
 def test_a_batch_keeps_its_structure_when_there_is_nothing_to_pin() -> None:
-    batch = ImageBatch(images=np.zeros(1), labels=np.zeros(1), keys=["k"], captions=[""])
+    batch = ImageBatch(indices=np.arange(1), images=np.zeros(1), labels=np.zeros(1), keys=["k"], captions=[""])
     assert replace(pinned(batch)) == batch

@@ -5,6 +5,7 @@ import random
 import shutil
 import signal
 import subprocess
+import sys
 import tarfile
 from pathlib import Path
 
@@ -151,6 +152,41 @@ def test_running_a_finished_stage_again_says_so_and_changes_nothing(two_process_
     assert done.returncode == 0
     assert "already finished" in done.stdout
     assert sha256_of(two_process_run.folder("train_unet") / "manifest.json") == before
+
+
+def test_every_stage_is_one_finished_run_below_one_parent(two_process_run: Run) -> None:
+    import mlflow
+
+    from data.manifest import read_manifest
+
+    root = two_process_run.root
+    sync = [sys.executable, "-m", "pipelines.sync", str(root)]
+    subprocess.run(sync, env=environment(), cwd=REPOSITORY, check=True, capture_output=True)
+    client = mlflow.MlflowClient(tracking_uri=f"sqlite:///{root.parent / 'mlflow.db'}")
+    (experiment,) = client.search_experiments(filter_string="name = 'smoke'")
+    runs = {run.info.run_name: run for run in client.search_runs([experiment.experiment_id])}
+    assert set(runs) == {"run", *(f"run/{folder}" for folder in STAGES.values())}
+    assert {run.info.status for run in runs.values()} == {"FINISHED"}
+    parent = runs["run"].info.run_id
+    for stage, folder in STAGES.items():
+        run = runs[f"run/{folder}"]
+        local = json.loads((root / folder / "run.json").read_bytes())
+        assert run.data.tags["mlflow.parentRunId"] == parent
+        assert run.data.tags["stage"] == stage
+        assert run.data.tags["world_size"] == "2"
+        assert run.info.run_id == local["mlflow_run_id"]
+    evaluation = runs["run/evaluation"]
+    for name in ("corpus", "vae", "latents", "unet"):
+        assert evaluation.data.tags[f"upstream.{name}"] == read_manifest(root / name).digest
+    metrics = json.loads((root / "evaluation" / "metrics.json").read_bytes())
+    (default,) = [entry for entry in metrics["sweep"] if entry["guidance"] == metrics["default_guidance"]]
+    assert evaluation.data.metrics["eval/frechet_distance"] == default["frechet_distance"]["value"]
+    history = client.get_metric_history(runs["run/unet"].info.run_id, "train/loss")
+    assert {point.step: point.value for point in history} == {
+        update: row["train/loss"] for update, row in two_process_run.rows("train_unet").items()
+    }
+    assert len(evaluation.inputs.dataset_inputs) == 3
+    assert client.search_logged_models(experiment_ids=[experiment.experiment_id])
 
 
 def start_in_copy(stage: str, run: Run, root: Path, *, processes: int) -> subprocess.Popen[bytes]:
