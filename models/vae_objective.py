@@ -67,10 +67,11 @@ class VAEObjectiveConfig(BaseModel, frozen=True, extra="forbid"):
 
 @dataclass(frozen=True, kw_only=True)
 class VAELoss:
-    """The loss of one micro-batch: ``total`` is minimised, ``terms`` are its unweighted parts; all scalars."""
+    """The loss of one micro-batch; all scalars."""
 
-    total: Tensor
-    terms: dict[str, Tensor]
+    total: Tensor  # what is minimised
+    terms: dict[str, Tensor]  # its parts, unweighted
+    pulls: dict[str, Tensor]  # those that reach the decoder, weighted as in the total
 
 
 class VAEObjective(nn.Module):
@@ -105,11 +106,12 @@ class VAEObjective(nn.Module):
         """
         elements = images[0].numel()
         terms = {"l1": (images - reconstruction).abs().mean(), "kl": posterior.kl().mean() / elements}
-        reconstruction_loss = terms["l1"]
+        pulls = {"l1": terms["l1"]}
         if self.perceptual is not None:
             assert isinstance(self.config.perceptual, LPIPSTerm)
             terms["perceptual"] = self.perceptual(reconstruction, images).mean()
-            reconstruction_loss = reconstruction_loss + self.config.perceptual.weight * terms["perceptual"]
+            pulls["perceptual"] = self.config.perceptual.weight * terms["perceptual"]
+        reconstruction_loss = sum(pulls.values(), start=torch.zeros_like(terms["l1"]))
         total = reconstruction_loss + self.config.kl_weight * terms["kl"]
         adversary = self.config.adversary
         if isinstance(adversary, PatchAdversary) and discriminator is not None and update > adversary.start_update:
@@ -118,9 +120,10 @@ class VAEObjective(nn.Module):
                 rank_mean_gradient(reconstruction_loss, last_layer),
                 rank_mean_gradient(terms["adversarial"], last_layer),
             )
-            total = total + adversary.weight * weight * terms["adversarial"]
+            pulls["adversarial"] = adversary.weight * weight * terms["adversarial"]
+            total = total + pulls["adversarial"]
             terms["adaptive_weight"] = weight
-        return VAELoss(total=total, terms=terms)
+        return VAELoss(total=total, terms=terms, pulls=pulls)
 
 
 def discriminator_loss(discriminator: nn.Module, images: Tensor, reconstruction: Tensor) -> tuple[Tensor, Tensor]:

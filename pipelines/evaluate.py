@@ -24,6 +24,7 @@ from data.panels import panel_png
 from data.samples import Split, image_members
 from data.shards import ShardWriter
 from pipelines.config import ConfigError, config_from_command_line
+from pipelines.evaluation_bound import TERMS, bound_figures, check_bound
 from pipelines.evaluation_figures import Reference, distribution_figures, fidelity_figures, sweep_plot
 from pipelines.evaluation_parts import DrawConfig, PartMaker, Plan, key_prefix
 from pipelines.foreign import STAND_INS
@@ -74,6 +75,8 @@ def check_request(config: EvaluateConfig, parents: Mapping[str, Manifest]) -> No
         )
     with blaming("evaluate.sampler"):
         check_sampler_suits(config.sampler, denoiser_config(config.inputs.unet))
+    with blaming("evaluate.likelihood"):
+        check_bound(config.likelihood, denoiser_config(config.inputs.unet))
     corpus, unet = parents["corpus"], parents["unet"]
     if corpus.classes != unet.classes:
         raise ConfigError(
@@ -135,6 +138,7 @@ def judge(config: EvaluateConfig, stage: Stage, maker: PartMaker, parts: Plan) -
     }
     floor = distribution_figures(maker.read(parts.reconstructions, "features"), reference.labels, reference)
     vae = fidelity_figures(*(maker.read(parts.reconstructions, name) for name in ("psnr", "ssim")))
+    likelihood = bound_figures({name: maker.read(parts.bounds, name) for name in TERMS}) if parts.bounds else {}
     contract = contract_of(config, stage, maker, reference)
     write_json(
         folder / "metrics.json",
@@ -142,6 +146,7 @@ def judge(config: EvaluateConfig, stage: Stage, maker: PartMaker, parts: Plan) -
             "contract": contract,
             "floor": floor,
             "vae": vae,
+            **({"likelihood": likelihood} if likelihood else {}),
             "sweep": [{"guidance": scale, **by_scale[scale]} for scale in sorted(by_scale)],
             "default_guidance": config.guidance.scale,
         },
@@ -152,6 +157,7 @@ def judge(config: EvaluateConfig, stage: Stage, maker: PartMaker, parts: Plan) -
     flat = {f"eval/{name}": figure["value"] for name, figure in by_scale[config.guidance.scale].items()}
     flat |= {f"eval/floor/{name}": figure["value"] for name, figure in floor.items()}
     flat |= {f"eval/vae/{name}": figure["value"] for name, figure in vae.items()}
+    flat |= {f"eval/likelihood/{name}": figure["value"] for name, figure in likelihood.items()}
     stage.tracker.log_metrics(flat, step=0)
     for scale, figures in by_scale.items():
         sweep = {f"eval/sweep/{name}": figure["value"] for name, figure in figures.items()}
@@ -159,7 +165,7 @@ def judge(config: EvaluateConfig, stage: Stage, maker: PartMaker, parts: Plan) -
     stage.tracker.set_tags({"digest.evaluation_contract": digest_of(contract)})
     for name in ("metrics.json", "sweep.png"):
         stage.tracker.log_artifact(folder / name)
-    shown = {**by_scale[config.guidance.scale], **vae}
+    shown = {**by_scale[config.guidance.scale], **vae, **likelihood}
     stage.say(", ".join(f"{name} {figure['value']:.4g}" for name, figure in shown.items()))
     stage.say(f"{folder / 'samples.png'}, {folder / 'metrics.json'}")
 
@@ -173,6 +179,7 @@ def contract_of(config: EvaluateConfig, stage: Stage, maker: PartMaker, referenc
         "sampler": config.sampler.model_dump(mode="json"),
         "guidance": config.guidance.model_dump(mode="json", exclude={"scale"}),
         "precision": config.precision,
+        "likelihood": config.likelihood.model_dump(mode="json"),
         "extractor": {
             "name": extractor.name,
             "weights_sha256": extractor.weights_sha256,

@@ -25,6 +25,7 @@ from models.features import FeatureExtractor, FeatureExtractorConfig, Scattering
 from models.metrics import psnr, ssim
 from pipelines.captions import as_tensors, prompt_encoder
 from pipelines.config import StageConfig
+from pipelines.evaluation_bound import BoundConfig, BoundMeter, NoBoundConfig, VariationalBoundConfig
 from pipelines.published import load_denoiser, load_vae
 from pipelines.runtime.launch import Precision
 from pipelines.runtime.stage import Stage, blaming
@@ -51,6 +52,7 @@ class DrawConfig(StageConfig):
     sweep: tuple[NonNegativeFloat, ...] = (1.0, 1.5, 2.0, 3.0)  # guidance scales compared; the default's is added
     extractor: FeatureExtractorConfig = ScatteringConfig()  # what metrics look at images with
     probe_images: PositiveInt = 10_000  # training images that the class probe is fitted on, at most
+    likelihood: BoundConfig = NoBoundConfig()  # how probable the model finds validation latents
     precision: Precision = "float32"  # what the networks compute in
 
     @model_validator(mode="after")
@@ -74,12 +76,13 @@ class Plan:
 
     reference: list[str]
     reconstructions: list[str]
+    bounds: list[str]
     samples: dict[float, list[str]]
 
     @property
     def own(self) -> list[str]:
         """Parts that belong to this evaluation; those of the reference are shared by all of one corpus."""
-        return [*self.reconstructions, *(name for names in self.samples.values() for name in names)]
+        return [*self.reconstructions, *self.bounds, *(name for names in self.samples.values() for name in names)]
 
 
 class PartMaker:
@@ -123,6 +126,7 @@ class PartMaker:
         return Plan(
             reference=[f"{split}-{number:06}" for split in ("train", "val") for number in range(batches[split])],
             reconstructions=[f"reconstruction-{number:06}" for number in range(batches["val"])],
+            bounds=[f"bound-{number:06}" for number in range(-(-self._num_bounds() // size))],
             samples={
                 scale: [f"{key_prefix(scale)}-{number:06}" for number in range(self.config.num_samples // size)]
                 for scale in self.config.scales
@@ -140,11 +144,17 @@ class PartMaker:
         return {"samples": len(labels)}
 
     def make_own(self, name: str) -> dict[str, Any]:
-        """Reconstruct one batch of validation images, or draw one batch of samples."""
+        """Reconstruct one batch of validation images or measure its likelihood, or draw one batch of samples."""
         kind, number = name.rsplit("-", 1)
-        tensors = self._reconstructions(int(number)) if kind == "reconstruction" else self._samples(kind, int(number))
+        match kind:
+            case "reconstruction":
+                tensors = self._reconstructions(int(number))
+            case "bound":
+                tensors = self._bounds(int(number))
+            case _:
+                tensors = self._samples(kind, int(number))
         write_atomically(self.stage.folder / "parts" / f"{name}.safetensors", save(tensors))
-        return {"samples": len(tensors["features"])}
+        return {"samples": len(next(iter(tensors.values())))}
 
     def read(self, names: list[str], key: str, *, folder: Path | None = None) -> Tensor:
         """Return one tensor of all named parts, concatenated."""
@@ -194,6 +204,39 @@ class PartMaker:
             "psnr": psnr(found, expected),
             "ssim": ssim(found, expected),
         }
+
+    def _num_bounds(self) -> int:
+        likelihood = self.config.likelihood
+        if isinstance(likelihood, NoBoundConfig):
+            return 0
+        return min(likelihood.num_images, len(self.images["val"]))
+
+    def _bounds(self, number: int) -> dict[str, Tensor]:
+        """The likelihood of one batch of validation images with their own conditions."""
+        likelihood, size = self.config.likelihood, self.config.batch_size
+        assert isinstance(likelihood, VariationalBoundConfig)
+        first, last = number * size, min((number + 1) * size, self._num_bounds())
+        # Filled up by repetition: a batch has one size.
+        indices = np.resize(np.arange(first, last), size)
+        batch = self.images["val"].read(indices)
+        conditions = {"labels": torch.from_numpy(batch.labels)}
+        if self.prompts is not None:
+            self.prompts.forget()
+            conditions |= as_tensors(self.prompts(batch.captions))
+        meter = BoundMeter(
+            likelihood,
+            network=self.sampler.network,
+            normalisation=self.sampler.normalisation,
+            vae=self.vae,
+            seed=self.config.seed,
+        )
+        terms = meter.measure(
+            indices.tolist(),
+            to_unit_range(batch.images),
+            conditions,
+            autocast=self.stage.accelerator.autocast(),
+        )
+        return {name: values[: last - first].contiguous() for name, values in terms.items()}
 
     def _samples(self, kind: str, number: int) -> dict[str, Tensor]:
         scale = next(scale for scale in self.config.scales if key_prefix(scale) == kind)

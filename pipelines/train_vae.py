@@ -26,8 +26,9 @@ from data.randomness import SampleDraws
 from data.transforms import to_levels, to_unit_range
 from models.discriminator import Discriminator
 from models.metrics import psnr
-from models.vae import AutoencoderKL, VAEConfig
-from models.vae_objective import PatchAdversary, VAEObjective, VAEObjectiveConfig, discriminator_loss
+from models.vae import AutoencoderKL, Posterior, VAEConfig
+from models.vae_health import gradient_norms, latent_figures
+from models.vae_objective import PatchAdversary, VAELoss, VAEObjective, VAEObjectiveConfig, discriminator_loss
 from pipelines.config import ConfigError, config_from_command_line
 from pipelines.published import publish
 from pipelines.runtime.ema import Averages
@@ -168,7 +169,7 @@ def one_update(
 ) -> None:
     """Move the autoencoder, then the discriminator, by one global batch."""
     device = training.stage.accelerator.device
-    reconstructions = []
+    reconstructions: list[tuple[Tensor, Tensor]] = []
     if judge is not None:
         judge.network.requires_grad_(False)
     for part in training.micro_batches(vae.wrapped):
@@ -183,6 +184,8 @@ def one_update(
             discriminator=judge.network if judge is not None else None,
             update=training.update,
         )
+        if training.is_due(training.config.log_every) and not reconstructions:
+            log_health(training, loss, posterior, last_layer=vae.network.last_layer)
         training.backward(loss.total)
         training.note({"train/loss": loss.total} | {f"train/{name}": value for name, value in loss.terms.items()})
         reconstructions.append((images, reconstruction.detach()))
@@ -196,6 +199,15 @@ def one_update(
         training.backward(hinge)
         training.note({"train/discriminator_loss": hinge, "train/logit_gap": gap})
     training.step("train/discriminator_grad_norm", judge.optimizer)
+
+
+def log_health(training: Training, loss: VAELoss, posterior: Posterior, *, last_layer: Tensor) -> None:
+    """Log which terms pull on the decoder and which latent channels carry something, by the first micro-batch."""
+    pulls = gradient_norms(loss, last_layer=last_layer)
+    figures = {f"health/grad_norm_{name}": value for name, value in pulls.items()}
+    figures |= {f"health/{name}": value for name, value in latent_figures(posterior).items()}
+    values = torch.stack([value.double() for value in figures.values()]).tolist()
+    training.stage.tracker.log_metrics(dict(zip(figures, values, strict=True)), step=training.update)
 
 
 class BatchMaker:

@@ -96,6 +96,17 @@ def test_a_dropped_caption_leaves_no_trace_and_the_null_learns() -> None:
     assert conditioner.null_pooled.grad.any()
 
 
+def test_an_image_without_a_caption_gets_the_null() -> None:
+    conditioner, given = build_text(), captions()
+    absent = {name: field.clone() for name, field in given.items()}
+    for field in absent.values():
+        field[1] = 0
+    found = conditioner(absent, torch.zeros(3, dtype=torch.bool))
+    expected = conditioner(given, torch.tensor([False, True, False]))
+    for a, b in zip(found, expected, strict=True):
+        assert torch.equal(a, b)
+
+
 @pytest.mark.parametrize(("use", "embeds", "width"), [("tokens", False, 6), ("pooled", True, 0), ("both", True, 6)])
 def test_a_text_conditioner_gives_what_it_is_asked_for(use: str, embeds: bool, width: int) -> None:
     told = build_text(use=use)(captions(), torch.tensor([True, False, False]))

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import tomli_w
 import torch
-from conftest import REPOSITORY, STAGES, Run, run_stage
+from conftest import REPOSITORY, STAGES, Run, run_stage, training_rows
 
 from data.loading import LatentShards
 from models.conditioning.text_encoder import MiniLMConfig
@@ -124,6 +124,32 @@ def test_features_of_another_encoder_are_refused(emoji: tuple[Path, Path], tmp_p
     done = run_stage("train_unet", *words, "--denoiser.conditioners.0.encoder.max_tokens", "16", config=experiment)
     assert done.returncode == 2
     assert "has tokens = 16, but the features in inputs.latents have tokens = 32" in done.stderr
+
+
+@needs_emoji
+def test_classes_and_captions_combine(two_process_run: Run, tmp_path: Path) -> None:
+    inputs = [f"--inputs.{name}={two_process_run.root / name}" for name in ("corpus", "vae")]
+    root = ["--run.root", str(tmp_path / "run")]
+    done = run_stage("encode_latents", *root, *inputs, "--captions", '{ kind = "minilm", max_tokens = 12 }')
+    assert done.returncode == 0, done.stderr
+    both = (
+        '[{ kind = "class", drop_probability = 0.0 },'
+        ' { kind = "text", use = "tokens", encoder = { max_tokens = 12 }, drop_probability = 0.5 }]'
+    )
+    short = ["--updates", "30", "--panel_every", "30", "--log_every", "10"]
+    done = run_stage("train_unet", *root, inputs[1], "--denoiser.conditioners", both, *short)
+    assert done.returncode == 0, done.stderr
+    rows = training_rows(tmp_path / "run" / "unet").values()
+    assert all(row["train/dropped_fraction_0"] == 0 for row in rows)
+    assert 0.4 < np.mean([row["train/dropped_fraction_1"] for row in rows]) < 0.6  # of 480 draws
+
+    pictures = {}
+    for name in ("circle", "cross"):
+        words = ["--class_name", name, "--prompt", "a large red circle", "--output", str(tmp_path / name)]
+        done = run_stage("sample", *root, inputs[1], *words, "--number", "1", "--sampler.num_steps", "3")
+        assert done.returncode == 0, done.stderr
+        pictures[name] = (tmp_path / name / f"000000-{name}-seed0.png").read_bytes()
+    assert pictures["circle"] != pictures["cross"]
 
 
 def test_a_text_condition_needs_features(two_process_run: Run, tmp_path: Path) -> None:
