@@ -32,12 +32,13 @@ from models.diffusion.samplers import DDIMConfig, SamplerConfig
 from models.vae import Posterior
 from pipelines.config import ConfigError, config_from_command_line
 from pipelines.published import Normalisation, check_same_vae, check_sampler_suits, load_vae, publish
+from pipelines.runtime.checkpoint import Weights
 from pipelines.runtime.ema import Averages
 from pipelines.runtime.launch import launched_world_size, placed
 from pipelines.runtime.optim import Optimizer
 from pipelines.runtime.performance import flops_of, peak_flops
 from pipelines.runtime.stage import Stage, blaming, running_stage
-from pipelines.runtime.training import BatchShare, Training, TrainingConfig, Weights
+from pipelines.runtime.training import BatchShare, Training, TrainingConfig
 
 NUM_VALIDATION_LATENTS = 256
 NUM_VALIDATION_TIMES = 8
@@ -148,6 +149,7 @@ def train(config: TrainUNetConfig, stage: Stage) -> None:
         stage,
         config,
         share=batches.share,
+        keys=batches.keys,
         parts={"unet": Weights(denoiser), "unet_optimizer": optimizer, "unet_averages": averages},
         flops_per_image=flops_per_image(denoiser, batches.make(0)),
         peak_flops=peak_flops(str(device), config.precision),
@@ -160,9 +162,9 @@ def train(config: TrainUNetConfig, stage: Stage) -> None:
     # The loop.
     for batch in training.updates(batches.from_index):
         one_update(training, wrapped, optimizer, batch)
-        averages.update(denoiser, update=training.update)
-        if training.is_due(config.panel_every):
-            observer.look(averages.first, update=training.update)
+        averages.update(denoiser, update=training.update, refused=training.refused)
+        if training.look_is_due():
+            training.report(observer.look(averages.first, update=training.update))
 
     shape = latents.content["latent"]
     files, weights = publish(
@@ -204,7 +206,7 @@ def one_update(training: Training, wrapped: nn.Module, optimizer: Optimizer, bat
         training.backward(losses.loss.mean())
         training.note({"train/loss": losses.loss.mean(), "train/error": losses.error.mean()})
         training.note({"train/dropped_fraction": dropped.float().mean()} if dropped.shape[1] else {})
-    training.step("train/grad_norm", optimizer)
+    training.step({"train/grad_norm": optimizer})
 
 
 class BatchMaker:
@@ -247,6 +249,11 @@ class BatchMaker:
             dropped=torch.from_numpy(dropped),
         )
 
+    def keys(self, index: int, positions: range) -> list[str]:
+        """Name the samples at ``positions`` of global batch ``index``."""
+        samples = self.order.indices(index * self.config.global_batch + positions.start, len(positions))
+        return self.latents.keys(samples)
+
     def from_index(self, start: int) -> Prefetch[LatentDraw]:
         """Make batches ahead, from ``start`` on."""
         return prefetch(self.make, start=start, depth=self.config.prefetch_batches)
@@ -271,13 +278,12 @@ class Observer:
         return self.normalisation.normalise(means), {"labels": torch.from_numpy(stored.labels).to(self.device)}
 
     @torch.no_grad()
-    def look(self, network: nn.Module, *, update: int) -> None:
-        """Log the validation loss and draw the panel; on the main process."""
+    def look(self, network: nn.Module, *, update: int) -> dict[str, float]:
+        """Return the validation loss and draw the panel; on the main process."""
         if not self.stage.is_main:
-            return
+            return {}
         assert isinstance(network, Denoiser)
         figures = self.validation_figures(network)
-        self.stage.tracker.log_metrics(figures, step=update)
         path = self.stage.folder / "panels" / f"samples-{update:08}.png"
         path.parent.mkdir(exist_ok=True)
         write_atomically(
@@ -286,6 +292,7 @@ class Observer:
         self.stage.tracker.log_image("val/samples", path, step=update)
         shown = ", ".join(f"{name} {value:.4f}" for name, value in figures.items())
         self.stage.say(f"update {update}: {shown}, {path}")
+        return figures
 
     def validation_figures(self, network: Denoiser) -> dict[str, float]:
         """Return the loss on validation latents with fixed noise, at stratified times, and the condition's pull."""

@@ -30,12 +30,13 @@ from models.vae import AutoencoderKL, VAEConfig
 from models.vae_objective import PatchAdversary, VAEObjective, VAEObjectiveConfig, discriminator_loss
 from pipelines.config import ConfigError, config_from_command_line
 from pipelines.published import publish
+from pipelines.runtime.checkpoint import Stateful, Weights
 from pipelines.runtime.ema import Averages
 from pipelines.runtime.launch import launched_world_size, placed
 from pipelines.runtime.optim import Optimizer
 from pipelines.runtime.performance import flops_of, peak_flops
 from pipelines.runtime.stage import Stage, blaming, running_stage
-from pipelines.runtime.training import BatchShare, Stateful, Training, TrainingConfig, Weights
+from pipelines.runtime.training import BatchShare, Training, TrainingConfig
 
 NUM_VALIDATION_IMAGES = 256
 NUM_PANEL_COLUMNS = 10
@@ -121,6 +122,7 @@ def train(config: TrainVAEConfig, stage: Stage) -> None:
         stage,
         config,
         share=batches.share,
+        keys=batches.keys,
         parts=parts,
         flops_per_image=flops_per_image(vae.network, resolution=corpus.content["image"]["resolution"]),
         peak_flops=peak_flops(str(stage.accelerator.device), config.precision),
@@ -132,9 +134,9 @@ def train(config: TrainVAEConfig, stage: Stage) -> None:
     # The loop.
     for batch in training.updates(batches.from_index):
         one_update(training, objective, vae, judge, batch)
-        averages.update(vae.network, update=training.update)
-        if training.is_due(config.panel_every):
-            look(config, stage, averages.first, update=training.update)
+        averages.update(vae.network, update=training.update, refused=training.refused)
+        if training.look_is_due():
+            training.report(look(config, stage, averages.first, update=training.update))
 
     files, weights = publish(
         stage.folder,
@@ -164,7 +166,7 @@ def one_update(
     judge: Player[Discriminator] | None,
     batch: VAEBatch,
 ) -> None:
-    """Move the autoencoder, then the discriminator, by one global batch."""
+    """Move the autoencoder and the discriminator by one global batch, both or none."""
     device = training.stage.accelerator.device
     reconstructions = []
     if judge is not None:
@@ -181,19 +183,19 @@ def one_update(
             discriminator=judge.network if judge is not None else None,
             update=training.update,
         )
-        training.backward(loss.total)
+        training.backward(loss.total, terms={k: v for k, v in loss.terms.items() if k != "adaptive_weight"})
         training.note({"train/loss": loss.total} | {f"train/{name}": value for name, value in loss.terms.items()})
         reconstructions.append((images, reconstruction.detach()))
-    training.step("train/grad_norm", vae.optimizer)
 
     if judge is None:
+        training.step({"train/grad_norm": vae.optimizer})
         return
     judge.network.requires_grad_(True)
     for _, (images, reconstruction) in zip(training.micro_batches(judge.wrapped), reconstructions, strict=True):
         hinge, gap = discriminator_loss(judge.wrapped, images, reconstruction)
         training.backward(hinge)
         training.note({"train/discriminator_loss": hinge, "train/logit_gap": gap})
-    training.step("train/discriminator_grad_norm", judge.optimizer)
+    training.step({"train/grad_norm": vae.optimizer, "train/discriminator_grad_norm": judge.optimizer})
 
 
 class BatchMaker:
@@ -223,17 +225,22 @@ class BatchMaker:
         images = torch.where(mirrored[:, None, None, None], images.flip(-1), images)
         return VAEBatch(images=images, noise=torch.from_numpy(draws.normals("posterior", self.latent_shape)))
 
+    def keys(self, index: int, positions: range) -> list[str]:
+        """Name the samples at ``positions`` of global batch ``index``."""
+        samples = self.order.indices(index * self.config.global_batch + positions.start, len(positions))
+        return self.images.keys(samples)
+
     def from_index(self, start: int) -> Prefetch[VAEBatch]:
         """Make batches ahead, from ``start`` on."""
         return prefetch(self.make, start=start, depth=self.config.prefetch_batches)
 
 
 @torch.no_grad()
-def look(config: TrainVAEConfig, stage: Stage, network: nn.Module, *, update: int) -> None:
+def look(config: TrainVAEConfig, stage: Stage, network: nn.Module, *, update: int) -> dict[str, float]:
     """Measure the averaged weights on validation images and draw the first ones; on the main process."""
     corpus = stage.parents["corpus"]
     if not stage.is_main or not corpus.content["splits"]["val"]:
-        return
+        return {}
     assert isinstance(network, AutoencoderKL)
     images = ImageShards(config.inputs.corpus, split="val", manifest=corpus)
     batch = images.read(np.arange(min(NUM_VALIDATION_IMAGES, len(images))))
@@ -245,7 +252,6 @@ def look(config: TrainVAEConfig, stage: Stage, network: nn.Module, *, update: in
     restored = np.concatenate(outputs)
     decibels = psnr(torch.from_numpy(restored).movedim(-1, 1), torch.from_numpy(batch.images).movedim(-1, 1))
     figures = {"val/psnr": float(decibels.mean()), "val/latent_std": float(torch.stack(scales).mean())}
-    stage.tracker.log_metrics(figures, step=update)
     shown = slice(0, NUM_PANEL_COLUMNS)
     panel = panel_png(
         np.stack([batch.images[shown], restored[shown]]),
@@ -258,6 +264,7 @@ def look(config: TrainVAEConfig, stage: Stage, network: nn.Module, *, update: in
     write_atomically(path, panel)
     stage.tracker.log_image("val/reconstructions", path, step=update)
     stage.say(f"update {update}: PSNR {figures['val/psnr']:.2f} dB, {path}")
+    return figures
 
 
 def check_images(config: TrainVAEConfig, corpus: Manifest) -> None:

@@ -143,3 +143,12 @@ def agree_on(value: int, accelerator: Accelerator) -> int:
     tensor = torch.tensor([value], dtype=torch.int64, device=accelerator.device)
     dist.broadcast(tensor, src=0)
     return int(tensor.item())
+
+
+def any_rank(value: bool, accelerator: Accelerator) -> bool:
+    """Return on every rank whether ``value`` is true on any. A collective."""
+    if accelerator.num_processes == 1:
+        return value
+    tensor = torch.tensor([int(value)], device=accelerator.device)
+    dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+    return bool(tensor.item())

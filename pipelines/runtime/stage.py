@@ -27,6 +27,7 @@ from pipelines.config import STAGE_FOLDERS, ConfigError, StageConfig, config_as_
 from pipelines.runtime.launch import Precision, StopRequest, start_accelerator
 from pipelines.runtime.provenance import code_version, hardware
 from pipelines.runtime.tracking import SilentTracker, Tracker, open_tracker
+from pipelines.runtime.watch import Watch
 
 OUTCOME_NAME = "outcome.json"
 EXIT_CODES = {"done": 0, "failed": 1, "stopped": 75}
@@ -53,6 +54,7 @@ class Stage:
     accelerator: Accelerator
     tracker: Tracker | SilentTracker
     stop: StopRequest
+    watch: Watch | None = None  # where it reports from when it fails; training stages have one
     began: float = field(default_factory=time.time)
 
     @property
@@ -152,6 +154,7 @@ def running_stage(
     lock = FolderLock(folder)
     tracker: Tracker | SilentTracker = SilentTracker()
     state, code, working = "failed", 1, False
+    stage: Stage | None = None
     try:
         manifests = read_parents(config, parents)
         check(manifests)
@@ -195,8 +198,10 @@ def running_stage(
             print(f"{name}: {error}", file=sys.stderr, flush=True)
     except KeyboardInterrupt:
         state = "stopped"
-    except Exception:
+    except Exception as error:
         traceback.print_exc()
+        if stage is not None and stage.watch is not None:
+            stage.watch.report(f"{type(error).__name__}: {error}")
     finally:
         code = code if state == "failed" else EXIT_CODES[state]
         if speaks and state != "done" and working and (folder / OUTCOME_NAME).exists():
