@@ -45,7 +45,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "healthy": {"config": SELF_TEST},
     "flipped bit": {"flip_after": 7, "on_rank": 1, "config": SELF_TEST},
     "flipped bit before a save": {"flip_after": 6, "on_rank": 1, "config": {"self_test_every": 0}},
-    "same samples": {"same_samples": True, "config": SELF_TEST},
+    "same samples": {"same_samples": True, "dropout": 0.0, "config": SELF_TEST},
     "silent term": {"silent_term": True, "config": SELF_TEST},
     "still average": {"still_average": True, "config": SELF_TEST},
     "skipped on one rank": {
@@ -53,7 +53,8 @@ RECIPES: dict[str, dict[str, Any]] = {
         "on_rank": 1,
         "config": {"on_bad_update": {"policy": "skip"}},
     },
-    "left out": {"leave_out": [3, 6, 9, 10, 20, 21]},
+    # The weights went bad after the checkpoint of update 10, which was made of batch 13.
+    "left out": {"leave_out": [3, 6, 9, 10, *range(14, 22)]},
     "slow": {"slow_seconds": 0.05, "on_rank": 1, "config": {"updates": 7}},
 }
 

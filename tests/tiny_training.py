@@ -1,7 +1,7 @@
 """A training so small that faults can be tried on it by the dozen: two networks, real runtime, no images.
 
-As a module for one process; as a program (``python tests/tiny_training.py FOLDER RECIPE...``) one rank of several, which
-trains once per recipe and writes ``RECIPE NUMBER-rank-R.json``.
+As a module for one process; as a program (``python tests/tiny_training.py FOLDER RECIPE...``) one rank of several,
+which trains once per recipe and writes ``RECIPE NUMBER-rank-R.json``.
 """
 
 import json
@@ -61,6 +61,7 @@ class Recipe:
     leave_out: tuple[int, ...] = ()  # batches that the stream does not have
     flip_after: int = 0  # one bit of one weight of on_rank flips after this update
     same_samples: bool = False  # every rank reads the first share
+    dropout: float = 0.1  # makes gradients differ even then
     silent_term: bool = False  # a loss term that is detached
     still_average: bool = False  # averages are not updated
     hang_in: int = 0  # on_rank sleeps in this update
@@ -89,7 +90,7 @@ class Tiny:
             stop=StopRequest(folder, self.accelerator),
         )
         torch.manual_seed(0)
-        self.first = nn.Sequential(nn.Linear(4, 8), nn.SiLU(), nn.Dropout(0.1), nn.Linear(8, 4))
+        self.first = nn.Sequential(nn.Linear(4, 8), nn.SiLU(), nn.Dropout(recipe.dropout), nn.Linear(8, 4))
         self.second = nn.Linear(4, 1)
         self.optimizers = [Optimizer(net, config.optim, accelerator=self.accelerator) for net in self.networks]
         self.averages = Averages(self.first, config.averages)

@@ -48,13 +48,16 @@ class Pace:
     def begin_update(self, *, waited: float) -> None:
         """Say that an update begins, and how long its batch was waited for, seconds."""
         self._updates, self._waited = self._updates + 1, self._waited + waited
-        self._update_began = time.monotonic()
+        self._update_began, self._alone = time.monotonic(), True
         if self._device.type == "cuda":
             self._begin = torch.cuda.Event(enable_timing=True)
             self._begin.record()
 
     def meet_others(self) -> None:
-        """Say that the gradients of this rank are about to meet those of the others."""
+        """Say that gradients of this rank are about to meet those of the others; the first time in an update counts."""
+        if not self._alone:
+            return
+        self._alone = False
         if self._device.type == "cuda":
             end = torch.cuda.Event(enable_timing=True)
             end.record()
