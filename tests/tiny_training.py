@@ -9,7 +9,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -107,6 +107,7 @@ class Tiny:
             self.stage, config, share=self.share, keys=self.keys, parts=self.parts, flops_per_image=1.0
         )
         self.spent: set[int] = set()
+        self.after_update: Callable[[int], None] = lambda update: None
 
     @property
     def networks(self) -> list[nn.Module]:
@@ -144,6 +145,7 @@ class Tiny:
         return self
 
     def disturb(self) -> None:
+        self.after_update(self.training.update)
         recipe, here = self.recipe, self.accelerator.process_index == self.recipe.on_rank
         if here and recipe.flip_after == self.training.update:
             with torch.no_grad():

@@ -12,7 +12,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -201,7 +201,8 @@ def running_stage(
     except Exception as error:
         traceback.print_exc()
         if stage is not None and stage.watch is not None:
-            stage.watch.report(f"{type(error).__name__}: {error}")
+            with suppress(OSError):
+                stage.watch.report(f"{type(error).__name__}: {error}")
     finally:
         code = code if state == "failed" else EXIT_CODES[state]
         if speaks and state != "done" and working and (folder / OUTCOME_NAME).exists():

@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -97,10 +97,13 @@ class Watch:
             faulthandler.cancel_dump_traceback_later()
 
     def _give_up(self) -> None:
-        path = self.report(f"No update has begun for {self.hang_seconds:g} s: a rank hangs or is gone.")
+        try:
+            found = str(self.report(f"No update has begun for {self.hang_seconds:g} s: a rank hangs or is gone."))
+        except OSError as error:
+            found = f"lost ({error})"
         print(
             f"rank {self.rank}: no update has begun for {self.hang_seconds:g} s (update {self._update}, batch "
-            f"{self._batch}); stack and sample keys are in {path}. This process ends; the same command continues.",
+            f"{self._batch}); stack and sample keys: {found}. This process ends; the same command continues.",
             file=sys.stderr,
             flush=True,
         )
@@ -120,11 +123,9 @@ class Watch:
         }
         path = self._heartbeat_path(self.rank)
         temporary = temporary_beside(path)
-        try:
+        with suppress(OSError):  # a full disk is told of where it matters
             temporary.write_text(json.dumps(beat), encoding="utf-8")
             temporary.rename(path)  # no fsync: it only serves those who live now
-        except OSError:
-            temporary.unlink(missing_ok=True)
 
     def _others(self) -> Iterator[str]:
         for rank in range(self.world_size):
