@@ -34,7 +34,7 @@ from pipelines.config import ConfigError, config_from_command_line
 from pipelines.published import Normalisation, check_same_vae, check_sampler_suits, load_vae, publish
 from pipelines.runtime.checkpoint import Weights
 from pipelines.runtime.ema import Averages
-from pipelines.runtime.launch import launched_world_size, placed
+from pipelines.runtime.launch import joined, launched_world_size, placed
 from pipelines.runtime.optim import Optimizer
 from pipelines.runtime.performance import flops_of, peak_flops
 from pipelines.runtime.stage import Stage, blaming, running_stage
@@ -144,7 +144,7 @@ def train(config: TrainUNetConfig, stage: Stage) -> None:
     # How to learn it.
     optimizer = Optimizer(denoiser, config.optim, accelerator=stage.accelerator)
     averages = Averages(denoiser, config.averages)
-    wrapped = stage.accelerator.prepare_model(denoiser)
+    wrapped = joined(denoiser, stage.accelerator, compiles=config.compile)
     training = Training(
         stage,
         config,

@@ -32,7 +32,7 @@ from pipelines.config import ConfigError, config_from_command_line
 from pipelines.published import publish
 from pipelines.runtime.checkpoint import Stateful, Weights
 from pipelines.runtime.ema import Averages
-from pipelines.runtime.launch import launched_world_size, placed
+from pipelines.runtime.launch import joined, launched_world_size, placed
 from pipelines.runtime.optim import Optimizer
 from pipelines.runtime.performance import flops_of, peak_flops
 from pipelines.runtime.stage import Stage, blaming, running_stage
@@ -82,7 +82,8 @@ class Player(Generic[Network]):
         """Move a network to the device and wrap it, so that its gradients are averaged over the ranks."""
         network = placed(network, stage.accelerator.device)
         optimizer = Optimizer(network, config.optim, accelerator=stage.accelerator)
-        return cls(network=network, wrapped=stage.accelerator.prepare_model(network), optimizer=optimizer)
+        wrapped = joined(network, stage.accelerator, compiles=config.compile)
+        return cls(network=network, wrapped=wrapped, optimizer=optimizer)
 
 
 def main() -> None:

@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 from pathlib import Path
 
 import pytest
@@ -123,3 +124,15 @@ def test_an_overflow_of_fp16_is_refused_but_no_fault_until_the_scale_is_spent() 
     bad = verdicts.first_bad(wait=True)
     assert bad is not None
     assert bad.update == 3
+
+
+def test_a_compiled_training_is_the_plain_one_to_rounding(tmp_path: Path) -> None:
+    if shutil.which("g++") is None:
+        pytest.skip("no C++ compiler")
+    config = {"updates": 6, "self_test_every": 2, "global_batch": 8, "images_per_device": 8}
+    plain = Tiny(tmp_path / "a", Recipe(config=config, dropout=0.0)).run()
+    compiled = Tiny(tmp_path / "b", Recipe(config={**config, "compile": True}, dropout=0.0)).run()
+    assert compiled.first._compiled_call_impl is not None
+    for ours, theirs in zip(compiled.tracker.rows, plain.tracker.rows, strict=True):
+        assert ours["train/loss"] == pytest.approx(theirs["train/loss"], rel=1e-5)
+    assert compiled.tensors().keys() == plain.tensors().keys()

@@ -22,7 +22,7 @@ from data.randomness import SampleDraws
 from pipelines.config import RunConfig
 from pipelines.runtime.checkpoint import Weights
 from pipelines.runtime.ema import Averages
-from pipelines.runtime.launch import StopRequest, start_accelerator
+from pipelines.runtime.launch import StopRequest, joined, start_accelerator
 from pipelines.runtime.optim import Optimizer
 from pipelines.runtime.selftest import SelfTestError
 from pipelines.runtime.stage import Stage
@@ -94,7 +94,7 @@ class Tiny:
         self.second = nn.Linear(4, 1)
         self.optimizers = [Optimizer(net, config.optim, accelerator=self.accelerator) for net in self.networks]
         self.averages = Averages(self.first, config.averages)
-        self.wrapped = [self.accelerator.prepare_model(net) for net in self.networks]
+        self.wrapped = [joined(net, self.accelerator, compiles=config.compile) for net in self.networks]
         self.share = BatchShare.of(config, table="tiny", rank=rank, world_size=world_size)
         self.parts = {
             "first": Weights(self.first),

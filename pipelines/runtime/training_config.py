@@ -26,6 +26,7 @@ class TrainingConfig(StageConfig):
     global_batch: PositiveInt  # images an update, over all processes
     images_per_device: NonNegativeInt = 0  # images of one forward pass; 0 takes a process's whole share at once
     precision: Precision = "float32"  # what the network computes in; weights stay float32
+    compile: bool = False  # by torch.compile: slow to start, faster updates; on a CPU it needs a C++ compiler
     optim: OptimConfig = OptimConfig()  # how the weights move
     averages: tuple[AverageConfig, ...] = Field(default=(ExponentialAverage(),), min_length=1)  # the first is published
     checkpoint: CheckpointConfig = CheckpointConfig()  # when and how many
