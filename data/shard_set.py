@@ -181,6 +181,11 @@ class ShardSet:
         wanted = {number: self._opened(number) for number in set(numbers.tolist())}
         return [wanted[number] for number in numbers.tolist()], (indices - firsts).tolist()
 
+    def keys(self, indices: np.ndarray) -> list[str]:
+        """Return the keys of the samples at ``indices``, int64 (n,)."""
+        shards, rows = self.locate(indices)
+        return [shard.key(row) for shard, row in zip(shards, rows, strict=True)]
+
     def _opened(self, number: int) -> OpenShard:
         with self._lock:
             shard = self._open.get(number)

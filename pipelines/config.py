@@ -27,7 +27,7 @@ STAGE_FOLDERS = {
     "train_unet": "unet",
     "evaluate": "evaluation",
 }
-TOOL_TABLES = ("sample", "export", "reconstruct", "benchmark")
+TOOL_TABLES = ("sample", "export", "reconstruct", "benchmark", "doctor", "plan")
 
 
 class ConfigError(Exception):

@@ -29,12 +29,13 @@ from pipelines.captions import as_tensors, check_features
 from pipelines.config import ConfigError, config_from_command_line
 from pipelines.foreign import STAND_INS, RandomStart, StartConfig, check_start, load_start
 from pipelines.published import Normalisation, check_same_vae, check_sampler_suits, publish
+from pipelines.runtime.checkpoint import Weights
 from pipelines.runtime.ema import Averages
-from pipelines.runtime.launch import launched_world_size, placed
+from pipelines.runtime.launch import joined, launched_world_size, placed
 from pipelines.runtime.optim import Optimizer
 from pipelines.runtime.performance import flops_of, peak_flops
 from pipelines.runtime.stage import Stage, blaming, running_stage
-from pipelines.runtime.training import BatchShare, Training, TrainingConfig, Weights
+from pipelines.runtime.training import BatchShare, Training, TrainingConfig
 from pipelines.unet_observer import Observer, PanelConfig
 
 
@@ -138,11 +139,12 @@ def train(config: TrainUNetConfig, stage: Stage) -> None:
     # How to learn it.
     optimizer = Optimizer(denoiser, config.optim, accelerator=stage.accelerator)
     averages = Averages(denoiser, config.averages)
-    wrapped = stage.accelerator.prepare_model(denoiser)
+    wrapped = joined(denoiser, stage.accelerator, compiles=config.compile)
     training = Training(
         stage,
         config,
         share=batches.share,
+        keys=batches.keys,
         parts={"unet": Weights(denoiser), "unet_optimizer": optimizer, "unet_averages": averages},
         flops_per_image=flops_per_image(denoiser, batches.make(0)),
         peak_flops=peak_flops(str(device), config.precision),
@@ -159,14 +161,15 @@ def train(config: TrainUNetConfig, stage: Stage) -> None:
     # Where we stopped last time.
     training.resume()
     if training.update == 0:
-        observer.look(averages.first, update=0)  # what cannot be drawn fails now, not after hours
+        # What cannot be drawn fails now, not after hours.
+        stage.tracker.log_metrics(observer.look(averages.first, update=0), step=0)
 
     # The loop.
     for batch in training.updates(batches.from_index):
         one_update(training, wrapped, optimizer, batch)
-        averages.update(denoiser, update=training.update)
-        if training.is_due(config.panel_every):
-            observer.look(averages.first, update=training.update)
+        averages.update(denoiser, update=training.update, refused=training.refused)
+        if training.look_is_due():
+            training.report(observer.look(averages.first, update=training.update))
 
     shape = latents.content["latent"]
     files, weights = publish(
@@ -211,7 +214,7 @@ def one_update(training: Training, wrapped: nn.Module, optimizer: Optimizer, bat
         training.note({"train/loss": losses.loss.mean(), "train/error": losses.error.mean()})
         rates = dropped.float().mean(dim=0).unbind()  # of each conditioner
         training.note({f"train/dropped_fraction_{index}": rate for index, rate in enumerate(rates)})
-    training.step("train/grad_norm", optimizer)
+    training.step({"train/grad_norm": optimizer})
 
 
 class BatchMaker:
@@ -254,6 +257,11 @@ class BatchMaker:
             conditions={"labels": torch.from_numpy(stored.labels), **as_tensors(stored.features)},
             dropped=torch.from_numpy(dropped),
         )
+
+    def keys(self, index: int, positions: range) -> list[str]:
+        """Name the samples at ``positions`` of global batch ``index``."""
+        samples = self.order.indices(index * self.config.global_batch + positions.start, len(positions))
+        return self.latents.keys(samples)
 
     def from_index(self, start: int) -> Prefetch[LatentDraw]:
         """Make batches ahead, from ``start`` on."""

@@ -31,12 +31,13 @@ from models.vae_health import gradient_norms, latent_figures
 from models.vae_objective import PatchAdversary, VAELoss, VAEObjective, VAEObjectiveConfig, discriminator_loss
 from pipelines.config import ConfigError, config_from_command_line
 from pipelines.published import publish
+from pipelines.runtime.checkpoint import Stateful, Weights
 from pipelines.runtime.ema import Averages
-from pipelines.runtime.launch import launched_world_size, placed
+from pipelines.runtime.launch import joined, launched_world_size, placed
 from pipelines.runtime.optim import Optimizer
 from pipelines.runtime.performance import flops_of, peak_flops
 from pipelines.runtime.stage import Stage, blaming, running_stage
-from pipelines.runtime.training import BatchShare, Stateful, Training, TrainingConfig, Weights
+from pipelines.runtime.training import BatchShare, Training, TrainingConfig
 
 NUM_VALIDATION_IMAGES = 256
 NUM_PANEL_COLUMNS = 10
@@ -82,7 +83,8 @@ class Player(Generic[Network]):
         """Move a network to the device and wrap it, so that its gradients are averaged over the ranks."""
         network = placed(network, stage.accelerator.device)
         optimizer = Optimizer(network, config.optim, accelerator=stage.accelerator)
-        return cls(network=network, wrapped=stage.accelerator.prepare_model(network), optimizer=optimizer)
+        wrapped = joined(network, stage.accelerator, compiles=config.compile)
+        return cls(network=network, wrapped=wrapped, optimizer=optimizer)
 
 
 def main() -> None:
@@ -122,6 +124,7 @@ def train(config: TrainVAEConfig, stage: Stage) -> None:
         stage,
         config,
         share=batches.share,
+        keys=batches.keys,
         parts=parts,
         flops_per_image=flops_per_image(vae.network, resolution=corpus.content["image"]["resolution"]),
         peak_flops=peak_flops(str(stage.accelerator.device), config.precision),
@@ -130,14 +133,15 @@ def train(config: TrainVAEConfig, stage: Stage) -> None:
     # Where we stopped last time.
     training.resume()
     if training.update == 0:
-        look(config, stage, averages.first, update=0)  # what cannot be drawn fails now, not after hours
+        # What cannot be drawn fails now, not after hours.
+        stage.tracker.log_metrics(look(config, stage, averages.first, update=0), step=0)
 
     # The loop.
     for batch in training.updates(batches.from_index):
         one_update(training, objective, vae, judge, batch)
-        averages.update(vae.network, update=training.update)
-        if training.is_due(config.panel_every):
-            look(config, stage, averages.first, update=training.update)
+        averages.update(vae.network, update=training.update, refused=training.refused)
+        if training.look_is_due():
+            training.report(look(config, stage, averages.first, update=training.update))
 
     files, weights = publish(
         stage.folder,
@@ -167,7 +171,7 @@ def one_update(
     judge: Player[Discriminator] | None,
     batch: VAEBatch,
 ) -> None:
-    """Move the autoencoder, then the discriminator, by one global batch."""
+    """Move the autoencoder and the discriminator by one global batch, both or none."""
     device = training.stage.accelerator.device
     reconstructions: list[tuple[Tensor, Tensor]] = []
     if judge is not None:
@@ -186,19 +190,19 @@ def one_update(
         )
         if training.is_due(training.config.log_every) and not reconstructions:
             log_health(training, loss, posterior, last_layer=vae.network.last_layer)
-        training.backward(loss.total)
+        training.backward(loss.total, terms={k: v for k, v in loss.terms.items() if k != "adaptive_weight"})
         training.note({"train/loss": loss.total} | {f"train/{name}": value for name, value in loss.terms.items()})
         reconstructions.append((images, reconstruction.detach()))
-    training.step("train/grad_norm", vae.optimizer)
 
     if judge is None:
+        training.step({"train/grad_norm": vae.optimizer})
         return
     judge.network.requires_grad_(True)
     for _, (images, reconstruction) in zip(training.micro_batches(judge.wrapped), reconstructions, strict=True):
         hinge, gap = discriminator_loss(judge.wrapped, images, reconstruction)
         training.backward(hinge)
         training.note({"train/discriminator_loss": hinge, "train/logit_gap": gap})
-    training.step("train/discriminator_grad_norm", judge.optimizer)
+    training.step({"train/grad_norm": vae.optimizer, "train/discriminator_grad_norm": judge.optimizer})
 
 
 def log_health(training: Training, loss: VAELoss, posterior: Posterior, *, last_layer: Tensor) -> None:
@@ -237,17 +241,22 @@ class BatchMaker:
         images = torch.where(mirrored[:, None, None, None], images.flip(-1), images)
         return VAEBatch(images=images, noise=torch.from_numpy(draws.normals("posterior", self.latent_shape)))
 
+    def keys(self, index: int, positions: range) -> list[str]:
+        """Name the samples at ``positions`` of global batch ``index``."""
+        samples = self.order.indices(index * self.config.global_batch + positions.start, len(positions))
+        return self.images.keys(samples)
+
     def from_index(self, start: int) -> Prefetch[VAEBatch]:
         """Make batches ahead, from ``start`` on."""
         return prefetch(self.make, start=start, depth=self.config.prefetch_batches)
 
 
 @torch.no_grad()
-def look(config: TrainVAEConfig, stage: Stage, network: nn.Module, *, update: int) -> None:
+def look(config: TrainVAEConfig, stage: Stage, network: nn.Module, *, update: int) -> dict[str, float]:
     """Measure the averaged weights on validation images and draw the first ones; on the main process."""
     corpus = stage.parents["corpus"]
     if not stage.is_main or not corpus.content["splits"]["val"]:
-        return
+        return {}
     assert isinstance(network, AutoencoderKL)
     images = ImageShards(config.inputs.corpus, split="val", manifest=corpus)
     batch = images.read(np.arange(min(NUM_VALIDATION_IMAGES, len(images))))
@@ -259,7 +268,6 @@ def look(config: TrainVAEConfig, stage: Stage, network: nn.Module, *, update: in
     restored = np.concatenate(outputs)
     decibels = psnr(torch.from_numpy(restored).movedim(-1, 1), torch.from_numpy(batch.images).movedim(-1, 1))
     figures = {"val/psnr": float(decibels.mean()), "val/latent_std": float(torch.stack(scales).mean())}
-    stage.tracker.log_metrics(figures, step=update)
     shown = slice(0, NUM_PANEL_COLUMNS)
     panel = panel_png(
         np.stack([batch.images[shown], restored[shown]]),
@@ -272,6 +280,7 @@ def look(config: TrainVAEConfig, stage: Stage, network: nn.Module, *, update: in
     write_atomically(path, panel)
     stage.tracker.log_image("val/reconstructions", path, step=update)
     stage.say(f"update {update}: PSNR {figures['val/psnr']:.2f} dB, {path}")
+    return figures
 
 
 def check_images(config: TrainVAEConfig, corpus: Manifest) -> None:

@@ -65,19 +65,19 @@ class Observer:
         self.validation = self._validation(stored) if has_validation else None
         self.heads, self.conditions = self._columns(stored)
 
-    def look(self, network: nn.Module, *, update: int) -> None:
-        """Log the validation loss and draw the panel."""
+    def look(self, network: nn.Module, *, update: int) -> dict[str, float]:
+        """Return the validation loss and draw the panel; on the main process."""
         if not self.stage.is_main:
-            return
+            return {}
         assert isinstance(network, Denoiser)
         figures = self._figures(network)
-        self.stage.tracker.log_metrics(figures, step=update)
         path = self.stage.folder / "panels" / f"samples-{update:08}.png"
         path.parent.mkdir(exist_ok=True)
         write_atomically(path, self._picture(network, title=f"update {update}, guidance {self.panel.guidance.scale:g}"))
         self.stage.tracker.log_image("val/samples", path, step=update)
         shown = ", ".join(f"{name} {value:.4f}" for name, value in figures.items())
         self.stage.say(f"update {update}: {shown}, {path}")
+        return figures
 
     def _conditions(self, stored: LatentBatch) -> dict[str, Tensor]:
         fields = {"labels": torch.from_numpy(stored.labels), **as_tensors(stored.features)}

@@ -1,14 +1,12 @@
 """Laws of checkpoints: whole or absent, verified, never fewer than one good one."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import environment
+from tiny_training import Recipe, Tiny
 
+from pipelines.config import ConfigError
 from pipelines.runtime.checkpoint import CheckpointConfig, Checkpoints, DamagedCheckpoint, verify
 
 
@@ -83,32 +81,29 @@ def test_a_failing_disk_is_reported_and_costs_no_good_checkpoint(tmp_path: Path)
     assert store.newest_intact() == 1
 
 
-@pytest.mark.parametrize("call", ["fsync", "rename", "openat"])
-def test_killed_in_any_system_call_of_a_save_the_one_before_is_good(call: str, tmp_path: Path) -> None:
-    """The process kills itself at the n-th call of ``os.fsync``, ``os.rename`` or ``os.open``."""
-    code = (
-        "import os, signal, sys, torch\nfrom pathlib import Path\n"
-        "from pipelines.runtime.checkpoint import CheckpointConfig, Checkpoints\n"
-        "store = Checkpoints(Path(sys.argv[1]), CheckpointConfig(keep_last=1), writes=True)\n"
-        "name, left = sys.argv[2], int(sys.argv[3])\nreal = getattr(os, name)\n"
-        "def dying(*a, **k):\n"
-        "    global left\n"
-        "    left -= 1\n"
-        "    if left < 0: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "    return real(*a, **k)\n"
-        "start = max([0, *store.updates()])\n"
-        "setattr(os, name, dying)\n"
-        "store._commit(start + 1, {'model': {'w': torch.full((3,), start + 1.0)}}, {'next_batch': start + 1})\n"
-    )
-    function = {"fsync": "fsync", "rename": "rename", "openat": "open"}[call]
-    save(checkpoints(tmp_path), 1)
-    deaths = 0
-    for survived in range(0, 12, 3):
-        words = [sys.executable, "-c", code, str(tmp_path), function, str(survived)]
-        done = subprocess.run(words, env=environment(), capture_output=True, check=False)
-        deaths += done.returncode == -9
-        newest = checkpoints(tmp_path).newest_intact()
-        assert newest >= 1
-        assert checkpoints(tmp_path).read(newest).state["next_batch"] == newest
-    assert deaths >= 1
-    assert not [name for name in os.listdir(tmp_path) if name.startswith("damaged")]
+def test_a_checkpoint_with_a_number_that_is_not_finite_is_never_committed(tmp_path: Path) -> None:
+    store = checkpoints(tmp_path)
+    save(store, 1)
+    store.save(2, {"model": {"w": torch.tensor([1.0, float("nan")])}}, {})
+    with pytest.raises(OSError, match="model, w is not finite"):
+        store.wait()
+    assert store.updates() == [1]
+
+
+def test_the_best_by_a_metric_stays_and_is_saved_between_the_others(tmp_path: Path) -> None:
+    config = {
+        "panel_every": 4,
+        "checkpoint": {"every_updates": 15, "keep_last": 1, "best": {"kind": "metric", "metric": "val/loss"}},
+    }
+    tiny = Tiny(tmp_path, Recipe(config=config)).run()  # its val/loss is (update - 20)^2
+    assert checkpoints(tmp_path / "checkpoints").updates() == [20, 40]
+    again = Tiny(tmp_path, Recipe(config={**config, "updates": 44})).run()
+    assert checkpoints(tmp_path / "checkpoints").updates() == [20, 44]
+    assert tiny.training.update == 40
+    assert again.training.update == 44
+
+
+def test_a_metric_that_nobody_measures_is_refused(tmp_path: Path) -> None:
+    config = {"checkpoint": {"best": {"kind": "metric", "metric": "val/los"}}}
+    with pytest.raises(ConfigError, match="'val/los' is not measured here; measured are val/loss"):
+        Tiny(tmp_path, Recipe(config=config)).run()

@@ -12,16 +12,32 @@ import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Protocol
 
 import torch
-from pydantic import BaseModel, NonNegativeInt, PositiveInt
+from pydantic import BaseModel, Field, NonNegativeInt, PositiveInt
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from data.commit import atomic_folder, sha256_of, sweep_temporaries, write_json
 
 PREFIX = "update-"
+RETRIES = 8  # of a failed save, spread over grace_updates
+
+
+class NoBest(BaseModel, frozen=True, extra="forbid"):
+    """Checkpoints stay by age alone."""
+
+    kind: Literal["none"] = "none"  # no metric is asked
+
+
+class BestBy(BaseModel, frozen=True, extra="forbid"):
+    """The checkpoint with the best value of a metric stays, besides those that stay by age."""
+
+    kind: Literal["metric"] = "metric"  # looked at every panel_every updates; a new best is saved at once
+    metric: str = "val/loss"  # one of those logged with the panels
+    better: Literal["lower", "higher"] = "lower"  # which value is better
 
 
 class CheckpointConfig(BaseModel, frozen=True, extra="forbid"):
@@ -30,6 +46,8 @@ class CheckpointConfig(BaseModel, frozen=True, extra="forbid"):
     every_updates: PositiveInt = 1_000  # updates from one checkpoint to the next
     keep_last: PositiveInt = 2  # newest ones that stay; a damaged newest one needs another behind it
     keep_every: NonNegativeInt = 0  # of every so many updates one stays for good; 0 keeps none of them
+    best: NoBest | BestBy = Field(default=NoBest(), discriminator="kind")  # one more that stays
+    grace_updates: NonNegativeInt = 0  # updates that training goes on while no checkpoint can be written
 
 
 class DamagedCheckpoint(ValueError):
@@ -45,6 +63,27 @@ class Checkpoint:
     state: Mapping[str, Any]
 
 
+class Stateful(Protocol):
+    """A part of a checkpoint."""
+
+    def tensors(self) -> dict[str, Tensor]: ...
+
+    def load(self, tensors: dict[str, Tensor]) -> None: ...
+
+
+class Weights:
+    """The weights of a network as a part of a checkpoint."""
+
+    def __init__(self, network: nn.Module) -> None:
+        self.network = network
+
+    def tensors(self) -> dict[str, Tensor]:
+        return dict(self.network.state_dict())
+
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        self.network.load_state_dict(tensors)
+
+
 class Checkpoints:
     """The checkpoints of one stage.
 
@@ -58,6 +97,8 @@ class Checkpoints:
         self.folder, self.config, self.writes = folder, config, writes
         self._writer: threading.Thread | None = None
         self._failure: BaseException | None = None
+        self._failing_since: int | None = None
+        self._retry_at = 0
         if writes:
             folder.mkdir(parents=True, exist_ok=True)
             sweep_temporaries(folder)
@@ -92,22 +133,58 @@ class Checkpoints:
         parts = {file.stem: load_file(file) for file in sorted(path.glob("*.safetensors"))}
         return Checkpoint(update=update, parts=parts, state=json.loads((path / "state.json").read_bytes()))
 
-    def save(self, update: int, parts: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> None:
+    def save(
+        self,
+        update: int,
+        parts: Mapping[str, Mapping[str, Tensor]],
+        state: Mapping[str, Any],
+        *,
+        best: int | None = None,
+    ) -> None:
         """Copy ``parts`` to host memory and commit them in the background. Call on every rank; only one writes.
 
+        Args:
+            update: The update that was just made.
+            parts: Tensors by part and name.
+            state: JSON.
+            best: Update of the checkpoint that stays for its metric.
+
         Raises:
-            OSError: The save before this one failed.
+            OSError: The save before this one failed, and ``grace_updates`` are over.
         """
         if not self.writes:
             return
-        self.wait()
+        self._join()
+        self.check(update)
         if self._path(update).exists():
             return
         copies = {name: {key: _host_copy(value) for key, value in tensors.items()} for name, tensors in parts.items()}
         self._writer = threading.Thread(
-            target=self._commit, args=(update, copies, dict(state)), name="checkpoint writer", daemon=False
+            target=self._commit, args=(update, copies, dict(state), best), name="checkpoint writer", daemon=False
         )
         self._writer.start()
+
+    def check(self, update: int) -> None:
+        """Look whether the last save has failed; say so, or end the training when there is no more grace.
+
+        Raises:
+            OSError: It failed, and ``grace_updates`` are over.
+        """
+        if self._writer is not None and not self._writer.is_alive():
+            self._join()
+        failure, self._failure = self._failure, None
+        if failure is None:
+            return
+        self._failing_since = update if self._failing_since is None else self._failing_since
+        left = self._failing_since + self.config.grace_updates - update
+        if left <= 0 or not isinstance(failure, OSError):
+            raise self._unwritable(failure)
+        self._retry_at = update + max(1, min(left, self.config.grace_updates // RETRIES))
+        print(f"warning: {self._unwritable(failure)} Training goes on for {left} updates.", file=sys.stderr, flush=True)
+
+    def retry_due(self, update: int) -> bool:
+        """Return whether a save that failed is to be tried again after this update; on the writing process only."""
+        return self._failing_since is not None and self._writer is None and update >= self._retry_at
 
     def wait(self) -> None:
         """Wait until the last save is durable.
@@ -115,32 +192,49 @@ class Checkpoints:
         Raises:
             OSError: It failed; the checkpoints before it are untouched.
         """
+        self._join()
+        failure, self._failure = self._failure, None
+        if failure is not None:
+            raise self._unwritable(failure)
+
+    def _join(self) -> None:
         if self._writer is not None:
             self._writer.join()
             self._writer = None
-        if self._failure is not None:
-            failure, self._failure = self._failure, None
-            raise OSError(
-                f"A checkpoint could not be written to {self.folder}: {failure}. Those before it are intact: make room "
-                "or mend the disk, then run the same command again."
-            ) from failure
+            if self._failure is None:
+                self._failing_since = None
 
-    def _commit(self, update: int, parts: Mapping[str, dict[str, Tensor]], state: dict[str, Any]) -> None:
+    def _unwritable(self, failure: BaseException) -> OSError:
+        newest = f"the newest is of update {self.updates()[-1]}" if self.updates() else "there is none yet"
+        error = OSError(
+            f"A checkpoint could not be written to {self.folder}: {failure}. Those before it are intact ({newest}): "
+            "make room or mend the disk, then run the same command again."
+        )
+        error.__cause__ = failure
+        return error
+
+    def _commit(
+        self, update: int, parts: Mapping[str, dict[str, Tensor]], state: dict[str, Any], best: int | None = None
+    ) -> None:
         try:
+            for part, tensors in parts.items():
+                for name, tensor in tensors.items():
+                    if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+                        raise ValueError(f"{part}, {name} is not finite, and such a checkpoint helps nobody")
             with atomic_folder(self._path(update)) as folder:
                 for name, tensors in parts.items():
-                    save_file(tensors, folder / f"{name}.safetensors")
+                    _write_tensors(tensors, folder / f"{name}.safetensors")
                 write_json(folder / "state.json", state)
                 files = sorted(path for path in folder.iterdir())
                 listed = [{"name": f.name, "bytes": f.stat().st_size, "sha256": sha256_of(f)} for f in files]
                 write_json(folder / "manifest.json", {"update": update, "files": listed})
-            self._retire()
+            self._retire(best)
         except BaseException as error:
             self._failure = error
 
-    def _retire(self) -> None:
+    def _retire(self, best: int | None) -> None:
         for update in self.updates()[: -self.config.keep_last]:
-            if self.config.keep_every and update % self.config.keep_every == 0:
+            if update == best or (self.config.keep_every and update % self.config.keep_every == 0):
                 continue
             # Renamed first: a folder that is half removed must not look like a checkpoint.
             doomed = self._unused_name(f".{self._path(update).name}.retired.tmp")
@@ -171,6 +265,13 @@ def verify(path: Path) -> None:
         if isinstance(error, DamagedCheckpoint):
             raise
         raise DamagedCheckpoint(f"{path} is damaged: {error!r}.") from error
+
+
+def _write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    try:
+        save_file(tensors, path)
+    except SafetensorError as error:  # It wraps what the disk said.
+        raise OSError(str(error)) from error
 
 
 def _host_copy(tensor: Tensor) -> Tensor:

@@ -67,12 +67,31 @@ class Averages:
         return self.networks[0]
 
     @torch.no_grad()
-    def update(self, network: nn.Module, *, update: int) -> None:
-        """Move every average towards the present weights; ``update`` counts from 1."""
+    def update(self, network: nn.Module, *, update: int, refused: Tensor | None = None) -> None:
+        """Move every average towards the present weights; ``update`` counts from 1.
+
+        Args:
+            network: The network that is trained.
+            update: The update that was just made.
+            refused: Scalar on the device; where it is 1, nothing moves, and the host need not know.
+        """
         present: list[Tensor] = list(network.parameters())
         for config, average in zip(self.configs, self.networks, strict=True):
-            mine_now: list[Tensor] = list(average.parameters())
-            torch._foreach_lerp_(mine_now, present, 1.0 - decay_at(config, update=update))
+            # One fused kernel that can be refused on the device: a step of plain SGD along (present - average).
+            torch._fused_sgd_(
+                list(average.parameters()),
+                present,
+                [],
+                lr=decay_at(config, update=update) - 1.0,
+                weight_decay=-1.0,
+                momentum=0.0,
+                dampening=0.0,
+                nesterov=False,
+                maximize=False,
+                is_first_step=False,
+                grad_scale=None,
+                found_inf=refused,
+            )
             for mine, theirs in zip(average.buffers(), network.buffers(), strict=True):
                 mine.copy_(theirs)
 

@@ -13,6 +13,7 @@ from types import FrameType
 from typing import Literal, TypeVar
 
 import torch
+import torch._functorch.config
 import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, parse_flag_from_env
@@ -69,6 +70,19 @@ Network = TypeVar("Network", bound=nn.Module)
 def placed(network: Network, device: torch.device) -> Network:
     """Move a network to ``device``, channels last: what convolutions are fastest in, on CPUs as on GPUs."""
     return network.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+def joined(network: Network, accelerator: Accelerator, *, compiles: bool) -> nn.Module:
+    """Wrap a network so that its gradients are averaged over the ranks; compile it first when asked for.
+
+    Compiled in place: the bare network keeps its parameters' names.
+    """
+    if compiles:
+        # The loss's terms are differentiated one by one, which needs their buffers more than once.
+        torch._functorch.config.donated_buffer = False
+        network.compile()
+    wrapped: nn.Module = accelerator.prepare_model(network)
+    return wrapped
 
 
 def threads_per_process(run: RunConfig) -> int:
@@ -154,3 +168,12 @@ def agree_on(value: int, accelerator: Accelerator) -> int:
     tensor = torch.tensor([value], dtype=torch.int64, device=accelerator.device)
     dist.broadcast(tensor, src=0)
     return int(tensor.item())
+
+
+def any_rank(value: bool, accelerator: Accelerator) -> bool:
+    """Return on every rank whether ``value`` is true on any. A collective."""
+    if accelerator.num_processes == 1:
+        return value
+    tensor = torch.tensor([int(value)], device=accelerator.device)
+    dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+    return bool(tensor.item())

@@ -1,4 +1,4 @@
-"""AdamW, its learning rate as a function of the update, and a step that never lets a non-finite gradient in."""
+"""AdamW, its learning rate as a function of the update, and a step that can be refused on the device."""
 
 import math
 from typing import Annotated, Literal
@@ -63,8 +63,8 @@ def learning_rate(config: OptimConfig, *, update: int, total_updates: int) -> fl
 class Optimizer:
     """Clipped, fused AdamW over the parameters of one network.
 
-    A step with a non-finite gradient norm changes nothing: the kernel is told on the device (``found_inf``), so that no
-    bad number reaches the weights, and no synchronisation is spent on asking.
+    A refused step changes nothing: the kernel is told on the device (``found_inf``), so that no bad number reaches the
+    weights, and no synchronisation is spent on asking.
     """
 
     def __init__(self, network: nn.Module, config: OptimConfig, *, accelerator: Accelerator) -> None:
@@ -82,20 +82,31 @@ class Optimizer:
         )
         self.scaler: torch.amp.GradScaler | None = accelerator.scaler
 
-    def step(self, *, update: int, total_updates: int) -> Tensor:
-        """Clip and apply the gradients, forget them, and return their L2 norm before clipping (scalar, on device)."""
+    def clip(self) -> Tensor:
+        """Bring the gradients to their true scale and clip them; return their L2 norm before (scalar, on device)."""
+        if self.scaler is not None:
+            self.scaler.unscale_(self.adamw)
+        return nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm, foreach=True)
+
+    def apply(self, *, update: int, total_updates: int, refused: Tensor) -> None:
+        """Apply the clipped gradients and forget them.
+
+        Args:
+            update: The present update, from 1.
+            total_updates: Length of the training.
+            refused: Scalar float32 on the device; where it is 1, weights and moments stay as they are.
+        """
         rate = learning_rate(self.config, update=update, total_updates=total_updates)
         for group in self.adamw.param_groups:
             group["lr"] = rate
-        if self.scaler is not None:
-            self.scaler.unscale_(self.adamw)
-        norm = nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm, foreach=True)
-        if self.scaler is not None:
-            self.scaler.step(self.adamw)
-        else:
-            self.adamw.found_inf = (~torch.isfinite(norm)).to(torch.float32)  # type: ignore[attr-defined]
-            self.adamw.step()
+        self.adamw.found_inf = refused  # type: ignore[attr-defined]
+        self.adamw.step()
         self.adamw.zero_grad(set_to_none=True)
+
+    def step(self, *, update: int, total_updates: int) -> Tensor:
+        """Clip and apply the gradients of a network that moves alone; return their norm before clipping."""
+        norm = self.clip()
+        self.apply(update=update, total_updates=total_updates, refused=(~torch.isfinite(norm)).float())
         return norm
 
     def tensors(self) -> dict[str, Tensor]:
@@ -126,3 +137,24 @@ class Optimizer:
                 key: torch.empty_like(parameter).copy_(tensors[f"{name}/{key}"]) for key in ("exp_avg", "exp_avg_sq")
             }
             self.adamw.state[parameter] = {"step": tensors[f"{name}/step"].to(parameter.device), **moments}
+
+
+class LossScale:
+    """The scale of fp16 losses as a part of a checkpoint."""
+
+    def __init__(self, scaler: torch.amp.GradScaler) -> None:
+        self.scaler = scaler
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return scale and growth count; waits for the device."""
+        state = self.scaler.state_dict()
+        return {
+            "scale": torch.tensor(state["scale"], dtype=torch.float64),
+            "growth": torch.tensor(state["_growth_tracker"], dtype=torch.int64),
+        }
+
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        """Put back what ``tensors`` returned."""
+        if tensors:
+            scale, growth = float(tensors["scale"]), int(tensors["growth"])
+            self.scaler.load_state_dict({**self.scaler.state_dict(), "scale": scale, "_growth_tracker": growth})

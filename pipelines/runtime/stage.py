@@ -12,7 +12,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -29,6 +29,7 @@ from pipelines.runtime.launch import Precision, StopRequest, start_accelerator
 from pipelines.runtime.provenance import code_version, hardware
 from pipelines.runtime.run_identity import without_credentials
 from pipelines.runtime.tracking import SilentTracker, Tracker, open_tracker
+from pipelines.runtime.watch import Watch
 
 OUTCOME_NAME = "outcome.json"
 EXIT_CODES = {"done": 0, "failed": 1, "stopped": 75}
@@ -55,6 +56,7 @@ class Stage:
     accelerator: Accelerator
     tracker: Tracker | SilentTracker
     stop: StopRequest
+    watch: Watch | None = None  # where it reports from when it fails; training stages have one
     began: float = field(default_factory=time.time)
 
     @property
@@ -167,6 +169,7 @@ def running_stage(
     lock = FolderLock(folder)
     tracker: Tracker | SilentTracker = SilentTracker()
     state, code, working = "failed", 1, False
+    stage: Stage | None = None
     try:
         manifests = read_parents(config, parents, stand_ins=stand_ins)
         check(manifests)
@@ -212,8 +215,11 @@ def running_stage(
             print(f"{name}: {error}", file=sys.stderr, flush=True)
     except KeyboardInterrupt:
         state = "stopped"
-    except Exception:
+    except Exception as error:
         traceback.print_exc()
+        if stage is not None and stage.watch is not None:
+            with suppress(OSError):
+                stage.watch.report(f"{type(error).__name__}: {error}")
     finally:
         code = code if state == "failed" else EXIT_CODES[state]
         if speaks and state != "done" and working and (folder / OUTCOME_NAME).exists():

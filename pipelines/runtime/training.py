@@ -4,67 +4,30 @@ The stage keeps what it learns and how; this file keeps the promise that killing
 """
 
 import math
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
-import torch.distributed as dist
-from pydantic import Field, NonNegativeInt, PositiveInt
 from torch import Tensor, nn
 
 from data.randomness import key_of
-from pipelines.config import ConfigError, StageConfig
-from pipelines.runtime.checkpoint import CheckpointConfig, Checkpoints
-from pipelines.runtime.ema import AverageConfig, ExponentialAverage
-from pipelines.runtime.launch import Precision, agree_on
-from pipelines.runtime.optim import OptimConfig, Optimizer
+from pipelines.config import ConfigError
+from pipelines.runtime.checkpoint import BestBy, Checkpoints, Stateful
+from pipelines.runtime.evidence import write_evidence
+from pipelines.runtime.launch import agree_on, any_rank
+from pipelines.runtime.measured import Measured
+from pipelines.runtime.optim import LossScale, Optimizer, learning_rate
+from pipelines.runtime.pace import Pace, straggler
 from pipelines.runtime.progress import progress_line
+from pipelines.runtime.selftest import SelfTest
 from pipelines.runtime.stage import Stage, Stopped
+from pipelines.runtime.training_config import BatchShare, TrainingConfig
+from pipelines.runtime.verdict import Judged, Verdicts, first_not_finite
+from pipelines.runtime.watch import Watch
 
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
-
-
-class TrainingConfig(StageConfig):
-    """What every training stage's configuration has. Counts are optimizer updates."""
-
-    harmless: ClassVar[frozenset[str]] = frozenset({"log_every", "panel_every", "checkpoint", "prefetch_batches"})
-
-    seed: NonNegativeInt = 0  # of order, noise, drops and initial weights
-    updates: PositiveInt  # length of the training
-    global_batch: PositiveInt  # images an update, over all processes
-    images_per_device: NonNegativeInt = 0  # images of one forward pass; 0 takes a process's whole share at once
-    precision: Precision = "float32"  # what the network computes in; weights stay float32
-    optim: OptimConfig = OptimConfig()  # how the weights move
-    averages: tuple[AverageConfig, ...] = Field(default=(ExponentialAverage(),), min_length=1)  # the first is published
-    checkpoint: CheckpointConfig = CheckpointConfig()  # when and how many
-    log_every: PositiveInt = 50  # updates between two looks at the losses; each look waits for the device
-    panel_every: PositiveInt = 1_000  # updates between two pictures and validations
-    prefetch_batches: PositiveInt = 4  # batches made ahead of the network
-
-
-class Stateful(Protocol):
-    """A part of a checkpoint."""
-
-    def tensors(self) -> dict[str, Tensor]: ...
-
-    def load(self, tensors: dict[str, Tensor]) -> None: ...
-
-
-class Weights:
-    """The weights of a network as a part of a checkpoint."""
-
-    def __init__(self, network: nn.Module) -> None:
-        self.network = network
-
-    def tensors(self) -> dict[str, Tensor]:
-        return dict(self.network.state_dict())
-
-    def load(self, tensors: dict[str, Tensor]) -> None:
-        self.network.load_state_dict(tensors)
 
 
 class Loaded(Protocol[T_co]):
@@ -78,49 +41,6 @@ class Loaded(Protocol[T_co]):
     def wait_seconds(self) -> float: ...
 
 
-@dataclass(frozen=True, kw_only=True)
-class BatchShare:
-    """The slice of every global batch that one rank trains on, cut into equal micro-batches."""
-
-    start: int
-    stop: int
-    num_micro_batches: int
-
-    @classmethod
-    def of(cls, config: TrainingConfig, *, table: str, rank: int, world_size: int) -> "BatchShare":
-        """Split ``config.global_batch``.
-
-        Raises:
-            ConfigError: It does not split into whole micro-batches; the message gives the nearest values that do.
-        """
-        per_device = config.images_per_device or 1
-        unit = world_size * per_device
-        if config.global_batch % unit:
-            below, above = config.global_batch // unit * unit, math.ceil(config.global_batch / unit) * unit
-            nearest = f"{below} or {above}" if below else f"{above}"
-            images = f" x {per_device} images = {unit}" if config.images_per_device else ""
-            raise ConfigError(
-                f"{table}.global_batch = {config.global_batch} cannot be split into whole micro-batches: {world_size} "
-                f"processes{images}. Use {nearest}, or change {table}.images_per_device or --num_processes."
-            )
-        share = config.global_batch // world_size
-        return cls(
-            start=rank * share,
-            stop=(rank + 1) * share,
-            num_micro_batches=share // config.images_per_device if config.images_per_device else 1,
-        )
-
-    @property
-    def positions(self) -> range:
-        """Positions in the global batch."""
-        return range(self.start, self.stop)
-
-    def micro_batches(self) -> list[slice]:
-        """Slices of this rank's share, one a forward pass."""
-        size = (self.stop - self.start) // self.num_micro_batches
-        return [slice(index * size, (index + 1) * size) for index in range(self.num_micro_batches)]
-
-
 class Training:
     """The counts, logs and checkpoints of one training stage.
 
@@ -128,6 +48,7 @@ class Training:
         stage: The running stage.
         config: Its configuration.
         share: This rank's slice of every global batch.
+        keys: Names the samples at given positions of a global batch; asked only when something is wrong with them.
         parts: What a checkpoint holds, by name; the same on every rank.
         flops_per_image: Of one training step, or 0 when not known.
         peak_flops: Of one device a second, for model-FLOP utilisation.
@@ -139,34 +60,75 @@ class Training:
         config: TrainingConfig,
         *,
         share: BatchShare,
+        keys: Callable[[int, range], list[str]],
         parts: Mapping[str, Stateful],
         flops_per_image: float = 0.0,
         peak_flops: float = math.inf,
     ) -> None:
-        self.stage, self.config, self.share, self.parts = stage, config, share, parts
+        accelerator = stage.accelerator
+        rank, world_size, device = accelerator.process_index, accelerator.num_processes, accelerator.device
+        self.stage, self.config, self.share, self.parts = stage, config, share, dict(parts)
         self.update = 0
         self.next_batch = 0
+        self.attempt = 1
+        self._keys = keys
+        self._bad_batches: list[int] = []
+        self._best: dict[str, Any] = {}
+        self._save_for_best = False
         self._checkpoints = Checkpoints(stage.folder / "checkpoints", config.checkpoint, writes=stage.is_main)
-        self._present: dict[str, Tensor] = {}
-        self._pending: list[tuple[dict[str, Any], dict[str, Tensor]]] = []
-        self._flops_per_image, self._peak_flops = flops_per_image, peak_flops
-        self._interval_began, self._interval_waited, self._interval_first = time.monotonic(), 0.0, 0
+        self._verdicts = Verdicts(config.on_bad_update, device=device, world_size=world_size)
+        self.parts["verdicts"] = self._verdicts
+        if accelerator.scaler is not None:
+            self.parts["loss_scale"] = LossScale(accelerator.scaler)
+        self._self_test = SelfTest(self.parts, every=config.self_test_every, world_size=world_size, device=device)
+        self._watch = stage.watch = Watch(
+            stage.folder / "watch",
+            rank=rank,
+            world_size=world_size,
+            hang_seconds=config.hang_seconds,
+            keys=lambda batch: keys(batch, share.positions),
+        )
+        self._pace = Pace(
+            device=device,
+            rank=rank,
+            world_size=world_size,
+            global_batch=config.global_batch,
+            flops_per_image=flops_per_image,
+            peak_flops=peak_flops,
+        )
+        self._measured = Measured(device=device, world_size=world_size)
+        self._on_last_part = False
         self._figures: dict[str, float] = {}
+
+    @property
+    def refused(self) -> Tensor:
+        """1 where the present update does not count, on the device: averages must not move then."""
+        return self._verdicts.refused
 
     def resume(self) -> None:
         """Continue after the newest intact checkpoint, on every rank the same one; do nothing when there is none."""
+        state = self._restore()
+        if state:
+            before = {name: state[name] for name in ("world_size", "threads")}
+            now = {"world_size": self.stage.accelerator.num_processes, "threads": torch.get_num_threads()}
+            exact = "bit for bit" if before == now else f"to rounding, since {before} became {now}"
+            self.stage.say(f"continuing after update {self.update}, {exact}")
+        self.stage.tracker.resume_after(self.update)
+
+    def _restore(self) -> Mapping[str, Any]:
+        """Take up the newest intact checkpoint and return its state, empty when there is none. A collective."""
         stage = self.stage
         newest = agree_on(self._checkpoints.newest_intact() if stage.is_main else 0, stage.accelerator)
-        if newest:
-            checkpoint = self._checkpoints.read(newest)
-            for name, part in self.parts.items():
-                part.load(checkpoint.parts.get(name, {}))
-            self.update, self.next_batch = checkpoint.update, int(checkpoint.state["next_batch"])
-            before = {name: checkpoint.state[name] for name in ("world_size", "threads")}
-            now = {"world_size": stage.accelerator.num_processes, "threads": torch.get_num_threads()}
-            exact = "bit for bit" if before == now else f"to rounding, since {before} became {now}"
-            stage.say(f"continuing after update {self.update}, {exact}")
-        self.stage.tracker.resume_after(self.update)
+        if not newest:
+            return {}
+        checkpoint = self._checkpoints.read(newest)
+        for name, part in self.parts.items():
+            part.load(checkpoint.parts.get(name, {}))
+        state = checkpoint.state
+        self.update, self.next_batch = checkpoint.update, int(state["next_batch"])
+        self.attempt = int(state.get("attempt", 1))
+        self._best, self._bad_batches = dict(state.get("best", {})), list(state.get("bad_batches", ()))
+        return state
 
     def updates(self, batches: Callable[[int], Iterator[Loaded[T]]]) -> Iterator[T]:
         """Yield one batch an update until the last update; what a border needs is done when the loop comes back.
@@ -176,36 +138,69 @@ class Training:
 
         Raises:
             Stopped: The ranks agreed to stop; everything up to the last update is committed.
+            FloatingPointError: An update was bad, and the policy is to stop.
+            SelfTestError: The ranks no longer train one network.
         """
         config, stage = self.config, self.stage
-        self._interval_began, self._interval_first = time.monotonic(), self.update
+        self._pace.restart()
         stream = batches(self.next_batch)
         try:
-            with progress_line(
-                stage.name, total=config.updates, unit="updates", start=self.update, speaks=stage.is_main
-            ) as line:
+            with (
+                self._watch.watching(),
+                progress_line(
+                    stage.name, total=config.updates, unit="updates", start=self.update, speaks=stage.is_main
+                ) as line,
+            ):
                 while self.update < config.updates:
+                    self._watch.beat(update=self.update + 1, batch=self.next_batch)
+                    self._self_test.begin(self.update + 1)
                     loaded = next(stream)
-                    self._interval_waited += loaded.wait_seconds
                     self.update, self.next_batch = self.update + 1, loaded.index + 1
+                    self._pace.begin_update(waited=loaded.wait_seconds)
                     yield loaded.batch
-                    self._record()
-                    last = self.update == config.updates
-                    stopping = stage.stop.agreed() and not last
-                    due = self._checkpoints.due(self.update) or last or stopping
-                    if due or self.update % config.log_every == 0:
-                        self.flush()
-                    line.advance_to(self.update, self._figures)
-                    if due:
-                        self._save()
-                    if stopping:
-                        self._checkpoints.wait()
-                        raise Stopped(f"{stage.stop.reason or 'asked by another rank'}, after update {self.update}")
+                    bad = self._record()
+                    if bad is not None:
+                        _close(stream)
+                        self._answer(bad)
+                        stream = batches(self.next_batch)
+                        continue
+                    self._border(line.advance_to)
             self._checkpoints.wait()
         finally:
-            close = getattr(stream, "close", None)
-            if close is not None:
-                close()
+            _close(stream)
+
+    def _record(self) -> Judged | None:
+        """Take down the update just made; return the first one that does not count, on every rank the same."""
+        update, batch = self.update, self.next_batch - 1
+        figures = self._measured.close_update(update=update, batch=batch, attempt=self.attempt)
+        self._verdicts.remember(update=update, batch=batch, figures=figures)
+        looks = self._self_test.active or self.is_due(self.config.log_every) or self._saves_now()
+        return self._verdicts.first_bad(wait=looks)
+
+    def _saves_now(self) -> bool:
+        return self._checkpoints.due(self.update) or self.update == self.config.updates or self._save_for_best
+
+    def _border(self, show: Callable[[int, Mapping[str, float]], None]) -> None:
+        """Do what is due between two updates; everything up to here counts."""
+        stage, config = self.stage, self.config
+        if self._self_test.active:
+            rate = learning_rate(config.optim, update=self.update, total_updates=config.updates)
+            self._self_test.end(self.update, moves=rate > 0 and not self._verdicts.present_is_refused())
+        last = self.update == config.updates
+        stopping = stage.stop.agreed() and not last
+        if stopping and (bad := self._verdicts.first_bad(wait=True)) is not None:
+            self._answer(bad)
+        saves = self._saves_now() or stopping
+        if saves or self.update % config.log_every == 0:
+            self.flush()
+        show(self.update, self._figures)
+        if stage.is_main:
+            self._checkpoints.check(self.update)
+        if saves or self._checkpoints.retry_due(self.update):
+            self._save(compares=saves)
+        if stopping:
+            self._checkpoints.wait()
+            raise Stopped(f"{stage.stop.reason or 'asked by another rank'}, after update {self.update}")
 
     def micro_batches(self, wrapped: nn.Module) -> Iterator[slice]:
         """Yield the slices of this rank's share, one a forward and backward pass.
@@ -213,80 +208,143 @@ class Training:
         Gradients are averaged over the ranks on the last one only. Dropout is seeded anew for each: nothing carries
         over, so there is nothing to save.
         """
+        self._self_test.listen(wrapped)
         accelerator, parts = self.stage.accelerator, self.share.micro_batches()
         for number, part in enumerate(parts):
+            self._on_last_part = number == len(parts) - 1
             seed_dropout(
                 self.config.seed, batch=self.next_batch - 1, rank=accelerator.process_index, micro_batch=number
             )
-            with nullcontext() if number == len(parts) - 1 else accelerator.no_sync(wrapped):
+            with nullcontext() if self._on_last_part else accelerator.no_sync(wrapped):
                 yield part
 
-    def backward(self, loss: Tensor) -> None:
-        """Add a micro-batch's gradients: ``loss`` is its mean over images."""
+    def backward(self, loss: Tensor, *, terms: Mapping[str, Tensor] | None = None) -> None:
+        """Add a micro-batch's gradients.
+
+        Args:
+            loss: Its mean over images.
+            terms: What the loss is made of; the self-test wants a gradient from each.
+        """
+        self._self_test.check_terms(terms or {"train/loss": loss})
+        if self._on_last_part:
+            self._pace.meet_others()
         self.stage.accelerator.backward(loss / self.share.num_micro_batches)
 
     def note(self, figures: Mapping[str, Tensor]) -> None:
         """Note a micro-batch's figures, means over its images: scalars that stay on the device until the next flush."""
-        for name, value in figures.items():
-            mean = value.detach() / self.share.num_micro_batches
-            self._present[name] = self._present[name] + mean if name in self._present else mean
+        self._measured.add(figures, share=1 / self.share.num_micro_batches)
 
-    def step(self, name: str, optimizer: Optimizer) -> None:
-        """Apply the gradients and note their norm as ``name``."""
-        self._present[name] = optimizer.step(update=self.update, total_updates=self.config.updates)
-
-    def _record(self) -> None:
-        row = {"update": self.update, "batch": self.next_batch - 1, "time": time.time()}
-        self._pending.append((row, self._present))
-        self._present = {}
+    def step(self, optimizers: Mapping[str, Optimizer]) -> None:
+        """Apply the gradients of an update, those of all its networks or none, and note their norms by name."""
+        scaler = self.stage.accelerator.scaler
+        self._self_test.take_reduced()
+        norms = {name: optimizer.clip() for name, optimizer in optimizers.items()}
+        self._verdicts.judge(self._measured.present, norms, scaler=scaler)
+        for optimizer in optimizers.values():
+            optimizer.apply(update=self.update, total_updates=self.config.updates, refused=self.refused)
+        if scaler is not None:
+            scaler.update()
+        self._measured.add(norms, share=1.0)
 
     def is_due(self, period: int) -> bool:
         """Return whether something that happens every ``period`` updates, and after the last, is due now."""
         return self.update % period == 0 or self.update == self.config.updates
 
+    def look_is_due(self) -> bool:
+        """Return whether pictures and validation are due: never after an update that does not count."""
+        return self.is_due(self.config.panel_every) and not self._verdicts.present_is_refused()
+
+    def report(self, figures: Mapping[str, float]) -> None:
+        """Log what the main process measured after this update; a new best is saved. Call it on every rank.
+
+        Raises:
+            ConfigError: The metric that chooses the best is not among them.
+        """
+        self.stage.tracker.log_metrics(figures, step=self.update, attempt=self.attempt)
+        best = self.config.checkpoint.best
+        if not isinstance(best, BestBy):
+            return
+        if self.stage.is_main and best.metric not in figures:
+            raise ConfigError(
+                f"checkpoint.best.metric = {best.metric!r} is not measured here; measured are {', '.join(figures)}."
+            )
+        value, sign = figures.get(best.metric, 0.0), 1 if best.better == "higher" else -1
+        is_best = math.isfinite(value) and (not self._best or sign * value > sign * self._best["value"])
+        self._save_for_best = bool(agree_on(int(is_best), self.stage.accelerator))
+        if self._save_for_best:
+            self._best = {"update": self.update, "metric": best.metric, "value": value}
+
     def flush(self) -> None:
         """Average the pending figures over the ranks and write them out, one line an update. A collective."""
-        if not self._pending:
+        rows = self._measured.rows()
+        if not rows:
             return
-        names = list(self._pending[-1][1])
-        wide = torch.float64 if self.stage.accelerator.device.type != "mps" else torch.float32
-        table = torch.stack([torch.stack([row[1][name].to(wide) for name in names]) for row in self._pending])
-        if self.stage.accelerator.num_processes > 1:
-            dist.all_reduce(table)
-            table /= self.stage.accelerator.num_processes
-        values = table.tolist()
-        rows = [
-            {**row, **dict(zip(names, line, strict=True))} for (row, _), line in zip(self._pending, values, strict=True)
-        ]
-        rows[-1] |= self._performance()
-        self._pending.clear()
+        pace = self._pace.figures()
+        rows[-1] |= pace
         self.stage.tracker.log_rows(rows)
-        loss = rows[-1]["train/loss"]
-        self._figures = {"loss": loss, "images/s": rows[-1]["perf/images_per_s"]}
-        broken = [row["update"] for row in rows if not math.isfinite(row["train/loss"] + row["train/grad_norm"])]
-        if broken:
-            raise FloatingPointError(
-                f"The loss or its gradient was not finite in update {broken[0]} (from batch {rows[0]['batch']} on). "
-                "No such update has reached the weights. Lower optim.peak_lr or look at the data, then run it again."
+        self._figures = {"loss": rows[-1].get("train/loss", math.nan), "images/s": pace["perf/images_per_s"]}
+        if self.stage.is_main and (slow := straggler(pace)) is not None:
+            self.stage.say(
+                f"update {self.update}: rank {slow} on {self._watch.host_of(slow)} holds up the others: "
+                f"{pace['perf/slowest_rank_seconds']:.3g} s an update before it meets them (of that "
+                f"{pace['perf/slowest_rank_data_wait_seconds']:.3g} s waiting for data), the median rank "
+                f"{pace['perf/median_rank_seconds']:.3g} s"
             )
 
-    def _performance(self) -> dict[str, float]:
-        seconds = max(time.monotonic() - self._interval_began, 1e-9)
-        images = (self.update - self._interval_first) * self.config.global_batch
-        world_size = self.stage.accelerator.num_processes
-        figures = {
-            "perf/images_per_s": images / seconds,
-            "perf/data_wait_fraction": self._interval_waited / seconds,
-            "perf/flops_per_image": float(self._flops_per_image),
-            "perf/mfu": images / seconds * self._flops_per_image / (world_size * self._peak_flops),
-        }
-        self._interval_began, self._interval_waited, self._interval_first = time.monotonic(), 0.0, self.update
-        return figures
+    def _answer(self, bad: Judged) -> None:
+        """Go back to before a bad update, write down what was in it, and do as the policy says. A collective.
 
-    def _save(self) -> None:
+        Raises:
+            FloatingPointError: On every rank, when training is not to go on.
+        """
+        policy, limit = self.config.on_bad_update.policy, self.config.on_bad_update.limit
+        self._measured.forget_from(bad.update)
+        self.update, self.next_batch = bad.update - 1, bad.batch + 1
+        self.flush()
+        self._bad_batches.append(bad.batch)
+        path, what = write_evidence(
+            bad, self.stage, attempt=self.attempt, global_batch=self.config.global_batch, keys=self._keys
+        )
+        broken = first_not_finite(self.parts)
+        any_broken = any_rank(bool(broken), self.stage.accelerator)
+        text = f"Update {bad.update} (batch {bad.batch}) does not count: {what}. Its sample keys are in {path}."
+        if policy == "stop":
+            raise FloatingPointError(
+                f"{text} Nothing of it has reached the weights. Lower optim.peak_lr or look at the data, or let "
+                "training go on with --on_bad_update.policy skip or rewind; then run it again."
+            )
+        if len(self._bad_batches) > limit:
+            raise FloatingPointError(f"{text} It is the {len(self._bad_batches)}th; on_bad_update.limit = {limit}.")
+        self._verdicts.forgive()
+        done = "the batch is left out"
+        if policy == "rewind" or any_broken:
+            batches, attempt = self._bad_batches, self.attempt
+            if self.stage.is_main:
+                self._checkpoints.wait()
+            if self._restore():
+                self.next_batch, self._bad_batches, self.attempt = bad.batch + 1, batches, attempt + 1
+                done = f"training goes on from update {self.update}, past the batch"
+            elif any_broken:
+                raise FloatingPointError(
+                    f"{text} The weights themselves are not finite ({broken or 'on another rank'})."
+                )
+        self.stage.say(f"{text} {done[0].upper()}{done[1:]}.")
+
+    def _save(self, *, compares: bool = True) -> None:
+        """Write a checkpoint.
+
+        Args:
+            compares: Compare the ranks first, so that none is written from one that has gone astray; a collective.
+        """
+        if compares and self.stage.accelerator.num_processes > 1:
+            self._self_test.compare(f"after update {self.update}")
+        self._save_for_best = False
         state = {
             "update": self.update,
             "next_batch": self.next_batch,
+            "attempt": self.attempt,
+            "bad_batches": self._bad_batches,
+            "best": self._best,
             "images": self.update * self.config.global_batch,
             "world_size": self.stage.accelerator.num_processes,
             "threads": torch.get_num_threads(),
@@ -295,7 +353,14 @@ class Training:
         if self.stage.is_main:
             # Lines up to here are never written again: they must be on disk before the checkpoint is.
             self.stage.tracker.flush()
-            self._checkpoints.save(self.update, {name: part.tensors() for name, part in self.parts.items()}, state)
+            parts = {name: part.tensors() for name, part in self.parts.items()}
+            self._checkpoints.save(self.update, parts, state, best=self._best.get("update"))
+
+
+def _close(stream: Any) -> None:
+    close = getattr(stream, "close", None)
+    if close is not None:
+        close()
 
 
 def seed_dropout(seed: int, *, batch: int, rank: int, micro_batch: int) -> None:

@@ -1,0 +1,144 @@
+"""Laws of several ranks: they agree on what is bad, notice when one goes astray, and say where one hangs."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import environment
+from tiny_training import rank_environment
+
+PROGRAM = Path(__file__).with_name("tiny_training.py")
+K = 5
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def start(folder: Path, *recipes: dict[str, Any], world_size: int = 2) -> list[subprocess.Popen[str]]:
+    """Start the ranks of a tiny training; each recipe is trained after the other."""
+    folder.mkdir(exist_ok=True)
+    port, words = free_port(), [json.dumps(recipe) for recipe in recipes]
+    return [
+        subprocess.Popen(
+            [sys.executable, str(PROGRAM), str(folder), *words],
+            env=environment(**rank_environment(rank, world_size, port)),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(world_size)
+    ]
+
+
+SELF_TEST = {"updates": 20, "self_test_every": K}
+RECIPES: dict[str, dict[str, Any]] = {
+    "healthy": {"config": SELF_TEST},
+    "flipped bit": {"flip_after": 7, "on_rank": 1, "config": SELF_TEST},
+    "flipped bit before a save": {"flip_after": 6, "on_rank": 1, "config": {"self_test_every": 0}},
+    "same samples": {"same_samples": True, "dropout": 0.0, "config": SELF_TEST},
+    "silent term": {"silent_term": True, "config": SELF_TEST},
+    "still average": {"still_average": True, "config": SELF_TEST},
+    "skipped on one rank": {
+        "faults": {3: "data", 6: "loss", 9: "gradient", 10: "second", 21: "weights"},
+        "on_rank": 1,
+        "config": {"on_bad_update": {"policy": "skip"}},
+    },
+    # The weights went bad after the checkpoint of update 10, which was made of batch 13.
+    "left out": {"leave_out": [3, 6, 9, 10, *range(14, 22)]},
+    "slow": {"slow_seconds": 0.05, "on_rank": 1, "config": {"updates": 7}},
+}
+
+
+@pytest.fixture(scope="module")
+def ended(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
+    """How each recipe ended on each of two ranks."""
+    folder = tmp_path_factory.mktemp("ranks")
+    ranks = start(folder, *RECIPES.values())
+    printed = [process.communicate(timeout=200) for process in ranks]
+    assert [process.returncode for process in ranks] == [0, 0], printed
+    found = {
+        name: [json.loads((folder / f"{number}-rank-{rank}.json").read_bytes()) for rank in range(2)]
+        for number, name in enumerate(RECIPES)
+    }
+    found["printed"] = [{"out": out, "err": err} for out, err in printed]
+    return found
+
+
+def test_a_healthy_training_passes_its_self_tests(ended: dict[str, Any]) -> None:
+    assert [rank["ended"] for rank in ended["healthy"]] == ["done", "done"]
+    assert ended["healthy"][0]["sum"] == ended["healthy"][1]["sum"]
+
+
+@pytest.mark.parametrize(
+    ("name", "message", "latest"),
+    [
+        ("flipped bit", "Rank 1 holds other bits than the other ranks before update 10: first, 0.weight", 10),
+        ("flipped bit before a save", "Rank 1 holds other bits than the other ranks after update 10: first, 0.w", 10),
+        ("same samples", "Ranks 0 and 1 have the same gradients in update 1", 1),
+        ("silent term", "No gradient comes from the loss term size in update 1", 1),
+        ("still average", "Nothing of first_averages has moved in update 1", 1),
+    ],
+)
+def test_the_self_test_names_what_has_gone_astray(name: str, message: str, latest: int, ended: dict[str, Any]) -> None:
+    for rank in ended[name]:
+        assert rank["ended"].startswith(f"SelfTestError: {message}"), rank["ended"]
+        assert rank["update"] <= latest
+
+
+def test_all_ranks_skip_what_is_bad_on_one(ended: dict[str, Any]) -> None:
+    skipped, without = ended["skipped on one rank"], ended["left out"]
+    assert [rank["ended"] for rank in skipped] == ["done", "done"]
+    assert skipped[0]["sum"] == skipped[1]["sum"] == without[0]["sum"]
+    losses = [{row["batch"]: row["train/loss"] for row in run[0]["rows"]} for run in (skipped, without)]
+    assert all(losses[0][batch] == loss for batch, loss in losses[1].items())
+
+
+def test_a_straggler_is_named(ended: dict[str, Any]) -> None:
+    row = ended["slow"][0]["rows"][-1]
+    assert row["perf/slowest_rank"] == 1
+    assert row["perf/own_seconds/rank_1"] > 0.05 > row["perf/own_seconds/rank_0"]
+    assert "rank 1 on" in ended["printed"][0]["out"]
+    assert "holds up the others" in ended["printed"][0]["out"]
+
+
+def test_a_hanging_rank_is_reported_by_all_and_ends_them(tmp_path: Path) -> None:
+    ranks = start(tmp_path, {"hang_in": 4, "on_rank": 1, "config": {"hang_seconds": 4.0}})
+    printed = [process.communicate(timeout=90) for process in ranks]
+    assert all(process.returncode not in (0, None) for process in ranks), printed
+    for rank in range(2):
+        report = (tmp_path / f"0/watch/rank-{rank:04}.report.txt").read_text()
+        assert "in update 4 (batch 3)" in report
+        assert "sample-3-" in report
+    stack = (tmp_path / "0/watch/rank-0001.report.txt").read_text()
+    assert "one_update" in stack
+    assert "tiny_training.py" in stack
+
+
+def test_a_frozen_rank_is_named_by_the_others(tmp_path: Path) -> None:
+    config = {"updates": 100_000, "hang_seconds": 4.0, "checkpoint": {"every_updates": 100_000}}
+    ranks = start(tmp_path, {"config": config})
+    try:
+        deadline = time.monotonic() + 60
+        while not (tmp_path / "0/watch/rank-0001.json").exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        time.sleep(1)
+        os.kill(ranks[1].pid, signal.SIGSTOP)
+        out, err = ranks[0].communicate(timeout=60)
+        assert ranks[0].returncode == 1, (out, err)
+        report = (tmp_path / "0/watch/rank-0000.report.txt").read_text()
+        assert f"process {ranks[1].pid}: in update" in report
+        assert "all_reduce" in report or "backward" in report
+    finally:
+        ranks[1].kill()
+        ranks[1].communicate()

@@ -1,0 +1,254 @@
+"""Endurance: training killed at random moments, on changing numbers of ranks, on two machines, and for a long time.
+
+Run with ``bash tests/run.sh -m soak``. ``LATENTLINE_KILLS`` sets the number of kills over all cases (default 100).
+"""
+
+import contextlib
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+from conftest import REPOSITORY, STAGES, Run, environment, run_pipeline, stage_command, training_rows
+from tiny_training import Recipe, Tiny
+
+from data.commit import sha256_of
+
+pytestmark = [pytest.mark.soak, pytest.mark.timeout(7200)]
+
+KILLS = int(os.environ.get("LATENTLINE_KILLS", "100"))
+CASES = [(stage, processes) for stage in ("train_unet", "train_vae") for processes in (1, 2, 4)]
+# The discriminator speaks from update 10 on, so that kills fall before and after.
+DISCRIMINATOR = (
+    *("--objective.adversary.kind", "patchgan", "--objective.adversary.start_update", "10"),
+    *("--objective.adversary.discriminator.channels", "8", "--objective.adversary.discriminator.downsamplings", "1"),
+    *("--objective.adversary.discriminator.norm_groups", "8"),
+)
+
+
+@pytest.fixture(scope="session")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """Corpus, VAE and latents."""
+    stages = {name: STAGES[name] for name in ("prepare_corpus", "train_vae", "encode_latents")}
+    return run_pipeline(tmp_path_factory.mktemp("inputs") / "run", processes=1, stages=stages)
+
+
+def command(stage: str, inputs: Run, root: Path, *, processes: int, more: tuple[str, ...] = ()) -> list[str]:
+    names = {"train_vae": ["corpus"], "train_unet": ["latents", "vae"]}[stage]
+    words = [word for name in names for word in (f"--inputs.{name}", str(inputs.root / name))]
+    words += ["--run.tracking_uri", "offline", "--checkpoint.every_updates", "3", "--images_per_device", "4"]
+    words += DISCRIMINATOR if stage == "train_vae" else ()
+    return stage_command(stage, "--run.root", str(root), *words, *more, processes=processes)
+
+
+def start(words: list[str], log: Path) -> psutil.Popen:
+    with open(log, "ab") as output:
+        return psutil.Popen(
+            words, env=environment(), cwd=REPOSITORY, stdout=output, stderr=output, start_new_session=True
+        )
+
+
+def run_to_end(words: list[str], log: Path) -> None:
+    assert start(words, log).wait(timeout=300) == 0, log.read_text()[-3000:]
+
+
+def family(process: psutil.Popen) -> list[psutil.Process]:
+    try:
+        return [process, *process.children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return []
+
+
+def kill(process: psutil.Popen, rng: random.Random) -> str:
+    """Kill one rank, all at once or the launcher; return which, when nothing of them is left."""
+    members = family(process)
+    how = rng.choice(["one rank", "all", "launcher"])
+    for victim in {"one rank": [members[-1]], "all": members, "launcher": [process]}[how]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            victim.kill()
+    process.wait(timeout=60)
+    _, alive = psutil.wait_procs(members, timeout=20)
+    assert not alive, f"{how} was killed, and this is left: {[one.cmdline() for one in alive]}"
+    return how
+
+
+def wait_for_save(folder: Path, process: psutil.Popen, *, seconds: float) -> bool:
+    """Wait until a save has begun and return at once; False when none begins or the process ends."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline and process.poll() is None:
+        with_save = [name for name in (os.listdir(folder) if folder.exists() else []) if name.endswith(".tmp")]
+        if with_save:
+            return True
+    return False
+
+
+@pytest.mark.parametrize(("stage", "processes"), CASES)
+def test_killed_at_random_moments_it_ends_as_if_it_had_never_been(
+    stage: str, processes: int, inputs: Run, tmp_path: Path
+) -> None:
+    rng = random.Random(f"{stage} {processes}")
+    run_to_end(command(stage, inputs, tmp_path / "whole", processes=processes), tmp_path / "whole.log")
+    root, log = tmp_path / "killed", tmp_path / "killed.log"
+    folder = root / STAGES[stage]
+    words = command(stage, inputs, root, processes=processes)
+    kills, in_saves = 0, 0
+    while kills < -(-KILLS // len(CASES)):
+        if (folder / "manifest.json").exists():  # it made it to the end in spite of all: again from the start
+            check_same(stage, folder, tmp_path / "whole" / STAGES[stage])
+            shutil.rmtree(folder)
+        process = start(words, log)
+        if kills % 2:
+            in_saves += wait_for_save(folder / "checkpoints", process, seconds=60)
+        else:
+            before = time.monotonic()
+            while not (folder / "watch").exists() and time.monotonic() < before + 60 and process.poll() is None:
+                time.sleep(0.01)
+            time.sleep(rng.uniform(0, 2))
+        if process.poll() is None:
+            kill(process, rng)
+            kills += 1
+    run_to_end(words, log)
+    check_same(stage, folder, tmp_path / "whole" / STAGES[stage])
+    assert in_saves >= kills // 3, f"only {in_saves} of {kills} kills fell into a save"
+
+
+def check_same(stage: str, folder: Path, whole: Path) -> None:
+    name = f"{STAGES[stage]}.safetensors"
+    losses = [{u: row["train/loss"] for u, row in training_rows(place).items()} for place in (folder, whole)]
+    assert losses[0] == losses[1]
+    assert sha256_of(folder / name) == sha256_of(whole / name)
+
+
+@pytest.mark.parametrize(("stage", "tolerance"), [("train_unet", 1e-6), ("train_vae", 1e-4)])
+def test_elastic_from_one_to_two_to_four_to_two_ranks_the_losses_stay(
+    stage: str, tolerance: float, inputs: Run, tmp_path: Path
+) -> None:
+    """The VAE-GAN's adaptive weight divides two small norms, so that rounding grows faster there: 1e-4."""
+    run_to_end(command(stage, inputs, tmp_path / "whole", processes=1), tmp_path / "log")
+    root = tmp_path / "elastic"
+    folder = root / STAGES[stage]
+    for processes, until in ((1, 15), (2, 30), (4, 45), (2, 60)):
+        process = start(command(stage, inputs, root, processes=processes), tmp_path / "log")
+        while process.poll() is None and until < 60:
+            if (folder / "checkpoints" / f"update-{until:08}").exists():
+                (folder / "stop").touch()
+                break
+        process.wait(timeout=120)
+        assert json.loads((folder / "outcome.json").read_bytes())["state"] == ("stopped" if until < 60 else "done")
+    losses = [
+        np.array([row["train/loss"] for _, row in sorted(training_rows(place).items())])
+        for place in (folder, tmp_path / "whole" / STAGES[stage])
+    ]
+    np.testing.assert_allclose(losses[0], losses[1], rtol=tolerance)
+
+
+def test_ten_thousand_updates_need_no_more_memory_files_or_threads(tmp_path: Path) -> None:
+    tiny = Tiny(
+        tmp_path, Recipe(config={"updates": 10_000, "checkpoint": {"every_updates": 200}, "self_test_every": 500})
+    )
+    process, seen = psutil.Process(), {}
+
+    def look(update: int) -> None:
+        if update in (2_000, 10_000):
+            seen[update] = (process.memory_info().rss, process.num_fds(), threading.active_count())
+
+    tiny.tracker.log_rows = lambda rows: None  # type: ignore[method-assign]
+    tiny.after_update = look
+    tiny.run()
+    (memory, files, threads), (memory_after, files_after, threads_after) = seen[2_000], seen[10_000]
+    assert memory_after < memory + 20e6
+    assert files_after <= files + 1  # a checkpoint may be in the writing
+    assert threads_after <= threads + 1
+    assert len(list((tmp_path / "checkpoints").iterdir())) == 2
+
+
+@pytest.fixture
+def two_machines() -> Iterator[Callable[..., list[str]]]:
+    """Two network namespaces joined by a cable; gives the words that run a command on one of them."""
+    names = [f"latentline-{os.getpid()}-{number}" for number in range(2)]
+
+    def ip(*words: str) -> None:
+        subprocess.run(["ip", *words], check=True, capture_output=True)
+
+    try:
+        for name in names:
+            ip("netns", "add", name)
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"may not make network namespaces here: {error}")
+    try:
+        ends = [f"ll{os.getpid() % 100_000}{side}" for side in "ab"]
+        ip("link", "add", ends[0], "type", "veth", "peer", "name", ends[1])
+        for number, (name, end) in enumerate(zip(names, ends, strict=True)):
+            ip("link", "set", end, "netns", name, "name", "cable")
+            ip("-n", name, "addr", "add", f"10.77.0.{number + 1}/24", "dev", "cable")
+            ip("-n", name, "link", "set", "cable", "up")
+            ip("-n", name, "link", "set", "lo", "up")
+        yield lambda number: ["ip", "netns", "exec", names[number]]
+    finally:
+        for name in names:
+            subprocess.run(["ip", "netns", "delete", name], check=False)
+
+
+def start_machine(
+    number: int, on: Callable[..., list[str]], stage: str, inputs: Run, root: Path, log: Path, *more: str
+) -> psutil.Popen:
+    """Start one machine's launcher of a job of two machines with one rank each."""
+    words = command(stage, inputs, root, processes=2, more=more)
+    place = words.index("--num_machines")
+    words[place : place + 4] = [
+        *("--num_machines", "2", "--machine_rank", str(number), "--num_processes", "2"),
+        *("--main_process_ip", "10.77.0.1", "--rdzv_backend", "static", "--same_network"),
+    ]
+    words[words.index("--main_process_port") + 1] = "29511"
+    with open(log, "ab") as output:
+        return psutil.Popen(
+            [*on(number), *words],
+            env=environment(GLOO_SOCKET_IFNAME="cable"),
+            cwd=REPOSITORY,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+        )
+
+
+def test_two_machines_as_namespaces_train_through_a_cut_cable_and_a_killed_node(
+    two_machines: Callable[..., list[str]], inputs: Run, tmp_path: Path
+) -> None:
+    run_to_end(command("train_unet", inputs, tmp_path / "whole", processes=2), tmp_path / "log")
+    root, log = tmp_path / "machines", tmp_path / "machines.log"
+    folder = root / "unet"
+
+    def both() -> list[psutil.Popen]:
+        return [start_machine(n, two_machines, "train_unet", inputs, root, log) for n in range(2)]
+
+    def until(update: int) -> None:
+        deadline = time.monotonic() + 90
+        while not any((folder / f"checkpoints/update-{later:08}").exists() for later in range(update, 61, 3)):
+            assert time.monotonic() < deadline, log.read_text()[-3000:]
+            time.sleep(0.005)
+
+    machines = both()
+    until(6)
+    cable = [*two_machines(1), "ip", "link", "set", "cable"]
+    subprocess.run([*cable, "down"], check=True)
+    time.sleep(3)
+    assert all(machine.poll() is None for machine in machines), "a cable that is out for a moment ends nothing"
+    assert not (folder / "manifest.json").exists()
+    subprocess.run([*cable, "up"], check=True)
+    until(21)
+    members = family(machines[1])
+    os.killpg(machines[1].pid, signal.SIGKILL)
+    assert machines[0].wait(timeout=60) != 0, "the other node notices"
+    psutil.wait_procs(members, timeout=20)
+    assert not (folder / "manifest.json").exists(), "it finished before its node was killed"
+    assert [machine.wait(timeout=200) for machine in both()] == [0, 0], log.read_text()[-3000:]
+    check_same("train_unet", folder, tmp_path / "whole" / "unet")

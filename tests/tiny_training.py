@@ -1,0 +1,219 @@
+"""A training so small that faults can be tried on it by the dozen: two networks, real runtime, no images.
+
+As a module for one process; as a program (``python tests/tiny_training.py FOLDER RECIPE...``) one rank of several,
+which trains once per recipe and writes ``RECIPE NUMBER-rank-R.json``.
+"""
+
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from data.prefetch import Loaded
+from data.randomness import SampleDraws
+from pipelines.config import RunConfig
+from pipelines.runtime.checkpoint import Weights
+from pipelines.runtime.ema import Averages
+from pipelines.runtime.launch import StopRequest, joined, start_accelerator
+from pipelines.runtime.optim import Optimizer
+from pipelines.runtime.selftest import SelfTestError
+from pipelines.runtime.stage import Stage
+from pipelines.runtime.tracking import SilentTracker
+from pipelines.runtime.training import Training
+from pipelines.runtime.training_config import BatchShare, TrainingConfig
+
+BASE: dict[str, Any] = {
+    "updates": 40,
+    "global_batch": 8,
+    "images_per_device": 2,
+    "log_every": 7,
+    "panel_every": 10,
+    "checkpoint": {"every_updates": 10},
+    "optim": {"peak_lr": 1e-2, "warmup_updates": 0},
+    "averages": [{"kind": "exponential", "decay": 0.9}],
+}
+
+
+class Rows(SilentTracker):
+    """Keeps the rows in memory."""
+
+    def __init__(self) -> None:
+        self.rows: list[dict[str, Any]] = []
+
+    def log_rows(self, rows: Any) -> None:
+        self.rows += [dict(row) for row in rows]
+
+
+@dataclass(kw_only=True)
+class Recipe:
+    """What goes wrong, by batch: one of data, loss, gradient, second, weights, spike; each once unless ``lasting``."""
+
+    faults: Mapping[int, str] = field(default_factory=dict)
+    on_rank: int = 0  # where it goes wrong
+    leave_out: tuple[int, ...] = ()  # batches that the stream does not have
+    flip_after: int = 0  # one bit of one weight of on_rank flips after this update
+    same_samples: bool = False  # every rank reads the first share
+    dropout: float = 0.1  # makes gradients differ even then
+    silent_term: bool = False  # a loss term that is detached
+    still_average: bool = False  # averages are not updated
+    hang_in: int = 0  # on_rank sleeps in this update
+    slow_seconds: float = 0.0  # on_rank takes so much longer for each update
+    raise_after: int = 0  # end with an error of the stage's own after this update
+    config: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Tiny:
+    """One training by a recipe."""
+
+    def __init__(self, folder: Path, recipe: Recipe, *, accelerator: Any = None) -> None:
+        self.recipe = recipe
+        self.accelerator = accelerator or start_accelerator(RunConfig(threads=1))
+        config = TrainingConfig.model_validate_json(json.dumps({**BASE, **recipe.config}))
+        rank, world_size = self.accelerator.process_index, self.accelerator.num_processes
+        folder.mkdir(parents=True, exist_ok=True)
+        self.tracker = Rows()
+        self.stage = Stage(
+            name="tiny",
+            folder=folder,
+            config=config,
+            parents={},
+            accelerator=self.accelerator,
+            tracker=self.tracker,
+            stop=StopRequest(folder, self.accelerator),
+        )
+        torch.manual_seed(0)
+        self.first = nn.Sequential(nn.Linear(4, 8), nn.SiLU(), nn.Dropout(recipe.dropout), nn.Linear(8, 4))
+        self.second = nn.Linear(4, 1)
+        self.optimizers = [Optimizer(net, config.optim, accelerator=self.accelerator) for net in self.networks]
+        self.averages = Averages(self.first, config.averages)
+        self.wrapped = [joined(net, self.accelerator, compiles=config.compile) for net in self.networks]
+        self.share = BatchShare.of(config, table="tiny", rank=rank, world_size=world_size)
+        self.parts = {
+            "first": Weights(self.first),
+            "second": Weights(self.second),
+            "first_optimizer": self.optimizers[0],
+            "second_optimizer": self.optimizers[1],
+            "first_averages": self.averages,
+        }
+        self.training = Training(
+            self.stage, config, share=self.share, keys=self.keys, parts=self.parts, flops_per_image=1.0
+        )
+        self.spent: set[int] = set()
+        self.after_update: Callable[[int], None] = lambda update: None
+
+    @property
+    def networks(self) -> list[nn.Module]:
+        return [self.first, self.second]
+
+    def keys(self, batch: int, positions: range) -> list[str]:
+        return [f"sample-{batch}-{position}" for position in positions]
+
+    def stream(self, start: int) -> Iterator[Loaded[Tensor]]:
+        positions = range(len(self.share.positions)) if self.recipe.same_samples else self.share.positions
+        index = start
+        while True:
+            if index not in self.recipe.leave_out:
+                x = SampleDraws(0, index, positions).normals("x", (4,))
+                yield Loaded(index, torch.from_numpy(x), 0.0)
+            index += 1
+
+    def fault(self, kind: str) -> bool:
+        batch = self.training.next_batch - 1
+        here = self.accelerator.process_index == self.recipe.on_rank
+        if not here or self.recipe.faults.get(batch) != kind or (kind == "weights" and batch in self.spent):
+            return False
+        self.spent.add(batch)
+        return True
+
+    def run(self) -> "Tiny":
+        self.training.resume()
+        for x in self.training.updates(self.stream):
+            self.one_update(x)
+            if not self.recipe.still_average:
+                self.averages.update(self.first, update=self.training.update, refused=self.training.refused)
+            if self.training.look_is_due():
+                self.training.report({"val/loss": (self.training.update - 20.0) ** 2})
+            self.disturb()
+        return self
+
+    def disturb(self) -> None:
+        self.after_update(self.training.update)
+        recipe, here = self.recipe, self.accelerator.process_index == self.recipe.on_rank
+        if here and recipe.flip_after == self.training.update:
+            with torch.no_grad():
+                self.first[0].weight.view(torch.int32)[3, 2] ^= 1
+        if recipe.raise_after == self.training.update:
+            raise InterruptedError("the stage's own")
+
+    def one_update(self, x: Tensor) -> None:
+        training, seen = self.training, []
+        if self.fault("data"):
+            x[0, 0] = math.nan
+        if self.fault("weights"):
+            with torch.no_grad():
+                self.first[0].weight[0, 0] = math.inf
+        if self.recipe.on_rank == self.accelerator.process_index:
+            time.sleep(self.recipe.slow_seconds)
+            while training.update == self.recipe.hang_in:
+                time.sleep(0.1)
+        for part in training.micro_batches(self.wrapped[0]):
+            out = self.wrapped[0](x[part])
+            if self.fault("gradient"):
+                out.register_hook(lambda gradient: gradient * math.nan)
+            loss = (out - x[part]).square().mean()
+            terms = {"square": loss, "size": out.abs().mean().detach() if self.recipe.silent_term else out.abs().mean()}
+            loss = loss + 0.1 * terms["size"]
+            loss = loss * (math.nan if self.fault("loss") else 1e4 if self.fault("spike") else 1.0)
+            training.backward(loss, terms=terms)
+            training.note({"train/loss": loss})
+            seen.append((x[part], out.detach()))
+        for _, (real, fake) in zip(training.micro_batches(self.wrapped[1]), seen, strict=True):
+            gap = (1 - self.wrapped[1](real)).relu().mean() + (1 + self.wrapped[1](fake)).relu().mean()
+            gap = gap * (math.inf if self.fault("second") else 1.0)
+            training.backward(gap)
+            training.note({"train/second_loss": gap})
+        training.step({"train/grad_norm": self.optimizers[0], "train/second_grad_norm": self.optimizers[1]})
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All that a training is, as copies."""
+        return {f"{part}/{k}": v.clone() for part, held in self.parts.items() for k, v in held.tensors().items()}
+
+
+def main() -> None:
+    folder = Path(sys.argv[1])
+    accelerator = start_accelerator(RunConfig(threads=1))
+    rank = accelerator.process_index
+    for number, text in enumerate(sys.argv[2:]):
+        words = json.loads(text)
+        words["faults"] = {int(batch): kind for batch, kind in words.get("faults", {}).items()}
+        tiny, ended = Tiny(folder / str(number), Recipe(**words), accelerator=accelerator), "done"
+        try:
+            tiny.run()
+        except (SelfTestError, FloatingPointError) as error:
+            ended = f"{type(error).__name__}: {error}"
+        total = sum(float(tensor.double().sum()) for tensor in tiny.tensors().values())
+        found = {"ended": ended, "update": tiny.training.update, "sum": total, "rows": tiny.tracker.rows}
+        (folder / f"{number}-rank-{rank}.json").write_text(json.dumps(found))
+    torch.distributed.destroy_process_group()
+
+
+def rank_environment(rank: int, world_size: int, port: int) -> dict[str, str]:
+    """What a launcher would set for one rank of several on this machine."""
+    words = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
+    return {name: str(value) for name, value in words.items()} | {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), str(Path(__file__).parent)]),
+    }
+
+
+if __name__ == "__main__":
+    main()
