@@ -183,8 +183,7 @@ def running_stage(
         if accelerator.is_main_process:
             lock.acquire(patience_seconds=LOCK_PATIENCE_SECONDS)
             sweep_temporaries(folder)
-            for stale in (OUTCOME_NAME, "stop"):
-                (folder / stale).unlink(missing_ok=True)
+            (folder / OUTCOME_NAME).unlink(missing_ok=True)
             shown = without_credentials(config_as_toml(config, table=name))
             write_atomically(folder / "config.toml", shown.encode())
             write_json(folder / "request.json", request)
@@ -227,8 +226,8 @@ def running_stage(
         elif speaks or state == "failed":
             leave_outcome(folder, state=state, code=code)
         tracker.close(RUN_STATUSES[state])
-        if speaks and state != "failed":
-            (folder / "stop").unlink(missing_ok=True)
+        if speaks and working:
+            (folder / "stop").unlink(missing_ok=True)  # answered; one made before the start is still to be heard
         lock.release()
     if state != "failed" and dist.is_initialized():
         # The launcher ends all ranks when one has gone: none goes before the main process has told its tracker.
