@@ -134,7 +134,8 @@ def test_classes_and_captions_combine(two_process_run: Run, tmp_path: Path) -> N
     assert done.returncode == 0, done.stderr
     both = (
         '[{ kind = "class", drop_probability = 0.0 },'
-        ' { kind = "text", use = "tokens", encoder = { max_tokens = 12 }, drop_probability = 0.5 }]'
+        ' { kind = "text", use = "tokens", encoder = { max_tokens = 12 }, null = "empty_caption",'
+        " drop_probability = 0.5 }]"
     )
     short = ["--updates", "30", "--panel_every", "30", "--log_every", "10"]
     done = run_stage("train_unet", *root, inputs[1], "--denoiser.conditioners", both, *short)
