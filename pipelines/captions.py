@@ -86,6 +86,15 @@ def text_conditioners(denoiser: DenoiserConfig) -> list[TextConditionerConfig]:
     return [each for each in denoiser.conditioners if isinstance(each, TextConditionerConfig)]
 
 
+def blank_features(denoiser: DenoiserConfig) -> dict[str, Tensor]:
+    """Return the features of one image without a caption, as the model reads them: zeros of their shapes."""
+    features: dict[str, Tensor] = {}
+    for conditioner in text_conditioners(denoiser):
+        features[TEXT_TOKENS] = torch.zeros(1, conditioner.encoder.max_tokens, conditioner.width)
+        features[TEXT_POOLED] = torch.zeros(1, conditioner.width)
+    return features
+
+
 def check_features(denoiser: DenoiserConfig, about: Mapping[str, Any] | None) -> None:
     """Refuse a text conditioner that cannot read the features which the latents hold.
 

@@ -25,11 +25,14 @@ from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
 from data.manifest import MANIFEST_NAME, Manifest, read_manifest
+from models.denoiser import DenoiserConfig
 from models.discriminator import Discriminator
 from models.vae import AutoencoderKL
 from models.vae_objective import PatchAdversary
 from pipelines import encode_latents, evaluate, prepare_corpus, train_unet, train_vae
+from pipelines.captions import NoTextConfig, blank_features
 from pipelines.config import STAGE_FOLDERS, ConfigError, StageConfig, config_from_command_line, load_config
+from pipelines.foreign import STAND_INS
 from pipelines.runtime.performance import peak_flops
 from pipelines.runtime.progress import duration
 from pipelines.runtime.stage import differing_keys, request_of
@@ -149,7 +152,8 @@ def state_of(stage: str, config: StageConfig, before: Mapping[str, StagePlan]) -
     why = []
     for name, place in inputs_of(config).items():
         try:
-            parents[name] = read_manifest(place)
+            stand_in = STAND_INS[name](Path(place)) if name in STAND_INS else None
+            parents[name] = stand_in or read_manifest(place)
         except (OSError, ValueError):
             why.append(f"waits for {place}")
         maker = before.get(MAKERS.get(name, ""))
@@ -201,12 +205,13 @@ def forecast(configs: Mapping[str, StageConfig], plans: Mapping[str, StagePlan],
         plans["train_unet"],
         unet_config,
         [denoiser],
-        flops=lambda: train_unet.flops_per_image(
-            denoiser, _one_draw(latents, num_conditions=len(denoiser.conditioners))
-        ),
+        flops=lambda: train_unet.flops_per_image(denoiser, _one_draw(latents, unet_config.denoiser)),
         devices=devices,
     )
     numbers = 2 * shape["channels"] * shape["size"] ** 2 * (2 if encode_config.flipped else 1)
+    if not isinstance(encode_config.captions, NoTextConfig):
+        # Of the encoder that the U-Net expects: to ask the encoder itself would mean to load it.
+        numbers += sum(field.numel() for field in blank_features(unet_config.denoiser).values())
     width = {"float16": 2, "float32": 4}[encode_config.dtype]
     if corpus is not None:
         # A tar member costs a header and is padded to 512 bytes; each sample has its class beside the arrays.
@@ -222,15 +227,15 @@ def manifest_or_none(folder: str) -> Manifest | None:
         return None
 
 
-def _one_draw(latents: Manifest, *, num_conditions: int) -> train_unet.LatentDraw:
+def _one_draw(latents: Manifest, denoiser: DenoiserConfig) -> train_unet.LatentDraw:
     shape = latents.content["latent"]
     x0 = torch.zeros(1, shape["channels"], shape["size"], shape["size"])
     return train_unet.LatentDraw(
         x0=x0,
         noise=x0,
         times=torch.full((1,), 0.5),
-        conditions={"labels": torch.zeros(1, dtype=torch.int64)},
-        dropped=torch.zeros(1, num_conditions, dtype=torch.bool),
+        conditions={"labels": torch.zeros(1, dtype=torch.int64), **blank_features(denoiser)},
+        dropped=torch.zeros(1, len(denoiser.conditioners), dtype=torch.bool),
     )
 
 

@@ -211,7 +211,8 @@ def log_health(training: Training, loss: VAELoss, posterior: Posterior, *, last_
     figures = {f"health/grad_norm_{name}": value for name, value in pulls.items()}
     figures |= {f"health/{name}": value for name, value in latent_figures(posterior).items()}
     values = torch.stack([value.double() for value in figures.values()]).tolist()
-    training.stage.tracker.log_metrics(dict(zip(figures, values, strict=True)), step=training.update)
+    measured = dict(zip(figures, values, strict=True))
+    training.stage.tracker.log_metrics(measured, step=training.update, attempt=training.attempt)
 
 
 class BatchMaker:

@@ -43,6 +43,8 @@ def emoji(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     whole["train_vae"]["network"] |= {"channels": [16, 32], "blocks_per_level": 1, "norm_groups": 8}
     whole["train_vae"]["averages"] = [{"kind": "exponential", "decay": 0.9}]
     whole["encode_latents"]["batch_size"] = 16
+    for stage in ("train_vae", "train_unet"):
+        whole[stage]["precision"] = "float32"
     whole["train_unet"] |= {"updates": 20, "global_batch": 8, "panel_every": 10, "log_every": 10}
     whole["train_unet"]["panel"] |= {"max_columns": 3, "sampler": {"kind": "ddim", "num_steps": 3}}
     whole["train_unet"]["averages"] = [{"kind": "exponential", "decay": 0.9}]
@@ -134,7 +136,8 @@ def test_classes_and_captions_combine(two_process_run: Run, tmp_path: Path) -> N
     assert done.returncode == 0, done.stderr
     both = (
         '[{ kind = "class", drop_probability = 0.0 },'
-        ' { kind = "text", use = "tokens", encoder = { max_tokens = 12 }, drop_probability = 0.5 }]'
+        ' { kind = "text", use = "tokens", encoder = { max_tokens = 12 }, null = "empty_caption",'
+        " drop_probability = 0.5 }]"
     )
     short = ["--updates", "30", "--panel_every", "30", "--log_every", "10"]
     done = run_stage("train_unet", *root, inputs[1], "--denoiser.conditioners", both, *short)
@@ -150,6 +153,13 @@ def test_classes_and_captions_combine(two_process_run: Run, tmp_path: Path) -> N
         assert done.returncode == 0, done.stderr
         pictures[name] = (tmp_path / name / f"000000-{name}-seed0.png").read_bytes()
     assert pictures["circle"] != pictures["cross"]
+
+
+def test_a_plan_counts_the_captions_too(tmp_path: Path) -> None:
+    done = run_stage("plan", "--run.root", str(tmp_path), "--trial", "false", "--json", config=EMOJI)
+    assert done.returncode == 0, done.stderr
+    stages = {one["stage"]: one for one in json.loads(done.stdout)["stages"]}
+    assert stages["train_unet"]["flops_per_image"] > 1e9
 
 
 def test_a_text_condition_needs_features(two_process_run: Run, tmp_path: Path) -> None:
