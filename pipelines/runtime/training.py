@@ -21,7 +21,7 @@ from pipelines.runtime.optim import LossScale, Optimizer, learning_rate
 from pipelines.runtime.pace import Pace, straggler
 from pipelines.runtime.progress import progress_line
 from pipelines.runtime.selftest import SelfTest
-from pipelines.runtime.stage import Stage, Stopped
+from pipelines.runtime.stage import Stage, Stopped, leave_outcome
 from pipelines.runtime.training_config import BatchShare, TrainingConfig
 from pipelines.runtime.verdict import Judged, Verdicts, first_not_finite
 from pipelines.runtime.watch import Watch
@@ -87,6 +87,7 @@ class Training:
             world_size=world_size,
             hang_seconds=config.hang_seconds,
             keys=lambda batch: keys(batch, share.positions),
+            last_words=lambda: leave_outcome(stage.folder, state="failed", code=1),
         )
         self._pace = Pace(
             device=device,
@@ -311,7 +312,8 @@ class Training:
         if policy == "stop":
             raise FloatingPointError(
                 f"{text} Nothing of it has reached the weights. Lower optim.peak_lr or look at the data, or let "
-                "training go on with --on_bad_update.policy skip or rewind; then run it again."
+                "training go on: run it again with --on_bad_update.policy skip (or rewind) and --allow-changed "
+                "on_bad_update.policy."
             )
         if len(self._bad_batches) > limit:
             raise FloatingPointError(f"{text} It is the {len(self._bad_batches)}th; on_bad_update.limit = {limit}.")
