@@ -199,7 +199,7 @@ def main() -> None:
         tiny, ended = Tiny(folder / str(number), Recipe(**words), accelerator=accelerator), "done"
         try:
             tiny.run()
-        except (SelfTestError, FloatingPointError) as error:
+        except (SelfTestError, FloatingPointError, InterruptedError) as error:
             ended = f"{type(error).__name__}: {error}"
         total = sum(float(tensor.double().sum()) for tensor in tiny.tensors().values())
         found = {"ended": ended, "update": tiny.training.update, "sum": total, "rows": tiny.tracker.rows}
