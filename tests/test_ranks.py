@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -57,6 +58,27 @@ RECIPES: dict[str, dict[str, Any]] = {
     "left out": {"leave_out": [3, 6, 9, 10, *range(14, 22)]},
     "slow": {"slow_seconds": 0.05, "on_rank": 1, "config": {"updates": 7}},
 }
+
+
+@pytest.mark.soak
+def test_four_ranks_that_were_stopped_end_as_if_they_had_not(tmp_path: Path) -> None:
+    """From three ranks on it matters in which order their gradients are summed."""
+    rest = {"config": {"updates": 25}}
+    ranks = start(tmp_path, rest, {**rest, "raise_after": 13}, world_size=4)
+    printed = [process.communicate(timeout=200) for process in ranks]
+    assert [process.returncode for process in ranks] == [0, 0, 0, 0], printed
+    shutil.copytree(tmp_path / "1", tmp_path / "again" / "0")
+    assert (tmp_path / "1/checkpoints/update-00000010").is_dir()
+    ranks = start(tmp_path / "again", rest, world_size=4)
+    printed = [process.communicate(timeout=200) for process in ranks]
+    assert [process.returncode for process in ranks] == [0, 0, 0, 0], printed
+    whole, continued = (
+        json.loads((folder / "0-rank-0.json").read_bytes()) for folder in (tmp_path, tmp_path / "again")
+    )
+    assert continued["sum"] == whole["sum"]
+    assert continued["rows"][0]["update"] == 11
+    losses = [{row["update"]: row["train/loss"] for row in run["rows"]} for run in (whole, continued)]
+    assert all(losses[0][update] == loss for update, loss in losses[1].items())
 
 
 @pytest.fixture(scope="module")
@@ -122,6 +144,16 @@ def test_a_hanging_rank_is_reported_by_all_and_ends_them(tmp_path: Path) -> None
     stack = (tmp_path / "0/watch/rank-0001.report.txt").read_text()
     assert "one_update" in stack
     assert "tiny_training.py" in stack
+    assert json.loads((tmp_path / "0/outcome.json").read_bytes())["state"] == "failed"
+
+
+@pytest.mark.soak
+def test_a_rank_that_hangs_in_native_code_ends_too(tmp_path: Path) -> None:
+    ranks = start(tmp_path, {"hang_in": 4, "on_rank": 1, "natively": True, "config": {"hang_seconds": 4.0}})
+    printed = [process.communicate(timeout=90) for process in ranks]
+    assert all(process.returncode not in (0, None) for process in ranks), printed
+    assert "one_update" in printed[1][1]
+    assert "in update 4 (batch 3)" in (tmp_path / "0/watch/rank-0000.report.txt").read_text()
 
 
 def test_a_frozen_rank_is_named_by_the_others(tmp_path: Path) -> None:

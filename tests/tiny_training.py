@@ -4,6 +4,7 @@ As a module for one process; as a program (``python tests/tiny_training.py FOLDE
 which trains once per recipe and writes ``RECIPE NUMBER-rank-R.json``.
 """
 
+import ctypes
 import json
 import math
 import os
@@ -65,6 +66,7 @@ class Recipe:
     silent_term: bool = False  # a loss term that is detached
     still_average: bool = False  # averages are not updated
     hang_in: int = 0  # on_rank sleeps in this update
+    natively: bool = False  # in native code, with the interpreter's lock
     slow_seconds: float = 0.0  # on_rank takes so much longer for each update
     raise_after: int = 0  # end with an error of the stage's own after this update
     config: Mapping[str, Any] = field(default_factory=dict)
@@ -162,8 +164,8 @@ class Tiny:
                 self.first[0].weight[0, 0] = math.inf
         if self.recipe.on_rank == self.accelerator.process_index:
             time.sleep(self.recipe.slow_seconds)
-            while training.update == self.recipe.hang_in:
-                time.sleep(0.1)
+            if training.update == self.recipe.hang_in:
+                (ctypes.PyDLL(None).sleep if self.recipe.natively else time.sleep)(600)
         for part in training.micro_batches(self.wrapped[0]):
             out = self.wrapped[0](x[part])
             if self.fault("gradient"):
@@ -197,7 +199,7 @@ def main() -> None:
         tiny, ended = Tiny(folder / str(number), Recipe(**words), accelerator=accelerator), "done"
         try:
             tiny.run()
-        except (SelfTestError, FloatingPointError) as error:
+        except (SelfTestError, FloatingPointError, InterruptedError) as error:
             ended = f"{type(error).__name__}: {error}"
         total = sum(float(tensor.double().sum()) for tensor in tiny.tensors().values())
         found = {"ended": ended, "update": tiny.training.update, "sum": total, "rows": tiny.tracker.rows}

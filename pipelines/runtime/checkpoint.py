@@ -6,6 +6,7 @@ an older one is retired only after that. The step pays for one copy to host memo
 """
 
 import json
+import math
 import shutil
 import sys
 import threading
@@ -21,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from data.commit import atomic_folder, sha256_of, sweep_temporaries, write_json
+from pipelines.config import ConfigError
 
 PREFIX = "update-"
 RETRIES = 8  # of a failed save, spread over grace_updates
@@ -82,6 +84,33 @@ class Weights:
 
     def load(self, tensors: dict[str, Tensor]) -> None:
         self.network.load_state_dict(tensors)
+
+
+class Best:
+    """The best value of a metric so far; ``found`` is kept in the checkpoint's state."""
+
+    def __init__(self, config: NoBest | BestBy) -> None:
+        self.config = config
+        self.found: dict[str, Any] = {}  # update, metric, value
+
+    def beaten_by(self, figures: Mapping[str, float], *, update: int) -> bool:
+        """Return whether ``figures`` hold a new best, and remember it; they are empty on all ranks but one.
+
+        Raises:
+            ConfigError: They do not hold the metric.
+        """
+        if not isinstance(self.config, BestBy) or not figures:
+            return False
+        if self.config.metric not in figures:
+            raise ConfigError(
+                f"checkpoint.best.metric = {self.config.metric!r} is not measured here; measured are "
+                f"{', '.join(figures)}."
+            )
+        value, sign = figures[self.config.metric], 1 if self.config.better == "higher" else -1
+        if not math.isfinite(value) or (self.found and sign * value <= sign * self.found["value"]):
+            return False
+        self.found = {"update": update, "metric": self.config.metric, "value": value}
+        return True
 
 
 class Checkpoints:

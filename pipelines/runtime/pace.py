@@ -106,3 +106,12 @@ def straggler(figures: dict[str, float]) -> int | None:
     """Return the rank that holds up the others, or None."""
     slowest, median = figures.get("perf/slowest_rank_seconds", 0.0), figures.get("perf/median_rank_seconds", 0.0)
     return int(figures["perf/slowest_rank"]) if median and slowest > STRAGGLER_FACTOR * median else None
+
+
+def holding_up(figures: dict[str, float]) -> str:
+    """Say how far the slowest rank is behind."""
+    return (
+        f"holds up the others: {figures['perf/slowest_rank_seconds']:.3g} s an update before it meets them (of that "
+        f"{figures['perf/slowest_rank_data_wait_seconds']:.3g} s waiting for data), the median rank "
+        f"{figures['perf/median_rank_seconds']:.3g} s"
+    )

@@ -5,23 +5,22 @@ The stage keeps what it learns and how; this file keeps the promise that killing
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from data.randomness import key_of
-from pipelines.config import ConfigError
-from pipelines.runtime.checkpoint import BestBy, Checkpoints, Stateful
+from pipelines.runtime.checkpoint import Best, Checkpoints, Stateful
 from pipelines.runtime.evidence import write_evidence
 from pipelines.runtime.launch import agree_on, any_rank
 from pipelines.runtime.measured import Measured
 from pipelines.runtime.optim import LossScale, Optimizer, learning_rate
-from pipelines.runtime.pace import Pace, straggler
+from pipelines.runtime.pace import Pace, holding_up, straggler
 from pipelines.runtime.progress import progress_line
 from pipelines.runtime.selftest import SelfTest
-from pipelines.runtime.stage import Stage, Stopped
+from pipelines.runtime.stage import Stage, Stopped, leave_outcome
 from pipelines.runtime.training_config import BatchShare, TrainingConfig
 from pipelines.runtime.verdict import Judged, Verdicts, first_not_finite
 from pipelines.runtime.watch import Watch
@@ -73,13 +72,15 @@ class Training:
         self.attempt = 1
         self._keys = keys
         self._bad_batches: list[int] = []
-        self._best: dict[str, Any] = {}
+        self._best = Best(config.checkpoint.best)
         self._save_for_best = False
         self._checkpoints = Checkpoints(stage.folder / "checkpoints", config.checkpoint, writes=stage.is_main)
         self._verdicts = Verdicts(config.on_bad_update, device=device, world_size=world_size)
         self.parts["verdicts"] = self._verdicts
-        if accelerator.scaler is not None:
-            self.parts["loss_scale"] = LossScale(accelerator.scaler)
+        self._rehearsed = world_size == 1
+        self._loss_scale = LossScale(accelerator.scaler) if accelerator.scaler is not None else None
+        if self._loss_scale is not None:
+            self.parts["loss_scale"] = self._loss_scale
         self._self_test = SelfTest(self.parts, every=config.self_test_every, world_size=world_size, device=device)
         self._watch = stage.watch = Watch(
             stage.folder / "watch",
@@ -87,6 +88,7 @@ class Training:
             world_size=world_size,
             hang_seconds=config.hang_seconds,
             keys=lambda batch: keys(batch, share.positions),
+            last_words=lambda: leave_outcome(stage.folder, state="failed", code=1),
         )
         self._pace = Pace(
             device=device,
@@ -127,7 +129,7 @@ class Training:
         state = checkpoint.state
         self.update, self.next_batch = checkpoint.update, int(state["next_batch"])
         self.attempt = int(state.get("attempt", 1))
-        self._best, self._bad_batches = dict(state.get("best", {})), list(state.get("bad_batches", ()))
+        self._best.found, self._bad_batches = dict(state.get("best", {})), list(state.get("bad_batches", ()))
         return state
 
     def updates(self, batches: Callable[[int], Iterator[Loaded[T]]]) -> Iterator[T]:
@@ -153,10 +155,13 @@ class Training:
             ):
                 while self.update < config.updates:
                     self._watch.beat(update=self.update + 1, batch=self.next_batch)
-                    self._self_test.begin(self.update + 1)
                     loaded = next(stream)
                     self.update, self.next_batch = self.update + 1, loaded.index + 1
                     self._pace.begin_update(waited=loaded.wait_seconds)
+                    if not self._rehearsed:
+                        with self._rehearsal():
+                            yield loaded.batch
+                    self._self_test.begin(self.update)
                     yield loaded.batch
                     bad = self._record()
                     if bad is not None:
@@ -168,6 +173,27 @@ class Training:
             self._checkpoints.wait()
         finally:
             _close(stream)
+
+    @contextmanager
+    def _rehearsal(self) -> Iterator[None]:
+        """Make an update that changes nothing.
+
+        DDP arranges gradients in buffers anew after the first backward pass of a process, and in which order several
+        ranks are summed depends on a gradient's place there. Were the first update a real one, a restart would sum it
+        in another order than a run that was never stopped, and differ in the last bits from three ranks on.
+        """
+        scale = (
+            {name: tensor.clone() for name, tensor in self._loss_scale.tensors().items()} if self._loss_scale else {}
+        )
+        self._verdicts.stand_still()
+        yield
+        self._verdicts.forgive()
+        self._measured.present.clear()
+        if self._loss_scale is not None:
+            self._loss_scale.load(scale)
+        self._rehearsed = True
+        self._pace.restart()
+        self._pace.begin_update(waited=0.0)
 
     def _record(self) -> Judged | None:
         """Take down the update just made; return the first one that does not count, on every rank the same."""
@@ -255,24 +281,9 @@ class Training:
         return self.is_due(self.config.panel_every) and not self._verdicts.present_is_refused()
 
     def report(self, figures: Mapping[str, float]) -> None:
-        """Log what the main process measured after this update; a new best is saved. Call it on every rank.
-
-        Raises:
-            ConfigError: The metric that chooses the best is not among them.
-        """
+        """Log what the main process measured after this update; a new best is saved. Call it on every rank."""
         self.stage.tracker.log_metrics(figures, step=self.update, attempt=self.attempt)
-        best = self.config.checkpoint.best
-        if not isinstance(best, BestBy):
-            return
-        if self.stage.is_main and best.metric not in figures:
-            raise ConfigError(
-                f"checkpoint.best.metric = {best.metric!r} is not measured here; measured are {', '.join(figures)}."
-            )
-        value, sign = figures.get(best.metric, 0.0), 1 if best.better == "higher" else -1
-        is_best = math.isfinite(value) and (not self._best or sign * value > sign * self._best["value"])
-        self._save_for_best = bool(agree_on(int(is_best), self.stage.accelerator))
-        if self._save_for_best:
-            self._best = {"update": self.update, "metric": best.metric, "value": value}
+        self._save_for_best = any_rank(self._best.beaten_by(figures, update=self.update), self.stage.accelerator)
 
     def flush(self) -> None:
         """Average the pending figures over the ranks and write them out, one line an update. A collective."""
@@ -284,12 +295,7 @@ class Training:
         self.stage.tracker.log_rows(rows)
         self._figures = {"loss": rows[-1].get("train/loss", math.nan), "images/s": pace["perf/images_per_s"]}
         if self.stage.is_main and (slow := straggler(pace)) is not None:
-            self.stage.say(
-                f"update {self.update}: rank {slow} on {self._watch.host_of(slow)} holds up the others: "
-                f"{pace['perf/slowest_rank_seconds']:.3g} s an update before it meets them (of that "
-                f"{pace['perf/slowest_rank_data_wait_seconds']:.3g} s waiting for data), the median rank "
-                f"{pace['perf/median_rank_seconds']:.3g} s"
-            )
+            self.stage.say(f"update {self.update}: rank {slow} on {self._watch.host_of(slow)} {holding_up(pace)}")
 
     def _answer(self, bad: Judged) -> None:
         """Go back to before a bad update, write down what was in it, and do as the policy says. A collective.
@@ -311,7 +317,8 @@ class Training:
         if policy == "stop":
             raise FloatingPointError(
                 f"{text} Nothing of it has reached the weights. Lower optim.peak_lr or look at the data, or let "
-                "training go on with --on_bad_update.policy skip or rewind; then run it again."
+                "training go on: run it again with --on_bad_update.policy skip (or rewind) and --allow-changed "
+                "on_bad_update.policy."
             )
         if len(self._bad_batches) > limit:
             raise FloatingPointError(f"{text} It is the {len(self._bad_batches)}th; on_bad_update.limit = {limit}.")
@@ -344,7 +351,7 @@ class Training:
             "next_batch": self.next_batch,
             "attempt": self.attempt,
             "bad_batches": self._bad_batches,
-            "best": self._best,
+            "best": self._best.found,
             "images": self.update * self.config.global_batch,
             "world_size": self.stage.accelerator.num_processes,
             "threads": torch.get_num_threads(),
@@ -354,7 +361,7 @@ class Training:
             # Lines up to here are never written again: they must be on disk before the checkpoint is.
             self.stage.tracker.flush()
             parts = {name: part.tensors() for name, part in self.parts.items()}
-            self._checkpoints.save(self.update, parts, state, best=self._best.get("update"))
+            self._checkpoints.save(self.update, parts, state, best=self._best.found.get("update"))
 
 
 def _close(stream: Any) -> None:

@@ -119,6 +119,11 @@ class Verdicts:
         """Return whether the present update does not count; waits for the device."""
         return bool(self.refused)
 
+    def stand_still(self) -> None:
+        """Let no update count until ``forgive``."""
+        self._standstill = torch.ones_like(self._standstill)
+        self.refused = torch.ones_like(self.refused)
+
     def forgive(self) -> None:
         """Let updates count again."""
         self._standstill = torch.zeros_like(self._standstill)

@@ -34,16 +34,25 @@ class Watch:
         world_size: Number of processes.
         hang_seconds: Time without a new update after which the process ends.
         keys: Gives this rank's sample keys of a batch; asked only when something is wrong.
+        last_words: Called before this process ends itself.
     """
 
     def __init__(
-        self, folder: Path, *, rank: int, world_size: int, hang_seconds: float, keys: Callable[[int], list[str]]
+        self,
+        folder: Path,
+        *,
+        rank: int,
+        world_size: int,
+        hang_seconds: float,
+        keys: Callable[[int], list[str]],
+        last_words: Callable[[], None],
     ) -> None:
         self.folder, self.rank, self.world_size, self.hang_seconds = folder, rank, world_size, hang_seconds
-        self._keys = keys
+        self._keys, self._last_words = keys, last_words
         self._tick = min(5.0, hang_seconds / 10)
         self._update, self._batch, self._beat = 0, 0, time.monotonic()
         self._end = threading.Event()
+        self._stderr = 2  # the descriptor: sys.stderr may be anything
 
     @contextmanager
     def watching(self) -> Iterator["Watch"]:
@@ -53,12 +62,14 @@ class Watch:
         self._report_path(self.rank).unlink(missing_ok=True)
         self._beat = time.monotonic()
         thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
+        self._arm()
         thread.start()
         try:
             yield self
         finally:
             self._end.set()
             thread.join()
+            faulthandler.cancel_dump_traceback_later()
 
     def beat(self, *, update: int, batch: int) -> None:
         """Say that an update begins."""
@@ -85,16 +96,16 @@ class Watch:
         return str(self._heartbeat(rank).get("host", "?"))
 
     def _run(self) -> None:
-        with open(os.devnull, "w") as nowhere:
-            log = sys.stderr if _has_descriptor(sys.stderr) else nowhere
-            while not self._end.wait(self._tick):
-                faulthandler.dump_traceback_later(
-                    NATIVE_GRACE * self.hang_seconds + 2 * self._tick, exit=True, file=log
-                )
-                self._write_heartbeat()
-                if time.monotonic() - self._beat > self.hang_seconds:
-                    self._give_up()
-            faulthandler.cancel_dump_traceback_later()
+        while not self._end.wait(self._tick):
+            self._arm()
+            self._write_heartbeat()
+            if time.monotonic() - self._beat > self.hang_seconds:
+                self._give_up()
+
+    def _arm(self) -> None:
+        """Wind up the timer that needs no Python: it fires when this thread does not come by any more."""
+        seconds = NATIVE_GRACE * self.hang_seconds + 2 * self._tick
+        faulthandler.dump_traceback_later(seconds, exit=True, file=self._stderr)
 
     def _give_up(self) -> None:
         try:
@@ -107,6 +118,8 @@ class Watch:
             file=sys.stderr,
             flush=True,
         )
+        with suppress(OSError):
+            self._last_words()
         # Its peers on slower clocks need a moment for their own reports before the launcher ends them.
         time.sleep(2 * self._tick)
         os._exit(1)
@@ -167,10 +180,3 @@ class Watch:
 
     def _report_path(self, rank: int) -> Path:
         return self.folder / f"rank-{rank:04}.report.txt"
-
-
-def _has_descriptor(stream: Any) -> bool:
-    try:
-        return isinstance(stream.fileno(), int)
-    except (AttributeError, OSError, ValueError):
-        return False
