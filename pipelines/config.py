@@ -18,7 +18,7 @@ from typing import Any, ClassVar, TypeVar
 import tomli_w
 from pydantic import BaseModel, NonNegativeInt, ValidationError
 
-from pipelines.config_schema import annotation_at, complete, model_paths, names_at, variants_of
+from pipelines.config_schema import annotation_at, complete, kind_at, model_paths, names_at, variants_of
 
 STAGE_FOLDERS = {
     "prepare_corpus": "corpus",
@@ -90,7 +90,8 @@ def load_config(model: type[Config], *, table: str, argv: Sequence[str]) -> Conf
     path, overrides, mistakes = _split_command_line(argv)
     tree, sources, file_mistakes = _tree_of_file(path, table=table)
     mistakes += file_mistakes
-    for key, raw in overrides:
+    # Kinds first: a changed kind drops the old variant's keys, but never a word of the same command line.
+    for key, raw in sorted(overrides, key=lambda override: not override[0].endswith(".kind")):
         mistakes += _override(model, tree, sources, key, raw, table=table)
     tree = complete(model, _with_inputs(model, tree))
     try:
@@ -257,7 +258,7 @@ def _override(
     if isinstance(place, list) and last.isdigit() and int(last) < len(place):
         place[int(last)] = value
     elif isinstance(place, dict):
-        if last == "kind" and place.get("kind", value) != value:
+        if last == "kind" and place.get("kind", kind_at(model, tree, parts[:-1])) != value:
             place.clear()  # Another variant: the old one's keys mean nothing to it.
         place[last] = value
     else:

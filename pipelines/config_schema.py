@@ -109,6 +109,18 @@ def annotation_at(model: type[BaseModel], tree: Any, parts: Sequence[str]) -> An
 
 def names_at(model: type[BaseModel], tree: Any, parts: Sequence[str]) -> list[str]:
     """Return the field names that are valid below a dotted name, given the variants that ``tree`` chose."""
+    variant = variant_at(model, tree, parts)
+    return list(variant.model_fields) if variant is not None else []
+
+
+def kind_at(model: type[BaseModel], tree: Any, parts: Sequence[str]) -> str | None:
+    """Return the ``kind`` of the variant at a dotted name: the one that ``tree`` chose, else the default's."""
+    variant = variant_at(model, tree, parts)
+    return kind_of(variant) if variant is not None else None
+
+
+def variant_at(model: type[BaseModel], tree: Any, parts: Sequence[str]) -> type[BaseModel] | None:
+    """Return the model at a dotted name, given the variants that ``tree`` chose."""
     current: type[BaseModel] | None = model
     element: Any = None
     for part in parts:
@@ -118,11 +130,11 @@ def names_at(model: type[BaseModel], tree: Any, parts: Sequence[str]) -> list[st
             continue
         field = current.model_fields.get(part) if current is not None else None
         if field is None:
-            return []
+            return None
         tree = tree.get(part) if isinstance(tree, dict) else None
         element = (get_args(unwrapped(field.annotation)) or (None,))[0]
         current = _chosen(field.annotation, tree, field.get_default(call_default_factory=False))
-    return list(current.model_fields) if current is not None else []
+    return current
 
 
 @lru_cache(maxsize=256)

@@ -21,6 +21,7 @@ from models.diffusion.samplers import SamplerConfig, check_sampler
 from models.vae import AutoencoderKL, VAEConfig
 from pipelines.foreign import FOREIGN_STAGE, read_foreign_vae
 from pipelines.runtime.launch import placed
+from pipelines.runtime.stage import Stage
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,8 +68,14 @@ class Normalisation(nn.Module):
         return latents * self.std + self.mean
 
 
-def publish(folder: Path, *, name: str, network: nn.Module, config: Mapping[str, Any]) -> tuple[list[FileEntry], str]:
-    """Write ``NAME.safetensors`` and ``config.json``; return their entries and the weights' sha256."""
+def publish(stage: Stage, *, name: str, network: nn.Module, config: Mapping[str, Any]) -> tuple[list[FileEntry], str]:
+    """Write ``NAME.safetensors`` and ``config.json``; return their entries and the weights' sha256.
+
+    On the main process, which alone commits a manifest; the others get nothing.
+    """
+    if not stage.is_main:
+        return [], ""
+    folder = stage.folder
     weights = {key: value.detach().cpu().contiguous() for key, value in network.state_dict().items()}
     path = folder / f"{name}.safetensors"
     write_atomically(path, save(weights))

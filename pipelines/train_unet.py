@@ -161,8 +161,7 @@ def train(config: TrainUNetConfig, stage: Stage) -> None:
     # Where we stopped last time.
     training.resume()
     if training.update == 0:
-        # What cannot be drawn fails now, not after hours.
-        stage.tracker.log_metrics(observer.look(averages.first, update=0), step=0)
+        training.expect(observer.look(averages.first, update=0))  # what cannot be drawn fails now, not after hours
 
     # The loop.
     for batch in training.updates(batches.from_index):
@@ -173,7 +172,7 @@ def train(config: TrainUNetConfig, stage: Stage) -> None:
 
     shape = latents.content["latent"]
     files, weights = publish(
-        stage.folder,
+        stage,
         name="unet",
         network=averages.first,
         config={

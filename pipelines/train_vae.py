@@ -134,7 +134,7 @@ def train(config: TrainVAEConfig, stage: Stage) -> None:
     training.resume()
     if training.update == 0:
         # What cannot be drawn fails now, not after hours.
-        stage.tracker.log_metrics(look(config, stage, averages.first, update=0), step=0)
+        training.expect(look(config, stage, averages.first, update=0))
 
     # The loop.
     for batch in training.updates(batches.from_index):
@@ -144,7 +144,7 @@ def train(config: TrainVAEConfig, stage: Stage) -> None:
             training.report(look(config, stage, averages.first, update=training.update))
 
     files, weights = publish(
-        stage.folder,
+        stage,
         name="vae",
         network=averages.first,
         config={"network": config.network.model_dump(mode="json"), "image_channels": channels},

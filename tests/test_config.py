@@ -96,6 +96,9 @@ def test_a_changed_kind_drops_the_keys_of_the_old_variant(tmp_path: Path) -> Non
     assert load(tmp_path, text, "--shape.kind", "square", "--shape.side", "4").shape == Square(side=4)
     assert load(tmp_path, text, "--shape.kind", "circle").shape == Circle(radius=3.0)
     assert load(tmp_path, text, "--shapes.0.side", "4").shapes == (Square(side=4),)
+    # In any order of words, and where the file left the kind to the default.
+    assert load(tmp_path, text, "--shape.side", "4", "--shape.kind", "square").shape == Square(side=4)
+    assert load(tmp_path, "[train_vae]\nshape = { radius = 3.0 }", "--shape.kind", "square").shape == Square()
 
 
 def test_all_mistakes_are_shown_at_once_with_source_and_advice(tmp_path: Path) -> None:

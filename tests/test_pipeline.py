@@ -271,3 +271,16 @@ def test_a_vae_that_did_not_make_the_latents_is_refused(
     assert "A latent means nothing to another VAE" in done.stderr
     assert not (root / "unet" / "checkpoints").exists()
     assert json.loads((root / "unet" / "outcome.json").read_bytes())["exit_code"] == 2
+
+
+def test_a_metric_that_no_panel_measures_is_refused_before_the_first_update(
+    two_process_run: Run, tmp_path: Path
+) -> None:
+    done = run_stage(
+        "train_vae",
+        *("--run.root", str(tmp_path), "--inputs.corpus", str(two_process_run.folder("prepare_corpus"))),
+        *("--checkpoint.best.kind", "metric", "--checkpoint.best.metric", "val/loss"),
+    )
+    assert done.returncode == 2
+    assert "'val/loss' is not measured here; measured are val/psnr" in done.stderr
+    assert not list((tmp_path / "vae" / "checkpoints").glob("update-*"))

@@ -93,19 +93,23 @@ class Best:
         self.config = config
         self.found: dict[str, Any] = {}  # update, metric, value
 
-    def beaten_by(self, figures: Mapping[str, float], *, update: int) -> bool:
-        """Return whether ``figures`` hold a new best, and remember it; they are empty on all ranks but one.
+    def check(self, figures: Mapping[str, float]) -> None:
+        """Refuse figures that do not hold the metric; they are empty on all ranks but one.
 
         Raises:
-            ConfigError: They do not hold the metric.
+            ConfigError: Naming those that are measured.
         """
-        if not isinstance(self.config, BestBy) or not figures:
-            return False
-        if self.config.metric not in figures:
+        if isinstance(self.config, BestBy) and figures and self.config.metric not in figures:
             raise ConfigError(
                 f"checkpoint.best.metric = {self.config.metric!r} is not measured here; measured are "
                 f"{', '.join(figures)}."
             )
+
+    def beaten_by(self, figures: Mapping[str, float], *, update: int) -> bool:
+        """Return whether ``figures`` hold a new best, and remember it; errors as ``check``."""
+        self.check(figures)
+        if not isinstance(self.config, BestBy) or not figures:
+            return False
         value, sign = figures[self.config.metric], 1 if self.config.better == "higher" else -1
         if not math.isfinite(value) or (self.found and sign * value <= sign * self.found["value"]):
             return False

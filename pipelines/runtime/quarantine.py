@@ -33,6 +33,9 @@ def settle_quarantine(
         stage.tracker.log_artifact(stage.folder / REPORT_NAME)
     bad = sum(count for reason, count in counts.items() if reason not in free)
     if bad > max_bad_fraction * num_in:
+        for record in records if stage.is_main else ():
+            if record["quarantined"]:  # looked at again by the next start, when the samples may have been mended
+                (stage.folder / "parts" / f"{record['entry']['name']}.json").unlink(missing_ok=True)
         raise ConfigError(
             f"{bad} of {num_in} samples are bad ({dict(counts)}), more than {stage.name}.max_bad_fraction = "
             f"{max_bad_fraction} allows. {stage.folder / REPORT_NAME} lists them; mend the corpus or raise the budget."

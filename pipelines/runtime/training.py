@@ -222,7 +222,8 @@ class Training:
         show(self.update, self._figures)
         if stage.is_main:
             self._checkpoints.check(self.update)
-        if saves or self._checkpoints.retry_due(self.update):
+        # Between two looks the newest verdict is not in yet: what may still be refused is not saved.
+        if saves or (self.is_due(config.log_every) and self._checkpoints.retry_due(self.update)):
             self._save(compares=saves)
         if stopping:
             self._checkpoints.wait()
@@ -279,6 +280,15 @@ class Training:
     def look_is_due(self) -> bool:
         """Return whether pictures and validation are due: never after an update that does not count."""
         return self.is_due(self.config.panel_every) and not self._verdicts.present_is_refused()
+
+    def expect(self, figures: Mapping[str, float]) -> None:
+        """Log what the main process measured before the first update.
+
+        Raises:
+            ConfigError: The metric that is to choose the best checkpoint is not among them.
+        """
+        self.stage.tracker.log_metrics(figures, step=0)
+        self._best.check(figures)
 
     def report(self, figures: Mapping[str, float]) -> None:
         """Log what the main process measured after this update; a new best is saved. Call it on every rank."""
