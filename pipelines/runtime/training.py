@@ -333,6 +333,7 @@ class Training:
         if len(self._bad_batches) > limit:
             raise FloatingPointError(f"{text} It is the {len(self._bad_batches)}th; on_bad_update.limit = {limit}.")
         self._verdicts.forgive()
+        self._save_for_best = False
         done = "the batch is left out"
         if policy == "rewind" or any_broken:
             batches, attempt = self._bad_batches, self.attempt
