@@ -15,6 +15,7 @@ import numpy as np
 
 from data.commit import sha256_of
 from data.manifest import FileEntry, Manifest, read_manifest
+from data.order import AnyOrderConfig, Order, WeightedConfig
 from data.samples import BadSample, NpyLayout, Split, parse_caption
 from data.shards import ShardIndex
 
@@ -205,6 +206,26 @@ class ShardSet:
         for part in self.shards:
             shards, rows = self.locate(part.indices)
             yield from zip(shards, rows, strict=True)
+
+    def labels(self) -> np.ndarray:
+        """Return the class of every sample, -1 where there is none; int64 (len,). Opens every shard once."""
+        return np.concatenate([self._opened(number).index.labels for number in range(len(self.shards))])
+
+    def order(self, config: AnyOrderConfig, *, seed: int, global_batch: int) -> Order:
+        """Return the order in which training goes through the split; see ``data.order``.
+
+        Raises:
+            ValueError: The configuration does not suit the corpus or the batch.
+        """
+        return Order(
+            config,
+            num_samples=len(self),
+            seed=seed,
+            global_batch=global_batch,
+            shard_sizes=[shard.entry.samples for shard in self.shards],
+            labels=self.labels() if isinstance(config, WeightedConfig) else None,
+            classes=self.manifest.classes,
+        )
 
     def verify(self, level: VerifyLevel = "size") -> None:
         """Check every shard: its size, also its sha256 (``hash``), also its whole structure (``full``).

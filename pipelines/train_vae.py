@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from data.commit import write_atomically
 from data.loading import ImageShards, Prefetch, prefetch
 from data.manifest import Manifest
-from data.order import FullShuffleConfig, Order, OrderConfig
+from data.order import FullShuffleConfig, OrderConfig
 from data.panels import panel_png
 from data.randomness import SampleDraws
 from data.transforms import to_levels, to_unit_range
@@ -206,7 +206,8 @@ class BatchMaker:
         self.share = BatchShare.of(
             config, table="train_vae", rank=accelerator.process_index, world_size=accelerator.num_processes
         )
-        self.order = Order(config.order, num_samples=len(self.images), seed=config.seed)
+        with blaming("train_vae.order"):
+            self.order = self.images.order(config.order, seed=config.seed, global_batch=config.global_batch)
         self.config = config
         height, width, _ = self.images.image_shape
         factor = config.network.factor
