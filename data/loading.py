@@ -53,7 +53,7 @@ class ImageShards(ShardSet):
     Args:
         folder: The stage's folder.
         split: ``train`` or ``val``.
-        view: How to bring images to one size; None when they are stored at one size already.
+        view: How to bring images to one size; None when the manifest says it, or they are stored at one size already.
         max_pixels: Larger images are refused before decoding.
         cache_bytes: Decoded pixels are kept when the whole split needs no more than this.
     """
@@ -69,6 +69,9 @@ class ImageShards(ShardSet):
         cache_bytes: int = 256 * 1024 * 1024,
     ) -> None:
         super().__init__(folder, split=split, manifest=manifest)
+        if view is None and "view" in self.manifest.content:  # shards that others wrote, brought to one size as read
+            view = ImageViewConfig(**self.manifest.content["view"])
+            max_pixels = self.manifest.content["max_pixels"]
         self.view, self.max_pixels, self._cache_bytes = view, max_pixels, cache_bytes
 
     @cached_property

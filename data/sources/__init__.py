@@ -8,10 +8,18 @@ from data.sources.fashion_mnist import FashionMNISTConfig
 from data.sources.image_folder import ImageFolderConfig
 from data.sources.source import Source
 from data.sources.synthetic import SyntheticConfig
-from data.sources.webdataset import WebDatasetConfig
+from data.sources.webdataset import WebDataset, WebDatasetConfig
 
 SourceConfig = Annotated[
     FashionMNISTConfig | ImageFolderConfig | SyntheticConfig | WebDatasetConfig, Field(discriminator="kind")
 ]
 
-__all__ = ["FashionMNISTConfig", "ImageFolderConfig", "Source", "SourceConfig", "SyntheticConfig", "WebDatasetConfig"]
+__all__ = [
+    "FashionMNISTConfig",
+    "ImageFolderConfig",
+    "Source",
+    "SourceConfig",
+    "SyntheticConfig",
+    "WebDataset",
+    "WebDatasetConfig",
+]
