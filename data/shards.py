@@ -46,7 +46,7 @@ class ShardWriter:
         self._commit = contextlib.ExitStack()
 
     def __enter__(self) -> "ShardWriter":
-        self._file = self._commit.enter_context(atomic_file(self.path))
+        self._file = self._commit.enter_context(atomic_file(self.path, sha256=self._digest.hexdigest))
         return self
 
     def add(self, key: str, members: Mapping[str, bytes]) -> None:
@@ -130,6 +130,11 @@ class ShardIndex:
         """Return the key of a sample."""
         start = self.key_ends.item(row - 1) if row else 0
         return self.key_bytes[start : self.key_ends.item(row)].tobytes().decode("ascii")
+
+    def keys(self) -> list[str]:
+        """Return the keys of all samples, in order."""
+        whole, ends = self.key_bytes.tobytes().decode("ascii"), self.key_ends.tolist()
+        return [whole[start:end] for start, end in zip([0, *ends], ends, strict=False)]
 
     def _arrays(self) -> dict[str, np.ndarray]:
         return {name: np.ascontiguousarray(getattr(self, name)) for name in _TENSORS}

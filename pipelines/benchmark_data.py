@@ -1,8 +1,10 @@
 """The pairs of ``python -m pipelines.benchmark data``: each makes its shards, checks that both sides agree, times."""
 
 import functools
+import itertools
 from io import BytesIO
 from pathlib import Path
+from threading import Lock
 
 import numpy as np
 import torch
@@ -17,9 +19,10 @@ from data.shards import ShardWriter
 from data.transforms import ImageViewConfig, to_unit_range
 from models.vae import AutoencoderKL, VAEConfig
 from pipelines.config import RunConfig
-from pipelines.encode_latents import EncodeLatentsConfig, EncodeLatentsInputs, encode_shard
+from pipelines.encode_latents import SHARDS_AT_ONCE, EncodeLatentsConfig, EncodeLatentsInputs, encode_shard
 from pipelines.paired import Comparison, compare
 from pipelines.runtime.launch import StopRequest, start_accelerator
+from pipelines.runtime.parts import make_parts
 from pipelines.runtime.stage import Stage
 from pipelines.runtime.tracking import SilentTracker
 
@@ -120,9 +123,16 @@ def encoding(folder: Path, rounds: int) -> Comparison:
         for tensor in tensors:
             vae.encode(tensor)
 
+    shards, turn, runs = {part.entry.name: part for part in images.shards}, Lock(), itertools.count()
+
     def ours() -> None:
-        for part in images.shards:
-            encode_shard(config, stage, vae, images, part)
+        make_parts(
+            stage,
+            list(shards),
+            lambda name: encode_shard(config, stage, vae, images, shards[name], turn),
+            folder=folder / f"records-{next(runs)}",
+            at_once=SHARDS_AT_ONCE,
+        )
 
     return compare(ours, theirs, units=(total, total), rounds=rounds, clock="wall")
 

@@ -148,10 +148,10 @@ def resume_command() -> str:
     words = ["python", "-m", module] if module else ["python", sys.argv[0]]
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         words = ["accelerate", "launch", "[launcher flags]", "-m", str(module)]
-    return without_credentials(" ".join([*words[:2], *words[2:], *(shlex.quote(word) for word in sys.argv[1:])]))
+    return blotted(" ".join([*words[:2], *words[2:], *(shlex.quote(word) for word in sys.argv[1:])]))
 
 
-def without_credentials(text: str) -> str:
+def blotted(text: str) -> str:
     """Return ``text`` with user, password and query of every address in it blotted out."""
     return re.sub(r"(://)[^/\s'\"]*@|(://[^?\s'\"]*\?)[^\s'\"]*", lambda m: f"{m[1] or m[2]}***", text)
 
@@ -320,7 +320,7 @@ def _explain(
     else:
         advice = re.sub(r"^(Value error|Assertion failed), ", "", detail["msg"])
         advice = advice.replace("Input should be", "expected").replace("\n", "\n      ")
-    return without_credentials(f"  {shown}{given} ({source})\n      {advice}")
+    return blotted(f"  {shown}{given} ({source})\n      {advice}")
 
 
 def _with_inputs(model: type[StageConfig], tree: dict[str, Any]) -> dict[str, Any]:
