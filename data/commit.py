@@ -153,6 +153,8 @@ class FolderLock:
         """
         import fcntl
 
+        if self._descriptor is not None:
+            return
         self.path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         deadline = time.monotonic() + patience_seconds
@@ -173,6 +175,11 @@ class FolderLock:
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, owner.encode(), 0)
         self._descriptor = descriptor
+
+    @property
+    def held(self) -> bool:
+        """Whether this object holds the lock."""
+        return self._descriptor is not None
 
     def release(self) -> None:
         """Give the lock back. Releasing twice is allowed."""

@@ -11,6 +11,7 @@ import torch
 import webdataset
 from PIL import Image
 
+from data.commit import FolderLock
 from data.loading import COLD_READS, ImageShards, LatentShards
 from data.manifest import FileEntry, Manifest, write_manifest
 from data.order import FullShuffleConfig, Order
@@ -148,6 +149,7 @@ def _stage(config: EncodeLatentsConfig, folder: Path) -> Stage:
         accelerator=accelerator,
         tracker=SilentTracker(),
         stop=StopRequest(folder, accelerator),
+        lock=FolderLock(folder),
     )
 
 

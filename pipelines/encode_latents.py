@@ -62,7 +62,9 @@ class EncodeLatentsConfig(StageConfig):
 def main() -> None:
     config = config_from_command_line(EncodeLatentsConfig, table="encode_latents", about=__doc__)
     parents = {"corpus": "prepare_corpus", "vae": "train_vae"}
-    with running_stage(config, name="encode_latents", parents=parents, precision=config.precision) as stage:
+    with running_stage(
+        config, name="encode_latents", parents=parents, precision=config.precision, joinable=True
+    ) as stage:
         encode(config, stage)
 
 

@@ -16,8 +16,21 @@ from pathlib import Path
 
 import psutil
 
+from data.commit import sweep_temporaries
+
 HEARTBEAT_SECONDS = 5.0
 STALE_SECONDS = 30.0  # without a heartbeat a claim's owner counts as dead
+
+
+def sweep_after_the_dead(folder: Path) -> bool:
+    """Remove claims and temporary files of killed processes in ``folder``; False when somebody is still at work."""
+    with Claims(folder) as claims:
+        if any(not claims.is_dead(path) for path in folder.glob("*.claim")):
+            return False
+        for path in folder.glob("*.claim"):
+            path.unlink(missing_ok=True)
+    sweep_temporaries(folder)
+    return True
 
 
 class Claims:
@@ -25,7 +38,7 @@ class Claims:
 
     def __init__(self, folder: Path) -> None:
         self._folder, self._held = folder, set[Path]()
-        self._clock = folder / f".clock-{os.getpid()}-{secrets.token_hex(6)}.tmp"
+        self._clock = folder / f".clock-{os.getpid()}-{secrets.token_hex(6)}"
         self._lock, self._stop = threading.Lock(), threading.Event()
         self._heart = threading.Thread(target=self._beat, name="claims", daemon=True)
         self._heart.start()
@@ -58,7 +71,7 @@ class Claims:
             try:
                 descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
             except FileExistsError:
-                if not self._is_dead(path):
+                if not self.is_dead(path):
                     return False
                 # Two may take over at once; then the part is made twice, which harms nothing.
                 descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
@@ -72,7 +85,7 @@ class Claims:
             self._held.discard(path)
             path.unlink(missing_ok=True)
 
-    def _is_dead(self, path: Path) -> bool:
+    def is_dead(self, path: Path) -> bool:
         """Say whether a claim's owner is gone: its process is not there any more, or its heartbeat has stopped."""
         try:
             owner = json.loads(path.read_bytes())

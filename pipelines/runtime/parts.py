@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from data.commit import write_json
-from pipelines.runtime.claims import Claims
+from pipelines.runtime.claims import Claims, sweep_after_the_dead
 from pipelines.runtime.stage import Stage, Stopped
 
 POLL_SECONDS = 0.05
@@ -52,6 +52,8 @@ def make_parts(
     work = _Work(stage, folder, names, make, after_each or (lambda done, record: None))
     if stage.is_main and 0 < (num_done := work.num_done()) < len(names):
         stage.say(f"continuing: {num_done} of {len(names)} parts are done")
+    if stage.is_main and folder.is_relative_to(stage.folder):
+        sweep_after_the_dead(folder)
     order = sorted(names, key=lambda name: -sizes[name]) if sizes else list(names)
     with Claims(folder) as claims:
         if at_once == 1:

@@ -24,6 +24,7 @@ from accelerate import Accelerator
 from data.commit import FolderLock, sweep_temporaries, write_atomically, write_json
 from data.manifest import MANIFEST_NAME, FileEntry, Manifest, digest_of, read_manifest, write_manifest
 from pipelines.config import STAGE_FOLDERS, ConfigError, StageConfig, config_as_toml, resume_command
+from pipelines.runtime.claims import sweep_after_the_dead
 from pipelines.runtime.launch import Precision, StopRequest, start_accelerator
 from pipelines.runtime.provenance import code_version, hardware
 from pipelines.runtime.tracking import SilentTracker, Tracker, open_tracker
@@ -35,6 +36,8 @@ RUN_STATUSES: dict[str, Literal["FINISHED", "FAILED", "KILLED"]] = {
     "failed": "FAILED",
     "stopped": "KILLED",
 }
+POLL_SECONDS = 0.2
+JOIN_PATIENCE_SECONDS = 2.0
 LOCK_PATIENCE_SECONDS = 10.0  # a killed launcher's last worker takes a moment to die
 
 
@@ -53,6 +56,7 @@ class Stage:
     accelerator: Accelerator
     tracker: Tracker | SilentTracker
     stop: StopRequest
+    lock: FolderLock
     began: float = field(default_factory=time.time)
 
     @property
@@ -66,13 +70,28 @@ class Stage:
             print(f"{self.name}: {text}", flush=True)
 
     def finish(self, *, files: list[FileEntry], content: Mapping[str, Any]) -> None:
-        """Commit the manifest on the main process; every rank waits for it."""
-        if self.is_main:
+        """Commit the manifest on the main process; every rank waits for it.
+
+        Of several runs on one folder, the one that holds its lock does this; the others wait for it, or take over.
+        """
+        if self.is_main and self._holds_the_lock_before_it_is_done():
             whole = {**request_of(self.name, self.config, self.parents), **content}
             manifest = write_manifest(self.folder, content=whole, files=files, provenance=self._provenance())
             self.tracker.set_tags({f"digest.{STAGE_FOLDERS[self.name]}": manifest.digest})
             self.tracker.log_artifact(self.folder / MANIFEST_NAME)
         self.accelerator.wait_for_everyone()
+
+    def _holds_the_lock_before_it_is_done(self) -> bool:
+        while not (self.folder / MANIFEST_NAME).is_file():
+            try:
+                self.lock.acquire()
+            except BlockingIOError:
+                if self.stop.asked():
+                    raise Stopped(f"{self.stop.reason}; another run finishes {self.folder}") from None
+                time.sleep(POLL_SECONDS)
+            else:
+                return True
+        return self.lock.held
 
     def _provenance(self) -> dict[str, Any]:
         return {
@@ -133,6 +152,7 @@ def running_stage(
     precision: Precision = "float32",
     check: Callable[[Mapping[str, Manifest]], None] = lambda parents: None,
     folder_name: str | None = None,
+    joinable: bool = False,
 ) -> Iterator[Stage]:
     """Run one stage: see the module's docstring.
 
@@ -142,6 +162,8 @@ def running_stage(
         parents: Input name -> stage that makes it.
         precision: What the networks compute in.
         check: Raises ConfigError when the request cannot work; called with the parents' manifests before any work.
+        joinable: Several runs may work on the folder at once: its work falls into parts. Each has its own MLflow run;
+            those that come later keep theirs in ``runs/HOST-PID`` below the folder.
         folder_name: Folder below ``run.root`` when it is not the stage's usual one.
 
     Raises:
@@ -149,7 +171,7 @@ def running_stage(
     """
     speaks = os.environ.get("RANK", "0") == "0"
     folder = Path(config.run.root) / (folder_name or STAGE_FOLDERS[name])
-    lock = FolderLock(folder)
+    lock, own = FolderLock(folder), folder
     tracker: Tracker | SilentTracker = SilentTracker()
     state, code, working = "failed", 1, False
     try:
@@ -163,12 +185,25 @@ def running_stage(
             raise SystemExit(0)
         accelerator = start_accelerator(config.run, precision=precision)
         if accelerator.is_main_process:
-            lock.acquire(patience_seconds=LOCK_PATIENCE_SECONDS)
-            sweep_temporaries(folder)
-            (folder / OUTCOME_NAME).unlink(missing_ok=True)
-            write_atomically(folder / "config.toml", config_as_toml(config, table=name).encode())
-            write_json(folder / "request.json", request)
-            tracker = track(config, name=name, folder=folder, parents=manifests, accelerator=accelerator)
+            try:
+                lock.acquire(patience_seconds=JOIN_PATIENCE_SECONDS if joinable else LOCK_PATIENCE_SECONDS)
+            except BlockingIOError as busy:
+                if not joinable:
+                    raise
+                own = folder / "runs" / f"{socket.gethostname()}-{os.getpid()}"
+                own.mkdir(parents=True)
+                print(
+                    f"{name}: {str(busy).partition('.')[0]}; joining it, with {own} for this run's records", flush=True
+                )
+            else:
+                if joinable:
+                    sweep_joined(folder)
+                else:
+                    sweep_temporaries(folder)
+                write_json(folder / "request.json", request)
+            (own / OUTCOME_NAME).unlink(missing_ok=True)
+            write_atomically(own / "config.toml", config_as_toml(config, table=name).encode())
+            tracker = track(config, name=name, folder=own, parents=manifests, accelerator=accelerator)
         stop = StopRequest(folder, accelerator)
         stage = Stage(
             name=name,
@@ -178,6 +213,7 @@ def running_stage(
             accelerator=accelerator,
             tracker=tracker,
             stop=stop,
+            lock=lock,
         )
         threads = f"{torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)}"
         stage.say(f"{accelerator.num_processes} process(es) x {threads} on {accelerator.device}, {precision}, {folder}")
@@ -199,10 +235,10 @@ def running_stage(
         traceback.print_exc()
     finally:
         code = code if state == "failed" else EXIT_CODES[state]
-        if speaks and state != "done" and working and (folder / OUTCOME_NAME).exists():
+        if speaks and state != "done" and working and (own / OUTCOME_NAME).exists():
             state, code = "failed", 1  # Another rank failed first, said so there, and took this one along.
         elif speaks or state == "failed":
-            leave_outcome(folder, state=state, code=code)
+            leave_outcome(folder if lock.held else own, state=state, code=code)
         if speaks and state != "failed":
             (folder / "stop").unlink(missing_ok=True)
         tracker.close(RUN_STATUSES[state])
@@ -211,6 +247,12 @@ def running_stage(
         dist.destroy_process_group()
     if code:
         raise SystemExit(code)
+
+
+def sweep_joined(folder: Path) -> None:
+    """Remove what killed runs left in a folder that several share, unless one of them is still at work."""
+    if not (folder / "parts").is_dir() or sweep_after_the_dead(folder / "parts"):
+        sweep_temporaries(folder)
 
 
 def leave_outcome(folder: Path, *, state: str, code: int) -> None:
