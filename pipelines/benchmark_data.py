@@ -52,7 +52,7 @@ def latents(folder: Path, rounds: int) -> Comparison:
             found.update(zip(batch.keys, batch.moments, strict=True))
         return found
 
-    _check_same(ours(1), theirs())
+    check_same(ours(1), theirs())
     return compare(ours, theirs, units=(passes * total, total), rounds=rounds, clock="cpu")
 
 
@@ -102,7 +102,7 @@ def jpegs(folder: Path, rounds: int) -> Comparison:
         return dict(zip(batch.keys, batch.images, strict=True))
 
     # Scaled decoding averages in the frequency domain: near to Lanczos in every image, not equal.
-    _check_same(ours(), theirs(), within=4.0)
+    check_same(ours(), theirs(), within=4.0)
     return compare(ours, theirs, units=(total, total), rounds=rounds, clock="cpu")
 
 
@@ -199,7 +199,7 @@ def _shards(folder: Path, per_shard: int, members: object) -> list[FileEntry]:
     return entries
 
 
-def _check_same(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray], *, within: float = 0.0) -> None:
+def check_same(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray], *, within: float = 0.0) -> None:
     """Refuse to time two sides that did not read the same; ``within`` is the mean difference allowed, in levels."""
     if ours.keys() != theirs.keys():
         raise ValueError(f"The two sides read different samples: {len(ours)} and {len(theirs)}.")

@@ -14,7 +14,7 @@ from typing import Generic, TypeVar
 
 import numpy as np
 import torch
-from pydantic import BaseModel, NonNegativeFloat
+from pydantic import BaseModel, NonNegativeFloat, PositiveInt
 from torch import Tensor, nn
 
 from data.commit import write_atomically
@@ -50,11 +50,14 @@ class TrainVAEInputs(BaseModel, frozen=True, extra="forbid"):
 class TrainVAEConfig(TrainingConfig):
     """The autoencoder, its objective and its training."""
 
+    harmless = TrainingConfig.harmless | {"decode_threads"}
+
     inputs: TrainVAEInputs  # where the stage reads
     network: VAEConfig = VAEConfig()  # the autoencoder
     objective: VAEObjectiveConfig = VAEObjectiveConfig()  # what it minimises
     order: OrderConfig = FullShuffleConfig()  # order of the training images
     flip_probability: NonNegativeFloat = 0.5  # of mirroring a training image
+    decode_threads: PositiveInt = 2  # batches decoded at once, each in a thread; images are decoded without a lock
 
 
 @dataclass(frozen=True)
@@ -226,7 +229,7 @@ class BatchMaker:
 
     def from_index(self, start: int) -> Prefetch[VAEBatch]:
         """Make batches ahead, from ``start`` on."""
-        return prefetch(self.make, start=start, depth=self.config.prefetch_batches)
+        return prefetch(self.make, start=start, depth=self.config.prefetch_batches, threads=self.config.decode_threads)
 
 
 @torch.no_grad()

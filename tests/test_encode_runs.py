@@ -23,7 +23,6 @@ from pipelines.latent_figures import alarms, audit_keys, scale_in_validation, sc
 from pipelines.runtime import claims as claims_module
 from pipelines.runtime.claims import Claims
 
-
 KILLS = 50
 
 
