@@ -13,7 +13,7 @@ import secrets
 import shutil
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -35,8 +35,13 @@ def flush_folder(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def atomic_file(path: str | Path) -> Iterator[BinaryIO]:
+def atomic_file(path: str | Path, *, sha256: Callable[[], str] | None = None) -> Iterator[BinaryIO]:
     """Open a temporary file for writing and give it the name ``path`` when the block ends without an exception.
+
+    Args:
+        path: The name.
+        sha256: Returns the hash of what was written, for files that several processes may write with equal bytes: then
+            the first keeps the name, so that nobody who reads it sees it change.
 
     Raises:
         OSError: The file could not be written, flushed or renamed; ``path`` is then as it was before.
@@ -48,11 +53,26 @@ def atomic_file(path: str | Path) -> Iterator[BinaryIO]:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        if sha256 is None or not _linked_first(temporary, path, sha256()):
+            os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
     flush_folder(path.parent)
+
+
+def _linked_first(temporary: Path, path: Path, sha256: str) -> bool:
+    """Give ``temporary`` the name ``path``, or drop it when an equal file has the name; False when neither was done."""
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        # A file server may do the work and lose the answer; then both names are one file.
+        if not os.path.samefile(temporary, path) and sha256_of(path) != sha256:
+            return False
+    except OSError:  # A file system without hard links.
+        return False
+    temporary.unlink()
+    return True
 
 
 def write_atomically(path: str | Path, payload: bytes) -> None:
@@ -133,6 +153,8 @@ class FolderLock:
         """
         import fcntl
 
+        if self._descriptor is not None:
+            return
         self.path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         deadline = time.monotonic() + patience_seconds
@@ -153,6 +175,11 @@ class FolderLock:
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, owner.encode(), 0)
         self._descriptor = descriptor
+
+    @property
+    def held(self) -> bool:
+        """Whether this object holds the lock."""
+        return self._descriptor is not None
 
     def release(self) -> None:
         """Give the lock back. Releasing twice is allowed."""

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from data.buffers import Buffers
 from data.manifest import Manifest
 from data.prefetch import Loaded, Prefetch, prefetch
 from data.samples import FLIPPED_SUFFIX, IMAGE_SUFFIXES, LATENT_SUFFIX, BadSample, NpyLayout, Split
@@ -52,7 +53,7 @@ class ImageShards(ShardSet):
     Args:
         folder: The stage's folder.
         split: ``train`` or ``val``.
-        view: How to bring images to one size; None when they are stored at one size already.
+        view: How to bring images to one size; None when the manifest says it, or they are stored at one size already.
         max_pixels: Larger images are refused before decoding.
         cache_bytes: Decoded pixels are kept when the whole split needs no more than this.
     """
@@ -68,6 +69,9 @@ class ImageShards(ShardSet):
         cache_bytes: int = 256 * 1024 * 1024,
     ) -> None:
         super().__init__(folder, split=split, manifest=manifest)
+        if view is None and "view" in self.manifest.content:  # shards that others wrote, brought to one size as read
+            view = ImageViewConfig(**self.manifest.content["view"])
+            max_pixels = self.manifest.content["max_pixels"]
         self.view, self.max_pixels, self._cache_bytes = view, max_pixels, cache_bytes
 
     @cached_property
@@ -202,7 +206,7 @@ class LatentShards(ShardSet):
     ) -> None:
         super().__init__(folder, split=split, manifest=manifest)
         self._features, self._captions = tuple(features), captions
-        self._cold_reads = COLD_READS
+        self._cold_reads, self._buffers = COLD_READS, Buffers()
         (shard,), _ = self.locate(np.zeros(1, dtype=np.int64))
         self._layouts = {suffix: self._layout(shard, suffix) for suffix in (LATENT_SUFFIX, *map(_npy, features))}
         #: Whether the moments of the mirrored images are there.
@@ -263,15 +267,13 @@ class LatentShards(ShardSet):
             start = shard.index.offsets.item(row, columns[place]) + layout.header
             if self._cold_reads:
                 shard.fetch(start, size)
-            parts.append(shard.view[start : start + size])
+            parts.append((shard.view, start))
         before = resource.getrusage(resource.RUSAGE_THREAD).ru_majflt
-        # One copy for the whole batch, for which the interpreter's lock is released once. Copying sample by sample
-        # would take the lock back hundreds of times, each time waiting for the training thread.
-        joined = bytearray().join(parts)
+        joined = self._buffers.joined(parts, size)
         # Fetching in advance keeps a cold disk busy, but asking for what is in memory would cost as much as the copy.
         waited_for_disk = resource.getrusage(resource.RUSAGE_THREAD).ru_majflt > before
         self._cold_reads = COLD_READS if waited_for_disk else max(0, self._cold_reads - 1)
-        return np.frombuffer(joined, dtype=layout.dtype).reshape(len(rows), *layout.shape)
+        return joined.view(layout.dtype).reshape(len(rows), *layout.shape)
 
     def verify(self, level: VerifyLevel = "size") -> None:
         """As for any shards; ``full`` also looks for NaN and infinity in every sample."""

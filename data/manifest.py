@@ -32,12 +32,25 @@ def digest_of(value: Any) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class FileEntry:
-    """One file of a stage: ``name`` is relative to the manifest or an absolute URL."""
+    """One file of a stage.
+
+    Args:
+        name: Path relative to the manifest.
+        bytes: Size of the file.
+        sha256: Its hash.
+        samples: How many of its samples belong to the stage.
+        url: Absolute path or URL, when the file is used where it lies and ``name`` is only what it is called here.
+    """
 
     name: str
     bytes: int
     sha256: str
     samples: int = 0
+    url: str = ""
+
+    def as_json(self) -> dict[str, Any]:
+        """Return what a manifest holds."""
+        return {key: value for key, value in asdict(self).items() if key != "url" or value}
 
     @classmethod
     def of(cls, path: Path, *, samples: int = 0, name: str | None = None) -> "FileEntry":
@@ -72,7 +85,7 @@ def write_manifest(
     folder: str | Path, *, content: Mapping[str, Any], files: list[FileEntry], provenance: Mapping[str, Any]
 ) -> Manifest:
     """Commit the manifest of ``folder``; do it last, since its presence means that the stage is finished."""
-    whole = {"format_version": FORMAT_VERSION, **content, "files": [asdict(entry) for entry in files]}
+    whole = {"format_version": FORMAT_VERSION, **content, "files": [entry.as_json() for entry in files]}
     write_json(Path(folder) / MANIFEST_NAME, {"content": whole, "provenance": dict(provenance)})
     return Manifest(content=whole, provenance=provenance)
 
@@ -109,9 +122,9 @@ def verify_files(folder: str | Path, manifest: Manifest, *, level: Verify = "siz
         ValueError: A file is missing, has another size or (level ``hash``) another sha256; the message names it.
     """
     for entry in manifest.files:
-        if "://" in entry.name:
+        if "://" in entry.url:
             continue
-        path = Path(folder) / entry.name
+        path = Path(entry.url) if entry.url else Path(folder) / entry.name
         if not path.is_file():
             raise ValueError(
                 f"{path} is missing, but {Path(folder) / MANIFEST_NAME} lists it. Restore it or run its stage again."

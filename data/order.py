@@ -1,19 +1,18 @@
-"""The order of training data: one endless stream, each epoch a permutation, any position computed on its own.
+"""The order of training data: one endless stream of sample indices, any position of which is computed on its own.
 
-Stream position ``p`` lies in epoch ``p // n``; the sample there is the epoch's permutation applied to ``p % n``. The
-permutation is a Feistel network over the smallest even number of bits that holds ``n``, with cycle walking (Black &
-Rogaway 2002, "Ciphers with arbitrary finite domains"), keyed by (seed, epoch). So there is no table: the order of a
-hundred million samples costs no memory, and resuming at any step costs nothing.
+The stream depends on the seed, the corpus and the configuration alone: not on ranks, workers or restarts. So resuming
+at any step costs nothing, and a full shuffle of a hundred million samples needs no table (see ``data.permutation``).
 """
 
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Literal
 
 import numpy as np
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, PositiveFloat, PositiveInt
 
-from data.randomness import generator
-
-ROUNDS = 8
+from data.blocked import BlockedStreams
+from data.mixture import Mixture
+from data.permutation import permute, round_keys
 
 
 class FullShuffleConfig(BaseModel, frozen=True, extra="forbid"):
@@ -22,67 +21,83 @@ class FullShuffleConfig(BaseModel, frozen=True, extra="forbid"):
     kind: Literal["full"] = "full"  # every sample can follow every other
 
 
+class BlockedShuffleConfig(BaseModel, frozen=True, extra="forbid"):
+    """Shards in random order, samples shuffled within a window: for shards that lie far away."""
+
+    kind: Literal["blocked"] = "blocked"  # each shard is needed once an epoch, for a short while
+    canonical_nodes: PositiveInt = 64  # streams of shards; nodes that divide it fetch each shard about once in total
+    window: PositiveInt = 16_384  # samples of a stream that are shuffled among each other
+
+
+class WeightedConfig(BaseModel, frozen=True, extra="forbid"):
+    """Classes in fixed shares, each gone through in epochs of its own."""
+
+    kind: Literal["weighted"] = "weighted"  # class-balanced by default
+    weights: Mapping[str, PositiveFloat] = {}  # by class name; a class that is not named weighs 1
+
+
 class SequentialConfig(BaseModel, frozen=True, extra="forbid"):
     """Samples as they stand in the shards; for looking at data, not for training."""
 
     kind: Literal["sequential"] = "sequential"  # the order of the shards, each epoch alike
 
 
-OrderConfig = Annotated[FullShuffleConfig | SequentialConfig, Field(discriminator="kind")]
+AnyOrderConfig = FullShuffleConfig | BlockedShuffleConfig | WeightedConfig | SequentialConfig
+OrderConfig = Annotated[AnyOrderConfig, Field(discriminator="kind")]
 
 
 class Order:
     """An endless stream of sample indices in which each epoch holds every index in [0, ``num_samples``) once.
 
+    ``weighted`` has no epoch of its own: there each class holds each of its samples once per turn.
+
     Args:
         num_samples: Samples an epoch; at least 1.
         seed: Seed of the stage; two seeds give unrelated orders.
+        global_batch: Samples of a global batch; ``blocked`` gives each of its parts to one stream.
+        shard_sizes: Samples of each shard, in order; ``blocked`` needs them.
+        labels: Class of each sample; ``weighted`` needs them.
+        classes: Class names by label, for the weights.
     """
 
-    def __init__(self, config: FullShuffleConfig | SequentialConfig, *, num_samples: int, seed: int) -> None:
+    def __init__(
+        self,
+        config: AnyOrderConfig,
+        *,
+        num_samples: int,
+        seed: int,
+        global_batch: int = 1,
+        shard_sizes: Sequence[int] = (),
+        labels: np.ndarray | None = None,
+        classes: Sequence[str] = (),
+    ) -> None:
         if num_samples < 1:
             raise ValueError("An order needs at least one sample; the corpus is empty.")
         self.config, self.num_samples, self.seed = config, num_samples, seed
+        self._blocked = self._mixture = None
+        if isinstance(config, BlockedShuffleConfig):
+            assert sum(shard_sizes) == num_samples, "the shards do not hold the samples"
+            self._blocked = BlockedStreams(
+                shard_sizes, seed=seed, batch=global_batch, streams=config.canonical_nodes, window=config.window
+            )
+        if isinstance(config, WeightedConfig):
+            assert labels is not None
+            assert len(labels) == num_samples
+            self._mixture = Mixture.of_labels(labels, classes=classes, weights=config.weights, seed=seed)
 
     def indices(self, first: int, count: int) -> np.ndarray:
         """Return the sample indices at stream positions [first, first + count); int64 (count,)."""
         positions = np.arange(first, first + count, dtype=np.int64)
-        epochs, offsets = np.divmod(positions, self.num_samples)
+        if self._mixture is not None:
+            return self._mixture.at(positions)
         if self.config.kind == "sequential":
-            return offsets
-        out = np.empty_like(offsets)
-        for epoch in np.unique(epochs):
-            here = epochs == epoch
-            out[here] = permute(offsets[here], num_samples=self.num_samples, keys=round_keys(self.seed, int(epoch)))
+            return positions % self.num_samples
+        out = np.empty_like(positions)
+        for epoch in range(first // self.num_samples, (first + count - 1) // self.num_samples + 1):
+            start = epoch * self.num_samples
+            here = slice(max(start - first, 0), start + self.num_samples - first)
+            if self._blocked is not None:
+                out[here] = self._blocked.at(positions[here], epoch=epoch)
+            else:
+                out[here] = permute(positions[here] - start, self.num_samples, round_keys(self.seed, "order", epoch))
         return out
-
-
-def round_keys(seed: int, epoch: int) -> np.ndarray:
-    """Return the Feistel round keys of an epoch; uint64 (ROUNDS,)."""
-    return generator(seed, "order", batch=epoch).integers(0, 1 << 64, size=ROUNDS, dtype=np.uint64, endpoint=False)
-
-
-def permute(values: np.ndarray, *, num_samples: int, keys: np.ndarray) -> np.ndarray:
-    """Apply the keyed permutation of [0, ``num_samples``) to ``values``; int64 (k,) -> int64 (k,)."""
-    half_bits = max(1, (max(num_samples - 1, 1).bit_length() + 1) // 2)
-    out = _feistel(values.astype(np.uint64), half_bits=half_bits, keys=keys)
-    # Cycle walking: a value that left [0, n) is sent on until it comes back. The domain is at most 4n (8 for n = 1, 2).
-    while (outside := out >= num_samples).any():
-        out[outside] = _feistel(out[outside], half_bits=half_bits, keys=keys)
-    return out.astype(np.int64)
-
-
-def _feistel(values: np.ndarray, *, half_bits: int, keys: np.ndarray) -> np.ndarray:
-    """One pass of a balanced Feistel network over ``2 * half_bits`` bits: a bijection for any round function."""
-    mask, shift = np.uint64((1 << half_bits) - 1), np.uint64(half_bits)
-    left, right = values >> shift, values & mask
-    for key in keys:
-        left, right = right, left ^ (_mix(right ^ key) & mask)
-    return (left << shift) | right
-
-
-def _mix(x: np.ndarray) -> np.ndarray:
-    """SplitMix64's finaliser (Steele et al. 2014): every input bit reaches every output bit. Overflow is intended."""
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))

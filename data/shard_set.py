@@ -15,8 +15,10 @@ import numpy as np
 
 from data.commit import sha256_of
 from data.manifest import FileEntry, Manifest, read_manifest
+from data.order import AnyOrderConfig, Order, WeightedConfig
+from data.remote import local_path
 from data.samples import BadSample, NpyLayout, Split, parse_caption
-from data.shards import ShardIndex
+from data.shards import ShardIndex, index_path
 
 VerifyLevel = Literal["size", "hash", "full"]
 
@@ -45,9 +47,9 @@ class ShardRange:
 class OpenShard:
     """One mapped shard with its index."""
 
-    def __init__(self, path: Path, entry: FileEntry, *, index_trusted: bool = False) -> None:
+    def __init__(self, path: Path, entry: FileEntry, *, index: Path, index_trusted: bool = False) -> None:
         self.name = entry.name
-        self.index = ShardIndex.of(path, entry=entry, trusted=index_trusted)
+        self.index = ShardIndex.of(path, entry=entry, kept=index, trusted=index_trusted)
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
             if size != entry.bytes:
@@ -161,8 +163,12 @@ class ShardSet:
         return int(self._ends[-1])
 
     def path(self, entry: FileEntry) -> Path:
-        """Return where a shard lies."""
-        return self.folder / entry.name
+        """Return where a shard lies on this machine, fetching it when it is far away.
+
+        Raises:
+            OSError: It cannot be fetched.
+        """
+        return local_path(entry.url) if entry.url else self.folder / entry.name
 
     def locate(self, indices: np.ndarray) -> tuple[list[OpenShard], list[int]]:
         """Return, for each index, its shard (open and unchanged) and its row there.
@@ -191,10 +197,12 @@ class ShardSet:
             shard = self._open.get(number)
             if shard is None:
                 entry = self.shards[number].entry
+                kept = index_path(self.folder / entry.name)
                 try:
-                    shard = OpenShard(self.path(entry), entry, index_trusted=number in self._opened_before)
+                    shard = OpenShard(self.path(entry), entry, index=kept, index_trusted=number in self._opened_before)
                 except FileNotFoundError:
-                    raise BadSample("shard_missing", f"{self.path(entry)} is not there", shard=entry.name) from None
+                    where = entry.url or self.folder / entry.name
+                    raise BadSample("shard_missing", f"{where} is not there", shard=entry.name) from None
                 self._open[number] = shard
                 self._opened_before.add(number)
                 # Dropped, not closed: a batch in another thread may still be reading from it.
@@ -211,6 +219,26 @@ class ShardSet:
             shards, rows = self.locate(part.indices)
             yield from zip(shards, rows, strict=True)
 
+    def labels(self) -> np.ndarray:
+        """Return the class of every sample, -1 where there is none; int64 (len,). Opens every shard once."""
+        return np.concatenate([self._opened(number).index.labels for number in range(len(self.shards))])
+
+    def order(self, config: AnyOrderConfig, *, seed: int, global_batch: int) -> Order:
+        """Return the order in which training goes through the split; see ``data.order``.
+
+        Raises:
+            ValueError: The configuration does not suit the corpus or the batch.
+        """
+        return Order(
+            config,
+            num_samples=len(self),
+            seed=seed,
+            global_batch=global_batch,
+            shard_sizes=[shard.entry.samples for shard in self.shards],
+            labels=self.labels() if isinstance(config, WeightedConfig) else None,
+            classes=self.manifest.classes,
+        )
+
     def verify(self, level: VerifyLevel = "size") -> None:
         """Check every shard: its size, also its sha256 (``hash``), also its whole structure (``full``).
 
@@ -218,12 +246,13 @@ class ShardSet:
             BadSample: The first thing that is wrong.
         """
         for shard in self.shards:
-            path, entry = self.path(shard.entry), shard.entry
+            entry = shard.entry
+            path = self.path(entry)
             if not path.is_file():
                 raise BadSample("shard_missing", f"{path} is not there", shard=entry.name)
             if (size := path.stat().st_size) != entry.bytes:
                 raise BadSample("shard_changed", f"{size} bytes, its manifest says {entry.bytes}", shard=entry.name)
             if level != "size" and (digest := sha256_of(path)) != entry.sha256:
                 raise BadSample("shard_changed", f"sha256 {digest}, its manifest says {entry.sha256}", shard=entry.name)
-            if level == "full":
+            if level == "full" and not entry.url:  # of shards that others wrote, samples may have been left out
                 ShardIndex.build(path, entry=entry)

@@ -12,7 +12,7 @@ import json
 import math
 import mmap
 import tarfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -25,7 +25,7 @@ from data.commit import atomic_file, write_atomically
 from data.manifest import FileEntry
 from data.samples import BadSample, NpyLayout, check_key, parse_label, parse_npy_layout
 from data.scan import RawSample, mapped, scan_shard
-from data.tar import BLOCK, Member
+from data.tar import BLOCK
 
 INDEX_FOLDER, INDEX_FORMAT = "index", 1
 _TENSORS = {"offsets": "<i8", "sizes": "<i8", "labels": "<i8", "key_bytes": "|u1", "key_ends": "<i8"}
@@ -46,7 +46,7 @@ class ShardWriter:
         self._commit = contextlib.ExitStack()
 
     def __enter__(self) -> "ShardWriter":
-        self._file = self._commit.enter_context(atomic_file(self.path))
+        self._file = self._commit.enter_context(atomic_file(self.path, sha256=self._digest.hexdigest))
         return self
 
     def add(self, key: str, members: Mapping[str, bytes]) -> None:
@@ -131,6 +131,11 @@ class ShardIndex:
         start = self.key_ends.item(row - 1) if row else 0
         return self.key_bytes[start : self.key_ends.item(row)].tobytes().decode("ascii")
 
+    def keys(self) -> list[str]:
+        """Return the keys of all samples, in order."""
+        whole, ends = self.key_bytes.tobytes().decode("ascii"), self.key_ends.tolist()
+        return [whole[start:end] for start, end in zip([0, *ends], ends, strict=False)]
+
     def _arrays(self) -> dict[str, np.ndarray]:
         return {name: np.ascontiguousarray(getattr(self, name)) for name in _TENSORS}
 
@@ -151,20 +156,30 @@ class ShardIndex:
                 raise BadSample(
                     "wrong_count", f"{len(samples)} samples, its manifest says {entry.samples}", shard=entry.name
                 )
-            suffixes = tuple(sorted({suffix for sample in samples for suffix in sample.members}))
-            table = np.full((2, len(samples), len(suffixes)), -1, dtype=np.int64)
-            labels = np.full(len(samples), -1, dtype=np.int64)
-            for row, sample in enumerate(samples):
-                for column, suffix in enumerate(suffixes):
-                    if member := sample.members.get(suffix):
-                        table[:, row, column] = member.offset, member.size
-                if member := sample.members.get("cls"):
-                    labels[row] = _label(buffer, member, shard=entry.name, key=sample.key)
+            labels = [_label(buffer, sample, shard=entry.name) for sample in samples]
             layouts = {
                 suffix: layout
-                for suffix in suffixes
+                for suffix in {suffix for sample in samples for suffix in sample.members}
                 if suffix.endswith("npy") and (layout := _common_layout(buffer, samples, suffix, shard=entry.name))
             }
+        return cls.of_samples(samples, labels=labels, layouts=layouts, entry=entry)
+
+    @classmethod
+    def of_samples(
+        cls,
+        samples: Sequence[RawSample],
+        *,
+        labels: Sequence[int],
+        layouts: Mapping[str, NpyLayout],
+        entry: FileEntry,
+    ) -> "ShardIndex":
+        """Make the index of these samples of a shard, be it all of them or some."""
+        suffixes = tuple(sorted({suffix for sample in samples for suffix in sample.members}))
+        table = np.full((2, len(samples), len(suffixes)), -1, dtype=np.int64)
+        for row, sample in enumerate(samples):
+            for column, suffix in enumerate(suffixes):
+                if member := sample.members.get(suffix):
+                    table[:, row, column] = member.offset, member.size
         keys = [sample.key for sample in samples]
         return cls(
             shard=entry.name,
@@ -173,7 +188,7 @@ class ShardIndex:
             suffixes=suffixes,
             offsets=table[0],
             sizes=table[1],
-            labels=labels,
+            labels=np.array(labels, dtype=np.int64),
             key_bytes=np.frombuffer("".join(keys).encode("ascii"), dtype=np.uint8),
             key_ends=np.cumsum([len(key) for key in keys], dtype=np.int64),
             layouts=layouts,
@@ -225,14 +240,26 @@ class ShardIndex:
             raise ValueError(f"{path} is not a readable shard index ({error}). Delete it; it is made again.") from error
 
     @classmethod
-    def of(cls, path: Path, *, entry: FileEntry, trusted: bool = False) -> "ShardIndex":
-        """Return the index of a shard: the kept one when it fits ``entry``, else one made now and kept if possible."""
-        kept = index_path(path)
+    def of(cls, path: Path, *, entry: FileEntry, kept: Path | None = None, trusted: bool = False) -> "ShardIndex":
+        """Return the index of a shard: the kept one when it fits ``entry``, else one made now and kept if possible.
+
+        Args:
+            path: The shard.
+            entry: What its manifest says of it.
+            kept: Where its index is kept; default beside the shard.
+            trusted: The kept one was checked before.
+
+        Raises:
+            ValueError: The index of a shard that others wrote does not fit: only its stage knows which samples count.
+        """
+        kept = kept or index_path(path)
         if kept.is_file():
             with contextlib.suppress(ValueError):
                 index = cls.load(kept, trusted=trusted)
                 if (index.bytes, index.sha256, len(index)) == (entry.bytes, entry.sha256, entry.samples):
                     return index
+        if entry.url:
+            raise ValueError(f"{kept} is missing or does not fit {entry.url}. Prepare the corpus again.")
         index = cls.build(path, entry=entry)
         # A read-only or full folder costs the next opening time, nothing else.
         with contextlib.suppress(OSError):
@@ -266,11 +293,15 @@ def _map_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]
     return json.loads(header["__metadata__"]["index"]), arrays
 
 
-def _label(buffer: bytes | mmap.mmap, member: Member, *, shard: str, key: str) -> int:
+def _label(buffer: bytes | mmap.mmap, sample: RawSample, *, shard: str) -> int:
+    """Return the label of a sample, -1 without ``cls``."""
+    member = sample.members.get("cls")
+    if member is None:
+        return -1
     try:
         return parse_label(buffer[member.offset : member.offset + min(member.size, 64)])
     except BadSample as error:
-        raise error.at(shard=shard, key=key, member=member.name) from None
+        raise error.at(shard=shard, key=sample.key, member=member.name) from None
 
 
 def _common_layout(buffer: bytes | mmap.mmap, samples: list[RawSample], suffix: str, *, shard: str) -> NpyLayout | None:

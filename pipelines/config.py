@@ -128,15 +128,14 @@ def help_text(model: type[StageConfig], *, table: str, about: str | None) -> str
 
 def write_early_outcome(argv: Sequence[str], *, table: str) -> None:
     """Leave outcome.json for scripts even when the configuration is wrong: the launcher hides the exit code."""
-    from data.commit import write_json
+    from pipelines.runtime.outcome import leave_outcome
 
     root = _early_root(argv, table=table)
     if root is None or table not in STAGE_FOLDERS:
         return
     folder = Path(root) / STAGE_FOLDERS[table]
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / "outcome.json", {"state": "failed", "exit_code": 2, "resume_command": resume_command()})
+        leave_outcome(folder, state="failed", code=2)
     except OSError as error:
         print(f"{table}: outcome.json could not be written to {folder}: {error}", file=sys.stderr)
 
@@ -145,14 +144,17 @@ def resume_command() -> str:
     """Return the command that started this process, without passwords, for messages and outcome.json."""
     import shlex
 
-    from pipelines.runtime.run_identity import without_credentials
-
     main = sys.modules.get("__main__")
     module = getattr(getattr(main, "__spec__", None), "name", None)
     words = ["python", "-m", module] if module else ["python", sys.argv[0]]
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         words = ["accelerate", "launch", "[launcher flags]", "-m", str(module)]
-    return without_credentials(" ".join([*words, *(shlex.quote(word) for word in sys.argv[1:])]))
+    return blotted(" ".join([*words, *(shlex.quote(word) for word in sys.argv[1:])]))
+
+
+def blotted(text: str) -> str:
+    """Return ``text`` with user, password and query of every address in it blotted out."""
+    return re.sub(r"(://)[^/\s'\"]*@|(://[^?\s'\"]*\?)[^\s'\"]*", lambda m: f"{m[1] or m[2]}***", text)
 
 
 def _early_root(argv: Sequence[str], *, table: str) -> str | None:
@@ -319,7 +321,7 @@ def _explain(
     else:
         advice = re.sub(r"^(Value error|Assertion failed), ", "", detail["msg"])
         advice = advice.replace("Input should be", "expected").replace("\n", "\n      ")
-    return f"  {shown}{given} ({source})\n      {advice}"
+    return blotted(f"  {shown}{given} ({source})\n      {advice}")
 
 
 def _with_inputs(model: type[StageConfig], tree: dict[str, Any]) -> dict[str, Any]:

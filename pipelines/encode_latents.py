@@ -7,8 +7,11 @@ Reads: ``runs/NAME/corpus/``, ``runs/NAME/vae/``. Writes: ``runs/NAME/latents/``
 (``captions``) the features of each caption lie beside its latent, and the manifest holds the encoder's digest.
 """
 
+import time
 from collections.abc import Iterator
 from dataclasses import asdict
+from pathlib import Path
+from threading import Lock
 from typing import Annotated, Any, Literal, get_args
 
 import numpy as np
@@ -16,6 +19,7 @@ import torch
 from pydantic import BaseModel, Field, PositiveInt
 from torch import Tensor
 
+from data.commit import write_atomically
 from data.latent_statistics import ChannelSums
 from data.loading import ImageBatch, ImageShards, ShardRange, prefetch
 from data.manifest import FileEntry, Manifest
@@ -26,12 +30,15 @@ from models.vae import AutoencoderKL
 from pipelines.captions import CaptionEncoder, CaptionFeaturesConfig, NoTextConfig
 from pipelines.config import ConfigError, StageConfig, config_from_command_line
 from pipelines.foreign import STAND_INS
+from pipelines.latent_figures import alarms, audit_keys, statistics_plot
 from pipelines.published import load_vae
 from pipelines.runtime.launch import Precision
 from pipelines.runtime.parts import make_parts
 from pipelines.runtime.progress import progress_line
 from pipelines.runtime.quarantine import REPORTED, BadSamplePolicy, settle_quarantine
 from pipelines.runtime.stage import Stage, blaming, running_stage
+
+SHARDS_AT_ONCE = 2
 
 
 class EncodeLatentsInputs(BaseModel, frozen=True, extra="forbid"):
@@ -60,7 +67,12 @@ def main() -> None:
     config = config_from_command_line(EncodeLatentsConfig, table="encode_latents", about=__doc__)
     parents = {"corpus": "prepare_corpus", "vae": "train_vae"}
     with running_stage(
-        config, name="encode_latents", parents=parents, precision=config.precision, stand_ins=STAND_INS
+        config,
+        name="encode_latents",
+        parents=parents,
+        precision=config.precision,
+        stand_ins=STAND_INS,
+        joinable=True,
     ) as stage:
         encode(config, stage)
 
@@ -75,17 +87,25 @@ def encode(config: EncodeLatentsConfig, stage: Stage) -> None:
     shards = {part.entry.name: (images, part) for images in open_splits(config, corpus) for part in images.shards}
     check_images(corpus, vae)
 
-    num_images = sum(part.entry.samples for _, part in shards.values())
-    finished = 0
+    sizes = {name: part.entry.samples for name, (_, part) in shards.items()}
+    num_images, turn = sum(sizes.values()), Lock()
+    num_bytes, began = 0, time.monotonic()
     with progress_line("encode_latents", total=num_images, unit="images", speaks=stage.is_main) as line:
 
         def show(done: int, record: Any) -> None:
-            nonlocal finished
-            finished += record["entry"]["samples"] * stage.accelerator.num_processes
-            line.advance_to(min(finished, num_images), {"shards": done})
+            nonlocal num_bytes
+            num_bytes += record["entry"]["bytes"]
+            rate = num_bytes / 1e6 / (time.monotonic() - began)
+            line.advance_to(num_images * done // len(shards), {"shards": done, "MB/s": rate})
 
+        # While one shard is read or committed, the other's batches keep the network busy.
         records = make_parts(
-            stage, list(shards), lambda name: encode_shard(config, stage, vae, captions, *shards[name]), after_each=show
+            stage,
+            list(shards),
+            lambda name: encode_shard(config, stage, vae, captions, *shards[name], turn),
+            sizes=sizes,
+            at_once=SHARDS_AT_ONCE,
+            after_each=show,
         )
 
     bad = settle_quarantine(stage, records, num_in=num_images, max_bad_fraction=config.max_bad_fraction)
@@ -95,6 +115,13 @@ def encode(config: EncodeLatentsConfig, stage: Stage) -> None:
     statistics = ChannelSums.merged(
         ChannelSums.from_json(record["sums"]) for record in records if record["entry"]["name"].startswith("train")
     )
+    if stage.is_main:
+        with blaming("inputs.corpus"):
+            audit_keys(stage.folder, shards, records)
+        write_atomically(stage.folder / "statistics.png", statistics_plot(statistics))
+    stage.tracker.log_image("latents/statistics", stage.folder / "statistics.png", step=0)
+    for alarm in alarms(statistics, Path(config.inputs.vae)):
+        stage.say(f"warning: {alarm}")
     stage.tracker.log_metrics({"latents/samples": kept, **statistics.figures("latents")}, step=0)
     stage.finish(
         files=files,
@@ -168,6 +195,7 @@ def encode_shard(
     captions: CaptionEncoder | None,
     images: ImageShards,
     part: ShardRange,
+    turn: Lock,
 ) -> dict[str, Any]:
     """Write the latents of one image shard, with its captions' features; return its entry, bad samples and sums.
 
@@ -202,8 +230,9 @@ def encode_shard(
                 set_aside(error)
             if not batch.keys:
                 continue
-            moments, mirrored = encode_batch(config, stage, vae, batch)
-            features = captions(batch.captions) if captions is not None else {}
+            moments, mirrored = encode_batch(config, stage, vae, batch, turn)
+            with turn:
+                features = captions(batch.captions) if captions is not None else {}
             for row, key in enumerate(batch.keys):
                 try:
                     members = latent_members(
@@ -225,15 +254,15 @@ def encode_shard(
 
 @torch.no_grad()
 def encode_batch(
-    config: EncodeLatentsConfig, stage: Stage, vae: AutoencoderKL, batch: ImageBatch
+    config: EncodeLatentsConfig, stage: Stage, vae: AutoencoderKL, batch: ImageBatch, turn: Lock
 ) -> tuple[np.ndarray, np.ndarray | None]:
-    """Return the moments of the images, and of the mirrored ones when they are wanted; float32 (n 2 c h w)."""
+    """Return the moments of the images, and of the mirrored ones when wanted; float32 (n 2 c h w). One at a time."""
     count = len(batch.keys)
     images = to_unit_range(np.resize(batch.images, (config.batch_size, *batch.images.shape[1:])))
     images = images.to(stage.accelerator.device)
 
     def moments(x: Tensor) -> np.ndarray:
-        with stage.accelerator.autocast():
+        with turn, stage.accelerator.autocast():
             posterior = vae.encode(x)
         return torch.stack([posterior.mean, posterior.log_variance], dim=1)[:count].float().cpu().numpy()
 

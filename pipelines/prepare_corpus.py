@@ -6,7 +6,8 @@ Reads: the source. Writes: ``runs/NAME/corpus/`` with shards, their indexes, ``m
 set aside, ``quarantine.jsonl``.
 """
 
-from dataclasses import asdict
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
@@ -14,11 +15,12 @@ import numpy as np
 from pydantic import Field, PositiveInt
 
 from data.commit import write_atomically
+from data.in_place import index_in_place
 from data.manifest import FileEntry
 from data.panels import panel_png
 from data.samples import BadSample, ImageSample, Split, image_members
 from data.shards import ShardWriter
-from data.sources import FashionMNISTConfig, Source, SourceConfig
+from data.sources import FashionMNISTConfig, Source, SourceConfig, WebDataset
 from data.transforms import DEFAULT_MAX_PIXELS, FILTER_REASONS, ImageViewConfig, MaxPixels, view_sample
 from pipelines.config import ConfigError, StageConfig, config_from_command_line
 from pipelines.runtime.parts import make_parts
@@ -56,16 +58,14 @@ def prepare(config: PrepareCorpusConfig, stage: Stage) -> None:
     if not source.count("train"):
         raise ConfigError("prepare_corpus.source: it holds no training image. Look at its path and its split.")
 
-    shards = shard_plan(config, source)
-    with progress_line("prepare_corpus", total=len(shards), unit="shards", speaks=stage.is_main) as line:
+    in_place = isinstance(source, WebDataset) and not source.copied
+    make = shard_makers(config, source, stage.folder)
+    with progress_line("prepare_corpus", total=len(make), unit="shards", speaks=stage.is_main) as line:
         records = make_parts(
-            stage,
-            list(shards),
-            lambda name: write_shard(config, source, stage.folder / name, *shards[name]),
-            after_each=lambda done, _: line.advance_to(done),
+            stage, list(make), lambda name: make[name](), after_each=lambda done, _: line.advance_to(done)
         )
 
-    given = sum(len(indices) for _, indices in shards.values())
+    given = sum(source.count(split) for split in get_args(Split))
     bad = settle_quarantine(stage, records, num_in=given, max_bad_fraction=config.max_bad_fraction, free=FILTER_REASONS)
     files = [FileEntry(**record["entry"]) for record in records if record["entry"]["samples"]]
     kept = sum(entry.samples for entry in files)
@@ -82,9 +82,28 @@ def prepare(config: PrepareCorpusConfig, stage: Stage) -> None:
             "classes": list(source.classes),
             "value_range": [0, 255],
             "image": {"resolution": config.view.resolution, "channels": config.view.channels},
+            **(view_at_reading(config) if in_place else {}),
         },
     )
     stage.say(f"{kept} images in {len(files)} shards, {bad.total()} quarantined, {len(source.classes)} classes")
+
+
+def shard_makers(config: PrepareCorpusConfig, source: Source, folder: Path) -> dict[str, Callable[[], dict[str, Any]]]:
+    """Return what makes each shard of the corpus: file name -> a function that returns its record."""
+    if isinstance(source, WebDataset) and not source.copied:
+        return {
+            name: partial(index_shard, config, source, folder / name, *where)
+            for name, where in in_place_plan(source).items()
+        }
+    return {
+        name: partial(write_shard, config, source, folder / name, *where)
+        for name, where in shard_plan(config, source).items()
+    }
+
+
+def view_at_reading(config: PrepareCorpusConfig) -> dict[str, Any]:
+    """Return what readers of shards in place need to know: these hold images as they were found."""
+    return {"view": config.view.model_dump(mode="json"), "max_pixels": config.max_pixels}
 
 
 def shard_plan(config: PrepareCorpusConfig, source: Source) -> dict[str, tuple[Split, range]]:
@@ -94,6 +113,16 @@ def shard_plan(config: PrepareCorpusConfig, source: Source) -> dict[str, tuple[S
         f"{split}-{number:06}.tar": (split, range(first, min(first + size, source.count(split))))
         for split in get_args(Split)
         for number, first in enumerate(range(0, source.count(split), size))
+    }
+
+
+def in_place_plan(source: WebDataset) -> dict[str, tuple[Split, int]]:
+    """Return what the shards of others are called here: file name -> (split, number of the shard)."""
+    return {
+        f"{split}-{number:06}.tar": (split, number)
+        for split in get_args(Split)
+        for number in range(len(source.urls))
+        if source.holds(number, split)
     }
 
 
@@ -108,15 +137,43 @@ def write_shard(
                 sample = source.read(split, index)
                 writer.add(sample.key, stored_members(config, sample))
             except BadSample as error:
-                error = error.at(shard=path.name)
-                if config.bad_samples == "strict" and error.reason not in FILTER_REASONS:
-                    raise ConfigError(
-                        f"prepare_corpus.source: {error}. Mend or remove it, or set "
-                        'prepare_corpus.bad_samples = "quarantine" to count such samples and go on.'
-                    ) from error
-                quarantined.append({name: getattr(error, name) for name in REPORTED})
+                quarantined.append(set_aside(config, error.at(shard=path.name)))
     assert writer.entry is not None
-    return {"entry": asdict(writer.entry), "quarantined": quarantined}
+    return {"entry": writer.entry.as_json(), "quarantined": quarantined}
+
+
+def index_shard(
+    config: PrepareCorpusConfig, source: WebDataset, path: Path, split: Split, number: int
+) -> dict[str, Any]:
+    """Index one shard where it lies, looking at every image, and return its record as ``write_shard`` does."""
+    quarantined = []
+
+    def is_good(found: ImageSample | BadSample) -> bool:
+        try:
+            if isinstance(found, BadSample):
+                raise found
+            view_sample(found, config.view, max_pixels=config.max_pixels)
+        except BadSample as error:
+            quarantined.append(set_aside(config, error.at(shard=source.urls[number])))
+            return False
+        return True
+
+    entry = index_in_place(source, number, split, path, is_good=is_good)
+    return {"entry": entry.as_json(), "quarantined": quarantined}
+
+
+def set_aside(config: PrepareCorpusConfig, error: BadSample) -> dict[str, str]:
+    """Return what the report says of a bad sample.
+
+    Raises:
+        ConfigError: The policy is to stop.
+    """
+    if config.bad_samples == "strict" and error.reason not in FILTER_REASONS:
+        raise ConfigError(
+            f"prepare_corpus.source: {error}. Mend or remove it, or set "
+            'prepare_corpus.bad_samples = "quarantine" to count such samples and go on.'
+        ) from error
+    return {name: getattr(error, name) for name in REPORTED}
 
 
 def stored_members(config: PrepareCorpusConfig, sample: ImageSample) -> dict[str, bytes]:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from data.loading import LatentShards, Prefetch, prefetch
 from data.manifest import Manifest
-from data.order import FullShuffleConfig, Order, OrderConfig
+from data.order import FullShuffleConfig, OrderConfig
 from data.randomness import SampleDraws
 from data.samples import Split
 from models.denoiser import Denoiser, DenoiserConfig
@@ -227,7 +227,8 @@ class BatchMaker:
         self.share = BatchShare.of(
             config, table="train_unet", rank=accelerator.process_index, world_size=accelerator.num_processes
         )
-        self.order = Order(config.order, num_samples=len(self.latents), seed=config.seed)
+        with blaming("train_unet.order"):
+            self.order = self.latents.order(config.order, seed=config.seed, global_batch=config.global_batch)
         self.normalisation = Normalisation(manifest.content["statistics"])
         self.drop_probabilities = np.array(config.denoiser.drop_probabilities)
         self.config, self.times = config, denoiser.times

@@ -14,13 +14,13 @@ from typing import Generic, TypeVar
 
 import numpy as np
 import torch
-from pydantic import BaseModel, NonNegativeFloat
+from pydantic import BaseModel, NonNegativeFloat, PositiveInt
 from torch import Tensor, nn
 
 from data.commit import write_atomically
 from data.loading import ImageShards, Prefetch, prefetch
 from data.manifest import Manifest
-from data.order import FullShuffleConfig, Order, OrderConfig
+from data.order import FullShuffleConfig, OrderConfig
 from data.panels import panel_png
 from data.randomness import SampleDraws
 from data.transforms import to_levels, to_unit_range
@@ -52,11 +52,14 @@ class TrainVAEInputs(BaseModel, frozen=True, extra="forbid"):
 class TrainVAEConfig(TrainingConfig):
     """The autoencoder, its objective and its training."""
 
+    harmless = TrainingConfig.harmless | {"decode_threads"}
+
     inputs: TrainVAEInputs  # where the stage reads
     network: VAEConfig = VAEConfig()  # the autoencoder
     objective: VAEObjectiveConfig = VAEObjectiveConfig()  # what it minimises
     order: OrderConfig = FullShuffleConfig()  # order of the training images
     flip_probability: NonNegativeFloat = 0.5  # of mirroring a training image
+    decode_threads: PositiveInt = 2  # batches decoded at once, each in a thread; images are decoded without a lock
 
 
 @dataclass(frozen=True)
@@ -225,7 +228,8 @@ class BatchMaker:
         self.share = BatchShare.of(
             config, table="train_vae", rank=accelerator.process_index, world_size=accelerator.num_processes
         )
-        self.order = Order(config.order, num_samples=len(self.images), seed=config.seed)
+        with blaming("train_vae.order"):
+            self.order = self.images.order(config.order, seed=config.seed, global_batch=config.global_batch)
         self.config = config
         height, width, _ = self.images.image_shape
         factor = config.network.factor
@@ -249,7 +253,7 @@ class BatchMaker:
 
     def from_index(self, start: int) -> Prefetch[VAEBatch]:
         """Make batches ahead, from ``start`` on."""
-        return prefetch(self.make, start=start, depth=self.config.prefetch_batches)
+        return prefetch(self.make, start=start, depth=self.config.prefetch_batches, threads=self.config.decode_threads)
 
 
 @torch.no_grad()

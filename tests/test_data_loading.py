@@ -15,6 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from data import shard_set
+from data.buffers import Buffers
 from data.loading import ImageBatch, ImageShards, LatentShards
 from data.manifest import FileEntry, write_manifest
 from data.order import FullShuffleConfig, Order
@@ -419,6 +420,17 @@ def test_waiting_for_a_batch_is_measured() -> None:
         assert next(batches).wait_seconds < 0.02
 
 
+def test_memory_of_batches_is_used_again_only_when_nobody_looks_at_it() -> None:
+    buffers, source = Buffers(), memoryview(bytes(range(100)))
+    held = torch.from_numpy(buffers.joined([(source, start) for start in (0, 50, 90)], 10).view(np.uint16)[3:])
+    address = held.data_ptr() - 6
+    other = buffers.joined([(source, 20)] * 3, 10)
+    assert other.ctypes.data != address
+    assert bytes(held.numpy().tobytes()) == bytes([*range(6, 10), *range(50, 60), *range(90, 100)])
+    del held
+    assert buffers.take(30).ctypes.data == address
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="page-locked memory needs CUDA")
 def test_tensors_are_pinned_wherever_they_are() -> None:
@@ -428,5 +440,7 @@ def test_tensors_are_pinned_wherever_they_are() -> None:
 
 
 def test_a_batch_keeps_its_structure_when_there_is_nothing_to_pin() -> None:
-    batch = ImageBatch(indices=np.arange(1), images=np.zeros(1), labels=np.zeros(1), keys=["k"], captions=[""])
+    batch = ImageBatch(
+        indices=np.zeros(1, dtype=np.int64), images=np.zeros(1), labels=np.zeros(1), keys=["k"], captions=[""]
+    )
     assert replace(pinned(batch)) == batch

@@ -311,7 +311,7 @@ def test_braces_and_globs_name_files_in_order(tmp_path: Path) -> None:
     for number in (7, 8, 9, 10, 11):
         (tmp_path / f"s-{number:03d}.tar").touch()
     names = [
-        path.name
+        Path(path).name
         for path in expand((f"{tmp_path}/s-{{009..011}}.tar", f"{tmp_path}/s-00{{8,7}}.tar", f"{tmp_path}/*.tar"))
     ]
     assert names == [f"s-{number:03d}.tar" for number in (9, 10, 11, 8, 7)]
@@ -330,10 +330,12 @@ def test_braces_and_globs_name_files_in_order(tmp_path: Path) -> None:
         "gopher:x",
         "",
         "a\0b",
-        "s3://b/k",
+        "s3://bucket",
+        "s3://key:secret@bucket/x.tar",
+        "https://host/x.tar?signature=1",
     ],
 )
-def test_only_paths_are_taken_for_shards(url: str) -> None:
+def test_only_paths_and_fetched_addresses_are_taken_for_shards(url: str) -> None:
     with pytest.raises(ValidationError):
         WebDatasetConfig(urls=(url,))
     with pytest.raises(ValidationError):

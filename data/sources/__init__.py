@@ -9,7 +9,7 @@ from data.sources.fashion_mnist import FashionMNISTConfig
 from data.sources.image_folder import ImageFolderConfig
 from data.sources.source import Source
 from data.sources.synthetic import SyntheticConfig
-from data.sources.webdataset import WebDatasetConfig
+from data.sources.webdataset import WebDataset, WebDatasetConfig
 
 SourceConfig = Annotated[
     EmojiConfig | FashionMNISTConfig | ImageFolderConfig | SyntheticConfig | WebDatasetConfig,
@@ -23,5 +23,6 @@ __all__ = [
     "Source",
     "SourceConfig",
     "SyntheticConfig",
+    "WebDataset",
     "WebDatasetConfig",
 ]

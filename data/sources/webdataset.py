@@ -19,6 +19,7 @@ from typing import Annotated, Literal, TypeVar
 import numpy as np
 from pydantic import AfterValidator, BaseModel, Field
 
+from data.remote import check_address, is_remote, local_path, matches
 from data.samples import (
     IMAGE_SUFFIXES,
     MAX_CAPTION_BYTES,
@@ -39,31 +40,24 @@ MAX_IMAGE_BYTES = 512 * 1024 * 1024
 MAX_LABEL_BYTES = 64
 SCANS_KEPT = 4
 T = TypeVar("T")
-_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.\-]*:")
 _RANGE = re.compile(r"(\d+)\.\.(\d+)")
 
 
-def _local(url: str) -> str:
-    """Refuse anything but a path. ``pipe:`` would start a shell, and ``file:`` hides which file it means."""
-    if match := _SCHEME.match(url):
-        raise ValueError(f"{url!r} starts with {match[0]!r}; shards are read from plain paths: give a path or a glob")
-    if not url or "\0" in url:
-        raise ValueError("a path is not empty and holds no NUL")
-    return url
-
-
-ShardPath = Annotated[str, AfterValidator(_local)]
+ShardAddress = Annotated[str, AfterValidator(check_address)]
 
 
 class WebDatasetConfig(BaseModel, frozen=True, extra="forbid"):
     """Existing WebDataset shards: tars of KEY.jpg|png|webp with KEY.cls, KEY.txt, KEY.json."""
 
     kind: Literal["webdataset"] = "webdataset"  # tars that others wrote, read in place
-    urls: Annotated[tuple[ShardPath, ...], Field(min_length=1)]  # paths with {000..099}, {a,b} or globs
-    val_urls: tuple[ShardPath, ...] = ()  # shards of the validation split; without them val_fraction decides
+    urls: Annotated[
+        tuple[ShardAddress, ...], Field(min_length=1)
+    ]  # paths, s3://, gs:// or https:// with {000..099}, {a,b}, globs
+    val_urls: tuple[ShardAddress, ...] = ()  # shards of the validation split; without them val_fraction decides
     val_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.01  # share kept for validation, by the hash of the key
     classes: tuple[str, ...] = ()  # names by label; without them labels are not read
     captions: Literal["required", "optional", "ignored"] = "optional"  # whether a sample needs KEY.txt
+    copied: bool = False  # write new shards of finished squares, instead of using these where they lie
 
     def open(self) -> "WebDataset":
         """Scan the shards.
@@ -76,8 +70,13 @@ class WebDatasetConfig(BaseModel, frozen=True, extra="forbid"):
 
 @dataclass(frozen=True)
 class _Shard:
-    path: Path
+    url: str
     bytes: int
+
+    @property
+    def path(self) -> Path:
+        """A local file with its content; fetched again when the cache has dropped it."""
+        return local_path(self.url)
 
 
 class WebDataset:
@@ -90,7 +89,7 @@ class WebDataset:
         train, val = expand(config.urls), expand(config.val_urls)
         if both := sorted(set(train) & set(val)):
             raise ValueError(f"{both[0]} is in urls and in val_urls; a shard belongs to one split.")
-        self._shards = [_Shard(path, path.stat().st_size) for path in [*train, *val]]
+        self._shards = [_Shard(url, local_path(url).stat().st_size) for url in [*train, *val]]
         hashes, numbers, rows = self._scan_all()
         self._duplicates = _later_duplicates(hashes)
         is_val = numbers >= len(train) if val else hashes < np.uint64(int(config.val_fraction * 2**64))
@@ -121,7 +120,9 @@ class WebDataset:
         Raises:
             BadSample: What is wrong with it, naming shard and member.
         """
-        place = int(self._places[split][index])
+        return self._read(int(self._places[split][index]))
+
+    def _read(self, place: int) -> ImageSample:
         number, row = int(self._numbers[place]), int(self._rows[place])
         shard = self._shards[number]
         raw = self._scan(number)[row]
@@ -132,7 +133,40 @@ class WebDataset:
                 raise BadSample("duplicate_key", "another sample of the corpus has this key")
             return self._sample(raw, shard)
         except BadSample as error:
-            raise error.at(shard=str(shard.path), key=raw.key) from None
+            raise error.at(shard=shard.url, key=raw.key) from None
+
+    @property
+    def copied(self) -> bool:
+        """Whether new shards are to be written."""
+        return self._config.copied
+
+    @property
+    def urls(self) -> tuple[str, ...]:
+        """Absolute path or URL of each shard."""
+        return tuple(shard.url for shard in self._shards)
+
+    def holds(self, number: int, split: Split) -> bool:
+        """Say whether a shard holds samples of ``split``."""
+        places = self._places[split]
+        return bool(np.diff(np.searchsorted(self._numbers[places], [number, number + 1]))[0])
+
+    def samples_of(self, number: int, split: Split) -> Iterator[tuple[RawSample, ImageSample | BadSample]]:
+        """Yield the samples of one shard that belong to ``split``: where they lie, and the sample or its finding."""
+        places = self._places[split]
+        first, last = np.searchsorted(self._numbers[places], [number, number + 1])
+        for place in places[first:last].tolist():
+            raw = self._scan(number)[int(self._rows[place])]
+            try:
+                yield self._listed(raw), self._read(place)
+            except BadSample as error:
+                yield raw, error
+
+    def _listed(self, raw: RawSample) -> RawSample:
+        """Return the sample under our key, with those members that the configuration reads."""
+        read = {*IMAGE_SUFFIXES, "json"}
+        read |= {"cls"} if self.classes else set()
+        read |= {"txt"} if self._config.captions != "ignored" else set()
+        return RawSample(_key_of(raw.key), {suffix: at for suffix, at in raw.members.items() if suffix in read})
 
     def _sample(self, raw: RawSample, shard: _Shard) -> ImageSample:
         metadata = self._parsed(raw, shard, "json", MAX_JSON_BYTES, parse_metadata) if "json" in raw.members else {}
@@ -149,7 +183,7 @@ class WebDataset:
             label=self._label(raw, shard),
             caption=self._caption(raw, shard),
             metadata=metadata,
-            shard=str(shard.path),
+            shard=shard.url,
             member=raw.members[suffixes[0]].name,
         )
 
@@ -190,14 +224,15 @@ class WebDataset:
         try:
             size = shard.path.stat().st_size
         except OSError as error:
-            raise BadSample("shard_missing", f"{error.strerror} since it was scanned", shard=str(shard.path)) from None
+            detail = f"{error.strerror or error} since it was scanned"
+            raise BadSample("shard_missing", detail, shard=shard.url) from None
         if size != shard.bytes:
             detail = f"{size} bytes, {shard.bytes} when it was scanned"
-            raise BadSample("shard_changed", detail, shard=str(shard.path))
+            raise BadSample("shard_changed", detail, shard=shard.url)
         with self._lock:
             if number not in self._scans:
                 with mapped(shard.path) as buffer:
-                    self._scans[number] = scan_shard(buffer, shard=str(shard.path))
+                    self._scans[number] = scan_shard(buffer, shard=shard.url)
                 while len(self._scans) > SCANS_KEPT:
                     self._scans.popitem(last=False)
             self._scans.move_to_end(number)
@@ -215,19 +250,22 @@ class WebDataset:
         return np.concatenate(hashes), np.concatenate(numbers), np.concatenate(rows)
 
 
-def expand(urls: tuple[str, ...]) -> list[Path]:
-    """Return the files that paths with braces and globs name, each once, in the order given, globs sorted.
+def expand(urls: tuple[str, ...]) -> list[str]:
+    """Return the files that these name, each once, in the order given, globs sorted; paths absolute.
 
     Raises:
         ValueError: One of them names no file, or there are over a million.
     """
-    found: dict[Path, None] = {}
+    found: dict[str, None] = {}
     for url in urls:
         for count, pattern in enumerate(_braces(url)):
             if count >= MAX_SHARDS:
                 raise ValueError(f"{url!r} names more than {MAX_SHARDS} shards.")
-            matches = sorted(glob.glob(pattern, recursive=True)) if glob.has_magic(pattern) else [pattern]
-            paths = [Path(match) for match in matches if Path(match).is_file()]
+            if is_remote(pattern):
+                paths = matches(pattern)
+            else:
+                named = sorted(glob.glob(pattern, recursive=True)) if glob.has_magic(pattern) else [pattern]
+                paths = [str(Path(name).absolute()) for name in named if Path(name).is_file()]
             if not paths:
                 raise ValueError(f"{pattern!r} names no file. Check the path; a relative one starts at {Path.cwd()}.")
             found.update(dict.fromkeys(paths))

@@ -7,6 +7,7 @@ starts the accelerator and the tracker, and leaves an outcome for scripts howeve
 import json
 import os
 import platform
+import secrets
 import socket
 import sys
 import time
@@ -25,19 +26,22 @@ from accelerate import Accelerator
 from data.commit import FolderLock, sweep_temporaries, write_atomically, write_json
 from data.manifest import MANIFEST_NAME, FileEntry, Manifest, digest_of, read_manifest, write_manifest
 from pipelines.config import STAGE_FOLDERS, ConfigError, StageConfig, config_as_toml, resume_command
-from pipelines.runtime.launch import Precision, StopRequest, start_accelerator
+from pipelines.runtime.claims import sweep_after_the_dead
+from pipelines.runtime.launch import Precision, StopRequest, agree_on, any_rank, start_accelerator
+from pipelines.runtime.outcome import OUTCOME_NAME, Ending
 from pipelines.runtime.provenance import code_version, hardware
 from pipelines.runtime.run_identity import without_credentials
 from pipelines.runtime.tracking import SilentTracker, Tracker, open_tracker
 from pipelines.runtime.watch import Watch
 
-OUTCOME_NAME = "outcome.json"
-EXIT_CODES = {"done": 0, "failed": 1, "stopped": 75}
 RUN_STATUSES: dict[str, Literal["FINISHED", "FAILED", "KILLED"]] = {
     "done": "FINISHED",
     "failed": "FAILED",
     "stopped": "KILLED",
 }
+POLL_SECONDS = 0.2
+JOIN_PATIENCE_SECONDS = 2.0
+SHARED_PATIENCE_SECONDS = 30.0  # a network file system may show a new file late
 LOCK_PATIENCE_SECONDS = 10.0  # a killed launcher's last worker takes a moment to die
 
 
@@ -56,6 +60,7 @@ class Stage:
     accelerator: Accelerator
     tracker: Tracker | SilentTracker
     stop: StopRequest
+    lock: FolderLock
     watch: Watch | None = None  # where it reports from when it fails; training stages have one
     began: float = field(default_factory=time.time)
 
@@ -70,13 +75,37 @@ class Stage:
             print(f"{self.name}: {text}", flush=True)
 
     def finish(self, *, files: list[FileEntry], content: Mapping[str, Any]) -> None:
-        """Commit the manifest on the main process; every rank waits for it."""
-        if self.is_main:
+        """Commit the manifest on the main process; every rank waits for it.
+
+        Of several runs on one folder, the one that holds its lock does this; the others wait for it, or take over.
+        """
+        if not self.is_main:
+            self._wait_for_the_manifest()
+        elif self._holds_the_lock_before_it_is_done():
             whole = {**request_of(self.name, self.config, self.parents), **content}
             manifest = write_manifest(self.folder, content=whole, files=files, provenance=self._provenance())
             self.tracker.set_tags({f"digest.{STAGE_FOLDERS[self.name]}": manifest.digest})
             self.tracker.log_artifact(self.folder / MANIFEST_NAME)
         self.accelerator.wait_for_everyone()
+
+    def _wait_for_the_manifest(self) -> None:
+        # Not in a collective, whose time is limited: the main process may have hours of measuring and storing to do.
+        while not (self.folder / MANIFEST_NAME).is_file():
+            if self.stop.asked():
+                raise Stopped(f"{self.stop.reason}; the main process was still at work")
+            time.sleep(POLL_SECONDS)
+
+    def _holds_the_lock_before_it_is_done(self) -> bool:
+        while not (self.folder / MANIFEST_NAME).is_file():
+            try:
+                self.lock.acquire()
+            except BlockingIOError:
+                if self.stop.asked():
+                    raise Stopped(f"{self.stop.reason}; another run finishes {self.folder}") from None
+                time.sleep(POLL_SECONDS)
+            else:
+                return True
+        return self.lock.held
 
     def _provenance(self) -> dict[str, Any]:
         return {
@@ -149,6 +178,7 @@ def running_stage(
     check: Callable[[Mapping[str, Manifest]], None] = lambda parents: None,
     folder_name: str | None = None,
     stand_ins: StandIns = MappingProxyType({}),
+    joinable: bool = False,
 ) -> Iterator[Stage]:
     """Run one stage: see the module's docstring.
 
@@ -158,6 +188,8 @@ def running_stage(
         parents: Input name -> stage that makes it.
         precision: What the networks compute in.
         check: Raises ConfigError when the request cannot work; called with the parents' manifests before any work.
+        joinable: Several runs may work on the folder at once: its work falls into parts. Each has its own MLflow run;
+            those that come later keep theirs in ``runs/HOST-PID`` below the folder.
         folder_name: Folder below ``run.root`` when it is not the stage's usual one.
         stand_ins: Inputs that may be folders of another program; see ``read_parents``.
 
@@ -166,28 +198,28 @@ def running_stage(
     """
     speaks = os.environ.get("RANK", "0") == "0"
     folder = Path(config.run.root) / (folder_name or STAGE_FOLDERS[name])
-    lock = FolderLock(folder)
+    lock, own, ending = FolderLock(folder), folder, Ending()
     tracker: Tracker | SilentTracker = SilentTracker()
-    state, code, working = "failed", 1, False
     stage: Stage | None = None
     try:
         manifests = read_parents(config, parents, stand_ins=stand_ins)
         check(manifests)
         request = request_of(name, config, manifests)
-        if already_done(folder, request, allowed=config.run.allow_changed):
-            state = "done"
+        # Finished parts stay as they are: where work falls into parts, a changed request would mix with the old one.
+        allowed = config.run.allow_changed if name.startswith("train_") else ()
+        if already_done(folder, request, allowed=allowed, trains=name.startswith("train_")):
+            ending.reached("done")
             if speaks:
                 print(f"{name}: already finished in {folder}; nothing to do.", flush=True)
             raise SystemExit(0)
         accelerator = start_accelerator(config.run, precision=precision)
+        own = meet(folder, lock, accelerator, joinable=joinable)
         if accelerator.is_main_process:
-            lock.acquire(patience_seconds=LOCK_PATIENCE_SECONDS)
-            sweep_temporaries(folder)
-            (folder / OUTCOME_NAME).unlink(missing_ok=True)
+            if lock.held:
+                write_json(folder / "request.json", request)
             shown = without_credentials(config_as_toml(config, table=name))
-            write_atomically(folder / "config.toml", shown.encode())
-            write_json(folder / "request.json", request)
-            tracker = track(config, name=name, folder=folder, parents=manifests, accelerator=accelerator)
+            write_atomically(own / "config.toml", shown.encode())
+            tracker = track(config, name=name, folder=own, parents=manifests, accelerator=accelerator)
         stop = StopRequest(folder, accelerator)
         stage = Stage(
             name=name,
@@ -197,53 +229,108 @@ def running_stage(
             accelerator=accelerator,
             tracker=tracker,
             stop=stop,
+            lock=lock,
         )
         threads = f"{torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)}"
         stage.say(f"{accelerator.num_processes} process(es) x {threads} on {accelerator.device}, {precision}, {folder}")
         with stop.listening():
-            working = True
+            ending.working = True
             yield stage
-        state = "done"
+        ending.reached("done")
     except Stopped as reason:
-        state = "stopped"
+        ending.reached("stopped")
         if speaks:
             print(f"{name}: stopped ({reason}). Continue with: {resume_command()}", flush=True)
     except (ConfigError, BlockingIOError) as error:
-        code = 2
-        if speaks or working:  # Before the work all ranks find the same; in the work one may be alone with it.
+        ending.reached("failed", code=2)
+        # Before the work all ranks of a machine find the same; in the work one may be alone with it.
+        if ending.working or os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"{name}: {error}", file=sys.stderr, flush=True)
     except KeyboardInterrupt:
-        state = "stopped"
+        ending.reached("stopped")
     except Exception as error:
         traceback.print_exc()
         if stage is not None and stage.watch is not None:
             with suppress(OSError):
                 stage.watch.report(f"{type(error).__name__}: {error}")
     finally:
-        code = code if state == "failed" else EXIT_CODES[state]
-        if speaks and state != "done" and working and (folder / OUTCOME_NAME).exists():
-            state, code = "failed", 1  # Another rank failed first, said so there, and took this one along.
-        elif speaks or state == "failed":
-            leave_outcome(folder, state=state, code=code)
-        tracker.close(RUN_STATUSES[state])
-        if speaks and working:
+        ending.tell(own, speaks=speaks)
+        tracker.close(RUN_STATUSES[ending.state])
+        if stage is not None and ending.state != "failed":
+            leave_together(stage)
+        if speaks and ending.working:
             (folder / "stop").unlink(missing_ok=True)  # answered; one made before the start is still to be heard
         lock.release()
-    if state != "failed" and dist.is_initialized():
-        # The launcher ends all ranks when one has gone: none goes before the main process has told its tracker.
-        dist.barrier(group=stop.group)
-        dist.destroy_process_group()
-    if code:
-        raise SystemExit(code)
+    if ending.code:
+        raise SystemExit(ending.code)
 
 
-def leave_outcome(folder: Path, *, state: str, code: int) -> None:
-    """Write ``outcome.json`` for scripts: ``accelerate launch`` makes 1 of every exit code."""
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / OUTCOME_NAME, {"state": state, "exit_code": code, "resume_command": resume_command()})
+def meet(folder: Path, lock: FolderLock, accelerator: Accelerator, *, joinable: bool) -> Path:
+    """Take the folder's lock or join its owner; make sure that all ranks see one folder. A collective.
+
+    Returns:
+        Where this run keeps its own records: ``folder`` for its owner.
+
+    Raises:
+        BlockingIOError: Another run owns the folder, and it cannot be joined.
+        ConfigError: A rank does not see the folder that the main process writes to.
+    """
+    token = 1 + secrets.randbelow(1 << 62) if accelerator.is_main_process else 0
+    busy: BlockingIOError | None = None
+    if accelerator.is_main_process:
+        try:
+            lock.acquire(patience_seconds=JOIN_PATIENCE_SECONDS if joinable else LOCK_PATIENCE_SECONDS)
+        except BlockingIOError as error:
+            busy, token = error, -token if joinable else 0
+        else:
+            sweep_joined(folder) if joinable else sweep_temporaries(folder)
+    token = agree_on(token, accelerator)
+    if token == 0:
+        raise busy or BlockingIOError(f"{folder} is in use by another run")
+    own = folder if token > 0 else folder / "runs" / f"{-token:016x}"
+    if accelerator.is_main_process:
+        own.mkdir(parents=True, exist_ok=True)
+        (own / OUTCOME_NAME).unlink(missing_ok=True)
+        if busy is not None:
+            print(f"{str(busy).partition('.')[0]}; joining it, with {own} for this run's records", flush=True)
+    if accelerator.num_processes > 1:
+        _all_see(own / f".{abs(token):016x}.tmp", accelerator)
+    return own
 
 
-def already_done(folder: Path, request: Mapping[str, Any], *, allowed: tuple[str, ...]) -> bool:
+def _all_see(mark: Path, accelerator: Accelerator) -> None:
+    if accelerator.is_main_process:
+        mark.touch()
+    deadline = time.monotonic() + SHARED_PATIENCE_SECONDS
+    while not (seen := mark.exists()) and time.monotonic() < deadline:
+        time.sleep(POLL_SECONDS)
+    everybody = not any_rank(not seen, accelerator)
+    if accelerator.is_main_process:
+        mark.unlink(missing_ok=True)
+    if not everybody:
+        who = "" if seen else f" {socket.gethostname()} does not see what the main process writes there."
+        raise ConfigError(
+            f"{mark.parent.resolve()} is not one folder for all processes.{who} All machines need run.root on a shared "
+            "file system, under the same path."
+        )
+
+
+def leave_together(stage: Stage) -> None:
+    """Wait for the other ranks: the launcher ends all when one has gone, and a slow one must still find ``stop``."""
+    if dist.is_initialized():
+        # Not all come where one of them fails after all; its launcher then ends the rest.
+        with suppress(RuntimeError):
+            dist.barrier(group=stage.stop.group)
+            dist.destroy_process_group()
+
+
+def sweep_joined(folder: Path) -> None:
+    """Remove what killed runs left in a folder that several share, unless one of them is still at work."""
+    if not (folder / "parts").is_dir() or sweep_after_the_dead(folder / "parts"):
+        sweep_temporaries(folder)
+
+
+def already_done(folder: Path, request: Mapping[str, Any], *, allowed: tuple[str, ...], trains: bool = True) -> bool:
     """Return whether the stage has finished this very request; False when it has yet to start or to continue.
 
     Raises:
@@ -263,7 +350,7 @@ def already_done(folder: Path, request: Mapping[str, Any], *, allowed: tuple[str
     if not differences:
         return finished
     what = "finished with" if finished else "begun with"
-    advice = "" if finished else ", or accept the change with --allow-changed KEY"
+    advice = ", or accept the change with --allow-changed KEY" if trains and not finished else ""
     raise ConfigError(
         f"{folder} was {what} another request:\n    "
         + "\n    ".join(differences)

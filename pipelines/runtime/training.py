@@ -20,7 +20,8 @@ from pipelines.runtime.optim import LossScale, Optimizer, learning_rate
 from pipelines.runtime.pace import Pace, holding_up, straggler
 from pipelines.runtime.progress import progress_line
 from pipelines.runtime.selftest import SelfTest
-from pipelines.runtime.stage import Stage, Stopped, leave_outcome
+from pipelines.runtime.outcome import Ending
+from pipelines.runtime.stage import Stage, Stopped
 from pipelines.runtime.training_config import BatchShare, TrainingConfig
 from pipelines.runtime.verdict import Judged, Verdicts, first_not_finite
 from pipelines.runtime.watch import Watch
@@ -88,7 +89,7 @@ class Training:
             world_size=world_size,
             hang_seconds=config.hang_seconds,
             keys=lambda batch: keys(batch, share.positions),
-            last_words=lambda: leave_outcome(stage.folder, state="failed", code=1),
+            last_words=lambda: Ending(working=True).tell(stage.folder, speaks=False),
         )
         self._pace = Pace(
             device=device,

@@ -1,0 +1,223 @@
+"""Shards that are far away (``s3://``, ``gs://``, ``https://``): fetched whole into a bounded cache on this machine.
+
+The cache is shared by all processes of a machine. A file is fetched to a temporary name and renamed, by one process
+while the others wait; the longest unused files make room. What is open stays readable after it was evicted.
+Credentials come from the environment or the machine's role, as each service's own tools read them; an address that
+holds any is refused, so none gets into a log, a configuration or a manifest.
+
+Environment: ``LATENTLINE_CACHE`` names the folder (default ``~/.cache/latentline``), ``LATENTLINE_CACHE_GB`` bounds it
+(default 100).
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import os
+import re
+import secrets
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+SCHEMES = ("s3", "gs", "https")
+CHUNK_BYTES = 8 << 20
+TRIES = 3
+_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.\-]*:")
+
+
+def check_address(url: str) -> str:
+    """Return ``url`` when it is a plain path, or an address that shards are fetched from.
+
+    Raises:
+        ValueError: Another scheme (``pipe:`` would start a shell, ``file:`` hides which file it means), or credentials.
+            The message does not repeat them.
+    """
+    if not url or "\0" in url:
+        raise ValueError("a path is not empty and holds no NUL")
+    match = _SCHEME.match(url)
+    if not match:
+        return url
+    if match[0] not in [f"{scheme}:" for scheme in SCHEMES] or "://" not in url:
+        known = ", ".join(f"{scheme}://" for scheme in SCHEMES)
+        raise ValueError(f"shards are read from plain paths, {known}, not from {match[0][:20]!r}")
+    parts = urlsplit(url)
+    if "@" in parts.netloc or parts.query or parts.fragment:
+        raise ValueError(
+            "an address holds no user, password or query: credentials belong into the environment, such as "
+            "AWS_ACCESS_KEY_ID, where they reach no log and no manifest"
+        )
+    if not parts.netloc or not parts.path.strip("/"):
+        raise ValueError(f"{url!r} names no file: expected {parts.scheme}://HOST-OR-BUCKET/PATH")
+    return url
+
+
+def is_remote(url: str) -> bool:
+    """Say whether ``url`` is fetched, rather than opened."""
+    return "://" in url
+
+
+def matches(pattern: str) -> list[str]:
+    """Return the addresses that a remote pattern names: itself, or sorted what its ``*``, ``?`` and ``[]`` match.
+
+    Raises:
+        OSError: The service does not answer or refuses.
+    """
+    if not re.search(r"[*?\[]", pattern):
+        return [pattern]
+    scheme = pattern.partition("://")[0]
+    with _clean_errors(pattern):
+        found = _filesystem(scheme).glob(pattern)
+    return sorted(path if is_remote(path) else f"{scheme}://{path}" for path in found)
+
+
+def local_path(url: str) -> Path:
+    """Return a file of this machine with the content of ``url``: a plain path as it is, else a copy in the cache.
+
+    Raises:
+        OSError: It is not there or cannot be fetched.
+    """
+    return Cache.of_environment().fetch(url) if is_remote(url) else Path(url)
+
+
+@dataclass(frozen=True)
+class Cache:
+    """A bounded folder of fetched files."""
+
+    folder: Path
+    max_bytes: int
+
+    @classmethod
+    def of_environment(cls) -> "Cache":
+        """Return the cache that the environment asks for; see the module's docstring."""
+        folder = Path(os.environ.get("LATENTLINE_CACHE", "~/.cache/latentline")).expanduser()
+        return cls(folder, int(float(os.environ.get("LATENTLINE_CACHE_GB", "100")) * 1e9))
+
+    def path(self, url: str) -> Path:
+        """Return where the copy of ``url`` lies when it is there."""
+        return self.folder / hashlib.sha256(url.encode()).hexdigest()[:40]
+
+    def fetch(self, url: str) -> Path:
+        """Return the copy of ``url``, made now if need be.
+
+        Raises:
+            FileNotFoundError: There is no such file.
+            OSError: It cannot be fetched, or is larger than the cache.
+        """
+        path = self.path(url)
+        if self._touched(path):
+            return path
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with self._locked(f"{path.name}.lock"):
+            if not self._touched(path):
+                with _clean_errors(url):
+                    filesystem = _filesystem(url.partition("://")[0])
+                    size = int(filesystem.info(url)["size"])
+                self._download(filesystem, url, size, path)
+        return path
+
+    @staticmethod
+    def _touched(path: Path) -> bool:
+        """Mark a copy as used now; False when it is not there."""
+        try:
+            os.utime(path)
+        except FileNotFoundError:
+            return False
+        return True
+
+    def _download(self, filesystem: Any, url: str, size: int, path: Path) -> None:
+        temporary = self.folder / f".{path.name}.{os.getpid()}-{secrets.token_hex(6)}.tmp"
+        with open(temporary, "xb") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX)  # while it is held, this file's writer lives
+                with self._locked("lock"):
+                    self._make_room(size, url)
+                    os.ftruncate(file.fileno(), size)  # now everybody counts it
+                for attempt in range(TRIES):
+                    with contextlib.suppress(OSError) if attempt < TRIES - 1 else contextlib.nullcontext():
+                        with _clean_errors(url):
+                            _copy(filesystem, url, size, file)
+                        break
+                file.flush()
+                os.rename(temporary, path)
+            except BaseException:
+                temporary.unlink(missing_ok=True)
+                raise
+
+    def _make_room(self, size: int, url: str) -> None:
+        """Evict the longest unused copies until ``size`` bytes fit. Hold the cache's lock."""
+        if size > self.max_bytes:
+            raise OSError(f"{url} has {size} bytes, more than the whole cache may hold; raise LATENTLINE_CACHE_GB.")
+        copies = []
+        for path in self.folder.iterdir():
+            with contextlib.suppress(FileNotFoundError):
+                status = path.stat()
+                if path.suffix == ".tmp" and _is_orphan(path):
+                    path.unlink()
+                elif path.suffix == ".tmp":
+                    size += status.st_size
+                elif path.suffix != ".lock" and path.name != "lock":
+                    copies.append((status.st_mtime_ns, status.st_size, path))
+        held = sum(bytes for _, bytes, _ in copies)
+        for _, bytes, path in sorted(copies):
+            if held + size <= self.max_bytes:
+                break
+            path.unlink(missing_ok=True)
+            held -= bytes
+
+    @contextlib.contextmanager
+    def _locked(self, name: str) -> Iterator[None]:
+        """Hold a lock of the cache; the kernel gives it back when its holder dies."""
+        with open(self.folder / name, "ab") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+
+
+def _is_orphan(temporary: Path) -> bool:
+    """Say whether whoever wrote this has died: nobody holds its lock."""
+    with open(temporary, "rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        # Empty: its writer may be about to lock it.
+        return temporary.stat().st_size > 0
+
+
+def _copy(filesystem: Any, url: str, size: int, file: Any) -> None:
+    """Copy ``url`` into ``file`` from its start.
+
+    Raises:
+        OSError: It ended early or holds more.
+    """
+    file.seek(0)
+    with filesystem.open(url, "rb", block_size=CHUNK_BYTES, cache_type="readahead") as source:
+        while chunk := source.read(CHUNK_BYTES):
+            file.write(chunk)
+    if file.tell() != size:
+        raise OSError(f"{url} gave {file.tell()} bytes instead of {size}.")
+
+
+def _filesystem(scheme: str) -> Any:
+    import fsspec
+
+    try:
+        return fsspec.filesystem(scheme, skip_instance_cache=False)
+    except ImportError as error:
+        raise OSError(
+            f"{scheme}:// needs a package that is not installed: pip install 'latentline[remote]'."
+        ) from error
+
+
+@contextlib.contextmanager
+def _clean_errors(url: str) -> Iterator[None]:
+    """Turn whatever a service's library raises into an OSError without its details, which may hold credentials."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{url} is not there.") from None
+    except PermissionError:
+        raise PermissionError(f"{url}: access was refused. Check the credentials in the environment.") from None
+    except Exception as error:
+        raise OSError(f"{url} cannot be read ({type(error).__name__}).") from None

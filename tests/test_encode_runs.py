@@ -1,0 +1,229 @@
+"""Many hands on one set of latents: claims, publication, several runs, kills, and the checks of the whole."""
+
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import REPOSITORY, Run, environment, kill_tree, stage_command, wait_until
+
+from data.commit import FolderLock, sha256_of
+from data.latent_statistics import ChannelSums
+from data.loading import ImageShards
+from data.manifest import FileEntry
+from data.shards import ShardWriter
+from pipelines.latent_figures import alarms, audit_keys, scale_in_validation, scale_of, statistics_plot
+from pipelines.runtime import claims as claims_module
+from pipelines.runtime.claims import Claims
+
+KILLS = 50
+
+
+def start_encoding(run: Run, root: Path, *, processes: int) -> subprocess.Popen[str]:
+    words = (
+        "--run.root",
+        str(root),
+        "--inputs.corpus",
+        str(run.root / "corpus"),
+        "--inputs.vae",
+        str(run.root / "vae"),
+    )
+    return subprocess.Popen(
+        stage_command("encode_latents", *words, processes=processes),
+        env=environment(),
+        cwd=REPOSITORY,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def check_same_latents(run: Run, root: Path) -> None:
+    for shard in run.folder("encode_latents").glob("*.tar"):
+        assert sha256_of(shard) == sha256_of(root / "latents" / shard.name), shard.name
+    content = json.loads((root / "latents/manifest.json").read_bytes())["content"]
+    assert content == run.manifest("encode_latents")["content"]
+
+
+def test_runs_that_join_share_the_work_and_one_of_them_finishes_it(one_process_run: Run, tmp_path: Path) -> None:
+    folder = tmp_path / "latents"
+    owner = FolderLock(folder)
+    owner.acquire()
+    runs = [start_encoding(one_process_run, tmp_path, processes=1) for _ in range(2)]
+    parts = len(one_process_run.manifest("encode_latents")["content"]["files"])
+    wait_until(lambda: len(list(folder.glob("parts/*.json"))) == parts, seconds=90, what="encoding beside the owner")
+    time.sleep(1)
+    assert not (folder / "manifest.json").exists(), "two would write the manifest"
+    owner.release()
+    outputs = [run.communicate(timeout=60)[0] for run in runs]
+    assert [run.returncode for run in runs] == [0, 0], outputs
+    assert all("joining it" in output for output in outputs)
+    check_same_latents(one_process_run, tmp_path)
+    identities = {json.loads(path.read_bytes())["run_id"] for path in folder.glob("runs/*/run.json")}
+    assert len(identities) == 2
+    assert not list(folder.glob("parts/*.claim"))
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(3600)
+def test_fifty_kills_change_no_byte(one_process_run: Run, tmp_path: Path) -> None:
+    for number in range(KILLS):
+        process = start_encoding(one_process_run, tmp_path, processes=random.choice([1, 2, 4]))
+        wait_until(
+            lambda p=process: p.poll() is not None or any(tmp_path.glob("latents/parts/*.claim")),
+            seconds=120,
+            what=f"the first claim before kill {number}",
+        )
+        time.sleep(random.uniform(0, 0.6))
+        kill_tree(process)
+        records = sorted(tmp_path.glob("latents/parts/*.json"))
+        (tmp_path / "latents/manifest.json").unlink(missing_ok=True)
+        for record in random.sample(records, k=max(0, len(records) - 1)):  # so that there is something left to kill
+            record.unlink()
+            if random.random() < 0.5:
+                (tmp_path / "latents" / record.stem).unlink(missing_ok=True)
+    last = start_encoding(one_process_run, tmp_path, processes=2)
+    output = last.communicate(timeout=180)[0]
+    assert last.returncode == 0, output
+    check_same_latents(one_process_run, tmp_path)
+
+
+# --- claims and publication
+
+
+def test_a_part_is_claimed_by_one_and_free_again_afterwards(tmp_path: Path) -> None:
+    with Claims(tmp_path) as one, Claims(tmp_path) as other:
+        with one.claim("a") as mine, other.claim("a") as theirs, one.claim("a") as again, other.claim("b") as another:
+            assert (mine, theirs, again, another) == (True, False, False, True)
+        with other.claim("a") as theirs:
+            assert theirs
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_killed_owners_claim_is_taken_over_at_once(tmp_path: Path) -> None:
+    program = (
+        "import sys, time; from pathlib import Path; from pipelines.runtime.claims import Claims\n"
+        "with Claims(Path(sys.argv[1])) as claims, claims.claim('a'): print('claimed', flush=True); time.sleep(60)\n"
+    )
+    owner = subprocess.Popen(
+        [sys.executable, "-c", program, str(tmp_path)], env=environment(), cwd=REPOSITORY, stdout=subprocess.PIPE
+    )
+    assert owner.stdout is not None
+    assert owner.stdout.readline() == b"claimed\n"
+    with Claims(tmp_path) as claims:
+        with claims.claim("a") as mine:
+            assert not mine
+        owner.kill()
+        owner.wait()
+        with claims.claim("a") as mine:
+            assert mine
+
+
+def test_a_claim_of_another_machine_lasts_as_long_as_its_heartbeat(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a.claim"
+    path.write_text(json.dumps({"host": "elsewhere", "pid": 1, "began": 0.0}))
+    with Claims(tmp_path) as claims:
+        with claims.claim("a") as mine:
+            assert not mine
+        old = time.time() - claims_module.STALE_SECONDS - 5
+        os.utime(path, (old, old))
+        with claims.claim("a") as mine:
+            assert mine
+    monkeypatch.setattr(claims_module, "HEARTBEAT_SECONDS", 0.05)
+    with Claims(tmp_path) as claims, claims.claim("a"):
+        os.utime(path, (old, old))
+        wait_until(lambda: path.stat().st_mtime > old + 1, seconds=5, what="a heartbeat")
+
+
+def test_the_first_of_equal_files_keeps_the_name_and_a_damaged_one_loses_it(tmp_path: Path) -> None:
+    path = tmp_path / "train-000000.tar"
+
+    def write(text: bytes) -> int:
+        with ShardWriter(path) as shard:
+            shard.add("k", {"txt": text})
+        return path.stat().st_ino
+
+    first = write(b"one")
+    held = path.open("rb")  # else the number of a dropped file is given to the next
+    assert write(b"one") == first
+    assert write(b"two") != first
+    held.close()
+    path.write_bytes(path.read_bytes()[:100])
+    write(b"two")
+    assert path.stat().st_size == 10_240
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["index", path.name]
+
+
+# --- the whole
+
+
+def sums_of(scales: list[float], *, seed: int = 0) -> ChannelSums:
+    sums = ChannelSums.empty(len(scales))
+    for row in range(50):
+        mean = np.random.default_rng([seed, row]).standard_normal((len(scales), 8, 8))
+        sums.add(np.stack([mean * np.array(scales)[:, None, None], np.full_like(mean, -5.0)]))
+    return sums
+
+
+def test_a_collapsed_channel_and_a_strange_scale_raise_an_alarm(tmp_path: Path) -> None:
+    metrics = tmp_path / "metrics.jsonl"
+    metrics.write_text('{"step": 1, "val/latent_std": 9.0}\n{"update": 2}\n{"step": 2, "val/latent_std": 1.0}\n')
+    assert scale_in_validation(tmp_path) == 1.0
+    assert alarms(sums_of([1.0, 1.0]), tmp_path) == []
+    assert alarms(sums_of([1.15, 1.15]), tmp_path) == []
+    assert alarms(sums_of([0.85, 0.85]), tmp_path) == []
+    (strange,) = alarms(sums_of([1.3, 1.3]), tmp_path)
+    assert "the latents' scale is 1.28" in strange
+    assert "but 1 when the VAE was validated" in strange
+    (collapsed,) = alarms(sums_of([2**0.5, 1e-5]), tmp_path)
+    assert "channel 1 has collapsed" in collapsed
+    assert alarms(sums_of([3.0]), tmp_path / "nowhere") == []
+
+
+def test_the_scale_is_that_of_all_elements_together() -> None:
+    rng, sums = np.random.default_rng(0), ChannelSums.empty(2)
+    means = rng.normal([[[1.0]], [[-3.0]]], [[[2.0]], [[0.5]]], size=(40, 2, 8, 8))
+    for mean in means:
+        sums.add(np.stack([mean, np.zeros_like(mean)]))
+    assert scale_of(sums) == pytest.approx(means.std(), rel=1e-9)
+    assert statistics_plot(sums).startswith(b"\x89PNG")
+
+
+def test_the_audit_finds_a_latent_that_is_missing_or_too_many(one_process_run: Run, tmp_path: Path) -> None:
+    corpus, latents = one_process_run.folder("prepare_corpus"), tmp_path / "latents"
+    shutil.copytree(one_process_run.folder("encode_latents"), latents)
+    shards = {
+        part.entry.name: (images, part)
+        for images in (ImageShards(corpus, split="train"), ImageShards(corpus, split="val"))
+        for part in images.shards
+    }
+    records = [json.loads(path.read_bytes()) for path in sorted((latents / "parts").glob("*.json"))]
+    assert len(records) == len(shards)
+    audit_keys(latents, shards, records)
+    name = records[0]["entry"]["name"]
+    images, part = shards[name]
+    keys = images.read(part.indices).keys
+    for changed, what in ((keys[:-1], "is missing"), ([*keys, "stranger"], "'stranger' is new")):
+        with ShardWriter(latents / name) as shard:
+            for key in changed:
+                shard.add(key, {"cls": b"1"})
+        assert shard.entry is not None
+        assert isinstance(shard.entry, FileEntry)
+        with pytest.raises(ValueError, match=what):
+            audit_keys(latents, shards, [{**records[0], "entry": asdict(shard.entry)}, *records[1:]])
+    # One that was set aside is not missing.
+    with ShardWriter(latents / name) as shard:
+        for key in keys[:-1]:
+            shard.add(key, {"cls": b"1"})
+    assert shard.entry is not None
+    audit_keys(latents, shards, [{"entry": asdict(shard.entry), "quarantined": [{"key": keys[-1]}]}, *records[1:]])
