@@ -17,10 +17,10 @@ from pipelines.runtime.evidence import write_evidence
 from pipelines.runtime.launch import agree_on, any_rank
 from pipelines.runtime.measured import Measured
 from pipelines.runtime.optim import LossScale, Optimizer, learning_rate
+from pipelines.runtime.outcome import Ending
 from pipelines.runtime.pace import Pace, holding_up, straggler
 from pipelines.runtime.progress import progress_line
 from pipelines.runtime.selftest import SelfTest
-from pipelines.runtime.outcome import Ending
 from pipelines.runtime.stage import Stage, Stopped
 from pipelines.runtime.training_config import BatchShare, TrainingConfig
 from pipelines.runtime.verdict import Judged, Verdicts, first_not_finite
