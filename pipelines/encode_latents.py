@@ -30,6 +30,7 @@ from models.vae import AutoencoderKL
 from pipelines.captions import CaptionEncoder, CaptionFeaturesConfig, NoTextConfig
 from pipelines.config import ConfigError, StageConfig, config_from_command_line
 from pipelines.foreign import STAND_INS
+from pipelines.inputs import verify_shards
 from pipelines.latent_figures import alarms, audit_keys, statistics_plot
 from pipelines.published import load_vae
 from pipelines.runtime.launch import Precision
@@ -79,6 +80,7 @@ def main() -> None:
 
 def encode(config: EncodeLatentsConfig, stage: Stage) -> None:
     """Encode every shard that is missing, then account for every sample and measure the whole."""
+    verify_shards(stage, "corpus")
     with blaming("inputs.vae"):
         vae = load_vae(config.inputs.vae, stage.parents["vae"], device=stage.accelerator.device).network
     with blaming("encode_latents.captions"):

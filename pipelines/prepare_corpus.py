@@ -6,6 +6,7 @@ Reads: the source. Writes: ``runs/NAME/corpus/`` with shards, their indexes, ``m
 set aside, ``quarantine.jsonl``.
 """
 
+import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -14,13 +15,13 @@ from typing import Annotated, Any, get_args
 import numpy as np
 from pydantic import Field, PositiveInt
 
-from data.commit import write_atomically
+from data.commit import write_atomically, write_json
 from data.in_place import index_in_place
 from data.manifest import FileEntry
 from data.panels import panel_png
 from data.samples import BadSample, ImageSample, Split, image_members
 from data.shards import ShardWriter
-from data.sources import FashionMNISTConfig, Source, SourceConfig, WebDataset
+from data.sources import FashionMNISTConfig, Source, SourceConfig, WebDataset, listing_digest
 from data.transforms import DEFAULT_MAX_PIXELS, FILTER_REASONS, ImageViewConfig, MaxPixels, view_sample
 from pipelines.config import ConfigError, StageConfig, config_from_command_line
 from pipelines.runtime.parts import make_parts
@@ -58,6 +59,7 @@ def prepare(config: PrepareCorpusConfig, stage: Stage) -> None:
     if not source.count("train"):
         raise ConfigError("prepare_corpus.source: it holds no training image. Look at its path and its split.")
 
+    check_listing(source, stage)
     in_place = isinstance(source, WebDataset) and not source.copied
     make = shard_makers(config, source, stage.folder)
     with progress_line("prepare_corpus", total=len(make), unit="shards", speaks=stage.is_main) as line:
@@ -86,6 +88,24 @@ def prepare(config: PrepareCorpusConfig, stage: Stage) -> None:
         },
     )
     stage.say(f"{kept} images in {len(files)} shards, {bad.total()} quarantined, {len(source.classes)} classes")
+
+
+def check_listing(source: Source, stage: Stage) -> None:
+    """Refuse to go on with a source whose listing has changed: the shards that are done were cut from another one.
+
+    Raises:
+        ConfigError: It has changed.
+    """
+    if not stage.is_main:
+        return
+    path, found = stage.folder / "listing.json", {"sha256": listing_digest(source)}
+    if not path.exists():
+        write_json(path, found)
+    elif json.loads(path.read_bytes()) != found:
+        raise ConfigError(
+            f"prepare_corpus.source: its files are not those that {stage.folder} was begun with, so an image could be "
+            "stored twice or not at all. Bring them back, choose another run.root, or move the folder away."
+        )
 
 
 def shard_makers(config: PrepareCorpusConfig, source: Source, folder: Path) -> dict[str, Callable[[], dict[str, Any]]]:

@@ -28,6 +28,7 @@ from models.vae import Posterior
 from pipelines.captions import as_tensors, check_features
 from pipelines.config import ConfigError, config_from_command_line
 from pipelines.foreign import STAND_INS, RandomStart, StartConfig, check_start, load_start
+from pipelines.inputs import verify_shards
 from pipelines.published import Normalisation, check_same_vae, check_sampler_suits, publish
 from pipelines.runtime.checkpoint import Weights
 from pipelines.runtime.ema import Averages
@@ -127,6 +128,7 @@ def build_denoiser(config: TrainUNetConfig, latents: Manifest) -> Denoiser:
 def train(config: TrainUNetConfig, stage: Stage) -> None:
     """Train to the last update and publish the averaged weights."""
     # What to learn, and from what.
+    verify_shards(stage, "latents")
     latents = stage.parents["latents"]
     device = stage.accelerator.device
     torch.manual_seed(config.seed)

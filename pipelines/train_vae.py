@@ -30,6 +30,7 @@ from models.vae import AutoencoderKL, Posterior, VAEConfig
 from models.vae_health import gradient_norms, latent_figures
 from models.vae_objective import PatchAdversary, VAELoss, VAEObjective, VAEObjectiveConfig, discriminator_loss
 from pipelines.config import ConfigError, config_from_command_line
+from pipelines.inputs import verify_shards
 from pipelines.published import publish
 from pipelines.runtime.checkpoint import Stateful, Weights
 from pipelines.runtime.ema import Averages
@@ -106,6 +107,7 @@ def main() -> None:
 def train(config: TrainVAEConfig, stage: Stage) -> None:
     """Train to the last update and publish the averaged weights."""
     # What to learn, and from what.
+    verify_shards(stage, "corpus")
     corpus = stage.parents["corpus"]
     channels = corpus.content["image"]["channels"]
     torch.manual_seed(config.seed)

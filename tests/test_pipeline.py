@@ -284,3 +284,20 @@ def test_a_metric_that_no_panel_measures_is_refused_before_the_first_update(
     assert done.returncode == 2
     assert "'val/loss' is not measured here; measured are val/psnr" in done.stderr
     assert not list((tmp_path / "vae" / "checkpoints").glob("update-*"))
+
+
+def test_a_latent_shard_with_one_flipped_bit_is_refused(two_process_run: Run, tmp_path: Path) -> None:
+    latents = tmp_path / "latents"
+    shutil.copytree(two_process_run.folder("encode_latents"), latents)
+    shard = latents / "train-000002.tar"
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(bytes(content))
+    done = run_stage(
+        "train_unet",
+        *("--run.root", str(tmp_path / "run"), "--inputs.latents", str(latents)),
+        *("--inputs.vae", str(two_process_run.folder("train_vae"))),
+    )
+    assert done.returncode == 2
+    assert "train-000002.tar has sha256" in done.stderr
+    assert not list((tmp_path / "run" / "unet" / "checkpoints").glob("update-*"))

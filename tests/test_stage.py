@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import REPOSITORY, SMOKE, environment, run_stage
+from conftest import REPOSITORY, SMOKE, environment, kill_tree, run_stage
 
 from data.panels import panel_png
 from pipelines.config import ConfigError
@@ -121,3 +121,85 @@ def test_a_password_in_the_tracking_uri_is_written_nowhere(tmp_path: Path) -> No
     written = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert any(path.name == "config.toml" and b"***@127.0.0.1:9" in path.read_bytes() for path in written)
     assert not [path for path in written if b"hunter2" in path.read_bytes()]
+
+
+def test_mended_samples_are_looked_at_again_and_a_changed_listing_is_refused(tmp_path: Path) -> None:
+    from PIL import Image
+
+    for index in range(12):
+        folder = tmp_path / "images" / "ab"[index % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (16, 16), (index, 0, 0)).save(folder / f"{index}.png")
+    broken = tmp_path / "images" / "a" / "4.png"
+    whole = broken.read_bytes()
+    broken.write_bytes(whole[:40])
+    words = [
+        *("--run.root", str(tmp_path / "run"), "--source.kind", "image_folder", "--source.val_fraction", "0.3"),
+        *("--source.path", str(tmp_path / "images"), "--samples_per_shard", "4", "--bad_samples", "quarantine"),
+    ]
+    done = run_stage("prepare_corpus", *words)
+    assert done.returncode == 2
+    assert "1 of 12 samples are bad" in done.stderr
+    broken.write_bytes(whole)
+    Image.new("RGB", (16, 16)).save(tmp_path / "images" / "a" / "0_early.png")
+    done = run_stage("prepare_corpus", *words)
+    assert done.returncode == 2
+    assert "could be stored twice or not at all" in done.stderr
+    (tmp_path / "images" / "a" / "0_early.png").unlink()
+    assert run_stage("prepare_corpus", *words).returncode == 0
+
+
+def test_a_second_start_leaves_the_outcome_of_the_owner_alone(tmp_path: Path) -> None:
+    from data.commit import FolderLock
+    from pipelines.runtime.outcome import Ending, leave_outcome
+
+    owner = FolderLock(tmp_path)
+    owner.acquire()
+    leave_outcome(tmp_path, state="failed", code=2)
+    assert not (tmp_path / "outcome.json").exists()
+    owner.release()
+
+    first, second = Ending(working=True), Ending(working=True)
+    first.reached("failed", code=2)
+    first.tell(tmp_path, speaks=False)
+    second.reached("stopped")
+    second.tell(tmp_path, speaks=True)
+    assert json.loads((tmp_path / "outcome.json").read_bytes())["exit_code"] == 2
+    assert (second.state, second.code) == ("failed", 1)
+
+
+def test_a_stop_reaches_a_rank_that_is_still_at_a_long_part(tmp_path: Path) -> None:
+    """Rank 0 stops at its own border at once; rank 1, slower, must still find the request, and both must end."""
+    code = (
+        "import os, sys, time\n"
+        "import pipelines.prepare_corpus as stage\n"
+        "write = stage.write_shard\n"
+        "def slow(*words):\n"
+        "    if os.environ['RANK'] == '1': time.sleep(4)\n"
+        "    return write(*words)\n"
+        "stage.write_shard = slow\n"
+        "stage.main()\n"
+    )
+    script = tmp_path / "slow.py"
+    script.write_text(code)
+    process = subprocess.Popen(
+        [
+            *(sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines", "1"),
+            *("--num_processes", "2", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"),
+            *(str(script), "--config", str(SMOKE), "--run.root", str(tmp_path), "--run.tracking_uri", "offline"),
+            *("--samples_per_shard", "8"),
+        ],
+        env=environment(), cwd=REPOSITORY, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+    )  # fmt: skip
+    folder = tmp_path / "corpus"
+    while not list(folder.glob("parts/*.json")):
+        assert process.poll() is None, "it ended before it could be stopped"
+    (folder / "stop").touch()
+    try:
+        process.wait(timeout=60)
+    finally:
+        if process.poll() is None:
+            kill_tree(process)
+    outcome = json.loads((folder / "outcome.json").read_bytes())
+    assert (outcome["state"], outcome["exit_code"]) == ("stopped", 75)
+    assert not (folder / "stop").exists()

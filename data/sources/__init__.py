@@ -7,7 +7,7 @@ from pydantic import Field
 from data.sources.emoji import EmojiConfig
 from data.sources.fashion_mnist import FashionMNISTConfig
 from data.sources.image_folder import ImageFolderConfig
-from data.sources.source import Source
+from data.sources.source import Source, listing_digest
 from data.sources.synthetic import SyntheticConfig
 from data.sources.webdataset import WebDataset, WebDatasetConfig
 
@@ -25,4 +25,5 @@ __all__ = [
     "SyntheticConfig",
     "WebDataset",
     "WebDatasetConfig",
+    "listing_digest",
 ]

@@ -10,6 +10,7 @@ Drawings that the list does not name, newer ones and single letters of flags, an
 
 import importlib.util
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -70,6 +71,10 @@ class Emoji:
     def count(self, split: Split) -> int:
         """Return the number of drawings of a split, those without a name included."""
         return len(self._stems[split])
+
+    def listing(self) -> Iterator[str]:
+        """See ``Source.listing``: the drawings of both splits."""
+        return (f"{split} {stem}" for split, stems in self._stems.items() for stem in stems)
 
     def read(self, split: Split, index: int) -> ImageSample:
         """Return one drawing, undecoded, with its caption and class.

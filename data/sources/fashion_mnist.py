@@ -6,7 +6,9 @@ classes, so that every stretch of them holds all ten.
 """
 
 import gzip
+import hashlib
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -55,6 +57,11 @@ class FashionMNIST:
     def count(self, split: Split) -> int:
         """Return the number of images of a split."""
         return len(self._splits[split][1])
+
+    def listing(self) -> Iterator[str]:
+        """See ``Source.listing``: the pixels and labels of both splits, which are in memory."""
+        for split, (images, labels) in self._splits.items():
+            yield f"{split} {hashlib.sha256(images.tobytes() + labels.tobytes()).hexdigest()}"
 
     def read(self, split: Split, index: int) -> ImageSample:
         """Return one image; grey (28 28 1)."""

@@ -5,6 +5,7 @@ may lie deeper. Which split a file belongs to depends on its relative name alone
 """
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -60,6 +61,10 @@ class ImageFolder:
     def count(self, split: Split) -> int:
         """Return the number of files of a split."""
         return len(self._files[split])
+
+    def listing(self) -> Iterator[str]:
+        """See ``Source.listing``: the files of both splits."""
+        return (f"{split} {label} {name}" for split, files in self._files.items() for name, label in files)
 
     def read(self, split: Split, index: int) -> ImageSample:
         """Return one file, undecoded, with its class and caption.

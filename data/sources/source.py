@@ -3,6 +3,7 @@
 import hashlib
 import os
 import re
+from collections.abc import Iterator
 from typing import Protocol
 
 from data.samples import ImageSample, Split
@@ -20,6 +21,10 @@ class Source(Protocol):
         """Return the number of samples of a split, bad ones included."""
         ...
 
+    def listing(self) -> Iterator[str]:
+        """Yield what an index means, cheaply and in order: a listing that changes gives indices another meaning."""
+        ...
+
     def read(self, split: Split, index: int) -> ImageSample:
         """Return sample ``index`` in [0, count).
 
@@ -27,6 +32,14 @@ class Source(Protocol):
             BadSample: It cannot become a sample; the others still can.
         """
         ...
+
+
+def listing_digest(source: Source) -> str:
+    """Return the sha256 of a source's listing."""
+    digest = hashlib.sha256()
+    for line in source.listing():
+        digest.update(os.fsencode(line) + b"\n")
+    return digest.hexdigest()
 
 
 def caption_of_class(name: str) -> str:

@@ -3,6 +3,7 @@
 Class = shape; colour, size and place vary. A sample is a pure function of (seed, split, index).
 """
 
+from collections.abc import Iterator
 from typing import Literal
 
 import numpy as np
@@ -47,6 +48,10 @@ class Synthetic:
     def count(self, split: Split) -> int:
         """Return the number of images of a split."""
         return self._config.num_train if split == "train" else self._config.num_val
+
+    def listing(self) -> Iterator[str]:
+        """See ``Source.listing``: the configuration says everything."""
+        yield self._config.model_dump_json()
 
     def read(self, split: Split, index: int) -> ImageSample:
         """Draw one image; RGB (resolution resolution 3). Classes follow one another."""

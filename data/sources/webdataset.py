@@ -114,6 +114,11 @@ class WebDataset:
         """Return the number of samples of a split, bad ones included."""
         return len(self._places[split])
 
+    def listing(self) -> Iterator[str]:
+        """See ``Source.listing``: the shards with their sizes, and how many samples each split has of them."""
+        yield from (f"{shard.url} {shard.bytes}" for shard in self._shards)
+        yield from (f"{split} {len(places)}" for split, places in self._places.items())
+
     def read(self, split: Split, index: int) -> ImageSample:
         """Return a sample, its image undecoded.
 

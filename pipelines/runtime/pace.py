@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 
 STRAGGLER_FACTOR = 1.5  # own time beyond this many times the median's is worth a line
+STRAGGLER_SECONDS = 0.05  # an update; less is no news
 MOST_RANKS_IN_FULL = 16
 
 
@@ -105,7 +106,8 @@ class Pace:
 def straggler(figures: dict[str, float]) -> int | None:
     """Return the rank that holds up the others, or None."""
     slowest, median = figures.get("perf/slowest_rank_seconds", 0.0), figures.get("perf/median_rank_seconds", 0.0)
-    return int(figures["perf/slowest_rank"]) if median and slowest > STRAGGLER_FACTOR * median else None
+    lags = slowest > STRAGGLER_FACTOR * median and slowest - median > STRAGGLER_SECONDS
+    return int(figures["perf/slowest_rank"]) if median and lags else None
 
 
 def holding_up(figures: dict[str, float]) -> str:

@@ -1,0 +1,31 @@
+"""Inputs as promised: every shard that a stage reads is the one its manifest names."""
+
+from pathlib import Path
+
+from data.manifest import Manifest
+from data.verified import verify_once
+from pipelines.config import ConfigError
+from pipelines.runtime.launch import any_rank
+from pipelines.runtime.stage import Stage
+
+
+def verify_shards(stage: Stage, name: str) -> None:
+    """Check the local shards of ``inputs.NAME``, each rank its share; a collective.
+
+    Shards behind a URL are checked as they are fetched.
+
+    Raises:
+        ConfigError: On every rank, when one found a shard that is not what its manifest says.
+    """
+    folder: str = getattr(stage.config.inputs, name)  # type: ignore[attr-defined]
+    manifest: Manifest = stage.parents[name]
+    local = [entry for entry in manifest.files if "://" not in entry.name and not entry.url]
+    problem = ""
+    for entry in local[stage.accelerator.process_index :: stage.accelerator.num_processes]:
+        try:
+            verify_once(Path(folder), entry)
+        except (ValueError, OSError) as error:
+            problem = str(error)
+            break
+    if any_rank(bool(problem), stage.accelerator):
+        raise ConfigError(f"inputs.{name}: {problem or 'another process found a shard that is not what it should be'}")
