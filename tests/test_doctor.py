@@ -128,6 +128,7 @@ def test_a_plan_runs_everything_once_and_says_what_is_stale(root: Path, tmp_path
     assert "its input corpus is stale" in done.stdout
 
 
+@pytest.mark.soak
 def test_a_trial_that_fails_says_what_it_said(root: Path, tmp_path: Path) -> None:
     shutil.copytree(root, tmp_path / "run")
     (tmp_path / "run" / "corpus" / "train-000001.tar").unlink()
