@@ -76,7 +76,12 @@ class ImageShards(ShardSet):
 
     @cached_property
     def image_shape(self) -> tuple[int, int, int]:
-        """Shape (h, w, c) of every image."""
+        """Shape (h, w, c) of every image: as the view or the manifest has it, else that of the first."""
+        about = self.manifest.content.get("image")
+        if self.view is not None:
+            return self.view.resolution, self.view.resolution, self.view.channels
+        if about is not None:  # the first image may be one that cannot be read
+            return about["resolution"], about["resolution"], about["channels"]
         (shard,), (row,) = self.locate(np.zeros(1, dtype=np.int64))
         height, width, channels = self._decode(shard, row).shape
         return height, width, channels
@@ -154,7 +159,7 @@ class ImageShards(ShardSet):
         pixels = self._decode(shard, row)
         if pixels.shape != self.image_shape:
             detail = (
-                f"{pixels.shape} (h w c), but the first is {self.image_shape}; give a view to bring them to one size"
+                f"{pixels.shape} (h w c), but {self.image_shape} is expected; give a view to bring them to one size"
             )
             raise BadSample("wrong_shape", detail, shard=shard.name, key=shard.key(row))
         return pixels

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import REPOSITORY, Run, environment, kill_tree, stage_command, wait_until
+from conftest import REPOSITORY, Run, environment, kill_tree, run_stage, stage_command, wait_until
 
 from data.commit import FolderLock, sha256_of
 from data.latent_statistics import ChannelSums
@@ -70,6 +70,29 @@ def test_runs_that_join_share_the_work_and_one_of_them_finishes_it(one_process_r
     identities = {json.loads(path.read_bytes())["run_id"] for path in folder.glob("runs/*/run.json")}
     assert len(identities) == 2
     assert not list(folder.glob("parts/*.claim"))
+
+
+def test_a_bad_image_stops_encoding_by_its_name_whichever_thread_finds_it(one_process_run: Run, tmp_path: Path) -> None:
+    corpus = tmp_path / "corpus"
+    shutil.copytree(one_process_run.folder("prepare_corpus"), corpus)
+    # Two shards, so that both threads may find one; the manifest is made to agree, as if the disk had lied before.
+    manifest = json.loads((corpus / "manifest.json").read_bytes())
+    for entry in manifest["content"]["files"][:2]:
+        path = corpus / entry["name"]
+        raw = bytearray(path.read_bytes())
+        raw[raw.index(b"IDAT") + 20] ^= 0xFF
+        path.write_bytes(raw)
+        entry["sha256"] = sha256_of(path)
+    (corpus / "manifest.json").write_text(json.dumps(manifest))
+    words = ("--run.root", str(tmp_path), "--inputs.vae", str(one_process_run.root / "vae"))
+    done = run_stage("encode_latents", *words)
+    assert done.returncode == 2, done.stderr
+    assert "train-00000" in done.stderr
+    assert "broken_image" in done.stderr
+    done = run_stage("encode_latents", *words, "--bad_samples", "quarantine", "--max_bad_fraction", "0.1")
+    assert done.returncode == 0, done.stderr
+    counts = json.loads((tmp_path / "latents/manifest.json").read_bytes())["content"]["counts"]
+    assert counts == {"in": 240, "out": 238, "quarantined": {"broken_image": 2}}
 
 
 @pytest.mark.soak

@@ -87,9 +87,13 @@ class _Work:
     def go_through(self, order: Sequence[str], claims: Claims) -> None:
         """Make what is free until everything is made, here or elsewhere."""
         try:
-            while self._missing:
-                made = [self._try(name, claims) for name in order if name in self._missing]
-                if not any(made):
+            while self._missing and not self._failed:
+                made = False
+                for name in order:
+                    # What another thread raised is raised by it alone, so that nothing hides it.
+                    if name in self._missing and not self._failed:
+                        made |= self._try(name, claims)
+                if not made and not self._failed:
                     self._stop_if_asked()
                     time.sleep(POLL_SECONDS)
         except BaseException:
@@ -115,8 +119,6 @@ class _Work:
         return self._folder / f"{name}.json"
 
     def _stop_if_asked(self) -> None:
-        if self._failed:
-            raise Stopped("another thread failed")
         if self._stage.stop.asked():
             if self._stage.accelerator.num_processes > 1:
                 self._stage.stop.tell_everyone()
