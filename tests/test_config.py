@@ -219,7 +219,7 @@ def test_a_mistake_ends_with_code_2_before_any_work(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert "2 mistakes in the configuration" in done.stderr
     assert "did you mean global_batch?" in done.stderr
-    assert [p.name for p in (tmp_path / "run" / "unet").iterdir()] == ["outcome.json"]
+    assert {p.name for p in (tmp_path / "run" / "unet").iterdir()} == {"lock", "outcome.json"}
 
 
 def test_missing_inputs_are_all_named_with_the_stage_that_makes_them(tmp_path: Path) -> None:

@@ -53,12 +53,12 @@ def check_same_latents(run: Run, root: Path) -> None:
     assert content == run.manifest("encode_latents")["content"]
 
 
-def test_runs_that_join_share_the_work_and_one_of_them_finishes_it(one_process_run: Run, tmp_path: Path) -> None:
+def test_runs_that_join_share_the_work_and_one_of_them_finishes_it(two_process_run: Run, tmp_path: Path) -> None:
     folder = tmp_path / "latents"
     owner = FolderLock(folder)
     owner.acquire()
-    runs = [start_encoding(one_process_run, tmp_path, processes=1) for _ in range(2)]
-    parts = len(one_process_run.manifest("encode_latents")["content"]["files"])
+    runs = [start_encoding(two_process_run, tmp_path, processes=1) for _ in range(2)]
+    parts = len(two_process_run.manifest("encode_latents")["content"]["files"])
     wait_until(lambda: len(list(folder.glob("parts/*.json"))) == parts, seconds=90, what="encoding beside the owner")
     time.sleep(1)
     assert not (folder / "manifest.json").exists(), "two would write the manifest"
@@ -66,15 +66,15 @@ def test_runs_that_join_share_the_work_and_one_of_them_finishes_it(one_process_r
     outputs = [run.communicate(timeout=60)[0] for run in runs]
     assert [run.returncode for run in runs] == [0, 0], outputs
     assert all("joining it" in output for output in outputs)
-    check_same_latents(one_process_run, tmp_path)
+    check_same_latents(two_process_run, tmp_path)
     identities = {json.loads(path.read_bytes())["run_id"] for path in folder.glob("runs/*/run.json")}
     assert len(identities) == 2
     assert not list(folder.glob("parts/*.claim"))
 
 
-def test_a_bad_image_stops_encoding_by_its_name_whichever_thread_finds_it(one_process_run: Run, tmp_path: Path) -> None:
+def test_a_bad_image_stops_encoding_by_its_name_whichever_thread_finds_it(two_process_run: Run, tmp_path: Path) -> None:
     corpus = tmp_path / "corpus"
-    shutil.copytree(one_process_run.folder("prepare_corpus"), corpus)
+    shutil.copytree(two_process_run.folder("prepare_corpus"), corpus)
     # Two shards, so that both threads may find one; the manifest is made to agree, as if the disk had lied before.
     manifest = json.loads((corpus / "manifest.json").read_bytes())
     for entry in manifest["content"]["files"][:2]:
@@ -84,7 +84,7 @@ def test_a_bad_image_stops_encoding_by_its_name_whichever_thread_finds_it(one_pr
         path.write_bytes(raw)
         entry["sha256"] = sha256_of(path)
     (corpus / "manifest.json").write_text(json.dumps(manifest))
-    words = ("--run.root", str(tmp_path), "--inputs.vae", str(one_process_run.root / "vae"))
+    words = ("--run.root", str(tmp_path), "--inputs.vae", str(two_process_run.root / "vae"))
     done = run_stage("encode_latents", *words)
     assert done.returncode == 2, done.stderr
     assert "train-00000" in done.stderr
@@ -97,9 +97,9 @@ def test_a_bad_image_stops_encoding_by_its_name_whichever_thread_finds_it(one_pr
 
 @pytest.mark.soak
 @pytest.mark.timeout(3600)
-def test_fifty_kills_change_no_byte(one_process_run: Run, tmp_path: Path) -> None:
+def test_fifty_kills_change_no_byte(two_process_run: Run, tmp_path: Path) -> None:
     for number in range(KILLS):
-        process = start_encoding(one_process_run, tmp_path, processes=random.choice([1, 2, 4]))
+        process = start_encoding(two_process_run, tmp_path, processes=random.choice([1, 2, 4]))
         wait_until(
             lambda p=process: p.poll() is not None or any(tmp_path.glob("latents/parts/*.claim")),
             seconds=120,
@@ -113,10 +113,10 @@ def test_fifty_kills_change_no_byte(one_process_run: Run, tmp_path: Path) -> Non
             record.unlink()
             if random.random() < 0.5:
                 (tmp_path / "latents" / record.stem).unlink(missing_ok=True)
-    last = start_encoding(one_process_run, tmp_path, processes=2)
+    last = start_encoding(two_process_run, tmp_path, processes=2)
     output = last.communicate(timeout=180)[0]
     assert last.returncode == 0, output
-    check_same_latents(one_process_run, tmp_path)
+    check_same_latents(two_process_run, tmp_path)
 
 
 # --- claims and publication
@@ -222,9 +222,9 @@ def test_the_scale_is_that_of_all_elements_together() -> None:
     assert statistics_plot(sums).startswith(b"\x89PNG")
 
 
-def test_the_audit_finds_a_latent_that_is_missing_or_too_many(one_process_run: Run, tmp_path: Path) -> None:
-    corpus, latents = one_process_run.folder("prepare_corpus"), tmp_path / "latents"
-    shutil.copytree(one_process_run.folder("encode_latents"), latents)
+def test_the_audit_finds_a_latent_that_is_missing_or_too_many(two_process_run: Run, tmp_path: Path) -> None:
+    corpus, latents = two_process_run.folder("prepare_corpus"), tmp_path / "latents"
+    shutil.copytree(two_process_run.folder("encode_latents"), latents)
     shards = {
         part.entry.name: (images, part)
         for images in (ImageShards(corpus, split="train"), ImageShards(corpus, split="val"))

@@ -69,8 +69,8 @@ def test_draws_depend_on_the_image_alone() -> None:
     torch.testing.assert_close(last, whole[2:], rtol=1e-5, atol=1e-6)
 
 
-def test_an_evaluation_reports_bits_per_dimension(one_process_run: Run, tmp_path: Path) -> None:
-    inputs = [f"--inputs.{name}={one_process_run.root / name}" for name in ("corpus", "vae", "unet")]
+def test_an_evaluation_reports_bits_per_dimension(two_process_run: Run, tmp_path: Path) -> None:
+    inputs = [f"--inputs.{name}={two_process_run.root / name}" for name in ("corpus", "vae", "unet")]
     short = ["--num_samples", "16", "--sweep", "[]", "--sampler.num_steps", "2"]
     likelihood = '{ kind = "variational_bound", num_images = 20, num_steps = 4 }'
     done = run_stage("evaluate", "--run.root", str(tmp_path), *inputs, *short, "--likelihood", likelihood)

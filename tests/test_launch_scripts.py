@@ -98,10 +98,12 @@ def test_the_pipeline_runs_every_stage_in_order_and_says_where_the_results_are(h
     assert done.returncode == 0, done.stderr
     assert launched_stages(house) == STAGES
     assert all(words[-2:] == ["--config", "an experiment.toml"] for words in launches(house))
-    assert (house / "synced").read_text() == "runs/a b\n"
-    assert "runs/a b/evaluation/samples.png" in done.stdout
-    assert "runs/a b/evaluation/metrics.json" in done.stdout
-    assert "mlflow ui --backend-store-uri sqlite:///runs/mlflow.db" in done.stdout
+    # Absolute, so that what is printed works from any folder.
+    assert (house / "synced").read_text() == f"{house}/runs/a b\n"
+    assert f"{house}/runs/a b/evaluation/samples.png" in done.stdout
+    assert f"{house}/runs/a b/evaluation/metrics.json" in done.stdout
+    store = str(house / "runs" / "mlflow.db").replace(" ", "\\ ")
+    assert f"mlflow ui --backend-store-uri sqlite:///{store}" in done.stdout
 
 
 def test_the_pipeline_ends_with_the_stage_s_own_exit_code_and_starts_nothing_after_it(house: Path) -> None:

@@ -78,9 +78,9 @@ def test_an_average_that_ends_after_all_stored_ones_is_refused() -> None:
         combine_snapshots([Snapshot(30, 0.1)], Snapshot(40, 0.1))
 
 
-def test_a_unet_is_reconstructed_from_its_checkpoints_and_draws(one_process_run: Run, tmp_path: Path) -> None:
+def test_a_unet_is_reconstructed_from_its_checkpoints_and_draws(two_process_run: Run, tmp_path: Path) -> None:
     root = tmp_path / "run"
-    inputs = [f"--inputs.{name}={one_process_run.root / name}" for name in ("latents", "vae")]
+    inputs = [f"--inputs.{name}={two_process_run.root / name}" for name in ("latents", "vae")]
     averages = '[{ kind = "power", relative_std = 0.1 }, { kind = "power", relative_std = 0.05 }]'
     lengths = ["--updates", "40", "--checkpoint.every_updates", "5", "--checkpoint.keep_every", "5"]
     done = run_stage("train_unet", "--run.root", str(root), *inputs, "--averages", averages, *lengths)
@@ -99,13 +99,13 @@ def test_a_unet_is_reconstructed_from_its_checkpoints_and_draws(one_process_run:
     content = json.loads((tmp_path / "other" / "manifest.json").read_bytes())["content"]
     assert content["reconstruction"] == {"update": 40, "relative_std": 0.2}
     done = run_stage(
-        *("sample", f"--inputs.vae={one_process_run.root / 'vae'}", f"--inputs.unet={tmp_path / 'other'}"),
+        *("sample", f"--inputs.vae={two_process_run.root / 'vae'}", f"--inputs.unet={tmp_path / 'other'}"),
         *("--number", "2", "--sampler.num_steps", "2", "--output", str(tmp_path / "samples")),
     )
     assert done.returncode == 0, done.stderr
 
 
-def test_a_training_without_power_averages_cannot_be_reconstructed(one_process_run: Run, tmp_path: Path) -> None:
-    done = run_stage("reconstruct", "--run.root", str(one_process_run.root), "--output", str(tmp_path / "unet"))
+def test_a_training_without_power_averages_cannot_be_reconstructed(two_process_run: Run, tmp_path: Path) -> None:
+    done = run_stage("reconstruct", "--run.root", str(two_process_run.root), "--output", str(tmp_path / "unet"))
     assert done.returncode == 2
     assert "trained without averages of kind 'power'" in done.stderr

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from data.commit import FolderLock
 from data.prefetch import Loaded
 from data.randomness import SampleDraws
 from pipelines.config import RunConfig
@@ -90,6 +91,7 @@ class Tiny:
             accelerator=self.accelerator,
             tracker=self.tracker,
             stop=StopRequest(folder, self.accelerator),
+            lock=FolderLock(folder),
         )
         torch.manual_seed(0)
         self.first = nn.Sequential(nn.Linear(4, 8), nn.SiLU(), nn.Dropout(recipe.dropout), nn.Linear(8, 4))

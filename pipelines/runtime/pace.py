@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 
 STRAGGLER_FACTOR = 1.5  # own time beyond this many times the median's is worth a line
-STRAGGLER_SECONDS = 0.05  # an update; less is no news
+STRAGGLER_SECONDS = 0.02  # an update; less is no news
 MOST_RANKS_IN_FULL = 16
 
 
