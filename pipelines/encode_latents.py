@@ -37,7 +37,8 @@ from pipelines.runtime.launch import Precision
 from pipelines.runtime.parts import make_parts
 from pipelines.runtime.progress import progress_line
 from pipelines.runtime.quarantine import REPORTED, BadSamplePolicy, settle_quarantine
-from pipelines.runtime.stage import Stage, blaming, running_stage
+from pipelines.runtime.request import blaming
+from pipelines.runtime.stage import Stage, running_stage
 
 SHARDS_AT_ONCE = 2
 

@@ -31,7 +31,8 @@ from pipelines.foreign import STAND_INS
 from pipelines.published import check_same_vae, check_sampler_suits, denoiser_config
 from pipelines.runtime.parts import make_parts
 from pipelines.runtime.progress import progress_line
-from pipelines.runtime.stage import Stage, blaming, running_stage
+from pipelines.runtime.request import blaming
+from pipelines.runtime.stage import Stage, running_stage
 
 PANEL_ROWS = 8
 MAX_PANEL_COLUMNS = 12

@@ -28,7 +28,8 @@ from pipelines.config import StageConfig
 from pipelines.evaluation_bound import BoundConfig, BoundMeter, NoBoundConfig, VariationalBoundConfig
 from pipelines.published import load_denoiser, load_vae
 from pipelines.runtime.launch import Precision
-from pipelines.runtime.stage import Stage, blaming
+from pipelines.runtime.request import blaming
+from pipelines.runtime.stage import Stage
 from pipelines.sampling import ImageSampler
 
 

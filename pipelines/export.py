@@ -34,7 +34,7 @@ from pipelines.config import ConfigError, StageConfig, config_from_command_line
 from pipelines.foreign import STAND_INS
 from pipelines.model_card import model_card
 from pipelines.published import PublishedDenoiser, check_same_vae, denoiser_config, load_denoiser, load_vae
-from pipelines.runtime.stage import blaming, read_parents
+from pipelines.runtime.request import blaming, read_parents
 
 EXAMPLE_SAMPLES = 4
 CPU = torch.device("cpu")  # in float32, so that the example is the same for whoever checks it

@@ -35,7 +35,7 @@ from pipelines.config import STAGE_FOLDERS, ConfigError, StageConfig, config_fro
 from pipelines.foreign import STAND_INS
 from pipelines.runtime.performance import peak_flops
 from pipelines.runtime.progress import duration
-from pipelines.runtime.stage import differing_keys, request_of
+from pipelines.runtime.request import differing_keys, request_of
 from pipelines.runtime.training_config import TrainingConfig
 
 CONFIGS: dict[str, type[StageConfig]] = {

@@ -27,7 +27,8 @@ from pipelines.config import ConfigError, StageConfig, config_from_command_line
 from pipelines.runtime.parts import make_parts
 from pipelines.runtime.progress import progress_line
 from pipelines.runtime.quarantine import REPORTED, BadSamplePolicy, settle_quarantine
-from pipelines.runtime.stage import Stage, blaming, running_stage
+from pipelines.runtime.request import blaming
+from pipelines.runtime.stage import Stage, running_stage
 
 EXAMPLE_ROWS = 4
 MAX_EXAMPLE_COLUMNS = 12

@@ -24,7 +24,7 @@ from pipelines.config import ConfigError, StageConfig, config_from_command_line
 from pipelines.runtime.checkpoint import PREFIX, verify
 from pipelines.runtime.provenance import code_version
 from pipelines.runtime.reconstruction import Combination, Snapshot, combine_snapshots
-from pipelines.runtime.stage import blaming, read_parents
+from pipelines.runtime.request import blaming, read_parents
 
 PART = "unet_averages.safetensors"
 

@@ -25,7 +25,7 @@ from pipelines.config import ConfigError, StageConfig, config_from_command_line
 from pipelines.foreign import STAND_INS
 from pipelines.published import check_same_vae, check_sampler_suits, denoiser_config, load_denoiser, load_vae
 from pipelines.runtime.progress import progress_line
-from pipelines.runtime.stage import blaming, read_parents
+from pipelines.runtime.request import blaming, read_parents
 from pipelines.sampling import ImageSampler
 
 GRID_COLUMNS = 8

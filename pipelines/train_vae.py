@@ -37,7 +37,8 @@ from pipelines.runtime.ema import Averages
 from pipelines.runtime.launch import joined, launched_world_size, placed
 from pipelines.runtime.optim import Optimizer
 from pipelines.runtime.performance import flops_of, peak_flops
-from pipelines.runtime.stage import Stage, blaming, running_stage
+from pipelines.runtime.request import blaming
+from pipelines.runtime.stage import Stage, running_stage
 from pipelines.runtime.training import BatchShare, Training, TrainingConfig
 
 NUM_VALIDATION_IMAGES = 256

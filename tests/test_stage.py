@@ -11,7 +11,7 @@ from conftest import REPOSITORY, SMOKE, environment, kill_tree, run_stage
 
 from data.panels import panel_png
 from pipelines.config import ConfigError
-from pipelines.runtime.stage import already_done, blaming, differing_keys
+from pipelines.runtime.request import already_done, blaming, differing_keys
 
 
 def request(**config: object) -> dict[str, object]:
