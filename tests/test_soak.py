@@ -58,7 +58,7 @@ def start(words: list[str], log: Path) -> psutil.Popen:
 
 
 def run_to_end(words: list[str], log: Path) -> None:
-    assert start(words, log).wait(timeout=300) == 0, log.read_text()[-3000:]
+    assert start(words, log).wait(timeout=1200) == 0, log.read_text()[-3000:]
 
 
 def family(process: psutil.Popen) -> list[psutil.Process]:
@@ -75,8 +75,8 @@ def kill(process: psutil.Popen, rng: random.Random) -> str:
     for victim in {"one rank": [members[-1]], "all": members, "launcher": [process]}[how]:
         with contextlib.suppress(psutil.NoSuchProcess):
             victim.kill()
-    process.wait(timeout=60)
-    _, alive = psutil.wait_procs(members, timeout=20)
+    process.wait(timeout=200)
+    _, alive = psutil.wait_procs(members, timeout=60)
     assert not alive, f"{how} was killed, and this is left: {[one.cmdline() for one in alive]}"
     return how
 
