@@ -102,6 +102,8 @@ run_stage() { # $1 stage; returns the stage's own exit code, not its launcher's
         kill -0 "$stage_pid" 2>/dev/null
     do :; done
     stage_pid=""
+    # A request that came while the stage was ending anyway must not stop the next start.
+    ((requests == 0)) || rm -f -- "$folder/stop"
     ((code == 0)) || code="$(stage_exit_code "$folder" "$scratch/began")"
     return "$code"
 }
