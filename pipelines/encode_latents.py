@@ -9,7 +9,7 @@ Reads: ``runs/NAME/corpus/``, ``runs/NAME/vae/``. Writes: ``runs/NAME/latents/``
 
 import time
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
 from threading import Lock
 from typing import Annotated, Any, Literal, get_args
@@ -252,7 +252,8 @@ def encode_shard(
                 writer.add(key, members)
                 sums.add(moments[row].astype(config.dtype))
     assert writer.entry is not None
-    return {"entry": asdict(writer.entry), "quarantined": quarantined, "sums": sums.to_json()}
+    entry = replace(writer.entry, corpus=part.entry.corpus)
+    return {"entry": entry.as_json(), "quarantined": quarantined, "sums": sums.to_json()}
 
 
 @torch.no_grad()
