@@ -31,10 +31,11 @@ from models.vae_health import gradient_norms, latent_figures
 from models.vae_objective import PatchAdversary, VAELoss, VAEObjective, VAEObjectiveConfig, discriminator_loss
 from pipelines.config import ConfigError, config_from_command_line
 from pipelines.inputs import verify_shards
+from pipelines.placement import Placement, placement_of
 from pipelines.published import publish
 from pipelines.runtime.checkpoint import Stateful, Weights
 from pipelines.runtime.ema import Averages
-from pipelines.runtime.launch import joined, launched_world_size, placed
+from pipelines.runtime.launch import joined, launched_world_size
 from pipelines.runtime.optim import Optimizer
 from pipelines.runtime.performance import flops_of, peak_flops
 from pipelines.runtime.request import blaming
@@ -84,9 +85,9 @@ class Player(Generic[Network]):
     optimizer: Optimizer
 
     @classmethod
-    def join(cls, network: Network, config: TrainVAEConfig, stage: Stage) -> "Player[Network]":
+    def join(cls, network: Network, config: TrainVAEConfig, stage: Stage, placed: Placement) -> "Player[Network]":
         """Move a network to the device and wrap it, so that its gradients are averaged over the ranks."""
-        network = placed(network, stage.accelerator.device)
+        network = placed(network)
         optimizer = Optimizer(network, config.optim, accelerator=stage.accelerator)
         wrapped = joined(network, stage.accelerator, compiles=config.compile)
         return cls(network=network, wrapped=wrapped, optimizer=optimizer)
@@ -108,15 +109,16 @@ def main() -> None:
 def train(config: TrainVAEConfig, stage: Stage) -> None:
     """Train to the last update and publish the averaged weights."""
     # What to learn, and from what.
+    placed = placement_of(stage)
     verify_shards(stage, "corpus")
     corpus = stage.parents["corpus"]
     channels = corpus.content["image"]["channels"]
     torch.manual_seed(config.seed)
-    vae = Player.join(AutoencoderKL(config.network, image_channels=channels), config, stage)
+    vae = Player.join(AutoencoderKL(config.network, image_channels=channels), config, stage, placed)
     adversary = config.objective.adversary
     judge = None
     if isinstance(adversary, PatchAdversary):
-        judge = Player.join(Discriminator(adversary.discriminator, image_channels=channels), config, stage)
+        judge = Player.join(Discriminator(adversary.discriminator, image_channels=channels), config, stage, placed)
     batches = BatchMaker(config, stage)
 
     # How to learn it.
