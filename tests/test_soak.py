@@ -30,7 +30,7 @@ KILLS = int(os.environ.get("LATENTLINE_KILLS", "100"))
 CASES = [(stage, processes) for stage in ("train_unet", "train_vae") for processes in (1, 2, 4)]
 # The discriminator speaks from update 10 on, so that kills fall before and after.
 DISCRIMINATOR = (
-    *("--objective.adversary.kind", "patchgan", "--objective.adversary.start_update", "10"),
+    *("--objective.adversary.kind", "patchgan", "--objective.adversary.start.update", "10"),
     *("--objective.adversary.discriminator.channels", "8", "--objective.adversary.discriminator.downsamplings", "1"),
     *("--objective.adversary.discriminator.norm_groups", "8"),
 )
