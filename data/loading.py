@@ -21,7 +21,7 @@ from data.transforms import DEFAULT_MAX_PIXELS, ImageViewConfig, decode_image, v
 
 __all__ = ["ImageBatch", "ImageShards", "LatentBatch", "LatentShards", "Loaded", "Prefetch", "ShardRange", "prefetch"]
 
-CARRIED_SUFFIXES = ("cls", "txt", "json")
+CARRIED_SUFFIXES = ("txt", "json")
 COLD_READS = 64  # batches that are fetched in advance after one that had to wait for the disk
 
 
@@ -69,6 +69,7 @@ class ImageShards(ShardSet):
         cache_bytes: int = 256 * 1024 * 1024,
     ) -> None:
         super().__init__(folder, split=split, manifest=manifest)
+        self._view_is_for_all = view is not None
         if view is None and "view" in self.manifest.content:  # shards that others wrote, brought to one size as read
             view = ImageViewConfig(**self.manifest.content["view"])
             max_pixels = self.manifest.content["max_pixels"]
@@ -147,7 +148,9 @@ class ImageShards(ShardSet):
         """Return the members of a sample that go along with its latent: ``cls``, ``txt``, ``json``, where present."""
         (shard,), (row,) = self.locate(np.array([index]))
         found = {suffix: shard.member(row, suffix) for suffix in CARRIED_SUFFIXES}
-        return {suffix: bytes(payload) for suffix, payload in found.items() if payload is not None}
+        carried = {suffix: bytes(payload) for suffix, payload in found.items() if payload is not None}
+        # The label is the corpus's, which in a shard of others may be another number than theirs.
+        return {"cls": b"%d" % label, **carried} if (label := shard.label(row)) >= 0 else carried
 
     def labels_and_captions(self, indices: np.ndarray) -> tuple[np.ndarray, list[str]]:
         """Return the labels int64 (n,), -1 for none, and captions, "" for none, without decoding an image."""
@@ -175,7 +178,8 @@ class ImageShards(ShardSet):
         try:
             if payload is None:
                 raise BadSample("missing_image", f"no member {' or '.join(IMAGE_SUFFIXES)}")
-            if self.view is None:
+            # A corpus may hold both shards that others wrote and finished squares of ours.
+            if self.view is None or not (shard.in_place or self._view_is_for_all):
                 return decode_image(bytes(payload), max_pixels=self.max_pixels)
             return view_image(bytes(payload), self.view, max_pixels=self.max_pixels)
         except BadSample as error:

@@ -48,7 +48,7 @@ class OpenShard:
     """One mapped shard with its index."""
 
     def __init__(self, path: Path, entry: FileEntry, *, index: Path, index_trusted: bool = False) -> None:
-        self.name = entry.name
+        self.name, self.in_place = entry.name, bool(entry.url)
         self.index = ShardIndex.of(path, entry=entry, kept=index, trusted=index_trusted)
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
@@ -223,6 +223,22 @@ class ShardSet:
         """Return the class of every sample, -1 where there is none; int64 (len,). Opens every shard once."""
         return np.concatenate([self._opened(number).index.labels for number in range(len(self.shards))])
 
+    def corpora(self) -> dict[str, int]:
+        """Return the number of samples of each corpus, in order; one without a name when there is only one.
+
+        Raises:
+            ValueError: The shards of a corpus do not lie together.
+        """
+        sizes: dict[str, int] = {}
+        last = None
+        for shard in self.shards:
+            name = shard.entry.corpus
+            if name in sizes and name != last:
+                raise ValueError(f"{self.folder}: the shards of corpus {name!r} do not stand together in the manifest.")
+            sizes[name] = sizes.get(name, 0) + shard.entry.samples
+            last = name
+        return sizes
+
     def order(self, config: AnyOrderConfig, *, seed: int, global_batch: int) -> Order:
         """Return the order in which training goes through the split; see ``data.order``.
 
@@ -235,8 +251,9 @@ class ShardSet:
             seed=seed,
             global_batch=global_batch,
             shard_sizes=[shard.entry.samples for shard in self.shards],
-            labels=self.labels() if isinstance(config, WeightedConfig) else None,
+            labels=self.labels() if isinstance(config, WeightedConfig) and config.by == "class" else None,
             classes=self.manifest.classes,
+            corpora=self.corpora(),
         )
 
     def verify(self, level: VerifyLevel = "size") -> None:

@@ -13,7 +13,7 @@ import sys
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 import tomli_w
 from pydantic import BaseModel, NonNegativeInt, ValidationError
@@ -42,6 +42,7 @@ class RunConfig(BaseModel, frozen=True, extra="forbid"):
     tracking_uri: str = "auto"  # MLflow server or store; "auto" is MLFLOW_TRACKING_URI, else sqlite beside run.root
     num_processes: NonNegativeInt = 0  # world size to insist on; 0 accepts what was launched
     threads: NonNegativeInt = 0  # CPU threads of each process; 0 divides the machine's cores among its processes
+    attention: Literal["auto", "sdpa", "xformers", "math"] = "auto"  # its backend; auto takes the first that runs here
     deterministic: bool = False  # bit-reproducible GPU kernels, at some speed; CPU runs always are
     allow_changed: tuple[str, ...] = ()  # keys whose change is accepted on resume (also: --allow-changed KEY)
 

@@ -9,7 +9,7 @@ Reads: ``runs/NAME/corpus/``, ``runs/NAME/vae/``. Writes: ``runs/NAME/latents/``
 
 import time
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
 from threading import Lock
 from typing import Annotated, Any, Literal, get_args
@@ -32,6 +32,7 @@ from pipelines.config import ConfigError, StageConfig, config_from_command_line
 from pipelines.foreign import STAND_INS
 from pipelines.inputs import verify_shards
 from pipelines.latent_figures import alarms, audit_keys, statistics_plot
+from pipelines.placement import placement_of
 from pipelines.published import load_vae
 from pipelines.runtime.launch import Precision
 from pipelines.runtime.parts import make_parts
@@ -81,9 +82,10 @@ def main() -> None:
 
 def encode(config: EncodeLatentsConfig, stage: Stage) -> None:
     """Encode every shard that is missing, then account for every sample and measure the whole."""
+    placed = placement_of(stage)
     verify_shards(stage, "corpus")
     with blaming("inputs.vae"):
-        vae = load_vae(config.inputs.vae, stage.parents["vae"], device=stage.accelerator.device).network
+        vae = load_vae(config.inputs.vae, stage.parents["vae"], placed=placed).network
     with blaming("encode_latents.captions"):
         captions = caption_encoder(config, stage)
     corpus = stage.parents["corpus"]
@@ -252,7 +254,8 @@ def encode_shard(
                 writer.add(key, members)
                 sums.add(moments[row].astype(config.dtype))
     assert writer.entry is not None
-    return {"entry": asdict(writer.entry), "quarantined": quarantined, "sums": sums.to_json()}
+    entry = replace(writer.entry, corpus=part.entry.corpus)
+    return {"entry": entry.as_json(), "quarantined": quarantined, "sums": sums.to_json()}
 
 
 @torch.no_grad()

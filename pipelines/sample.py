@@ -23,6 +23,7 @@ from models.diffusion.samplers import DDIMConfig, SamplerConfig
 from pipelines.captions import as_tensors, prompt_encoder
 from pipelines.config import ConfigError, StageConfig, config_from_command_line
 from pipelines.foreign import STAND_INS
+from pipelines.placement import Placement, attention_on
 from pipelines.published import check_same_vae, check_sampler_suits, denoiser_config, load_denoiser, load_vae
 from pipelines.runtime.progress import progress_line
 from pipelines.runtime.request import blaming, read_parents
@@ -68,9 +69,13 @@ def draw(config: SampleConfig) -> None:
     with blaming("inputs"):
         check_same_vae(unet.content["vae"], given=parents["vae"], given_at=config.inputs.vae, user=config.inputs.unet)
         check_sampler_suits(config.sampler, denoiser_config(config.inputs.unet))
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        vae = load_vae(config.inputs.vae, parents["vae"], device=device)
-        published = load_denoiser(config.inputs.unet, unet, device=device)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    attention = attention_on(device, config.run)
+    print(f"sample: on {device}, attention by {attention.name}: {attention.reason}")
+    placed = Placement(device, attention.name)
+    with blaming("inputs"):
+        vae = load_vae(config.inputs.vae, parents["vae"], placed=placed)
+        published = load_denoiser(config.inputs.unet, unet, placed=placed)
     reads = published.network.config.fields
     labels = labels_of(config, unet.classes if "labels" in reads else ())
     with blaming("inputs.unet"):

@@ -29,10 +29,11 @@ from pipelines.captions import as_tensors, check_features
 from pipelines.config import ConfigError, config_from_command_line
 from pipelines.foreign import STAND_INS, RandomStart, StartConfig, check_start, load_start
 from pipelines.inputs import verify_shards
+from pipelines.placement import placement_of
 from pipelines.published import Normalisation, check_same_vae, check_sampler_suits, publish
 from pipelines.runtime.checkpoint import Weights
 from pipelines.runtime.ema import Averages
-from pipelines.runtime.launch import joined, launched_world_size, placed
+from pipelines.runtime.launch import joined, launched_world_size
 from pipelines.runtime.optim import Optimizer
 from pipelines.runtime.performance import flops_of, peak_flops
 from pipelines.runtime.request import blaming
@@ -129,14 +130,14 @@ def build_denoiser(config: TrainUNetConfig, latents: Manifest) -> Denoiser:
 def train(config: TrainUNetConfig, stage: Stage) -> None:
     """Train to the last update and publish the averaged weights."""
     # What to learn, and from what.
+    placed = placement_of(stage)
     verify_shards(stage, "latents")
     latents = stage.parents["latents"]
-    device = stage.accelerator.device
     torch.manual_seed(config.seed)
     denoiser = build_denoiser(config, latents)
     with blaming("train_unet.start"):
         start = load_start(config.start, denoiser)
-    denoiser = placed(denoiser, device)
+    denoiser = placed(denoiser)
     batches = BatchMaker(config, stage, denoiser, split="train")
 
     # How to learn it.
@@ -150,7 +151,7 @@ def train(config: TrainUNetConfig, stage: Stage) -> None:
         keys=batches.keys,
         parts={"unet": Weights(denoiser), "unet_optimizer": optimizer, "unet_averages": averages},
         flops_per_image=flops_per_image(denoiser, batches.make(0)),
-        peak_flops=peak_flops(str(device), config.precision),
+        peak_flops=peak_flops(str(placed.device), config.precision),
     )
     with blaming("inputs"):
         observer = Observer(
@@ -158,6 +159,7 @@ def train(config: TrainUNetConfig, stage: Stage) -> None:
             config.panel,
             latents_folder=config.inputs.latents,
             vae_folder=config.inputs.vae,
+            placed=placed,
             fields=config.denoiser.fields,
         )
 

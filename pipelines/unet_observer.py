@@ -17,6 +17,7 @@ from models.denoiser import Denoiser
 from models.diffusion.guidance import GuidanceConfig
 from models.diffusion.samplers import DDIMConfig, SamplerConfig
 from pipelines.captions import as_tensors
+from pipelines.placement import Placement
 from pipelines.published import Normalisation, load_vae
 from pipelines.runtime.stage import Stage
 
@@ -41,6 +42,7 @@ class Observer:
         panel: The grid.
         latents_folder: Latents that it trains on; those of the validation split are looked at.
         vae_folder: Folder of the autoencoder.
+        placed: Where networks lie.
         fields: Fields of a batch that the denoiser reads.
 
     Raises:
@@ -48,13 +50,20 @@ class Observer:
     """
 
     def __init__(
-        self, stage: Stage, panel: PanelConfig, *, latents_folder: str, vae_folder: str, fields: Sequence[str]
+        self,
+        stage: Stage,
+        panel: PanelConfig,
+        *,
+        latents_folder: str,
+        vae_folder: str,
+        placed: Placement,
+        fields: Sequence[str],
     ) -> None:
         self.stage, self.panel = stage, panel
-        self.device = stage.accelerator.device
+        self.device = placed.device
         self.manifest = stage.parents["latents"]
         self.normalisation = Normalisation(self.manifest.content["statistics"]).to(self.device)
-        self.vae = load_vae(vae_folder, stage.parents["vae"], device=self.device).network
+        self.vae = load_vae(vae_folder, stage.parents["vae"], placed=placed).network
         has_validation = bool(self.manifest.content["splits"]["val"])
         features = [field for field in fields if field != "labels"]
         split: Split = "val" if has_validation else "train"

@@ -23,6 +23,7 @@ STAGES = {
     "evaluate": "evaluation",
 }
 TIMEOUT_SECONDS = 180
+LONG_GROUPS = ("shared run", "test_tracking_mlflow", "test_launch_setup", "test_doctor", "test_stage", "test_ranks")
 
 
 def environment(**extra: str) -> dict[str, str]:
@@ -117,6 +118,22 @@ def run_pipeline(root: Path, *words: str, processes: int, stages: Mapping[str, s
         assert done.returncode == 0, f"{stage} ended with {done.returncode}:\n{done.stdout}\n{done.stderr}"
         output[stage] = done.stdout
     return Run(root=root, output=output)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Share the tests out to workers (``-n 2 --dist loadgroup``): by file, and all that look at one run to one worker.
+
+    What takes longest begins first, so that no worker is left alone with it at the end.
+    """
+
+    def group(item: pytest.Item) -> str:
+        shared = {"one_process_run", "two_process_run"} & set(getattr(item, "fixturenames", ()))
+        return "shared run" if shared else item.path.stem
+
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group(group(item)))
+    order = {name: place for place, name in enumerate(LONG_GROUPS)}
+    items.sort(key=lambda item: order.get(group(item), len(order)))
 
 
 @pytest.fixture(scope="session")

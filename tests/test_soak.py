@@ -8,8 +8,11 @@ import json
 import os
 import random
 import shutil
+import subprocess
 import threading
 import time
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +29,7 @@ KILLS = int(os.environ.get("LATENTLINE_KILLS", "100"))
 CASES = [(stage, processes) for stage in ("train_unet", "train_vae") for processes in (1, 2, 4)]
 # The discriminator speaks from update 10 on, so that kills fall before and after.
 DISCRIMINATOR = (
-    *("--objective.adversary.kind", "patchgan", "--objective.adversary.start_update", "10"),
+    *("--objective.adversary.kind", "patchgan", "--objective.adversary.start.update", "10"),
     *("--objective.adversary.discriminator.channels", "8", "--objective.adversary.discriminator.downsamplings", "1"),
     *("--objective.adversary.discriminator.norm_groups", "8"),
 )
@@ -48,7 +51,7 @@ def start(words: list[str], log: Path) -> psutil.Popen:
 
 
 def run_to_end(words: list[str], log: Path) -> None:
-    assert start(words, log).wait(timeout=300) == 0, log.read_text()[-3000:]
+    assert start(words, log).wait(timeout=1200) == 0, log.read_text()[-3000:]
 
 
 def family(process: psutil.Popen) -> list[psutil.Process]:
@@ -58,26 +61,27 @@ def family(process: psutil.Popen) -> list[psutil.Process]:
         return []
 
 
-def kill(process: psutil.Popen, rng: random.Random) -> str:
-    """Kill one rank, all at once or the launcher; return which, when nothing of them is left."""
-    members = family(process)
+def kill(members: list[psutil.Process], rng: random.Random) -> str:
+    """Kill one rank, all at once or the launcher (the first); return which, when nothing of them is left."""
     how = rng.choice(["one rank", "all", "launcher"])
-    for victim in {"one rank": [members[-1]], "all": members, "launcher": [process]}[how]:
+    for victim in {"one rank": [rng.choice(members[1:] or members)], "all": members, "launcher": members[:1]}[how]:
         with contextlib.suppress(psutil.NoSuchProcess):
             victim.kill()
-    process.wait(timeout=60)
-    _, alive = psutil.wait_procs(members, timeout=20)
+    _, alive = psutil.wait_procs(members, timeout=200)
     assert not alive, f"{how} was killed, and this is left: {[one.cmdline() for one in alive]}"
     return how
 
 
-def wait_for_save(folder: Path, process: psutil.Popen, *, seconds: float) -> bool:
-    """Wait until a save has begun and return at once; False when none begins or the process ends."""
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline and process.poll() is None:
-        with_save = [name for name in (os.listdir(folder) if folder.exists() else []) if name.endswith(".tmp")]
-        if with_save:
-            return True
+def wait_for(condition: Callable[[], bool], process: psutil.Popen) -> None:
+    """Wait until it comes about or the process ends."""
+    while process.poll() is None and not condition():
+        time.sleep(0.001)
+
+
+def half_saved(folder: Path) -> bool:
+    """Whether a save is going on, or was when its process died."""
+    with contextlib.suppress(FileNotFoundError):
+        return any(name.endswith(".tmp") for name in os.listdir(folder / "checkpoints"))
     return False
 
 
@@ -86,29 +90,37 @@ def test_killed_at_random_moments_it_ends_as_if_it_had_never_been(
     stage: str, processes: int, inputs: Run, tmp_path: Path
 ) -> None:
     rng = random.Random(f"{stage} {processes}")
+    began = time.monotonic()
     run_to_end(command(stage, inputs, tmp_path / "whole", processes=processes), tmp_path / "whole.log")
+    undisturbed = time.monotonic() - began
     root, log = tmp_path / "killed", tmp_path / "killed.log"
     folder = root / STAGES[stage]
     words = command(stage, inputs, root, processes=processes)
-    kills, in_saves = 0, 0
-    while kills < -(-KILLS // len(CASES)):
+    wanted, where, whom = -(-KILLS // len(CASES)), Counter[str](), Counter[str]()
+    while where.total() < wanted or where["in a save"] < wanted / 3:
+        assert where.total() < 5 * wanted, f"too few kills fell into a save: {where}"
         if (folder / "manifest.json").exists():  # it made it to the end in spite of all: again from the start
             check_same(stage, folder, tmp_path / "whole" / STAGES[stage])
             shutil.rmtree(folder)
         process = start(words, log)
-        if kills % 2:
-            in_saves += wait_for_save(folder / "checkpoints", process, seconds=60)
+        if where.total() % 2:
+            wait_for(lambda: not half_saved(folder), process)  # what the last kill left is swept at the start
+            for _ in range(rng.randrange(3)):
+                wait_for(lambda: half_saved(folder), process)
+                wait_for(lambda: not half_saved(folder), process)
+            members = family(process)
+            wait_for(lambda: half_saved(folder), process)
         else:
-            before = time.monotonic()
-            while not (folder / "watch").exists() and time.monotonic() < before + 60 and process.poll() is None:
-                time.sleep(0.01)
-            time.sleep(rng.uniform(0, 2))
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=rng.uniform(0, undisturbed))
+            members = family(process)
         if process.poll() is None:
-            kill(process, rng)
-            kills += 1
+            whom[kill(members, rng)] += 1
+            process.wait(timeout=200)
+            where["in a save" if half_saved(folder) else "elsewhere"] += 1
     run_to_end(words, log)
     check_same(stage, folder, tmp_path / "whole" / STAGES[stage])
-    assert in_saves >= kills // 3, f"only {in_saves} of {kills} kills fell into a save"
+    print(f"{stage} on {processes}: {dict(where)}, {dict(whom)}")
 
 
 def check_same(stage: str, folder: Path, whole: Path) -> None:

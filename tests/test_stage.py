@@ -94,7 +94,7 @@ def test_the_file_stop_ends_a_stage_as_resumable(tmp_path: Path) -> None:
     while not list(folder.glob("parts/*.json")):
         assert process.poll() is None, "it ended before it could be stopped"
     (folder / "stop").touch()
-    assert process.wait(timeout=60) == 75
+    assert process.wait(timeout=120) == 75
     assert not (folder / "stop").exists()
     assert not (folder / "manifest.json").exists()
     assert run_stage("prepare_corpus", *words).returncode == 0
@@ -196,7 +196,7 @@ def test_a_stop_reaches_a_rank_that_is_still_at_a_long_part(tmp_path: Path) -> N
         assert process.poll() is None, "it ended before it could be stopped"
     (folder / "stop").touch()
     try:
-        process.wait(timeout=60)
+        process.wait(timeout=120)
     finally:
         if process.poll() is None:
             kill_tree(process)

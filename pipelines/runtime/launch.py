@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
-from typing import Literal, TypeVar
+from typing import Literal
 
 import torch
 import torch._functorch.config
@@ -64,15 +64,7 @@ def start_accelerator(run: RunConfig, *, precision: Precision = "float32") -> Ac
     return accelerator
 
 
-Network = TypeVar("Network", bound=nn.Module)
-
-
-def placed(network: Network, device: torch.device) -> Network:
-    """Move a network to ``device``, channels last: what convolutions are fastest in, on CPUs as on GPUs."""
-    return network.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-
-
-def joined(network: Network, accelerator: Accelerator, *, compiles: bool) -> nn.Module:
+def joined(network: nn.Module, accelerator: Accelerator, *, compiles: bool) -> nn.Module:
     """Wrap a network so that its gradients are averaged over the ranks; compile it first when asked for.
 
     Compiled in place: the bare network keeps its parameters' names.
