@@ -31,7 +31,7 @@ from models.vae import AutoencoderKL
 from models.vae_objective import PatchAdversary
 from pipelines import encode_latents, evaluate, prepare_corpus, train_unet, train_vae
 from pipelines.captions import NoTextConfig, blank_features
-from pipelines.config import STAGE_FOLDERS, ConfigError, StageConfig, config_from_command_line, load_config
+from pipelines.config import STAGE_FOLDERS, ConfigError, RunConfig, StageConfig, config_from_command_line, load_config
 from pipelines.corpus_size import promised_corpus
 from pipelines.foreign import STAND_INS
 from pipelines.runtime.performance import peak_flops
@@ -129,7 +129,7 @@ def plan(config: PlanConfig, path: str) -> list[StagePlan]:
         assert isinstance(training, TrainingConfig)
         found.images = training.updates * training.global_batch if found.state != "done" else 0
         if config.trial and not any(why.startswith("waits for") for why in found.why):
-            found.images_per_second = try_out(stage, training, path, devices=config.devices)
+            found.images_per_second = try_out(stage, training, path, run=config.run, devices=config.devices)
             found.measured = True
         else:
             device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -273,7 +273,7 @@ def _costs(plan: StagePlan, config: TrainingConfig, networks: list[nn.Module], *
     plan.memory_bytes = checkpoint + FLOAT_BYTES * plan.parameters + max(0, activations) * share
 
 
-def try_out(stage: str, config: TrainingConfig, path: str, *, devices: int) -> float:
+def try_out(stage: str, config: TrainingConfig, path: str, *, run: RunConfig, devices: int) -> float:
     """Train five updates of a stage on one device, in two processes with a checkpoint between; return images/s.
 
     Raises:
@@ -288,7 +288,9 @@ def try_out(stage: str, config: TrainingConfig, path: str, *, devices: int) -> f
         (folder / "stop").touch()  # the first process commits its first update and ends
         words = [
             *(sys.executable, "-m", f"pipelines.{stage}", "--config", path, "--run.root", root, *inputs),
-            *("--run.tracking_uri", "offline", "--run.num_processes", "1", "--updates", str(TRIAL_UPDATES)),
+            *("--run.tracking_uri", "offline", "--run.num_processes", "1", "--run.threads", str(run.threads)),
+            *("--run.deterministic", str(run.deterministic).lower(), "--run.attention", run.attention),
+            *("--updates", str(TRIAL_UPDATES)),
             *("--global_batch", str(share), "--log_every", "1", "--panel_every", "1000000"),
         ]
         for expected in (75, 0):
