@@ -165,7 +165,7 @@ def state_of(stage: str, config: StageConfig, before: Mapping[str, StagePlan]) -
     if not why:
         request = request_of(stage, config, parents)
         held = read_manifest(folder).content if finished else json.loads((folder / "request.json").read_bytes())
-        why = [line for _, line in differing_keys(held, request)]
+        why = [line for _, line in differing_keys(held, request, harmless=config.harmless)]
     return StagePlan(stage=stage, state="stale" if why else "done" if finished else "begun", why=why)
 
 

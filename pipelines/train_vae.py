@@ -38,7 +38,7 @@ from pipelines.runtime.checkpoint import Stateful, Weights
 from pipelines.runtime.ema import Averages
 from pipelines.runtime.launch import joined, launched_world_size
 from pipelines.runtime.optim import Optimizer
-from pipelines.runtime.performance import flops_of, peak_flops
+from pipelines.runtime.performance import flops_of, known_peak_flops
 from pipelines.runtime.request import blaming
 from pipelines.runtime.stage import Stage, running_stage
 from pipelines.runtime.training import BatchShare, Training, TrainingConfig
@@ -139,7 +139,7 @@ def train(config: TrainVAEConfig, stage: Stage) -> None:
         keys=batches.keys,
         parts=parts,
         flops_per_image=flops_per_image(vae.network, resolution=corpus.content["image"]["resolution"]),
-        peak_flops=peak_flops(str(stage.accelerator.device), config.precision),
+        peak_flops=known_peak_flops(str(stage.accelerator.device), config.precision),
     )
 
     # Where we stopped last time.

@@ -51,7 +51,7 @@ class Training:
         keys: Names the samples at given positions of a global batch; asked only when something is wrong with them.
         parts: What a checkpoint holds, by name; the same on every rank.
         flops_per_image: Of one training step, or 0 when not known.
-        peak_flops: Of one device a second, for model-FLOP utilisation.
+        peak_flops: Of one device a second, for model-FLOP utilisation; infinite when it is not known.
     """
 
     def __init__(
@@ -328,8 +328,7 @@ class Training:
         if policy == "stop":
             raise FloatingPointError(
                 f"{text} Nothing of it has reached the weights. Lower optim.peak_lr or look at the data, or let "
-                "training go on: run it again with --on_bad_update.policy skip (or rewind) and --allow-changed "
-                "on_bad_update.policy."
+                "training go on: run it again with --on_bad_update.policy skip (or rewind)."
             )
         if len(self._bad_batches) > limit:
             raise FloatingPointError(f"{text} It is the {len(self._bad_batches)}th; on_bad_update.limit = {limit}.")
