@@ -1,4 +1,4 @@
-"""Endurance: training killed at random moments, on changing numbers of ranks, on two machines, and for a long time.
+"""Endurance: training killed at random moments, on changing numbers of ranks, and for a long time.
 
 Run with ``bash tests/run.sh -m soak``. ``LATENTLINE_KILLS`` sets the number of kills over all cases (default 100).
 """
@@ -8,18 +8,17 @@ import json
 import os
 import random
 import shutil
-import signal
 import subprocess
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import psutil
 import pytest
-from conftest import REPOSITORY, STAGES, Run, environment, run_pipeline, stage_command, training_rows
+from conftest import REPOSITORY, STAGES, Run, environment, stage_command, training_rows
 from tiny_training import Recipe, Tiny
 
 from data.commit import sha256_of
@@ -34,13 +33,6 @@ DISCRIMINATOR = (
     *("--objective.adversary.discriminator.channels", "8", "--objective.adversary.discriminator.downsamplings", "1"),
     *("--objective.adversary.discriminator.norm_groups", "8"),
 )
-
-
-@pytest.fixture(scope="session")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """Corpus, VAE and latents."""
-    stages = {name: STAGES[name] for name in ("prepare_corpus", "train_vae", "encode_latents")}
-    return run_pipeline(tmp_path_factory.mktemp("inputs") / "run", processes=1, stages=stages)
 
 
 def command(stage: str, inputs: Run, root: Path, *, processes: int, more: tuple[str, ...] = ()) -> list[str]:
@@ -185,86 +177,3 @@ def test_ten_thousand_updates_need_no_more_memory_files_or_threads(tmp_path: Pat
     assert files_after <= files + 1  # a checkpoint may be in the writing
     assert threads_after <= threads + 1
     assert len(list((tmp_path / "checkpoints").iterdir())) == 2
-
-
-@pytest.fixture
-def two_machines() -> Iterator[Callable[..., list[str]]]:
-    """Two network namespaces joined by a cable; gives the words that run a command on one of them."""
-    names = [f"latentline-{os.getpid()}-{number}" for number in range(2)]
-
-    def ip(*words: str) -> None:
-        subprocess.run(["ip", *words], check=True, capture_output=True)
-
-    try:
-        for name in names:
-            ip("netns", "add", name)
-    except (OSError, subprocess.CalledProcessError) as error:
-        pytest.skip(f"may not make network namespaces here: {error}")
-    try:
-        ends = [f"ll{os.getpid() % 100_000}{side}" for side in "ab"]
-        ip("link", "add", ends[0], "type", "veth", "peer", "name", ends[1])
-        for number, (name, end) in enumerate(zip(names, ends, strict=True)):
-            ip("link", "set", end, "netns", name, "name", "cable")
-            ip("-n", name, "addr", "add", f"10.77.0.{number + 1}/24", "dev", "cable")
-            ip("-n", name, "link", "set", "cable", "up")
-            ip("-n", name, "link", "set", "lo", "up")
-        yield lambda number: ["ip", "netns", "exec", names[number]]
-    finally:
-        for name in names:
-            subprocess.run(["ip", "netns", "delete", name], check=False)
-
-
-def start_machine(
-    number: int, on: Callable[..., list[str]], stage: str, inputs: Run, root: Path, log: Path, *more: str
-) -> psutil.Popen:
-    """Start one machine's launcher of a job of two machines with one rank each."""
-    words = command(stage, inputs, root, processes=2, more=more)
-    place = words.index("--num_machines")
-    words[place : place + 4] = [
-        *("--num_machines", "2", "--machine_rank", str(number), "--num_processes", "2"),
-        *("--main_process_ip", "10.77.0.1", "--rdzv_backend", "static", "--same_network"),
-    ]
-    words[words.index("--main_process_port") + 1] = "29511"
-    with open(log, "ab") as output:
-        return psutil.Popen(
-            [*on(number), *words],
-            env=environment(GLOO_SOCKET_IFNAME="cable"),
-            cwd=REPOSITORY,
-            stdout=output,
-            stderr=output,
-            start_new_session=True,
-        )
-
-
-def test_two_machines_as_namespaces_train_through_a_cut_cable_and_a_killed_node(
-    two_machines: Callable[..., list[str]], inputs: Run, tmp_path: Path
-) -> None:
-    run_to_end(command("train_unet", inputs, tmp_path / "whole", processes=2), tmp_path / "log")
-    root, log = tmp_path / "machines", tmp_path / "machines.log"
-    folder = root / "unet"
-
-    def both() -> list[psutil.Popen]:
-        return [start_machine(n, two_machines, "train_unet", inputs, root, log) for n in range(2)]
-
-    def until(update: int) -> None:
-        deadline = time.monotonic() + 90
-        while not any((folder / f"checkpoints/update-{later:08}").exists() for later in range(update, 61, 3)):
-            assert time.monotonic() < deadline, log.read_text()[-3000:]
-            time.sleep(0.005)
-
-    machines = both()
-    until(6)
-    cable = [*two_machines(1), "ip", "link", "set", "cable"]
-    subprocess.run([*cable, "down"], check=True)
-    time.sleep(3)
-    assert all(machine.poll() is None for machine in machines), "a cable that is out for a moment ends nothing"
-    assert not (folder / "manifest.json").exists()
-    subprocess.run([*cable, "up"], check=True)
-    until(21)
-    members = family(machines[1])
-    os.killpg(machines[1].pid, signal.SIGKILL)
-    assert machines[0].wait(timeout=60) != 0, "the other node notices"
-    psutil.wait_procs(members, timeout=20)
-    assert not (folder / "manifest.json").exists(), "it finished before its node was killed"
-    assert [machine.wait(timeout=200) for machine in both()] == [0, 0], log.read_text()[-3000:]
-    check_same("train_unet", folder, tmp_path / "whole" / "unet")
