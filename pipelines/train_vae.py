@@ -253,7 +253,10 @@ class BatchMaker:
     def __init__(self, config: TrainVAEConfig, stage: Stage) -> None:
         accelerator = stage.accelerator
         with blaming("inputs.corpus"):
-            self.images = ImageShards(config.inputs.corpus, split="train", manifest=stage.parents["corpus"])
+            scattered = config.order.kind in ("full", "weighted")
+            self.images = ImageShards(
+                config.inputs.corpus, split="train", manifest=stage.parents["corpus"], scattered=scattered
+            )
         self.share = BatchShare.of(
             config, table="train_vae", rank=accelerator.process_index, world_size=accelerator.num_processes
         )
@@ -292,7 +295,7 @@ def look(config: TrainVAEConfig, stage: Stage, network: nn.Module, *, update: in
     if not stage.is_main or not corpus.content["splits"]["val"]:
         return {}
     assert isinstance(network, AutoencoderKL)
-    images = ImageShards(config.inputs.corpus, split="val", manifest=corpus)
+    images = ImageShards(config.inputs.corpus, split="val", manifest=corpus, scattered=True)
     batch = images.read(np.arange(min(NUM_VALIDATION_IMAGES, len(images))))
     outputs, scales = [], []
     for part in torch.from_numpy(batch.images).split(config.images_per_device or config.global_batch):
