@@ -227,6 +227,8 @@ def one_update(training: Training, wrapped: nn.Module, optimizer: Optimizer, bat
         losses = wrapped(x0, noise, times, conditions, dropped)
         training.backward(losses.loss.mean())
         training.note({"train/loss": losses.loss.mean(), "train/error": losses.error.mean()})
+        if losses.bound is not None:
+            training.note({"train/bound": losses.bound.mean()})
         rates = dropped.float().mean(dim=0).unbind()  # of each conditioner
         training.note({f"train/dropped_fraction_{index}": rate for index, rate in enumerate(rates)})
     training.step({"train/grad_norm": optimizer})
