@@ -238,13 +238,11 @@ def one_update(
 
 
 def log_health(training: Training, loss: VAELoss, posterior: Posterior, *, last_layer: Tensor) -> None:
-    """Log which terms pull on the decoder and which latent channels carry something, by the first micro-batch."""
+    """Note which terms pull on the decoder and which latent channels carry something, by the first micro-batch."""
     pulls = gradient_norms(loss, last_layer=last_layer)
     figures = {f"health/grad_norm_{name}": value for name, value in pulls.items()}
     figures |= {f"health/{name}": value for name, value in latent_figures(posterior).items()}
-    values = torch.stack([value.double() for value in figures.values()]).tolist()
-    measured = dict(zip(figures, values, strict=True))
-    training.stage.tracker.log_metrics(measured, step=training.update, attempt=training.attempt)
+    training.note_once(figures)
 
 
 class BatchMaker:

@@ -262,6 +262,10 @@ class Training:
         """Note a micro-batch's figures, means over its images: scalars that stay on the device until the next flush."""
         self._measured.add(figures, share=1 / self.share.num_micro_batches)
 
+    def note_once(self, figures: Mapping[str, Tensor]) -> None:
+        """Note figures that are said once an update, not by every micro-batch; scalars as for ``note``."""
+        self._measured.add(figures, share=1.0)
+
     def step(self, optimizers: Mapping[str, Optimizer]) -> None:
         """Apply the gradients of an update, those of all its networks or none, and note their norms by name."""
         scaler = self.stage.accelerator.scaler
