@@ -185,7 +185,7 @@ def forecast(configs: Mapping[str, StageConfig], plans: Mapping[str, StagePlan],
         plans["prepare_corpus"].disk_bytes = sum(entry.bytes for entry in corpus.files)
     else:
         try:
-            promised = promised_corpus(corpus_config)
+            promised = promised_corpus(corpus_config.source, corpus_config.view)
         except ValueError as error:
             plans["prepare_corpus"].notes.append(str(error))
             plans["train_unet"].notes.append("counted with one class: the corpus is not made yet")

@@ -8,7 +8,6 @@ import json
 import os
 import random
 import shutil
-import subprocess
 import threading
 import time
 from collections import Counter
