@@ -1,4 +1,4 @@
-"""Shards that are far away (``s3://``, ``gs://``, ``https://``): fetched whole into a bounded cache on this machine.
+"""Shards that are far away (``s3://``, ``gs://``, ``https://``): fetched whole into a bounded cache, or read in ranges.
 
 The cache is shared by all processes of a machine. A file is fetched to a temporary name and renamed, by one process
 while the others wait; the longest unused files make room. What is open stays readable after it was evicted.
@@ -6,7 +6,8 @@ Credentials come from the environment or the machine's role, as each service's o
 holds any is refused, so none gets into a log, a configuration or a manifest.
 
 Environment: ``LATENTLINE_CACHE`` names the folder (default ``~/.cache/latentline``), ``LATENTLINE_CACHE_GB`` bounds it
-(default 100).
+(default 100). ``LATENTLINE_REMOTE_READS`` is ``whole`` (always fetch shards), ``ranged`` (always single samples), or
+``auto``: single samples where they are wanted one here, one there, whole shards where most of a shard is wanted.
 """
 
 import contextlib
@@ -15,7 +16,7 @@ import hashlib
 import os
 import re
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,6 +80,80 @@ def local_path(url: str) -> Path:
         OSError: It is not there or cannot be fetched.
     """
     return Cache.of_environment().fetch(url) if is_remote(url) else Path(url)
+
+
+def held(url: str) -> bool:
+    """Say whether the cache has a copy of ``url``."""
+    cache = Cache.of_environment()
+    return cache.path(url).is_file()
+
+
+def range_policy(scattered: bool) -> bool:
+    """Say whether samples are fetched by themselves; see the module's docstring.
+
+    Raises:
+        ValueError: The environment asks for something unknown.
+    """
+    wish = os.environ.get("LATENTLINE_REMOTE_READS", "auto")
+    if wish not in ("auto", "whole", "ranged"):
+        raise ValueError(f"LATENTLINE_REMOTE_READS is auto, whole or ranged, not {wish!r}.")
+    return scattered if wish == "auto" else wish == "ranged"
+
+
+def size_of(url: str) -> int:
+    """Return the size of a file that is far away, bytes.
+
+    Raises:
+        OSError: It is not there, or its service does not answer.
+    """
+    with _clean_errors(url):
+        return int(_filesystem(url.partition("://")[0]).info(url)["size"])
+
+
+def answers_ranges(url: str) -> bool:
+    """Say whether a part of ``url`` can be asked for: object stores know how, of web servers not every one does.
+
+    Raises:
+        OSError: It is not there, or its service does not answer.
+    """
+    if not url.startswith("https:"):
+        return True
+    with _clean_errors(url):
+        try:
+            with _filesystem("https").open(url, "rb", block_size=1, cache_type="none") as file:
+                file.seek(1)
+                return len(file.read(1)) == 1
+        except ValueError:  # seen from the answer's head: the rest of it is not read
+            return False
+
+
+def read_ranges(ranges: Sequence[tuple[str, int, int]]) -> list[bytes]:
+    """Return the bytes [start, end) of each (url, start, end); all are asked for at once.
+
+    Raises:
+        OSError: One of them cannot be read, after several tries, or is shorter.
+    """
+    out: list[bytes] = [b""] * len(ranges)
+    missing = list(range(len(ranges)))
+    for attempt in range(TRIES):
+        for scheme in sorted({ranges[place][0].partition("://")[0] for place in missing}):
+            places = [place for place in missing if ranges[place][0].startswith(f"{scheme}://")]
+            urls, starts, ends = (list(column) for column in zip(*(ranges[place] for place in places), strict=True))
+            with _clean_errors(urls[0]):
+                found = _filesystem(scheme).cat_ranges(urls, starts, ends, on_error="return")
+            for place, payload in zip(places, found, strict=True):
+                if isinstance(payload, bytes) and len(payload) == ranges[place][2] - ranges[place][1]:
+                    out[place] = payload
+                elif attempt == TRIES - 1:
+                    url, start, end = ranges[place]
+                    with _clean_errors(url):
+                        if isinstance(payload, BaseException):
+                            raise payload
+                    raise OSError(f"{url} gave {len(payload)} bytes for the range {start} to {end}.")
+        missing = [place for place in missing if not out[place]]
+        if not missing:
+            break
+    return out
 
 
 @dataclass(frozen=True)
@@ -215,7 +290,10 @@ def _clean_errors(url: str) -> Iterator[None]:
     """Turn whatever a service's library raises into an OSError without its details, which may hold credentials."""
     try:
         yield
-    except FileNotFoundError:
+    except FileNotFoundError as error:
+        # What fsspec says of a web server whatever the reason; its cause has that.
+        if (cause := error.__cause__) is not None and getattr(cause, "status", 0) != 404:
+            raise OSError(f"{url} cannot be read ({type(cause).__name__}).") from None
         raise FileNotFoundError(f"{url} is not there.") from None
     except PermissionError:
         raise PermissionError(f"{url}: access was refused. Check the credentials in the environment.") from None

@@ -50,7 +50,7 @@ class RunConfig(BaseModel, frozen=True, extra="forbid"):
 class StageConfig(BaseModel, frozen=True, extra="forbid"):
     """What every stage's configuration has. ``inputs.NAME`` defaults to the folder NAME below ``run.root``."""
 
-    harmless: ClassVar[frozenset[str]] = frozenset()  # top-level keys that may change without changing the result
+    harmless: ClassVar[frozenset[str]] = frozenset()  # dotted keys that may change without changing the result
 
     run: RunConfig = RunConfig()
 
@@ -150,12 +150,18 @@ def resume_command() -> str:
     words = ["python", "-m", module] if module else ["python", sys.argv[0]]
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         words = ["accelerate", "launch", "[launcher flags]", "-m", str(module)]
-    return blotted(" ".join([*words, *(shlex.quote(word) for word in sys.argv[1:])]))
+    return without_credentials(" ".join([*words, *(shlex.quote(word) for word in sys.argv[1:])]), queries=True)
 
 
-def blotted(text: str) -> str:
-    """Return ``text`` with user, password and query of every address in it blotted out."""
-    return re.sub(r"(://)[^/\s'\"]*@|(://[^?\s'\"]*\?)[^\s'\"]*", lambda m: f"{m[1] or m[2]}***", text)
+def without_credentials(text: str, *, queries: bool = False) -> str:
+    """Return ``text`` with user and password of every address in it blotted out.
+
+    Args:
+        text: Anything that is to be shown or kept.
+        queries: Also blot out what follows ``?``: signatures of stores. Not from a database's address, which needs it.
+    """
+    text = re.sub(r"(://)[^/\s'\"]*@", r"\1***@", text)
+    return re.sub(r"(://[^?\s'\"]*\?)[^\s'\"]*", r"\1***", text) if queries else text
 
 
 def _early_root(argv: Sequence[str], *, table: str) -> str | None:
@@ -322,7 +328,7 @@ def _explain(
     else:
         advice = re.sub(r"^(Value error|Assertion failed), ", "", detail["msg"])
         advice = advice.replace("Input should be", "expected").replace("\n", "\n      ")
-    return blotted(f"  {shown}{given} ({source})\n      {advice}")
+    return without_credentials(f"  {shown}{given} ({source})\n      {advice}", queries=True)
 
 
 def _with_inputs(model: type[StageConfig], tree: dict[str, Any]) -> dict[str, Any]:

@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass
 
-from pipelines.prepare_corpus import PrepareCorpusConfig
+from data.sources import SourceConfig
+from data.transforms import ImageViewConfig
 
 # To count the samples of somebody's shards means to read all of them: that is prepare_corpus itself.
 COUNTED_AT_ONCE = ("synthetic", "fashion_mnist", "emoji", "image_folder")
@@ -19,20 +20,20 @@ class CorpusSize:
     disk_bytes: int  # at most: as if no picture could be compressed
 
 
-def promised_corpus(config: PrepareCorpusConfig) -> CorpusSize:
+def promised_corpus(source_config: SourceConfig, view: ImageViewConfig) -> CorpusSize:
     """Ask a source how large its corpus will be.
 
     Raises:
         ValueError: Nobody can say yet, or the source cannot be opened.
     """
-    if config.source.kind not in COUNTED_AT_ONCE:
+    if source_config.kind not in COUNTED_AT_ONCE:
         raise ValueError("not counted: what the shards hold is known when prepare_corpus has read them")
     try:
-        source = config.source.open()
+        source = source_config.open()
     except OSError as error:
         raise ValueError(f"its source cannot be opened: {error}") from None
     samples = source.count("train") + source.count("val")
-    picture = config.view.resolution**2 * config.view.channels
+    picture = view.resolution**2 * view.channels
     return CorpusSize(
         samples=samples, classes=source.classes, disk_bytes=samples * (picture + BYTES_BESIDE_THE_PICTURE)
     )

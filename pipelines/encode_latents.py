@@ -212,7 +212,7 @@ def encode_shard(
 
     def read(number: int) -> tuple[ImageBatch, list[BadSample]]:
         unreadable: list[BadSample] = []
-        return images.read(indices[number * size : (number + 1) * size], bad=unreadable), unreadable
+        return images.read(indices[number * size : (number + 1) * size], bad=unreadable, carry=True), unreadable
 
     def set_aside(error: BadSample) -> None:
         error = error.at(shard=part.entry.name)
@@ -246,7 +246,7 @@ def encode_shard(
                         flipped=mirrored[row] if mirrored is not None else None,
                         dtype=config.dtype,
                         features={name: values[row] for name, values in features.items()},
-                        carried=images.carried(int(batch.indices[row])),
+                        carried=batch.carried[row],
                     )
                 except BadSample as error:
                     set_aside(error.at(key=key))

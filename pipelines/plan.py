@@ -166,7 +166,7 @@ def state_of(stage: str, config: StageConfig, before: Mapping[str, StagePlan]) -
     if not why:
         request = request_of(stage, config, parents)
         held = read_manifest(folder).content if finished else json.loads((folder / "request.json").read_bytes())
-        why = [line for _, line in differing_keys(held, request)]
+        why = [line for _, line in differing_keys(held, request, harmless=config.harmless)]
     return StagePlan(stage=stage, state="stale" if why else "done" if finished else "begun", why=why)
 
 
@@ -185,7 +185,7 @@ def forecast(configs: Mapping[str, StageConfig], plans: Mapping[str, StagePlan],
         plans["prepare_corpus"].disk_bytes = sum(entry.bytes for entry in corpus.files)
     else:
         try:
-            promised = promised_corpus(corpus_config)
+            promised = promised_corpus(corpus_config.source, corpus_config.view)
         except ValueError as error:
             plans["prepare_corpus"].notes.append(str(error))
             plans["train_unet"].notes.append("counted with one class: the corpus is not made yet")

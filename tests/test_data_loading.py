@@ -172,9 +172,8 @@ def test_bad_images_are_left_out_of_a_batch_and_reported_when_that_is_asked_for(
 def test_what_goes_along_with_a_latent_is_carried_byte_for_byte(tmp_path: Path) -> None:
     write_images(tmp_path, [2, 2])
     members = image_members("k3", image_of(3), label=3, caption="no. 3", metadata={})
-    assert ImageShards(tmp_path, split="train").carried(3) == {
-        suffix: members[suffix] for suffix in ("cls", "txt", "json")
-    }
+    batch = ImageShards(tmp_path, split="train").read(np.arange(2, 4), carry=True)
+    assert batch.carried[1] == {suffix: members[suffix] for suffix in ("cls", "txt", "json")}
 
 
 def test_the_ranges_of_the_shards_cover_the_split_in_order(tmp_path: Path) -> None:

@@ -130,7 +130,7 @@ def test_more_threads_than_cores_and_machines_that_share_streams_unevenly_are_na
 
 def test_a_corpus_that_is_not_made_yet_counts_in_the_forecast(two_process_run: Run) -> None:
     config = load_config(PrepareCorpusConfig, table="prepare_corpus", argv=["--config", str(SMOKE)])
-    promised, made = promised_corpus(config), two_process_run.manifest("prepare_corpus")["content"]
+    promised, made = promised_corpus(config.source, config.view), two_process_run.manifest("prepare_corpus")["content"]
     assert promised.samples == made["counts"]["out"]
     assert list(promised.classes) == made["classes"]
     written = sum(entry["bytes"] for entry in made["files"])

@@ -8,7 +8,6 @@ import json
 import os
 import random
 import shutil
-import subprocess
 import threading
 import time
 from collections import Counter
@@ -111,7 +110,7 @@ def test_killed_at_random_moments_it_ends_as_if_it_had_never_been(
             members = family(process)
             wait_for(lambda: half_saved(folder), process)
         else:
-            with contextlib.suppress(subprocess.TimeoutExpired):
+            with contextlib.suppress(psutil.TimeoutExpired):
                 process.wait(timeout=rng.uniform(0, undisturbed))
             members = family(process)
         if process.poll() is None:

@@ -19,7 +19,8 @@ import pytest
 from clocks import FOREVER_SECONDS, quietest_round, seconds_of
 from PIL import Image
 
-from pipelines.runtime.run_identity import network_file_system, pipeline_identity, store_uri, without_credentials
+from pipelines.config import without_credentials
+from pipelines.runtime.run_identity import network_file_system, pipeline_identity, store_uri
 from pipelines.runtime.sender import points_of
 from pipelines.runtime.spool import EVENTS, FILES, METRICS, cut_torn_tail, entries, entries_backwards
 from pipelines.runtime.tracking import SilentTracker, Tracker, flattened, open_tracker
@@ -378,3 +379,6 @@ def test_credentials_are_taken_out_of_any_url() -> None:
         without_credentials(said)
         == "postgresql+psycopg2://***@db:5432/mlflow and https://***@host, but me@example.org stays"
     )
+    signed = "https://host/a.tar?key=secret 'postgresql://me:b@d@db/mlflow?sslmode=require'"
+    assert without_credentials(signed, queries=True) == "https://host/a.tar?*** 'postgresql://***@db/mlflow?***'"
+    assert without_credentials(signed).endswith("'postgresql://***@db/mlflow?sslmode=require'")

@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from data.commit import FolderLock, temporary_beside
-from pipelines.runtime.run_identity import AUTO, OFFLINE, RunIdentity, run_identity, store_uri, without_credentials
+from pipelines.config import without_credentials
+from pipelines.runtime.run_identity import AUTO, OFFLINE, RunIdentity, run_identity, store_uri
 from pipelines.runtime.spool import (
     EVENTS,
     FILES,
