@@ -4,6 +4,7 @@ Nothing is decoded before its size is known and bounded. What cannot be shown ri
 unknown colour spaces) is refused with a reason, not guessed at.
 """
 
+import hashlib
 import zlib
 from io import BytesIO
 from typing import Annotated, Literal
@@ -22,7 +23,7 @@ FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 # Dropped by choice of the view or the source, not bad.
 FILTER_REASONS = frozenset({"too_small", "extreme_aspect", "not_listed"})
 
-Fit = Literal["crop", "pad", "stretch", "centre"]
+Fit = Literal["crop", "random_crop", "pad", "stretch", "centre"]
 Level = Annotated[int, Field(ge=0, le=255)]
 MaxPixels = Annotated[int, Field(ge=1, le=178_000_000)]  # above it Pillow itself refuses
 
@@ -32,7 +33,7 @@ class ImageViewConfig(BaseModel, frozen=True, extra="forbid"):
 
     resolution: PositiveInt = 256  # side of the square, pixels
     channels: Literal[1, 3] = 3  # 1 grey (ITU-R 601 luma), 3 RGB
-    fit: Fit = "crop"  # crop or pad after scaling, stretch, or centre without scaling
+    fit: Fit = "crop"  # crop (random: by the key) or pad after scaling, stretch, or centre without scaling
     resample: Literal["lanczos", "area"] = "lanczos"  # for shrinking, both antialiased; enlarging is always Lanczos
     background: tuple[Level, Level, Level] = (255, 255, 255)  # RGB behind transparency and in padding, 0 to 255
     min_side: PositiveInt = 1  # pixels; smaller images are dropped and counted
@@ -44,7 +45,7 @@ def view_image(
     config: ImageViewConfig,
     *,
     max_pixels: int = DEFAULT_MAX_PIXELS,
-    position: tuple[float, float] = (0.5, 0.5),
+    key: str = "",
     mirrored: bool = False,
 ) -> np.ndarray:
     """Return an image as ``config`` wants it; uint8 (resolution, resolution, channels).
@@ -53,14 +54,14 @@ def view_image(
         image: An encoded file, or pixels uint8 (h w c), c in 1, 3, 4.
         config: The wanted view.
         max_pixels: Larger images are refused before decoding.
-        position: Where the crop lies, (vertical, horizontal) in [0, 1]; (0.5, 0.5) is the centre.
+        key: Says where a random crop lies.
         mirrored: Swap left and right, last of all.
 
     Raises:
         BadSample: See ``open_image``; also ``too_small`` and ``extreme_aspect``.
     """
     if isinstance(image, bytes):
-        scale_to = config.resolution if config.fit in ("crop", "stretch") else 0
+        scale_to = config.resolution if config.fit in ("crop", "random_crop", "stretch") else 0
         picture = open_image(
             image, max_pixels=max_pixels, grey=config.channels == 1, shorter_side=scale_to, config=config
         )
@@ -68,7 +69,7 @@ def view_image(
         picture = Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image)
         _check_shape(picture.size, config)
     picture = _flatten(picture, config)
-    picture = _fit(picture, config, position)
+    picture = _fit(picture, config, crop_position(config, key))
     if mirrored:
         picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     pixels = np.asarray(picture, dtype=np.uint8)
@@ -78,9 +79,17 @@ def view_image(
 def view_sample(sample: ImageSample, config: ImageViewConfig, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> np.ndarray:
     """Return the image of a sample as ``config`` wants it; findings name the sample's shard, key and member."""
     try:
-        return view_image(sample.image, config, max_pixels=max_pixels)
+        return view_image(sample.image, config, max_pixels=max_pixels, key=sample.key)
     except BadSample as error:
         raise error.at(shard=sample.shard, key=sample.key, member=sample.member) from None
+
+
+def crop_position(config: ImageViewConfig, key: str) -> tuple[float, float]:
+    """Return where the crop of an image lies, (vertical, horizontal) in [0, 1]; (0.5, 0.5) is the centre."""
+    if config.fit != "random_crop":
+        return 0.5, 0.5
+    digest = hashlib.sha256(key.encode()).digest()
+    return int.from_bytes(digest[:4], "big") / 2**32, int.from_bytes(digest[4:8], "big") / 2**32
 
 
 def decode_image(payload: bytes, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> np.ndarray:
@@ -216,7 +225,7 @@ def _fit(picture: Image.Image, config: ImageViewConfig, position: tuple[float, f
     # Enlarging by area would repeat pixels.
     by_area = config.resample == "area" and side < (max(width, height) if config.fit == "pad" else min(width, height))
     method = Image.Resampling.BOX if by_area else Image.Resampling.LANCZOS
-    if config.fit == "crop":
+    if config.fit in ("crop", "random_crop"):
         short = min(width, height)
         left, top = (width - short) * position[1], (height - short) * position[0]
         if short == side:
