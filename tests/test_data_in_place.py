@@ -68,6 +68,9 @@ def experiment(folder: Path, source: str, *, resolution: int = 32) -> Path:
         f'[prepare_corpus]\nsource = {{ kind = "webdataset", val_fraction = 0.3, {source} }}\n'
         f"view = {{ resolution = {resolution} }}\n"
         'bad_samples = "quarantine"\nmax_bad_fraction = 0.2\n'
+        "[train_vae]\nupdates = 3\nglobal_batch = 8\nimages_per_device = 8\nlog_every = 1\npanel_every = 3\n"
+        "network = { latent_channels = 4, channels = [16, 32], blocks_per_level = 1, mid_attention = false, "
+        "norm_groups = 8 }\n"
         "[encode_latents]\nbatch_size = 16\n"
     )
     return path
@@ -176,7 +179,7 @@ def copies(cache: Cache) -> list[Path]:
     return [path for path in cache.folder.iterdir() if not path.name.endswith(("lock", ".tmp"))]
 
 
-def test_a_corpus_in_an_object_store_is_prepared_through_a_cache_too_small_for_it(
+def test_a_corpus_in_an_object_store_is_used_through_a_cache_too_small_for_it(
     s3: str, tmp_path: Path, cache: Cache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     size = len(img2dataset_shard(range(20)))
@@ -186,6 +189,11 @@ def test_a_corpus_in_an_object_store_is_prepared_through_a_cache_too_small_for_i
     assert done.returncode == 0, done.stderr
     assert len(copies(cache)) <= 2
     check_corpus(tmp_path / "run" / "corpus", prefix=s3)
+    for stage in ("train_vae", "encode_latents"):
+        done = run_stage(stage, config=config)
+        assert done.returncode == 0, done.stderr
+    assert read_manifest(tmp_path / "run" / "latents").content["counts"]["out"] == 72
+    assert len(copies(cache)) <= 2
     assert SECRET not in done.stdout + done.stderr
     for path in (tmp_path / "run").rglob("*"):
         assert not path.is_file() or SECRET.encode() not in path.read_bytes(), path
