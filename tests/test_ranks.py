@@ -174,3 +174,28 @@ def test_a_frozen_rank_is_named_by_the_others(tmp_path: Path) -> None:
     finally:
         ranks[1].kill()
         ranks[1].communicate()
+
+
+@pytest.mark.parametrize("launcher_lives", [True, False])
+def test_a_rank_whose_launcher_died_while_it_was_importing_ends_too(launcher_lives: bool) -> None:
+    """The kernel tells of a parent's death only who has asked for it before."""
+    rank = (
+        "import os, sys, time\n"
+        "while sys.argv[1] == 'False' and os.getppid() == int(sys.argv[2]): time.sleep(0.01)\n"
+        "from pipelines.runtime.launch import die_with_the_launcher\n"
+        "die_with_the_launcher(); print('lives')\n"
+    )
+    launcher = (
+        "import os, subprocess, sys\n"
+        "rank = subprocess.Popen([sys.executable, '-c', *sys.argv[1:], str(os.getpid())])\n"
+        "sys.argv[2] == 'True' and rank.wait()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", launcher, rank, str(launcher_lives)],
+        env=environment(TORCHELASTIC_RUN_ID="none", LOCAL_RANK="0"),
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.stdout == ("lives\n" if launcher_lives else ""), done.stderr
+    assert ("launcher of this process is gone" in done.stderr) is not launcher_lives
