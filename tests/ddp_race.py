@@ -23,9 +23,10 @@ from data.randomness import SampleDraws
 from models.denoiser import Denoiser
 from pipelines.config import RunConfig, load_config
 from pipelines.paired import compare
+from pipelines.placement import placement_of
 from pipelines.runtime.checkpoint import Weights
 from pipelines.runtime.ema import Averages
-from pipelines.runtime.launch import StopRequest, joined, placed, start_accelerator
+from pipelines.runtime.launch import StopRequest, joined, start_accelerator
 from pipelines.runtime.optim import Optimizer, learning_rate
 from pipelines.runtime.stage import Stage
 from pipelines.runtime.tracking import SilentTracker
@@ -34,7 +35,7 @@ from pipelines.runtime.training_config import BatchShare
 from pipelines.train_unet import LatentDraw, TrainUNetConfig, build_denoiser, one_update
 
 CHANNELS, SIZE, CLASSES = 4, 16, 10
-UPDATES_A_TURN = 5
+UPDATES_A_TURN = 2
 WORDS = (
     *("--config", str(SMOKE), "--run.root", "-", "--inputs.latents", "-", "--inputs.vae", "-"),
     *("--updates", "1000000", "--global_batch", "16", "--images_per_device", "8", "--denoiser.network.channels"),
@@ -124,7 +125,7 @@ def draws(denoiser: Denoiser, rank: int) -> Iterator[LatentDraw]:
 
 def main() -> None:
     folder, report = Path(sys.argv[1]), Path(sys.argv[2])
-    rounds = int(sys.argv[3]) if len(sys.argv) > 3 else 24
+    rounds = int(sys.argv[3]) if len(sys.argv) > 3 else 80
     config = load_config(TrainUNetConfig, table="train_unet", argv=list(WORDS))
     accelerator = start_accelerator(RunConfig(threads=1))
     folder.mkdir(parents=True, exist_ok=True)
@@ -140,10 +141,10 @@ def main() -> None:
     )
     latent = {"channels": CHANNELS, "size": SIZE}
     manifest = Manifest(content={"latent": latent, "classes": [str(number) for number in range(CLASSES)]})
-    networks = []
+    placed, networks = placement_of(stage), []
     for _ in range(2):
         torch.manual_seed(0)
-        networks.append(placed(build_denoiser(config, manifest), accelerator.device))
+        networks.append(placed(build_denoiser(config, manifest)))
     batches = list(draws(networks[0], accelerator.process_index))
     ours = Ours(config, stage, networks[0], batches)
     plain = Plain(config, joined(networks[1], accelerator, compiles=False), networks[1], batches)

@@ -20,7 +20,7 @@ from tiny_training import rank_environment
 from data.order import BlockedShuffleConfig
 from pipelines.config import load_config
 from pipelines.corpus_size import promised_corpus
-from pipelines.doctor_checks import file_operations, shards, workers
+from pipelines.doctor_checks import file_operations, mlflow_store, shards, workers
 from pipelines.plan import stage_configs
 from pipelines.prepare_corpus import PrepareCorpusConfig
 
@@ -103,6 +103,13 @@ def test_a_file_system_on_which_nothing_can_be_committed_fails(
     monkeypatch.setattr(os, call, refused)
     (found,) = file_operations(tmp_path / "run")
     assert found == ("failed", f"cannot {step} {tmp_path}: Operation not supported")
+
+
+def test_sqlite_on_a_network_folder_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipelines.runtime.run_identity.network_file_system", lambda path: "nfs4")
+    ((level, text),) = mlflow_store(f"sqlite:///{tmp_path}/mlflow.db", tmp_path, experiment="mine")
+    assert level == "failed"
+    assert "would be an sqlite file on a network folder (nfs4)" in text
 
 
 def test_more_threads_than_cores_and_machines_that_share_streams_unevenly_are_named(

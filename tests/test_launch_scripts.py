@@ -119,6 +119,11 @@ def test_an_outcome_of_an_earlier_run_does_not_explain_a_failure_of_this_one(hou
     assert run(house, "launch/pipeline.sh", "x.toml", STAGE_DOES="exit 3").returncode == 1
 
 
+def test_an_outcome_explains_a_failure_whatever_the_clock_of_its_file_server_says(house: Path) -> None:
+    stage = 'outcome 75; touch -d "2001-01-01" "$folder/outcome.json"; exit 1'
+    assert run(house, "launch/pipeline.sh", "x.toml", STAGE_DOES=stage).returncode == 75
+
+
 def test_mistakes_of_all_stages_are_shown_before_the_first_one_works(house: Path) -> None:
     done = run(house, "launch/pipeline.sh", "x.toml", MISTAKEN="train_unet evaluate")
     assert done.returncode == 2

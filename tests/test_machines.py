@@ -84,7 +84,7 @@ def test_two_machines_as_namespaces_train_through_a_cut_cable_and_a_killed_node(
         return [start_machine(n, two_machines, "train_unet", inputs, root, log) for n in range(2)]
 
     def until(update: int) -> None:
-        deadline = time.monotonic() + 90
+        deadline = time.monotonic() + 300
         while not any((folder / f"checkpoints/update-{later:08}").exists() for later in range(update, 61, 3)):
             assert time.monotonic() < deadline, log.read_text()[-3000:]
             time.sleep(0.005)
@@ -100,10 +100,10 @@ def test_two_machines_as_namespaces_train_through_a_cut_cable_and_a_killed_node(
     until(21)
     members = family(machines[1])
     os.killpg(machines[1].pid, signal.SIGKILL)
-    assert machines[0].wait(timeout=60) != 0, "the other node notices"
+    assert machines[0].wait(timeout=200) != 0, "the other node notices"
     psutil.wait_procs(members, timeout=20)
     assert not (folder / "manifest.json").exists(), "it finished before its node was killed"
-    assert [machine.wait(timeout=200) for machine in both()] == [0, 0], log.read_text()[-3000:]
+    assert [machine.wait(timeout=600) for machine in both()] == [0, 0], log.read_text()[-3000:]
     check_same("train_unet", folder, tmp_path / "whole" / "unet")
 
 
