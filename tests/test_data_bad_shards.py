@@ -16,10 +16,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from data.loading import ImageShards
+from data.manifest import FileEntry, write_manifest
 from data.samples import BadSample, encode_png
 from data.shards import ShardWriter
 from data.sources import WebDatasetConfig
-from data.transforms import ImageViewConfig, view_sample
+from data.transforms import FILTER_REASONS, ImageViewConfig, view_sample
+from pipelines.config import ConfigError
+from pipelines.prepare_corpus import PrepareCorpusConfig, shard_makers, view_at_reading
 
 SAMPLES = 7
 PLACES = {"start": 0, "middle": 3, "end": 6}
@@ -361,6 +365,41 @@ def test_every_kind_of_bad_input_is_counted_exactly_or_stops_with_its_name(kind:
         assert not changed, where
     assert not Path("/tmp/latentline-was-executed").exists()
     assert not Path("/tmp/latentline-was-written.png").exists()
+
+
+@pytest.mark.parametrize("copied", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_stage_settles_every_kind_of_bad_input(kind: str, copied: bool, tmp_path: Path) -> None:
+    bad, reasons, num_good = KINDS[kind](PLACES["middle"])
+    source = corpus(tmp_path, bad).model_copy(update={"copied": copied})
+    inputs = sorted(tmp_path.iterdir())
+    records = {}
+    for policy in ("quarantine", "strict"):
+        folder = tmp_path / policy
+        config = PrepareCorpusConfig(source=source, view=VIEW, samples_per_shard=100, bad_samples=policy)
+        makers = shard_makers(config, source.open(), folder)
+        folder.mkdir()
+        if policy == "strict" and not set(reasons) <= FILTER_REASONS:
+            with pytest.raises(ConfigError, match=rf"{tmp_path}/b\.tar: .*{next(iter(reasons))}"):
+                [make() for make in makers.values()]
+            continue
+        records = {name: make() for name, make in makers.items()}
+    found = Counter(report["reason"] for record in records.values() for report in record["quarantined"])
+    assert found == reasons
+    assert all(report["shard"] == f"{tmp_path}/b.tar" for r in records.values() for report in r["quarantined"])
+    entries = [FileEntry(**record["entry"]) for record in records.values() if record["entry"]["samples"]]
+    assert sum(entry.samples for entry in entries) == num_good + 3 * SAMPLES
+    # What was let in can be read, every sample of it, in the shards of others as in ours.
+    content = {} if copied else view_at_reading(config)
+    folder = tmp_path / ("strict" if set(reasons) <= FILTER_REASONS else "quarantine")
+    manifest = write_manifest(folder, content=content, files=entries, provenance={})
+    for split in ("train", "val"):
+        images = ImageShards(folder, split=split, manifest=manifest)
+        batch = images.read(np.arange(len(images)), carry=True)
+        assert batch.images.shape == (len(images), 8, 8, 3)
+        assert all(0 <= label < 2 for label in batch.labels)
+    assert {path for path in tmp_path.iterdir() if path.name not in ("strict", "quarantine")} == set(inputs)
+    assert not Path("/tmp/latentline-was-executed").exists()
 
 
 def test_there_are_at_least_forty_kinds_of_bad_input() -> None:

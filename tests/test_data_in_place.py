@@ -1,5 +1,6 @@
 """Shards of others, used where they lie: on disk and in an object store, img2dataset's failed samples included."""
 
+import hashlib
 import io
 import json
 import os
@@ -16,11 +17,14 @@ import pytest
 from conftest import REPOSITORY, Run, run_stage
 from PIL import Image
 
+from data.in_place import index_in_place
 from data.loading import ImageShards
 from data.manifest import read_manifest, verify_files
 from data.remote import Cache, check_address, local_path, matches
 from data.samples import BadSample
+from data.sources import Corpus, WebDatasetConfig
 from data.transforms import ImageViewConfig, view_image
+from data.verified import verify_once
 
 SECRET = "wJalrXUtnFEMIsecretEXAMPLE"
 BUCKET_HOST = "127.0.0.1"
@@ -110,6 +114,30 @@ def test_shards_of_others_are_indexed_where_they_lie_and_encoded(tmp_path: Path,
         ImageShards(tmp_path / "run" / "corpus", split="train").read(np.arange(40))
 
 
+def test_a_shard_that_was_changed_without_changing_its_size_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_foreign(tmp_path / "theirs")
+    corpus = Corpus.alone(WebDatasetConfig(urls=(f"{tmp_path}/theirs/*.tar",), val_fraction=0.3).open())
+    folder = tmp_path / "corpus"
+    entry = index_in_place(corpus, 1, "train", folder / "train-000001.tar", is_good=lambda found: True)
+    shard = Path(entry.url)
+    with monkeypatch.context() as patch:
+        patch.setattr("data.verified.sha256_of", lambda path: pytest.fail("it was read again"))
+        verify_once(folder, entry)
+    shard.touch()
+    verify_once(folder, entry)  # read again, and still the same
+    raw = bytearray(shard.read_bytes())
+    raw[5000] ^= 1
+    shard.write_bytes(raw)
+    os.utime(shard, (1, 1))
+    with pytest.raises(ValueError, match=rf"{shard} has sha256 .* its content was changed"):
+        verify_once(folder, entry)
+    shard.unlink()
+    with pytest.raises(ValueError, match=rf"{shard} is missing, but {folder}/manifest\.json lists it"):
+        verify_once(folder, entry)
+
+
 # --- an object store
 
 
@@ -179,6 +207,18 @@ def test_what_is_fetched_is_what_was_stored_and_the_longest_unused_makes_room(s3
         assert still_open.read() == img2dataset_shard(range(20, 40))
     with pytest.raises(OSError, match="more than the whole cache may hold"):
         replace(cache, max_bytes=1000).fetch(urls[1])
+
+
+def test_what_is_fetched_must_be_what_the_manifest_says(s3: str, cache: Cache) -> None:
+    url, payload = f"{s3}/00000.tar", img2dataset_shard(range(20))
+    with pytest.raises(OSError, match=r"00000\.tar has sha256 .* its manifest says abc: its content was changed"):
+        cache.fetch(url, size=len(payload), sha256="abc")
+    with pytest.raises(OSError, match=rf"has {len(payload)} bytes, its manifest says 7: it was cut or changed"):
+        cache.fetch(url, size=7)
+    assert not copies(cache)
+    cache.path(url).write_bytes(b"an older one")
+    found = cache.fetch(url, size=len(payload), sha256=hashlib.sha256(payload).hexdigest())
+    assert found.read_bytes() == payload
 
 
 def test_what_a_killed_process_left_in_the_cache_is_swept(s3: str, cache: Cache) -> None:

@@ -19,6 +19,7 @@ from typing import Annotated, Literal, TypeVar
 import numpy as np
 from pydantic import AfterValidator, BaseModel, Field
 
+from data.keys import later_occurrences
 from data.remote import check_address, is_remote, local_path, matches
 from data.samples import (
     IMAGE_SUFFIXES,
@@ -91,13 +92,13 @@ class WebDataset:
             raise ValueError(f"{both[0]} is in urls and in val_urls; a shard belongs to one split.")
         self._shards = [_Shard(url, local_path(url).stat().st_size) for url in [*train, *val]]
         hashes, numbers, rows = self._scan_all()
-        self._duplicates = _later_duplicates(hashes)
+        self._numbers, self._rows = numbers, rows
+        self._duplicates = later_occurrences(hashes, self._keys_at)
         is_val = numbers >= len(train) if val else hashes < np.uint64(int(config.val_fraction * 2**64))
         self._places: dict[Split, np.ndarray] = {
             "train": np.flatnonzero(~is_val),
             "val": np.flatnonzero(is_val),
         }
-        self._numbers, self._rows = numbers, rows
         for split, places in self._places.items():
             if not len(places):
                 raise ValueError(
@@ -243,12 +244,17 @@ class WebDataset:
             self._scans.move_to_end(number)
             return self._scans[number]
 
+    def _keys_at(self, places: np.ndarray) -> Iterator[str]:
+        for place in places.tolist():
+            number, row = int(self._numbers[place]), int(self._rows[place])
+            yield self._scan(number)[row].key or _nameless(number, row)
+
     def _scan_all(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return, for every sample of every shard: hash of its key (uint64), shard number and row (int32)."""
         hashes, numbers, rows = [], [], []
         for number in range(len(self._shards)):
             samples = self._scan(number)
-            keys = [sample.key or f"\0{number}/{row}" for row, sample in enumerate(samples)]
+            keys = [sample.key or _nameless(number, row) for row, sample in enumerate(samples)]
             hashes.append(np.array([_hash(key) for key in keys], dtype=np.uint64))
             numbers.append(np.full(len(samples), number, dtype=np.int32))
             rows.append(np.arange(len(samples), dtype=np.int32))
@@ -301,12 +307,10 @@ def _key_of(key: str) -> str:
         return safe_key(key)
 
 
+def _nameless(number: int, row: int) -> str:
+    """Return what stands for the key of a fault that is no sample's: unlike any other."""
+    return f"\0{number}/{row}"
+
+
 def _hash(key: str) -> int:
     return int.from_bytes(hashlib.blake2b(key.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big")
-
-
-def _later_duplicates(hashes: np.ndarray) -> set[int]:
-    """Return the places whose hash occurred before. 64 bits: of 10^8 keys one is falsely named with p = 0.0003."""
-    order = np.argsort(hashes, kind="stable")
-    same = hashes[order][1:] == hashes[order][:-1]
-    return set(order[1:][same].tolist())
