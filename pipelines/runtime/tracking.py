@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from data.commit import FolderLock, temporary_beside
-from pipelines.config import without_credentials
+from pipelines.runtime.credentials import without_credentials
 from pipelines.runtime.run_identity import AUTO, OFFLINE, RunIdentity, run_identity, store_uri
 from pipelines.runtime.spool import (
     EVENTS,
