@@ -243,6 +243,10 @@ class LatentShards(ShardSet):
         """Shape (2, c, h, w) of every sample's moments."""
         return self._layouts[LATENT_SUFFIX].shape
 
+    def has_captions(self) -> bool:
+        """Return whether any sample has a caption; opens shards until one has."""
+        return any("txt" in self._opened(number).index.suffixes for number in range(len(self.shards)))
+
     def read(self, indices: np.ndarray, *, flipped: np.ndarray | None = None) -> LatentBatch:
         """Read the moments at ``indices``, int64 (n,).
 

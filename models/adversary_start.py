@@ -1,12 +1,14 @@
 """When the autoencoder starts to hear of its discriminator: at a set update, or when reconstruction stops improving.
 
 A discriminator that speaks too early drowns a reconstruction that still has much to learn from pixels alone. Both kinds
-are pure functions of what they were shown, which is the same on every rank, so that all ranks start together.
+are functions of the configuration and of losses that are averaged over the ranks, so that all ranks start together, any
+number of them at the same update, and a restart changes nothing.
 """
 
 from typing import Annotated, Literal
 
 import torch
+import torch.distributed as dist
 from pydantic import BaseModel, Field, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor
 
@@ -15,28 +17,36 @@ class StartAtUpdate(BaseModel, frozen=True, extra="forbid"):
     """Start after a number of updates."""
 
     kind: Literal["update"] = "update"  # at a time that is known
-    update: NonNegativeInt = 50_000  # updates without the discriminator
+    update: NonNegativeInt = 50_000  # updates before the autoencoder hears of the discriminator
 
 
 class StartOnPlateau(BaseModel, frozen=True, extra="forbid"):
     """Start when the reconstruction loss has stopped improving."""
 
     kind: Literal["plateau"] = "plateau"  # when pixels have no more to teach
-    window: PositiveInt = 20  # looks at the loss that are averaged, to see through its noise
+    every: PositiveInt = 100  # updates that make one look at the loss
+    window: PositiveInt = 20  # looks that are averaged, to see through noise
     min_improvement: PositiveFloat = 0.01  # share of the loss that a window must gain on the one before it
-    latest_update: PositiveInt = 100_000  # start then in any case
+    latest_update: PositiveInt = 100_000  # start after it in any case
 
 
 AdversaryStartConfig = Annotated[StartAtUpdate | StartOnPlateau, Field(discriminator="kind")]
 
 
 class AdversaryStart:
-    """Whether the discriminator speaks; a part of the checkpoint."""
+    """Whether the discriminator speaks; a part of the checkpoint, the same on every rank.
 
-    def __init__(self, config: AdversaryStartConfig) -> None:
+    Args:
+        config: What is waited for.
+        device: Where losses lie.
+    """
+
+    def __init__(self, config: AdversaryStartConfig, *, device: torch.device) -> None:
         self.config = config
-        self._losses: list[float] = []  # of the present and the last window, oldest first
         self._started = False
+        self._looks: list[float] = []  # of the present and the last window, oldest first
+        self._sum = torch.zeros((), dtype=torch.float64, device=device)  # of the losses since the last look
+        self._count = torch.zeros((), dtype=torch.float64, device=device)
 
     def has_started(self, update: int) -> bool:
         """Whether the autoencoder hears of the discriminator in ``update``, counted from 1."""
@@ -46,21 +56,51 @@ class AdversaryStart:
             case StartOnPlateau(latest_update=latest):
                 return self._started or update > latest
 
-    def look(self, loss: float) -> None:
-        """Take note of the reconstruction loss, averaged over ranks and over the updates since the last look."""
-        if not isinstance(self.config, StartOnPlateau) or self._started:
-            return
+    @torch.no_grad()
+    def watch(self, loss: Tensor, *, update: int, refused: Tensor) -> bool:
+        """Take note of an update's reconstruction loss; return whether the reason to start came with it. A collective.
+
+        It costs an all-reduce of one number an update, and waits for the device once a look.
+
+        Args:
+            loss: This rank's mean; a scalar on the device.
+            update: Its number, from 1.
+            refused: 1 where the update does not count, then its loss does not either; a scalar on the device.
+        """
+        if not isinstance(self.config, StartOnPlateau) or self.has_started(update):
+            return False
+        mean = loss.detach().double()
+        if dist.is_initialized():
+            dist.all_reduce(mean)
+            mean /= dist.get_world_size()
+        counts = refused == 0
+        self._sum += torch.where(counts, mean, 0.0)
+        self._count += counts
+        if update % self.config.every == 0 and bool(counts):
+            self._look(float(self._sum / self._count))
+            self._sum.zero_()
+            self._count.zero_()
+        return self._started
+
+    def _look(self, loss: float) -> None:
+        assert isinstance(self.config, StartOnPlateau)
         window = self.config.window
-        self._losses = [*self._losses, loss][-2 * window :]
-        if len(self._losses) == 2 * window:
-            before, now = sum(self._losses[:window]) / window, sum(self._losses[window:]) / window
+        self._looks = [*self._looks, loss][-2 * window :]
+        if len(self._looks) == 2 * window:
+            before, now = sum(self._looks[:window]) / window, sum(self._looks[window:]) / window
             self._started = now > (1 - self.config.min_improvement) * before
 
     def tensors(self) -> dict[str, Tensor]:
         """The state, for a checkpoint."""
-        return {"started": torch.tensor(self._started), "losses": torch.tensor(self._losses, dtype=torch.float64)}
+        return {
+            "started": torch.tensor(self._started),
+            "looks": torch.tensor(self._looks, dtype=torch.float64),
+            "sum": self._sum,
+            "count": self._count,
+        }
 
     def load(self, tensors: dict[str, Tensor]) -> None:
         """Take up a state where it was left."""
         self._started = bool(tensors["started"])
-        self._losses = tensors["losses"].tolist()
+        self._looks = tensors["looks"].tolist()
+        self._sum, self._count = (tensors[name].to(self._sum.device) for name in ("sum", "count"))

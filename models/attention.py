@@ -2,10 +2,11 @@
 
 Shapes: b batch, n heads, s sequence, d width of a head, c channels (n d), h and w height and width.
 
-The backend is a property of the machine, not of the model: networks start on ``sdpa``, which runs everywhere, and
-``use_attention_backend`` moves them to another one after it has run there, forward and backward.
+The backend is a property of the machine, not of the model: networks start on ``sdpa``, which runs everywhere.
+``choose_attention_backend`` finds one that has run on the device, ``use_attention_backend`` lets a network use it.
 """
 
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -66,60 +67,82 @@ class ChosenBackend(NamedTuple):
     reason: str
 
 
-def use_attention_backend(
-    network: nn.Module, requested: RequestedBackend, *, device: torch.device, dtype: torch.dtype = torch.float32
+def choose_attention_backend(
+    requested: RequestedBackend, *, device: torch.device, dtypes: Sequence[torch.dtype] = (torch.float32,)
 ) -> ChosenBackend:
-    """Make every attention in ``network`` use a backend that is known to run on ``device`` in ``dtype``.
+    """Return a backend that has run on ``device`` in each of ``dtypes``, forward and backward.
 
     ``auto`` takes the first that runs, in the order that suits the device.
 
     Raises:
         ValueError: The backend that was asked for does not run there; the message holds the reason.
     """
-    if requested == "auto":
-        choice = _first_that_runs(device, dtype)
-    else:
-        failure = probe_backend(requested, device=device, dtype=dtype)
-        if failure:
+    if requested != "auto":
+        if failure := _failure(requested, device, dtypes):
             raise ValueError(
-                f"Attention backend {requested!r} does not run on {device.type} in {dtype}: {failure}. "
+                f"attention backend {requested!r} does not run on {device.type} in {failure}. "
                 f"Use 'auto' or 'sdpa', or install what it needs (xformers: pip install 'latentline[gpu]')."
             )
-        choice = ChosenBackend(requested, "asked for; forward and backward ran")
-    for module in network.modules():
-        if isinstance(module, SelfAttention | CrossAttention):
-            module.backend = choice.name
-    return choice
-
-
-def _first_that_runs(device: torch.device, dtype: torch.dtype) -> ChosenBackend:
+        return ChosenBackend(requested, "asked for; forward and backward ran")
     failures: list[str] = []
     for backend in _PREFERENCE.get(device.type, ("sdpa", "math")):
-        failure = probe_backend(backend, device=device, dtype=dtype)
+        failure = _failure(backend, device, dtypes)
         if not failure:
             after = f", after {'; '.join(failures)}" if failures else ""
             return ChosenBackend(backend, f"first to run forward and backward on {device.type}{after}")
-        failures.append(f"{backend} failed ({failure})")
-    raise ValueError(f"No attention backend runs on {device.type} in {dtype}: {'; '.join(failures)}.")
+        failures.append(f"{backend} failed in {failure}")
+    raise ValueError(f"no attention backend runs on {device.type}: {'; '.join(failures)}.")
+
+
+def _failure(backend: Backend, device: torch.device, dtypes: Sequence[torch.dtype]) -> str:
+    """The first dtype in which ``backend`` does not run, and why; "" where it runs in all."""
+    for dtype in dtypes:
+        if failure := probe_backend(backend, device=device, dtype=dtype):
+            return f"{str(dtype).removeprefix('torch.')} ({failure})"
+    return ""
+
+
+def use_attention_backend(network: nn.Module, backend: Backend) -> None:
+    """Let every attention in ``network`` be computed by ``backend``."""
+    for module in network.modules():
+        if isinstance(module, SelfAttention | CrossAttention):
+            module.backend = backend
 
 
 def probe_backend(backend: Backend, *, device: torch.device, dtype: torch.dtype) -> str:
-    """Run ``backend`` forward and backward with a mask on small tensors; "" if that worked, else what went wrong."""
+    """Run ``backend`` forward and backward with a mask on small tensors, against plain arithmetic.
+
+    Returns:
+        "" when output and gradients agree, else what went wrong.
+    """
     try:
-        q, k, v = (
-            torch.linspace(-1, 1, 2 * 2 * 16 * 32, device=device, dtype=dtype).reshape(2, 2, 16, 32).requires_grad_()
-            for _ in range(3)
-        )
-        mask = (torch.arange(16, device=device) < 9).expand(2, 16)
-        out = attend(q, k, v, mask=mask, backend=backend)
-        expected = attend(q, k, v, mask=mask, backend="math")
-        out.float().square().sum().backward()
-        error = (out - expected).abs().max().item()
+        found, expected = (_output_and_gradients(one, device=device, dtype=dtype) for one in (backend, "math"))
     except Exception as failure:
         # Anything at all may come out of a foreign kernel, and each of it means the same here: it does not run.
         return f"{type(failure).__name__}: {str(failure).strip().splitlines()[0] if str(failure).strip() else ''}"
     tolerance = 1e-4 if dtype == torch.float32 else 2e-2
-    return "" if error <= tolerance else f"its output differs from plain arithmetic by {error:.1e}"
+    for name, right in expected.items():
+        if name not in found:
+            return f"it gives no {name}"
+        error = (found[name] - right).abs().max().item() / max(1.0, right.abs().max().item())
+        if not error <= tolerance:  # NaN is not either
+            return f"its {name} differs from plain arithmetic by {error:.1e}"
+    return ""
+
+
+def _output_and_gradients(backend: Backend, *, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
+    inputs = {
+        name: torch.linspace(-1, 1, 2 * 2 * 16 * 32, device=device, dtype=dtype)
+        .roll(turn)
+        .reshape(2, 2, 16, 32)
+        .requires_grad_()
+        for name, turn in (("query", 0), ("key", 333), ("value", 777))
+    }
+    mask = (torch.arange(16, device=device) < 9).expand(2, 16)
+    out = attend(*inputs.values(), mask=mask, backend=backend)
+    out.float().square().sum().backward()
+    gradients = {f"gradient of the {name}": x.grad.float() for name, x in inputs.items() if x.grad is not None}
+    return {"output": out.detach().float(), **gradients}
 
 
 class SelfAttention(nn.Module):

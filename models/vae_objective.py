@@ -10,9 +10,10 @@ from typing import Annotated, Literal
 
 import torch
 import torch.distributed as dist
-from pydantic import BaseModel, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat
+from pydantic import BaseModel, Field, NonNegativeFloat, PositiveFloat
 from torch import Tensor, nn
 
+from models.adversary_start import AdversaryStartConfig, StartAtUpdate
 from models.discriminator import (
     Discriminator,
     DiscriminatorConfig,
@@ -49,7 +50,7 @@ class PatchAdversary(BaseModel, frozen=True, extra="forbid"):
 
     kind: Literal["patchgan"] = "patchgan"  # sharper textures, after the reconstruction has settled
     weight: PositiveFloat = 0.5  # of the adversarial term, on top of the adaptive weight
-    start_update: NonNegativeInt = 50_000  # updates before the autoencoder hears of the discriminator
+    start: AdversaryStartConfig = StartAtUpdate()  # when the autoencoder begins to hear of the discriminator
     discriminator: DiscriminatorConfig = DiscriminatorConfig()  # the network
 
 
@@ -70,6 +71,7 @@ class VAELoss:
     """The loss of one micro-batch; all scalars."""
 
     total: Tensor  # what is minimised
+    reconstruction: Tensor  # L1 and perception, weighted as in the total
     terms: dict[str, Tensor]  # its parts, unweighted
     pulls: dict[str, Tensor]  # those that reach the decoder, weighted as in the total
 
@@ -92,7 +94,6 @@ class VAEObjective(nn.Module):
         *,
         last_layer: Tensor,
         discriminator: Discriminator | None,
-        update: int,
     ) -> VAELoss:
         """Judge a reconstruction.
 
@@ -101,8 +102,8 @@ class VAEObjective(nn.Module):
             reconstruction: Same shape.
             posterior: Of the latents.
             last_layer: Weight of the decoder's last layer, where gradients are compared.
-            discriminator: The bare network, or None without an adversary; its weights get no gradient here.
-            update: Present update, from 1; the same on every rank.
+            discriminator: The bare network, or None as long as there is none to hear of; the same on every rank. Its
+                weights get no gradient here.
         """
         elements = images[0].numel()
         terms = {"l1": (images - reconstruction).abs().mean(), "kl": posterior.kl().mean() / elements}
@@ -114,7 +115,7 @@ class VAEObjective(nn.Module):
         reconstruction_loss = sum(pulls.values(), start=torch.zeros_like(terms["l1"]))
         total = reconstruction_loss + self.config.kl_weight * terms["kl"]
         adversary = self.config.adversary
-        if isinstance(adversary, PatchAdversary) and discriminator is not None and update > adversary.start_update:
+        if isinstance(adversary, PatchAdversary) and discriminator is not None:
             terms["adversarial"] = generator_hinge_loss(discriminator(reconstruction))
             weight = adaptive_weight(
                 rank_mean_gradient(reconstruction_loss, last_layer),
@@ -123,7 +124,7 @@ class VAEObjective(nn.Module):
             pulls["adversarial"] = adversary.weight * weight * terms["adversarial"]
             total = total + pulls["adversarial"]
             terms["adaptive_weight"] = weight
-        return VAELoss(total=total, terms=terms, pulls=pulls)
+        return VAELoss(total=total, reconstruction=reconstruction_loss, terms=terms, pulls=pulls)
 
 
 def discriminator_loss(discriminator: nn.Module, images: Tensor, reconstruction: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,8 @@
 """Captions to features: what encoding stores beside a latent, and what a prompt becomes when images are drawn.
 
-The text encoder is frozen, so the features of a caption are computed once. A digest of the encoder's files goes with
-them from the latents to the U-Net: a prompt of another encoder would mean nothing to it.
+The text encoder is frozen, so the features of a caption are computed once, or anew in each batch where space is dearer
+than time. A digest of the encoder's files goes with them to the U-Net: a prompt of another encoder would mean nothing
+to it.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,11 +14,13 @@ from pydantic import BaseModel, Field
 from torch import Tensor
 
 from data.commit import sha256_of
-from data.manifest import digest_of
+from data.loading import LatentBatch
+from data.manifest import Manifest, digest_of
 from models.conditioning import TextConditionerConfig
 from models.conditioning.text import TEXT_POOLED, TEXT_TOKENS
 from models.conditioning.text_encoder import MiniLMConfig, PretrainedConfig
 from models.denoiser import DenoiserConfig
+from pipelines.config import ConfigError
 
 MAX_KEPT_CAPTIONS = 1_024
 FEATURES = (TEXT_TOKENS, TEXT_POOLED)
@@ -29,7 +32,20 @@ class NoTextConfig(BaseModel, frozen=True, extra="forbid"):
     kind: Literal["none"] = "none"
 
 
+class StoredFeaturesConfig(BaseModel, frozen=True, extra="forbid"):
+    """Features are read from beside the latents."""
+
+    kind: Literal["stored"] = "stored"  # needs encode_latents.captions
+
+
+class ComputedFeaturesConfig(BaseModel, frozen=True, extra="forbid"):
+    """Features are computed from the captions beside the latents, in every batch anew, by the conditioner's encoder."""
+
+    kind: Literal["computed"] = "computed"  # needs no space for features, but the encoder's time
+
+
 CaptionFeaturesConfig = Annotated[NoTextConfig | MiniLMConfig | PretrainedConfig, Field(discriminator="kind")]
+FeatureSourceConfig = Annotated[StoredFeaturesConfig | ComputedFeaturesConfig, Field(discriminator="kind")]
 
 
 class CaptionEncoder:
@@ -81,6 +97,84 @@ class CaptionEncoder:
             self._kept[caption] = {TEXT_TOKENS: tokens[row], TEXT_POOLED: pooled[row]}
 
 
+class CaptionFeatures:
+    """The features of captions that a denoiser reads in training; a part of the checkpoint when it computes them.
+
+    Computed features are those that encoding would have stored, in the same dtype. They are computed from nothing but
+    the batch, in batches of one size, so that a restart gives the same bits.
+
+    Args:
+        source: Where features come from.
+        denoiser: The model; its text conditioners name the encoder.
+        latents: Manifest of the latents.
+        device: Where an encoder computes.
+
+    Raises:
+        ValueError: The latents do not have the features, or there is no such encoder, or it has another width.
+    """
+
+    def __init__(
+        self,
+        source: FeatureSourceConfig,
+        denoiser: DenoiserConfig,
+        *,
+        latents: Manifest,
+        device: torch.device,
+    ) -> None:
+        self._encoder: CaptionEncoder | None = None  # where features are computed
+        self._dtype = np.dtype(latents.content["config"]["dtype"])
+        self._read = tuple(field for field in denoiser.fields if field in FEATURES)
+        about = latents.content.get("text")
+        if isinstance(source, ComputedFeaturesConfig) and self._read:
+            self._encoder = CaptionEncoder(text_conditioners(denoiser)[0].encoder, device=device)
+            about = self._encoder.about
+        check_features(denoiser, about)
+        #: What a manifest says of the features; None without any.
+        self.about: Mapping[str, Any] | None = about
+
+    @property
+    def stored(self) -> tuple[str, ...]:
+        """Names of the arrays to read with each latent."""
+        return () if self._encoder is not None else self._read
+
+    @property
+    def computes(self) -> bool:
+        """Whether captions are to be read with each latent instead."""
+        return self._encoder is not None
+
+    @property
+    def are_read(self) -> bool:
+        """Whether the denoiser reads captions at all."""
+        return bool(self._read)
+
+    def of(self, batch: LatentBatch) -> dict[str, Tensor]:
+        """Return the features of a batch's captions by field, in the dtype of storage; (n ...)."""
+        if self._encoder is None:
+            return as_tensors(batch.features)
+        self._encoder.forget()
+        found = self._encoder(batch.captions)
+        return as_tensors({name: found[name].astype(self._dtype) for name in self._read})
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The digest of the encoder that computes here: it must be the same on every rank and after every restart."""
+        assert self._encoder is not None
+        return {"encoder": torch.tensor(list(bytes.fromhex(self._encoder.about["encoder"])), dtype=torch.uint8)}
+
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        """Make sure that the encoder is the one of the checkpoint.
+
+        Raises:
+            ConfigError: It is another.
+        """
+        mine = self.tensors()["encoder"]
+        if tensors and not tensors["encoder"].equal(mine):
+            before, now = (bytes(each.tolist()).hex()[:12] for each in (tensors["encoder"], mine))
+            raise ConfigError(
+                f"train_unet.captions: training began with the text encoder {before}, the one here is {now}, whose "
+                "features mean nothing to the U-Net. Restore the encoder's files, or train anew."
+            )
+
+
 def text_conditioners(denoiser: DenoiserConfig) -> list[TextConditionerConfig]:
     """Return the conditioners that read captions."""
     return [each for each in denoiser.conditioners if isinstance(each, TextConditionerConfig)]
@@ -96,11 +190,11 @@ def blank_features(denoiser: DenoiserConfig) -> dict[str, Tensor]:
 
 
 def check_features(denoiser: DenoiserConfig, about: Mapping[str, Any] | None) -> None:
-    """Refuse a text conditioner that cannot read the features which the latents hold.
+    """Refuse a text conditioner that cannot read the features that there are.
 
     Args:
         denoiser: The model.
-        about: What the latents' manifest says of their captions' features; None when they have none.
+        about: What is known of the captions' features, as the latents' manifest has it; None when there are none.
 
     Raises:
         ValueError: There are none, or they have another width or length.
@@ -109,7 +203,8 @@ def check_features(denoiser: DenoiserConfig, about: Mapping[str, Any] | None) ->
         if about is None:
             raise ValueError(
                 "a conditioner of kind 'text' needs the features of captions, and inputs.latents holds none. Set "
-                'encode_latents.captions = { kind = "minilm" } and encode again, or remove the conditioner.'
+                'encode_latents.captions = { kind = "minilm" } and encode again, have them computed with '
+                'train_unet.captions = { kind = "computed" }, or remove the conditioner.'
             )
         encoder = conditioner.encoder
         asked = {"kind": encoder.kind, "width": conditioner.width, "tokens": encoder.max_tokens}
@@ -117,8 +212,8 @@ def check_features(denoiser: DenoiserConfig, about: Mapping[str, Any] | None) ->
             held = ", ".join(f"{name} = {about[name]}" for name in wrong)
             given = ", ".join(f"{name} = {size}" for name, size in wrong.items())
             raise ValueError(
-                f"the text conditioner has {given}, but the features in inputs.latents have {held}. Give the "
-                "conditioner the encoder (and its max_tokens) that encode_latents.captions has, and that width."
+                f"the text conditioner has {given}, but its features have {held}. Give the conditioner the encoder "
+                "(and its max_tokens) that encode_latents.captions has, and that width."
             )
 
 

@@ -32,6 +32,7 @@ from pipelines.encode_progress import EncodingProgress
 from pipelines.foreign import STAND_INS
 from pipelines.inputs import verify_shards
 from pipelines.latent_figures import alarms, audit_keys, statistics_plot
+from pipelines.placement import placement_of
 from pipelines.published import load_vae
 from pipelines.runtime.launch import Precision
 from pipelines.runtime.parts import finished_parts, make_parts
@@ -81,9 +82,10 @@ def main() -> None:
 
 def encode(config: EncodeLatentsConfig, stage: Stage) -> None:
     """Encode every shard that is missing, then account for every sample and measure the whole."""
+    placed = placement_of(stage)
     verify_shards(stage, "corpus")
     with blaming("inputs.vae"):
-        vae = load_vae(config.inputs.vae, stage.parents["vae"], device=stage.accelerator.device).network
+        vae = load_vae(config.inputs.vae, stage.parents["vae"], placed=placed).network
     with blaming("encode_latents.captions"):
         captions = caption_encoder(config, stage)
     corpus = stage.parents["corpus"]

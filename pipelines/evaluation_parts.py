@@ -26,6 +26,7 @@ from models.metrics import psnr, ssim
 from pipelines.captions import as_tensors, prompt_encoder
 from pipelines.config import StageConfig
 from pipelines.evaluation_bound import BoundConfig, BoundMeter, NoBoundConfig, VariationalBoundConfig
+from pipelines.placement import placement_of
 from pipelines.published import load_denoiser, load_vae
 from pipelines.runtime.launch import Precision
 from pipelines.runtime.request import blaming
@@ -91,11 +92,12 @@ class PartMaker:
 
     def __init__(self, config: DrawConfig, stage: Stage) -> None:
         self.config, self.stage = config, stage
-        device = stage.accelerator.device
+        placed = placement_of(stage)
+        device = placed.device
         with blaming("inputs.vae"):
-            self.vae = load_vae(config.inputs.vae, stage.parents["vae"], device=device).network
+            self.vae = load_vae(config.inputs.vae, stage.parents["vae"], placed=placed).network
         with blaming("inputs.unet"):
-            published = load_denoiser(config.inputs.unet, stage.parents["unet"], device=device)
+            published = load_denoiser(config.inputs.unet, stage.parents["unet"], placed=placed)
         self.sampler = ImageSampler(
             published.network,
             published.normalisation,

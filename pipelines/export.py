@@ -33,11 +33,12 @@ from pipelines.captions import as_tensors, prompt_encoder
 from pipelines.config import ConfigError, StageConfig, config_from_command_line
 from pipelines.foreign import STAND_INS
 from pipelines.model_card import model_card
+from pipelines.placement import Placement
 from pipelines.published import PublishedDenoiser, check_same_vae, denoiser_config, load_denoiser, load_vae
 from pipelines.runtime.request import blaming, read_parents
 
 EXAMPLE_SAMPLES = 4
-CPU = torch.device("cpu")  # in float32, so that the example is the same for whoever checks it
+ON_CPU = Placement(torch.device("cpu"))  # in float32, so that the example is the same for whoever checks it
 
 
 class ExportInputs(BaseModel, frozen=True, extra="forbid"):
@@ -84,8 +85,8 @@ def export(config: ExportConfig) -> None:
         described = denoiser_config(config.inputs.unet)
         sampler = DDIMConfig(num_steps=config.num_inference_steps, spacing=config.spacing)
         scheduler = scheduler_config_to_diffusers(described, sampler)
-        vae = load_vae(config.inputs.vae, parents["vae"], device=CPU).network
-        published = load_denoiser(config.inputs.unet, unet_manifest, device=CPU)
+        vae = load_vae(config.inputs.vae, parents["vae"], placed=ON_CPU).network
+        published = load_denoiser(config.inputs.unet, unet_manifest, placed=ON_CPU)
         configs = network_configs(published, vae, num_classes=len(unet_manifest.classes))
         conditions = example_conditions(config, published, unet_manifest.classes)
     example = compute_example(config, published, vae, sampler=sampler, conditions=conditions)
@@ -159,7 +160,7 @@ def example_conditions(
     """Return the fields that the example's samples are conditioned on: classes, and prompts, in turn."""
     numbers = range(EXAMPLE_SAMPLES)
     conditions = {"labels": torch.tensor([index % len(classes) if classes else -1 for index in numbers])}
-    encoder = prompt_encoder(published.network.config, published.text, device=CPU)
+    encoder = prompt_encoder(published.network.config, published.text, device=ON_CPU.device)
     if encoder is None:
         if config.prompts:
             raise ValueError("the model reads no text, so prompts cannot be drawn. Remove export.prompts.")

@@ -20,7 +20,7 @@ from models.denoiser import Denoiser, DenoiserConfig
 from models.diffusion.samplers import SamplerConfig, check_sampler
 from models.vae import AutoencoderKL, VAEConfig
 from pipelines.foreign import FOREIGN_STAGE, read_foreign_vae
-from pipelines.runtime.launch import placed
+from pipelines.placement import Placement
 from pipelines.runtime.stage import Stage
 
 
@@ -83,7 +83,7 @@ def publish(stage: Stage, *, name: str, network: nn.Module, config: Mapping[str,
     return [FileEntry.of(path), FileEntry.of(folder / "config.json")], sha256_of(path)
 
 
-def load_vae(folder: str | Path, manifest: Manifest, *, device: torch.device) -> PublishedVAE:
+def load_vae(folder: str | Path, manifest: Manifest, *, placed: Placement) -> PublishedVAE:
     """Build a published VAE, ours or that of a diffusers folder, frozen.
 
     Raises:
@@ -92,14 +92,14 @@ def load_vae(folder: str | Path, manifest: Manifest, *, device: torch.device) ->
     if manifest.content.get("stage") == FOREIGN_STAGE:
         theirs = read_foreign_vae(Path(folder), manifest)
         weights = manifest.content["weights"]
-        return PublishedVAE(network=placed(theirs.requires_grad_(False).eval(), device), weights=weights)
+        return PublishedVAE(network=placed(theirs.requires_grad_(False).eval()), weights=weights)
     config, weights = _read(Path(folder), manifest, name="vae")
     network = AutoencoderKL(VAEConfig(**config["network"]), image_channels=config["image_channels"])
     network.load_state_dict(load_file(Path(folder) / "vae.safetensors"))
-    return PublishedVAE(network=placed(network.requires_grad_(False).eval(), device), weights=weights)
+    return PublishedVAE(network=placed(network.requires_grad_(False).eval()), weights=weights)
 
 
-def load_denoiser(folder: str | Path, manifest: Manifest, *, device: torch.device) -> PublishedDenoiser:
+def load_denoiser(folder: str | Path, manifest: Manifest, *, placed: Placement) -> PublishedDenoiser:
     """Build a published U-Net with its process, frozen.
 
     Raises:
@@ -114,8 +114,8 @@ def load_denoiser(folder: str | Path, manifest: Manifest, *, device: torch.devic
     )
     network.load_state_dict(load_file(Path(folder) / "unet.safetensors"))
     return PublishedDenoiser(
-        network=placed(network.requires_grad_(False).eval(), device),
-        normalisation=Normalisation(config["statistics"]).to(device),
+        network=placed(network.requires_grad_(False).eval()),
+        normalisation=Normalisation(config["statistics"]).to(placed.device),
         latent_channels=config["latent_channels"],
         latent_size=config["latent_size"],
         vae_weights=manifest.content["vae"],

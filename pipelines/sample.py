@@ -1,6 +1,7 @@
 """Draw images from a trained run: for a class or a prompt, a number, a guidance scale, steps and a seed.
 
     python -m pipelines.sample --config pipelines/configs/demo.toml --class_name sneaker --number 16 --guidance.scale 3
+    python -m pipelines.sample --config pipelines/configs/demo.toml --class_name bag --interpolate true --number 8
     python -m pipelines.sample --config pipelines/configs/emoji.toml --prompt "grinning cat face with smiling eyes"
 
 Reads: ``runs/NAME/vae/``, ``runs/NAME/unet/``. Writes: ``OUTPUT/KEY.png`` for each image, and ``OUTPUT/grid.png``.
@@ -14,15 +15,17 @@ from pathlib import Path
 import numpy as np
 import torch
 from pydantic import BaseModel, NonNegativeInt, PositiveInt
+from torch import Tensor
 
 from data.commit import write_atomically
 from data.panels import panel_png
 from data.samples import encode_png
 from models.diffusion.guidance import GuidanceConfig
-from models.diffusion.samplers import DDIMConfig, SamplerConfig
+from models.diffusion.samplers import DDIMConfig, SamplerConfig, slerp
 from pipelines.captions import as_tensors, prompt_encoder
 from pipelines.config import ConfigError, StageConfig, config_from_command_line
 from pipelines.foreign import STAND_INS
+from pipelines.placement import Placement, attention_on
 from pipelines.published import check_same_vae, check_sampler_suits, denoiser_config, load_denoiser, load_vae
 from pipelines.runtime.progress import progress_line
 from pipelines.runtime.request import blaming, read_parents
@@ -48,7 +51,9 @@ class SampleConfig(StageConfig):
     seed: NonNegativeInt = 0  # image i depends on (seed, i) only
     sampler: SamplerConfig = DDIMConfig(num_steps=50)  # how they are drawn; --sampler.num_steps N
     guidance: GuidanceConfig = GuidanceConfig(scale=2.0)  # how strongly class and prompt pull; --guidance.scale S
+    interpolate: bool = False  # images on the arc from the first one's noise to the last one's, both included
     batch_size: PositiveInt = 50  # images drawn at once
+    tile: NonNegativeInt = 0  # decode in tiles of so many latent pixels a side, for large images; 0 decodes at once
     output: str = "samples"  # folder to write to
 
 
@@ -68,9 +73,13 @@ def draw(config: SampleConfig) -> None:
     with blaming("inputs"):
         check_same_vae(unet.content["vae"], given=parents["vae"], given_at=config.inputs.vae, user=config.inputs.unet)
         check_sampler_suits(config.sampler, denoiser_config(config.inputs.unet))
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        vae = load_vae(config.inputs.vae, parents["vae"], device=device)
-        published = load_denoiser(config.inputs.unet, unet, device=device)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    attention = attention_on(device, config.run)
+    print(f"sample: on {device}, attention by {attention.name}: {attention.reason}")
+    placed = Placement(device, attention.name)
+    with blaming("inputs"):
+        vae = load_vae(config.inputs.vae, parents["vae"], placed=placed)
+        published = load_denoiser(config.inputs.unet, unet, placed=placed)
     reads = published.network.config.fields
     labels = labels_of(config, unet.classes if "labels" in reads else ())
     with blaming("inputs.unet"):
@@ -85,6 +94,7 @@ def draw(config: SampleConfig) -> None:
         vae.network,
         latent_shape=(published.latent_channels, published.latent_size, published.latent_size),
         seed=config.seed,
+        tile=config.tile,
     )
 
     images: list[np.ndarray] = []
@@ -93,9 +103,25 @@ def draw(config: SampleConfig) -> None:
             indices = range(first, min(first + config.batch_size, config.number))
             conditions = {"labels": torch.tensor([labels[index] for index in indices])}
             conditions |= {name: torch.cat([field] * len(indices)) for name, field in prompt.items()}
-            images.extend(sampler.draw(indices, conditions, sampler=config.sampler, guidance=config.guidance))
+            drawn = sampler.draw(
+                indices,
+                conditions,
+                sampler=config.sampler,
+                guidance=config.guidance,
+                noise=start_of(config, sampler, indices),
+            )
+            images.extend(drawn)
             line.advance_to(len(images))
     write_images(config, images, [unet.classes[label] if label >= 0 else "" for label in labels])
+
+
+def start_of(config: SampleConfig, sampler: ImageSampler, indices: range) -> Tensor:
+    """Return the noise that the images start from; (n c h w)."""
+    if not config.interpolate or config.number == 1:
+        return sampler.noise(indices)
+    last = config.number - 1
+    first, end = (sampler.noise([index]) for index in (0, last))
+    return torch.cat([slerp(first, end, index / last) for index in indices])
 
 
 def write_images(config: SampleConfig, images: Sequence[np.ndarray], names: Sequence[str]) -> None:

@@ -25,16 +25,17 @@ from data.randomness import SampleDraws
 from data.samples import Split
 from models.denoiser import Denoiser, DenoiserConfig
 from models.vae import Posterior
-from pipelines.captions import as_tensors, check_features
+from pipelines.captions import CaptionFeatures, FeatureSourceConfig, StoredFeaturesConfig
 from pipelines.config import ConfigError, config_from_command_line
 from pipelines.foreign import STAND_INS, RandomStart, StartConfig, check_start, load_start
 from pipelines.inputs import verify_shards
+from pipelines.placement import placement_of
 from pipelines.published import Normalisation, check_same_vae, check_sampler_suits, publish
-from pipelines.runtime.checkpoint import Weights
+from pipelines.runtime.checkpoint import Stateful, Weights
 from pipelines.runtime.ema import Averages
-from pipelines.runtime.launch import joined, launched_world_size, placed
+from pipelines.runtime.launch import joined, launched_world_size
 from pipelines.runtime.optim import Optimizer
-from pipelines.runtime.performance import flops_of, peak_flops
+from pipelines.runtime.performance import flops_of, known_peak_flops
 from pipelines.runtime.request import blaming
 from pipelines.runtime.stage import Stage, running_stage
 from pipelines.runtime.training import BatchShare, Training, TrainingConfig
@@ -57,6 +58,7 @@ class TrainUNetConfig(TrainingConfig):
     denoiser: DenoiserConfig = DenoiserConfig()  # network, conditions, process and objective
     start: StartConfig = RandomStart()  # weights to start from
     order: OrderConfig = FullShuffleConfig()  # order of the training latents
+    captions: FeatureSourceConfig = StoredFeaturesConfig()  # where the features of captions come from
     flip_probability: Annotated[float, Field(ge=0, le=1)] = 0.0  # of a mirrored image; needs encode_latents.flipped
     panel: PanelConfig = PanelConfig()  # sample grid during training
 
@@ -106,13 +108,18 @@ def check_request(config: TrainUNetConfig, parents: Mapping[str, Manifest]) -> N
             "latents. Encode with encode_latents.flipped = true, or set the probability to 0."
         )
     with blaming("train_unet.denoiser"):
-        check_features(config.denoiser, latents.get("text"))
+        caption_features(config, parents["latents"], device=torch.device("cpu"))
         with torch.device("meta"):
             build_denoiser(config, parents["latents"])
     with blaming("train_unet.start"):
         check_start(config.start, config.denoiser, latent_channels=latents["latent"]["channels"])
     with blaming("train_unet.panel.sampler"):
         check_sampler_suits(config.panel.sampler, config.denoiser)
+
+
+def caption_features(config: TrainUNetConfig, latents: Manifest, *, device: torch.device) -> CaptionFeatures:
+    """Open where the features of captions come from."""
+    return CaptionFeatures(config.captions, config.denoiser, latents=latents, device=device)
 
 
 def build_denoiser(config: TrainUNetConfig, latents: Manifest) -> Denoiser:
@@ -129,28 +136,33 @@ def build_denoiser(config: TrainUNetConfig, latents: Manifest) -> Denoiser:
 def train(config: TrainUNetConfig, stage: Stage) -> None:
     """Train to the last update and publish the averaged weights."""
     # What to learn, and from what.
+    placed = placement_of(stage)
     verify_shards(stage, "latents")
     latents = stage.parents["latents"]
-    device = stage.accelerator.device
     torch.manual_seed(config.seed)
     denoiser = build_denoiser(config, latents)
     with blaming("train_unet.start"):
         start = load_start(config.start, denoiser)
-    denoiser = placed(denoiser, device)
-    batches = BatchMaker(config, stage, denoiser, split="train")
+    denoiser = placed(denoiser)
+    with blaming("train_unet.captions"):
+        captions = caption_features(config, latents, device=placed.device)
+    batches = BatchMaker(config, stage, denoiser, captions, split="train")
 
     # How to learn it.
     optimizer = Optimizer(denoiser, config.optim, accelerator=stage.accelerator)
     averages = Averages(denoiser, config.averages)
     wrapped = joined(denoiser, stage.accelerator, compiles=config.compile)
+    parts: dict[str, Stateful] = {"unet": Weights(denoiser), "unet_optimizer": optimizer, "unet_averages": averages}
+    if captions.computes:
+        parts |= {"captions": captions}
     training = Training(
         stage,
         config,
         share=batches.share,
         keys=batches.keys,
-        parts={"unet": Weights(denoiser), "unet_optimizer": optimizer, "unet_averages": averages},
+        parts=parts,
         flops_per_image=flops_per_image(denoiser, batches.make(0)),
-        peak_flops=peak_flops(str(device), config.precision),
+        peak_flops=known_peak_flops(str(placed.device), config.precision),
     )
     with blaming("inputs"):
         observer = Observer(
@@ -158,7 +170,8 @@ def train(config: TrainUNetConfig, stage: Stage) -> None:
             config.panel,
             latents_folder=config.inputs.latents,
             vae_folder=config.inputs.vae,
-            fields=config.denoiser.fields,
+            placed=placed,
+            captions=captions,
         )
 
     # Where we stopped last time.
@@ -184,7 +197,7 @@ def train(config: TrainUNetConfig, stage: Stage) -> None:
             "latent_size": shape["size"],
             "num_classes": len(latents.classes),
             "statistics": latents.content["statistics"],
-            "text": latents.content.get("text"),
+            "text": captions.about,
         },
     )
     stage.tracker.log_model("unet", stage.folder)
@@ -214,6 +227,8 @@ def one_update(training: Training, wrapped: nn.Module, optimizer: Optimizer, bat
         losses = wrapped(x0, noise, times, conditions, dropped)
         training.backward(losses.loss.mean())
         training.note({"train/loss": losses.loss.mean(), "train/error": losses.error.mean()})
+        if losses.bound is not None:
+            training.note({"train/bound": losses.bound.mean()})
         rates = dropped.float().mean(dim=0).unbind()  # of each conditioner
         training.note({f"train/dropped_fraction_{index}": rate for index, rate in enumerate(rates)})
     training.step({"train/grad_norm": optimizer})
@@ -222,11 +237,23 @@ def one_update(training: Training, wrapped: nn.Module, optimizer: Optimizer, bat
 class BatchMaker:
     """Makes this rank's share of any global batch, with its noise: a pure function of the batch's index."""
 
-    def __init__(self, config: TrainUNetConfig, stage: Stage, denoiser: Denoiser, *, split: Split) -> None:
+    def __init__(
+        self, config: TrainUNetConfig, stage: Stage, denoiser: Denoiser, captions: CaptionFeatures, *, split: Split
+    ) -> None:
         accelerator, manifest = stage.accelerator, stage.parents["latents"]
         with blaming("inputs.latents"):
-            features = [field for field in config.denoiser.fields if field != "labels"]
-            self.latents = LatentShards(config.inputs.latents, split=split, manifest=manifest, features=features)
+            self.latents = LatentShards(
+                config.inputs.latents,
+                split=split,
+                manifest=manifest,
+                features=captions.stored,
+                captions=captions.computes,
+            )
+            if captions.computes and not self.latents.has_captions():
+                raise ConfigError(
+                    f"train_unet.captions.kind = 'computed', but {config.inputs.latents} holds no captions (KEY.txt). "
+                    "Prepare the corpus from a source with captions, or remove the conditioner of kind 'text'."
+                )
         self.share = BatchShare.of(
             config, table="train_unet", rank=accelerator.process_index, world_size=accelerator.num_processes
         )
@@ -234,7 +261,7 @@ class BatchMaker:
             self.order = self.latents.order(config.order, seed=config.seed, global_batch=config.global_batch)
         self.normalisation = Normalisation(manifest.content["statistics"])
         self.drop_probabilities = np.array(config.denoiser.drop_probabilities)
-        self.config, self.times = config, denoiser.times
+        self.config, self.times, self.captions = config, denoiser.times, captions
 
     def make(self, index: int) -> LatentDraw:
         """Read this rank's share of global batch ``index`` and make every random choice in it."""
@@ -257,7 +284,7 @@ class BatchMaker:
                 positions=torch.tensor(positions),
                 global_batch=config.global_batch,
             ),
-            conditions={"labels": torch.from_numpy(stored.labels), **as_tensors(stored.features)},
+            conditions={"labels": torch.from_numpy(stored.labels), **self.captions.of(stored)},
             dropped=torch.from_numpy(dropped),
         )
 

@@ -24,6 +24,7 @@ from data.order import FullShuffleConfig, OrderConfig
 from data.panels import panel_png
 from data.randomness import SampleDraws
 from data.transforms import to_levels, to_unit_range
+from models.adversary_start import AdversaryStart
 from models.discriminator import Discriminator
 from models.metrics import psnr
 from models.vae import AutoencoderKL, Posterior, VAEConfig
@@ -31,12 +32,13 @@ from models.vae_health import gradient_norms, latent_figures
 from models.vae_objective import PatchAdversary, VAELoss, VAEObjective, VAEObjectiveConfig, discriminator_loss
 from pipelines.config import ConfigError, config_from_command_line
 from pipelines.inputs import verify_shards
+from pipelines.placement import Placement, placement_of
 from pipelines.published import publish
 from pipelines.runtime.checkpoint import Stateful, Weights
 from pipelines.runtime.ema import Averages
-from pipelines.runtime.launch import joined, launched_world_size, placed
+from pipelines.runtime.launch import joined, launched_world_size
 from pipelines.runtime.optim import Optimizer
-from pipelines.runtime.performance import flops_of, peak_flops
+from pipelines.runtime.performance import flops_of, known_peak_flops
 from pipelines.runtime.request import blaming
 from pipelines.runtime.stage import Stage, running_stage
 from pipelines.runtime.training import BatchShare, Training, TrainingConfig
@@ -84,9 +86,9 @@ class Player(Generic[Network]):
     optimizer: Optimizer
 
     @classmethod
-    def join(cls, network: Network, config: TrainVAEConfig, stage: Stage) -> "Player[Network]":
+    def join(cls, network: Network, config: TrainVAEConfig, stage: Stage, placed: Placement) -> "Player[Network]":
         """Move a network to the device and wrap it, so that its gradients are averaged over the ranks."""
-        network = placed(network, stage.accelerator.device)
+        network = placed(network)
         optimizer = Optimizer(network, config.optim, accelerator=stage.accelerator)
         wrapped = joined(network, stage.accelerator, compiles=config.compile)
         return cls(network=network, wrapped=wrapped, optimizer=optimizer)
@@ -108,15 +110,18 @@ def main() -> None:
 def train(config: TrainVAEConfig, stage: Stage) -> None:
     """Train to the last update and publish the averaged weights."""
     # What to learn, and from what.
+    placed = placement_of(stage)
     verify_shards(stage, "corpus")
     corpus = stage.parents["corpus"]
     channels = corpus.content["image"]["channels"]
     torch.manual_seed(config.seed)
-    vae = Player.join(AutoencoderKL(config.network, image_channels=channels), config, stage)
+    vae = Player.join(AutoencoderKL(config.network, image_channels=channels), config, stage, placed)
     adversary = config.objective.adversary
-    judge = None
+    judge: Player[Discriminator] | None = None
+    start: AdversaryStart | None = None
     if isinstance(adversary, PatchAdversary):
-        judge = Player.join(Discriminator(adversary.discriminator, image_channels=channels), config, stage)
+        judge = Player.join(Discriminator(adversary.discriminator, image_channels=channels), config, stage, placed)
+        start = AdversaryStart(adversary.start, device=placed.device)
     batches = BatchMaker(config, stage)
 
     # How to learn it.
@@ -124,8 +129,9 @@ def train(config: TrainVAEConfig, stage: Stage) -> None:
         objective = VAEObjective(config.objective).to(stage.accelerator.device)
     averages = Averages(vae.network, config.averages)
     parts: dict[str, Stateful] = {"vae": Weights(vae.network), "vae_optimizer": vae.optimizer, "vae_averages": averages}
-    if judge is not None:
+    if judge is not None and start is not None:
         parts |= {"discriminator": Weights(judge.network), "discriminator_optimizer": judge.optimizer}
+        parts |= {"discriminator_start": start}
     training = Training(
         stage,
         config,
@@ -133,7 +139,7 @@ def train(config: TrainVAEConfig, stage: Stage) -> None:
         keys=batches.keys,
         parts=parts,
         flops_per_image=flops_per_image(vae.network, resolution=corpus.content["image"]["resolution"]),
-        peak_flops=peak_flops(str(stage.accelerator.device), config.precision),
+        peak_flops=known_peak_flops(str(stage.accelerator.device), config.precision),
     )
 
     # Where we stopped last time.
@@ -144,8 +150,11 @@ def train(config: TrainVAEConfig, stage: Stage) -> None:
 
     # The loop.
     for batch in training.updates(batches.from_index):
-        one_update(training, objective, vae, judge, batch)
+        speaks = start is not None and start.has_started(training.update)
+        reconstruction_loss = one_update(training, objective, vae, judge, batch, judge_speaks=speaks)
         averages.update(vae.network, update=training.update, refused=training.refused)
+        if start is not None and start.watch(reconstruction_loss, update=training.update, refused=training.refused):
+            stage.say(f"update {training.update}: reconstruction has stopped improving; the discriminator joins in")
         if training.look_is_due():
             training.report(look(config, stage, averages.first, update=training.update))
 
@@ -176,10 +185,25 @@ def one_update(
     vae: Player[AutoencoderKL],
     judge: Player[Discriminator] | None,
     batch: VAEBatch,
-) -> None:
-    """Move the autoencoder and the discriminator by one global batch, both or none."""
+    *,
+    judge_speaks: bool,
+) -> Tensor:
+    """Move the autoencoder and the discriminator by one global batch, both or none.
+
+    Args:
+        training: Counts, micro-batches and steps.
+        objective: What the autoencoder minimises.
+        vae: The autoencoder.
+        judge: The discriminator, if there is one.
+        batch: This rank's share.
+        judge_speaks: Whether the autoencoder hears of the discriminator, which learns in any case.
+
+    Returns:
+        The mean reconstruction loss of this rank's share; a scalar.
+    """
     device = training.stage.accelerator.device
     reconstructions: list[tuple[Tensor, Tensor]] = []
+    losses: list[Tensor] = []
     if judge is not None:
         judge.network.requires_grad_(False)
     for part in training.micro_batches(vae.wrapped):
@@ -191,34 +215,34 @@ def one_update(
             reconstruction,
             posterior,
             last_layer=vae.network.last_layer,
-            discriminator=judge.network if judge is not None else None,
-            update=training.update,
+            discriminator=judge.network if judge is not None and judge_speaks else None,
         )
         if training.is_due(training.config.log_every) and not reconstructions:
             log_health(training, loss, posterior, last_layer=vae.network.last_layer)
         training.backward(loss.total, terms={k: v for k, v in loss.terms.items() if k != "adaptive_weight"})
         training.note({"train/loss": loss.total} | {f"train/{name}": value for name, value in loss.terms.items()})
         reconstructions.append((images, reconstruction.detach()))
+        losses.append(loss.reconstruction.detach())
+    mean_loss = torch.stack(losses).mean()
 
     if judge is None:
         training.step({"train/grad_norm": vae.optimizer})
-        return
+        return mean_loss
     judge.network.requires_grad_(True)
     for _, (images, reconstruction) in zip(training.micro_batches(judge.wrapped), reconstructions, strict=True):
         hinge, gap = discriminator_loss(judge.wrapped, images, reconstruction)
         training.backward(hinge)
         training.note({"train/discriminator_loss": hinge, "train/logit_gap": gap})
     training.step({"train/grad_norm": vae.optimizer, "train/discriminator_grad_norm": judge.optimizer})
+    return mean_loss
 
 
 def log_health(training: Training, loss: VAELoss, posterior: Posterior, *, last_layer: Tensor) -> None:
-    """Log which terms pull on the decoder and which latent channels carry something, by the first micro-batch."""
+    """Note which terms pull on the decoder and which latent channels carry something, by the first micro-batch."""
     pulls = gradient_norms(loss, last_layer=last_layer)
     figures = {f"health/grad_norm_{name}": value for name, value in pulls.items()}
     figures |= {f"health/{name}": value for name, value in latent_figures(posterior).items()}
-    values = torch.stack([value.double() for value in figures.values()]).tolist()
-    measured = dict(zip(figures, values, strict=True))
-    training.stage.tracker.log_metrics(measured, step=training.update, attempt=training.attempt)
+    training.note_once(figures)
 
 
 class BatchMaker:

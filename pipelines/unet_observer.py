@@ -1,7 +1,5 @@
 """What is looked at while a U-Net trains: the loss on validation latents with fixed noise, and a grid of samples."""
 
-from collections.abc import Sequence
-
 import numpy as np
 import torch
 from pydantic import BaseModel, PositiveInt
@@ -16,7 +14,8 @@ from data.transforms import to_levels
 from models.denoiser import Denoiser
 from models.diffusion.guidance import GuidanceConfig
 from models.diffusion.samplers import DDIMConfig, SamplerConfig
-from pipelines.captions import as_tensors
+from pipelines.captions import CaptionFeatures
+from pipelines.placement import Placement
 from pipelines.published import Normalisation, load_vae
 from pipelines.runtime.stage import Stage
 
@@ -41,25 +40,36 @@ class Observer:
         panel: The grid.
         latents_folder: Latents that it trains on; those of the validation split are looked at.
         vae_folder: Folder of the autoencoder.
-        fields: Fields of a batch that the denoiser reads.
+        placed: Where networks lie.
+        captions: Their features.
 
     Raises:
         ValueError: A folder does not hold what its manifest says.
     """
 
     def __init__(
-        self, stage: Stage, panel: PanelConfig, *, latents_folder: str, vae_folder: str, fields: Sequence[str]
+        self,
+        stage: Stage,
+        panel: PanelConfig,
+        *,
+        latents_folder: str,
+        vae_folder: str,
+        placed: Placement,
+        captions: CaptionFeatures,
     ) -> None:
-        self.stage, self.panel = stage, panel
-        self.device = stage.accelerator.device
+        self.stage, self.panel, self.captions = stage, panel, captions
+        self.device = placed.device
         self.manifest = stage.parents["latents"]
         self.normalisation = Normalisation(self.manifest.content["statistics"]).to(self.device)
-        self.vae = load_vae(vae_folder, stage.parents["vae"], device=self.device).network
+        self.vae = load_vae(vae_folder, stage.parents["vae"], placed=placed).network
         has_validation = bool(self.manifest.content["splits"]["val"])
-        features = [field for field in fields if field != "labels"]
         split: Split = "val" if has_validation else "train"
         shards = LatentShards(
-            latents_folder, split=split, manifest=self.manifest, features=features, captions=bool(features)
+            latents_folder,
+            split=split,
+            manifest=self.manifest,
+            features=captions.stored,
+            captions=captions.are_read,
         )
         stored = shards.read(np.arange(min(NUM_VALIDATION_LATENTS, len(shards))))
         self.validation = self._validation(stored) if has_validation else None
@@ -80,7 +90,7 @@ class Observer:
         return figures
 
     def _conditions(self, stored: LatentBatch) -> dict[str, Tensor]:
-        fields = {"labels": torch.from_numpy(stored.labels), **as_tensors(stored.features)}
+        fields = {"labels": torch.from_numpy(stored.labels), **self.captions.of(stored)}
         return {name: field.to(self.device) for name, field in fields.items()}
 
     def _validation(self, stored: LatentBatch) -> tuple[Tensor, dict[str, Tensor]]:

@@ -129,3 +129,13 @@ def test_the_top_of_the_tree_holds_nothing_else() -> None:
     expected = {"pyproject.toml", "README.md", "LICENSE", "pipelines", "models", "data", "launch", "tests", "docker"}
     assert {name for name in top if not name.startswith(".")} <= expected
     assert not (REPOSITORY / "docker" / "__init__.py").exists()
+
+
+def test_the_table_of_equivalences_names_tests_that_are_there() -> None:
+    documentation = ast.get_docstring(ast.parse((REPOSITORY / "models" / "__init__.py").read_text(encoding="utf-8")))
+    assert documentation is not None
+    rows = [line.split("  ") for line in documentation.splitlines() if line.startswith("    ")][1:]
+    named = [row[-1].strip() for row in rows]
+    assert len(named) > 20
+    for name in named:
+        assert (REPOSITORY / "tests" / f"test_{name}.py").is_file(), name

@@ -510,7 +510,7 @@ for index in range(source.count("train")):
 print(bad, (peak() - start) // 1024)
 """
     run = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True, timeout=120
+        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True, timeout=200
     )
     bad, mebibytes = map(int, run.stdout.split())
     assert bad > len(KINDS)

@@ -243,7 +243,7 @@ def test_processes_that_want_the_same_file_fetch_it_once(s3: str, cache: Cache) 
     jobs = [
         subprocess.Popen([sys.executable, "-c", program], env=environment, stdout=subprocess.PIPE) for _ in range(3)
     ]
-    inodes = {job.communicate(timeout=60)[0] for job in jobs}
+    inodes = {job.communicate(timeout=200)[0] for job in jobs}
     assert all(job.returncode == 0 for job in jobs)
     assert len(inodes) == 1
     assert local_path(f"{s3}/00002.tar").read_bytes() == img2dataset_shard(range(40, 60))

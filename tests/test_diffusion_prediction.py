@@ -170,11 +170,11 @@ def test_the_posterior_is_bayes_rule_for_two_gaussians(now, then):
 
 
 @pytest.mark.parametrize(("now", "then"), MOVES.values(), ids=MOVES.keys())
-def test_the_three_forms_of_the_posterior_mean_agree_and_lead_back(now, then):
+def test_all_forms_of_the_posterior_mean_agree_and_lead_back(now, then):
     x0, eps = draw()
     x = add_noise(x0, eps, now)
     mean = posterior.x0_to_posterior_mean(x0, x, now=now, then=then)
-    for kind in ("eps", "score", "x0"):
+    for kind in KINDS:
         value = training_target(x0, eps, now, kind)
         same = getattr(posterior, f"{kind}_to_posterior_mean")(value, x, now=now, then=then)
         torch.testing.assert_close(same, mean, rtol=0, atol=1e-12)
@@ -197,6 +197,12 @@ def test_the_posterior_is_finite_at_both_ends():
     first = CHAIN.moment(0).level
     x = add_noise(x0, eps, first)
     assert torch.equal(posterior.x0_to_posterior_mean(x0, x, now=first, then=CLEAN), x0)
+    for kind in ("v", "velocity"):
+        value = training_target(x0, eps, PURE_NOISE, kind)
+        mean = getattr(posterior, f"{kind}_to_posterior_mean")(value, eps, now=PURE_NOISE, then=cleaner)
+        torch.testing.assert_close(mean, from_noise, rtol=0, atol=1e-12)
+        again = getattr(posterior, f"posterior_mean_to_{kind}")(mean, eps, now=PURE_NOISE, then=cleaner)
+        torch.testing.assert_close(again, value, rtol=0, atol=1e-12)
     assert posterior_variance(now=first, then=CLEAN) == 0
     same = posterior.eps_to_posterior_mean(eps, x, now=first, then=CLEAN)
     torch.testing.assert_close(same, x0, rtol=0, atol=1e-12)

@@ -63,11 +63,12 @@ def test_runs_that_join_share_the_work_and_one_of_them_finishes_it(two_process_r
     owner.acquire()
     runs = [started(encoding_command(two_process_run, tmp_path, processes=1)) for _ in range(2)]
     parts = len(two_process_run.manifest("encode_latents")["content"]["files"])
-    wait_until(lambda: len(list(folder.glob("parts/*.json"))) == parts, seconds=90, what="encoding beside the owner")
+    wait_until(lambda: len(list(folder.glob("runs/*"))) == 2, seconds=180, what="joining the owner")
+    wait_until(lambda: len(list(folder.glob("parts/*.json"))) == parts, seconds=180, what="encoding beside the owner")
     time.sleep(1)
     assert not (folder / "manifest.json").exists(), "two would write the manifest"
     owner.release()
-    outputs = [run.communicate(timeout=60)[0] for run in runs]
+    outputs = [run.communicate(timeout=120)[0] for run in runs]
     assert [run.returncode for run in runs] == [0, 0], outputs
     assert all("joining it" in output for output in outputs)
     check_same_latents(two_process_run, tmp_path)
@@ -192,7 +193,7 @@ def test_a_claim_of_another_machine_lasts_as_long_as_its_heartbeat(
     monkeypatch.setattr(claims_module, "HEARTBEAT_SECONDS", 0.05)
     with Claims(tmp_path) as claims, claims.claim("a"):
         os.utime(path, (old, old))
-        wait_until(lambda: path.stat().st_mtime > old + 1, seconds=5, what="a heartbeat")
+        wait_until(lambda: path.stat().st_mtime > old + 1, seconds=60, what="a heartbeat")
 
 
 def test_the_first_of_equal_files_keeps_the_name_and_a_damaged_one_loses_it(tmp_path: Path) -> None:

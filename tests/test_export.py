@@ -20,10 +20,10 @@ from models.unet import UNetConfig
 from models.vae import AutoencoderKL, VAEConfig
 from pipelines.export import ExportConfig, ExportInputs, compute_example
 from pipelines.model_card import model_card
+from pipelines.placement import Placement
 from pipelines.published import Normalisation, PublishedDenoiser, load_denoiser, load_vae
 
 diffusers = pytest.importorskip("diffusers")
-CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
@@ -60,8 +60,9 @@ def test_the_lines_of_the_model_card_reproduce_our_samples(exported: Path) -> No
 def test_each_call_of_the_exported_networks_is_ours(exported: Path, two_process_run: Run) -> None:
     unet = diffusers.UNet2DModel.from_pretrained(exported / "unet")
     vae = diffusers.AutoencoderKL.from_pretrained(exported / "vae")
-    ours = load_denoiser(two_process_run.root / "unet", read_manifest(two_process_run.root / "unet"), device=CPU)
-    our_vae = load_vae(two_process_run.root / "vae", read_manifest(two_process_run.root / "vae"), device=CPU).network
+    placed = Placement(torch.device("cpu"))
+    ours = load_denoiser(two_process_run.root / "unet", read_manifest(two_process_run.root / "unet"), placed=placed)
+    our_vae = load_vae(two_process_run.root / "vae", read_manifest(two_process_run.root / "vae"), placed=placed).network
     example = load_file(exported / "example.safetensors")
     times = torch.tensor([0, 250, 700, 999])
     with torch.no_grad():

@@ -16,6 +16,7 @@ from models.attention import (
     SelfAttention,
     TransformerBlock,
     attend,
+    choose_attention_backend,
     probe_backend,
     use_attention_backend,
 )
@@ -104,21 +105,37 @@ def test_backends_agree_on_a_gpu(backend: attention.Backend, dtype: torch.dtype)
 
 
 def test_auto_takes_the_first_that_runs_and_says_so() -> None:
-    choice = use_attention_backend(nn.Identity(), "auto", device=CPU)
+    choice = choose_attention_backend("auto", device=CPU)
     assert choice.name == "sdpa"
     assert "forward and backward on cpu" in choice.reason
 
 
 def test_auto_passes_over_a_backend_that_computes_something_else(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention.F, "scaled_dot_product_attention", lambda q, k, v, attn_mask: q + k)
-    choice = use_attention_backend(nn.Identity(), "auto", device=CPU)
+    choice = choose_attention_backend("auto", device=CPU)
     assert choice.name == "math"
-    assert "sdpa failed (its output differs from plain arithmetic" in choice.reason
+    assert "sdpa failed in float32 (its output differs from plain arithmetic" in choice.reason
+
+
+def test_auto_passes_over_a_backend_whose_gradients_are_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = attention.F.scaled_dot_product_attention
+    monkeypatch.setattr(
+        attention.F, "scaled_dot_product_attention", lambda q, k, v, attn_mask: real(q, k.detach(), v, attn_mask)
+    )
+    assert "no gradient of the key" in probe_backend("sdpa", device=CPU, dtype=torch.float32)
+    monkeypatch.setattr(
+        attention.F,
+        "scaled_dot_product_attention",
+        lambda q, k, v, attn_mask: real(q, 2 * k - k.detach(), v, attn_mask),
+    )
+    choice = choose_attention_backend("auto", device=CPU)
+    assert choice.name == "math"
+    assert "sdpa failed in float32 (its gradient of the key differs from plain arithmetic" in choice.reason
 
 
 def test_asking_for_a_backend_that_cannot_run_is_an_error_with_the_reason() -> None:
-    with pytest.raises(ValueError, match=r"backend 'xformers' does not run on cpu in torch.float32: \w*Error: "):
-        use_attention_backend(nn.Identity(), "xformers", device=CPU)
+    with pytest.raises(ValueError, match=r"'xformers' does not run on cpu in float32 \(\w*Error: .*'auto'"):
+        choose_attention_backend("xformers", device=CPU)
 
 
 def test_the_chosen_backend_reaches_every_attention(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -126,7 +143,7 @@ def test_the_chosen_backend_reaches_every_attention(monkeypatch: pytest.MonkeyPa
         channels=(8, 16), blocks=(1, 1), attention=(True, True), heads=(1, 2), transformer_depth=(1, 1), norm_groups=4
     )
     network = UNet(config, in_channels=4, out_channels=4, token_width=6)
-    use_attention_backend(network, "math", device=CPU)
+    use_attention_backend(network, "math")
     monkeypatch.setattr(attention.F, "scaled_dot_product_attention", None)  # would fail if anything still called it
     network(torch.zeros(1, 4, 8, 8), torch.zeros(1), tokens=torch.zeros(1, 2, 6))
 
@@ -144,7 +161,7 @@ def test_xformers_is_not_imported_until_it_is_asked_for(monkeypatch: pytest.Monk
     monkeypatch.delitem(sys.modules, "xformers", raising=False)
     monkeypatch.delitem(sys.modules, "xformers.ops", raising=False)
     monkeypatch.setattr(builtins, "__import__", watch)
-    use_attention_backend(nn.Identity(), "auto", device=CPU)
+    choose_attention_backend("auto", device=CPU)
     assert asked == []
     assert "ImportError: not installed" in probe_backend("xformers", device=CPU, dtype=torch.float32)
 

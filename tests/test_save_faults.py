@@ -79,7 +79,7 @@ class Forker:
         assert "attached" in tracer.stderr.readline()
         (folder / "go").touch()
         code = int(self.process.stdout.readline())
-        tracer.communicate(timeout=30)
+        tracer.communicate(timeout=120)
         return code
 
 
@@ -89,7 +89,7 @@ def forker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forker]:
         pytest.skip("strace cannot trace here")
     forker = Forker()
     yield forker
-    forker.process.communicate(timeout=30)
+    forker.process.communicate(timeout=120)
 
 
 def calls_of_a_save(forker: Forker, folder: Path) -> Counter[str]:

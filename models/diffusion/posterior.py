@@ -11,7 +11,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from models.diffusion.prediction import Estimate
+from models.diffusion.prediction import Estimate, v_to_x0, velocity_to_x0, x0_to_v, x0_to_velocity
 from models.diffusion.schedule import NoiseLevel
 
 Variance = Literal["posterior", "step", "learned"]  # of p(x_s | x_t): beta-tilde, beta, or between them
@@ -32,7 +32,7 @@ def forward_step(x: Tensor, eps: Tensor, *, now: NoiseLevel, then: NoiseLevel) -
     return step_scale(now=now, then=then) * x + step_variance(now=now, then=then).sqrt() * eps
 
 
-# ---------------------------------------------------------------- the mean, in three forms, and back from each of them
+# ------------------------------------------------------------- the mean, from each prediction, and back to each of them
 
 
 def posterior_mean_weights(*, now: NoiseLevel, then: NoiseLevel) -> tuple[Tensor, Tensor]:
@@ -58,6 +58,16 @@ def score_to_posterior_mean(score: Tensor, x: Tensor, *, now: NoiseLevel, then: 
     return (x + step_variance(now=now, then=then) * score) / step_scale(now=now, then=then)
 
 
+def v_to_posterior_mean(v: Tensor, x: Tensor, *, now: NoiseLevel, then: NoiseLevel) -> Tensor:
+    """By way of the data: Salimans & Ho 2022 (arXiv:2202.00512), appendix D. Finite everywhere."""
+    return x0_to_posterior_mean(v_to_x0(v, x, now), x, now=now, then=then)
+
+
+def velocity_to_posterior_mean(velocity: Tensor, x: Tensor, *, now: NoiseLevel, then: NoiseLevel) -> Tensor:
+    """By way of the data. Finite everywhere."""
+    return x0_to_posterior_mean(velocity_to_x0(velocity, x, now), x, now=now, then=then)
+
+
 def posterior_mean_to_x0(mean: Tensor, x: Tensor, *, now: NoiseLevel, then: NoiseLevel) -> Tensor:
     """Ho et al. 2020, eq. 7 solved for the data. Finite everywhere."""
     of_x, of_x0 = posterior_mean_weights(now=now, then=then)
@@ -72,6 +82,16 @@ def posterior_mean_to_eps(mean: Tensor, x: Tensor, *, now: NoiseLevel, then: Noi
 def posterior_mean_to_score(mean: Tensor, x: Tensor, *, now: NoiseLevel, then: NoiseLevel) -> Tensor:
     """Song et al. 2021, eq. 4 solved for the score. Finite everywhere, but says nothing of the mean at alpha = 0."""
     return (step_scale(now=now, then=then) * mean - x) / step_variance(now=now, then=then)
+
+
+def posterior_mean_to_v(mean: Tensor, x: Tensor, *, now: NoiseLevel, then: NoiseLevel) -> Tensor:
+    """By way of the data, which leaves no doubt about v where there is noise. Finite everywhere."""
+    return x0_to_v(posterior_mean_to_x0(mean, x, now=now, then=then), x, now)
+
+
+def posterior_mean_to_velocity(mean: Tensor, x: Tensor, *, now: NoiseLevel, then: NoiseLevel) -> Tensor:
+    """By way of the data. Finite everywhere."""
+    return x0_to_velocity(posterior_mean_to_x0(mean, x, now=now, then=then), x, now)
 
 
 # -------------------------------------------------------------------------------------------------------- the variance

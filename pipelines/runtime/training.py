@@ -51,7 +51,7 @@ class Training:
         keys: Names the samples at given positions of a global batch; asked only when something is wrong with them.
         parts: What a checkpoint holds, by name; the same on every rank.
         flops_per_image: Of one training step, or 0 when not known.
-        peak_flops: Of one device a second, for model-FLOP utilisation.
+        peak_flops: Of one device a second, for model-FLOP utilisation; infinite when it is not known.
     """
 
     def __init__(
@@ -262,6 +262,10 @@ class Training:
         """Note a micro-batch's figures, means over its images: scalars that stay on the device until the next flush."""
         self._measured.add(figures, share=1 / self.share.num_micro_batches)
 
+    def note_once(self, figures: Mapping[str, Tensor]) -> None:
+        """Note figures that are said once an update, not by every micro-batch; scalars as for ``note``."""
+        self._measured.add(figures, share=1.0)
+
     def step(self, optimizers: Mapping[str, Optimizer]) -> None:
         """Apply the gradients of an update, those of all its networks or none, and note their norms by name."""
         scaler = self.stage.accelerator.scaler
@@ -328,8 +332,7 @@ class Training:
         if policy == "stop":
             raise FloatingPointError(
                 f"{text} Nothing of it has reached the weights. Lower optim.peak_lr or look at the data, or let "
-                "training go on: run it again with --on_bad_update.policy skip (or rewind) and --allow-changed "
-                "on_bad_update.policy."
+                "training go on: run it again with --on_bad_update.policy skip (or rewind)."
             )
         if len(self._bad_batches) > limit:
             raise FloatingPointError(f"{text} It is the {len(self._bad_batches)}th; on_bad_update.limit = {limit}.")

@@ -1,0 +1,102 @@
+"""What ``run.attention`` asks for, is said, is recorded, and reaches every network of a stage."""
+
+import json
+import types
+from typing import Any, get_args
+
+import pytest
+import torch
+from conftest import Run, run_stage
+
+from models import attention
+from models.attention import RequestedBackend, SelfAttention
+from models.unet import UNet, UNetConfig
+from models.vae import AutoencoderKL, VAEConfig
+from pipelines import sample
+from pipelines.config import ConfigError, RunConfig
+from pipelines.placement import Placement, attention_on, placement_of
+
+CPU = torch.device("cpu")
+
+
+def backends_of(network: torch.nn.Module) -> set[str]:
+    return {module.backend for module in network.modules() if isinstance(module, SelfAttention)}
+
+
+def test_the_command_line_knows_the_backends_that_there_are() -> None:
+    assert get_args(RunConfig.model_fields["attention"].annotation) == get_args(RequestedBackend)
+
+
+def test_every_network_that_is_placed_attends_by_the_chosen_backend() -> None:
+    placed = Placement(CPU, "math")
+    unet = UNetConfig(channels=(8,), blocks=(1,), attention=(True,), heads=(1,), transformer_depth=(1,), norm_groups=4)
+    vae = VAEConfig(channels=(8, 8), blocks_per_level=1, norm_groups=4, mid_attention=True)
+    for network in (UNet(unet, in_channels=4, out_channels=4), AutoencoderKL(vae, image_channels=3)):
+        assert backends_of(network) == {"sdpa"}
+        assert backends_of(placed(network)) == {"math"}
+
+
+@pytest.mark.parametrize(
+    ("precision", "dtypes"),
+    [("no", [torch.float32]), ("bf16", [torch.bfloat16, torch.float32]), ("fp16", [torch.float16, torch.float32])],
+)
+def test_a_backend_is_tried_in_the_dtypes_that_networks_compute_in(
+    precision: str, dtypes: list[torch.dtype], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried: list[torch.dtype] = []
+    monkeypatch.setattr(attention, "probe_backend", lambda backend, device, dtype: tried.append(dtype) or "")
+    attention_on(CPU, RunConfig(attention="math"), precision=precision)
+    assert tried == dtypes
+
+
+def test_one_dtype_in_which_it_does_not_run_is_enough_to_refuse_a_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "probe_backend", lambda backend, device, dtype: "no" * (dtype == torch.float32))
+    with pytest.raises(ConfigError, match=r"^run.attention: attention backend 'math' .* on cpu in float32 \(no\)"):
+        attention_on(CPU, RunConfig(attention="math"), precision="bf16")
+
+
+def test_a_stage_says_what_it_picked_and_why_and_tags_its_run() -> None:
+    said, tags = [], {}
+    stage: Any = types.SimpleNamespace(
+        accelerator=types.SimpleNamespace(device=CPU, mixed_precision="no"),
+        config=types.SimpleNamespace(run=RunConfig(attention="math")),
+        say=said.append,
+        tracker=types.SimpleNamespace(set_tags=tags.update),
+    )
+    assert placement_of(stage) == Placement(CPU, "math")
+    assert said == ["attention by math: asked for; forward and backward ran"]
+    assert tags == {"attention": "math"}
+
+
+def test_all_stages_with_networks_say_it_once_for_all_processes(two_process_run: Run) -> None:
+    for stage in ("train_vae", "encode_latents", "train_unet", "evaluate"):
+        line = f"{stage}: attention by sdpa: first to run forward and backward on cpu"
+        assert two_process_run.output[stage].count(line) == 1, stage
+    assert "attention by" not in two_process_run.output["prepare_corpus"]
+
+
+def test_a_backend_that_cannot_run_ends_a_stage_before_any_work(two_process_run: Run, tmp_path: Any) -> None:
+    inputs = (word for name in ("latents", "vae") for word in (f"--inputs.{name}", str(two_process_run.root / name)))
+    done = run_stage("train_unet", "--run.root", str(tmp_path), "--run.attention", "xformers", *inputs)
+    assert done.returncode == 2
+    assert "run.attention: attention backend 'xformers' does not run on cpu in float32 (" in done.stderr
+    assert "Use 'auto' or 'sdpa'" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert json.loads((tmp_path / "unet" / "outcome.json").read_bytes())["exit_code"] == 2
+    assert not (tmp_path / "unet" / "checkpoints").exists()
+
+
+def test_the_sample_tool_honours_it_too(two_process_run: Run, tmp_path: Any) -> None:
+    inputs = {name: str(two_process_run.root / name) for name in ("vae", "unet")}
+    config = sample.SampleConfig.model_validate(
+        {"inputs": inputs, "run": {"attention": "xformers"}, "output": str(tmp_path / "out")}
+    )
+    with pytest.raises(ConfigError, match="run.attention: "):
+        sample.draw(config)
+    assert not (tmp_path / "out").exists()
+
+
+def test_another_backend_is_no_other_request(two_process_run: Run) -> None:
+    done = run_stage("train_vae", "--run.root", str(two_process_run.root), "--run.attention", "math")
+    assert done.returncode == 0
+    assert "already finished" in done.stdout

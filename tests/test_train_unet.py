@@ -1,0 +1,49 @@
+"""One update of the U-Net: what it notes."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from models.conditioning import ClassConditionerConfig
+from models.denoiser import Denoiser, DenoiserConfig
+from models.diffusion.objective import ObjectiveConfig
+from models.unet import UNetConfig
+from pipelines.train_unet import LatentDraw, one_update
+
+
+@pytest.mark.parametrize("variance", ["fixed", "learned"])
+def test_an_update_notes_its_loss_its_error_its_bound_and_who_was_dropped(variance: str) -> None:
+    torch.manual_seed(0)
+    network = UNetConfig(
+        channels=(8,), blocks=(1,), attention=(False,), heads=(1,), transformer_depth=(1,), norm_groups=4
+    )
+    config = DenoiserConfig(
+        network=network, conditioners=(ClassConditionerConfig(),), objective=ObjectiveConfig(variance=variance)
+    )
+    denoiser = Denoiser(config, latent_channels=2, latent_size=4, num_classes=3)
+    draw = LatentDraw(
+        x0=torch.randn(4, 2, 4, 4),
+        noise=torch.randn(4, 2, 4, 4),
+        times=torch.tensor([0, 10, 500, 999]),
+        conditions={"labels": torch.tensor([0, 1, 2, 0])},
+        dropped=torch.tensor([[True], [False], [False], [False]]),
+    )
+    noted: dict[str, Tensor] = {}
+    training: Any = SimpleNamespace(
+        stage=SimpleNamespace(accelerator=SimpleNamespace(device=torch.device("cpu"))),
+        micro_batches=lambda wrapped: [slice(0, 4)],
+        backward=lambda loss: None,
+        note=noted.update,
+        step=lambda optimizers: None,
+    )
+    one_update(training, denoiser, None, draw)  # type: ignore[arg-type]
+    expected = denoiser(draw.x0, draw.noise, draw.times, draw.conditions, draw.dropped)
+    assert noted["train/loss"] == expected.loss.mean()
+    assert noted["train/error"] == expected.error.mean()
+    assert noted["train/dropped_fraction_0"] == 0.25
+    assert ("train/bound" in noted) == (variance == "learned")
+    if expected.bound is not None:
+        assert noted["train/bound"] == expected.bound.mean()
