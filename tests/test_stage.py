@@ -147,7 +147,7 @@ def test_a_folder_in_use_is_refused_with_its_owners_name(tmp_path: Path) -> None
 
 
 def test_the_file_stop_ends_a_stage_as_resumable(tmp_path: Path) -> None:
-    words = ("--run.root", str(tmp_path), "--samples_per_shard", "4")
+    words = ("--run.root", str(tmp_path), "--samples_per_shard", "4", "--run.tracking_uri", "offline")
     process = subprocess.Popen(
         [sys.executable, "-m", "pipelines.prepare_corpus", "--config", str(SMOKE), *words],
         env=environment(), cwd=REPOSITORY, stdout=subprocess.DEVNULL,
