@@ -214,7 +214,7 @@ class Training:
             rate = learning_rate(config.optim, update=self.update, total_updates=config.updates)
             self._self_test.end(self.update, moves=rate > 0 and not self._verdicts.present_is_refused())
         last = self.update == config.updates
-        stopping = stage.stop.agreed() and not last
+        stopping = self._verdicts.stop_agreed and not last
         if stopping and (bad := self._verdicts.first_bad(wait=True)) is not None:
             self._answer(bad)
         saves = self._saves_now() or stopping
@@ -271,7 +271,7 @@ class Training:
         scaler = self.stage.accelerator.scaler
         self._self_test.take_reduced()
         norms = {name: optimizer.clip() for name, optimizer in optimizers.items()}
-        self._verdicts.judge(self._measured.present, norms, scaler=scaler)
+        self._verdicts.judge(self._measured.present, norms, scaler=scaler, stops=self.stage.stop.heard())
         for optimizer in optimizers.values():
             optimizer.apply(update=self.update, total_updates=self.config.updates, refused=self.refused)
         if scaler is not None:
