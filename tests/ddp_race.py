@@ -7,9 +7,11 @@ writes them out and compares the ranks when that is due. DDP has the same settin
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -35,7 +37,7 @@ from pipelines.runtime.training_config import BatchShare
 from pipelines.train_unet import LatentDraw, TrainUNetConfig, build_denoiser, one_update
 
 CHANNELS, SIZE, CLASSES = 4, 16, 10
-UPDATES_A_TURN = 2
+UPDATES_A_TURN = 5
 WORDS = (
     *("--config", str(SMOKE), "--run.root", "-", "--inputs.latents", "-", "--inputs.vae", "-"),
     *("--updates", "1000000", "--global_batch", "16", "--images_per_device", "8", "--denoiser.network.channels"),
@@ -106,6 +108,17 @@ class Plain:
         dist.barrier()
 
 
+def calls_of_a_turn(turn: Callable[[], None]) -> int:
+    """Collectives that a turn asks for by name, besides those within DDP."""
+    with ExitStack() as stack:
+        spies = [
+            stack.enter_context(patch.object(dist, name, wraps=getattr(dist, name)))
+            for name in ("all_reduce", "all_gather", "broadcast", "barrier")
+        ]
+        turn()
+    return sum(spy.call_count for spy in spies)
+
+
 def draws(denoiser: Denoiser, rank: int) -> Iterator[LatentDraw]:
     """A few batches' shares of one rank."""
     shape = (CHANNELS, SIZE, SIZE)
@@ -125,7 +138,7 @@ def draws(denoiser: Denoiser, rank: int) -> Iterator[LatentDraw]:
 
 def main() -> None:
     folder, report = Path(sys.argv[1]), Path(sys.argv[2])
-    rounds = int(sys.argv[3]) if len(sys.argv) > 3 else 80
+    rounds = int(sys.argv[3]) if len(sys.argv) > 3 else 40
     config = load_config(TrainUNetConfig, table="train_unet", argv=list(WORDS))
     accelerator = start_accelerator(RunConfig(threads=1))
     folder.mkdir(parents=True, exist_ok=True)
@@ -148,12 +161,14 @@ def main() -> None:
     batches = list(draws(networks[0], accelerator.process_index))
     ours = Ours(config, stage, networks[0], batches)
     plain = Plain(config, joined(networks[1], accelerator, compiles=False), networks[1], batches)
+    asked = [calls_of_a_turn(job) for _ in range(2) for job in (ours.turn, plain.turn)][-2:]  # the first ones warm up
     found = compare(ours.turn, plain.turn, units=(UPDATES_A_TURN, UPDATES_A_TURN), rounds=rounds, clock="wall")
     if accelerator.is_main_process:
         figures = {
             "ours/plain": asdict(found.faster),
             "control": asdict(found.control),
             "updates per second": [found.ours_per_second, found.theirs_per_second],
+            "collectives an update beside DDP": [(calls - 1) / UPDATES_A_TURN for calls in asked],
             "parameters": sum(parameter.numel() for parameter in networks[0].parameters()),
         }
         report.write_text(json.dumps(figures))

@@ -1,5 +1,7 @@
 """Laws of checkpoints: whole or absent, verified, never fewer than one good one."""
 
+import hashlib
+import json
 from pathlib import Path
 
 import pytest
@@ -8,6 +10,7 @@ from tiny_training import Recipe, Tiny
 
 from pipelines.config import ConfigError
 from pipelines.runtime.checkpoint import CheckpointConfig, Checkpoints, DamagedCheckpoint, verify
+from pipelines.runtime.provenance import code_version
 
 
 def checkpoints(folder: Path, **config: int) -> Checkpoints:
@@ -107,3 +110,26 @@ def test_a_metric_that_nobody_measures_is_refused(tmp_path: Path) -> None:
     config = {"checkpoint": {"best": {"kind": "metric", "metric": "val/los"}}}
     with pytest.raises(ConfigError, match="'val/los' is not measured here; measured are val/loss"):
         Tiny(tmp_path, Recipe(config=config)).run()
+
+
+def test_a_checkpoint_says_what_its_bits_depend_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tiny = Tiny(tmp_path, Recipe(config={"updates": 10})).run()
+    path = tmp_path / "checkpoints/update-00000010/state.json"
+    state = json.loads(path.read_bytes())
+    assert state["images"] == 10 * 8
+    assert tiny.tracker.rows[-1]["progress/images"] == 10 * 8
+    assert state["next_batch"] == 10
+    assert (state["world_size"], state["threads"]) == (1, 1)
+    assert len(state["config"]) == 64
+    assert state["code"] == code_version()
+    Tiny(tmp_path, Recipe(config={"updates": 10, "log_every": 3})).run()
+    assert "continuing after update 10, bit for bit" in capsys.readouterr().out
+    manifest = json.loads((path.parent / "manifest.json").read_bytes())
+    text = json.dumps({**state, "code": "0000"}).encode()
+    path.write_bytes(text)
+    for entry in manifest["files"]:
+        if entry["name"] == "state.json":
+            entry |= {"bytes": len(text), "sha256": hashlib.sha256(text).hexdigest()}
+    (path.parent / "manifest.json").write_text(json.dumps(manifest))
+    Tiny(tmp_path, Recipe(config={"updates": 10})).run()
+    assert f"to rounding at best, since code was 0000, is now {code_version()}" in capsys.readouterr().out

@@ -219,6 +219,13 @@ def test_the_machines_of_one_job_agree_on_everything_but_their_rank(house: Path)
         assert not arguments.use_cpu
 
 
+def test_more_processes_than_cores_are_named_and_started_all_the_same(house: Path) -> None:
+    done = run(house, "launch/node.sh", "train_unet", "--config", "x.toml", PET_NPROC_PER_NODE="10000")
+    assert done.returncode == 0
+    assert "10000 processes will share " in done.stderr
+    assert len(launches(house)) == 1
+
+
 def test_several_machines_without_an_address_are_refused_with_advice(house: Path) -> None:
     done = run(house, "launch/node.sh", "train_unet", "--config", "x.toml", PET_NNODES="2")
     assert done.returncode == 2
