@@ -25,6 +25,7 @@ from urllib.parse import urlsplit
 SCHEMES = ("s3", "gs", "https")
 CHUNK_BYTES = 8 << 20
 TRIES = 3
+NOTE_SUFFIX = ".note"
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.\-]*:")
 
 
@@ -105,14 +106,22 @@ def range_policy(scattered: bool) -> bool:
     return scattered if wish == "auto" else wish == "ranged"
 
 
-def size_of(url: str) -> int:
-    """Return the size of a file that is far away, bytes.
+def properties_of(url: str) -> dict[str, Any]:
+    """Return what its service says of a file that is far away: ``size``, and other things by names of its own.
 
     Raises:
-        OSError: It is not there, or its service does not answer.
+        OSError: It is not there, or its service does not answer or does not tell the size.
     """
     with _clean_errors(url):
-        return int(_filesystem(url.partition("://")[0]).info(url)["size"])
+        about = dict(_filesystem(url.partition("://")[0]).info(url))
+    if not isinstance(about.get("size"), int):
+        raise OSError(f"{url}: its server does not say how large it is.")
+    return about
+
+
+def size_of(url: str) -> int:
+    """Return the size of a file that is far away, bytes; errors as ``properties_of``."""
+    return int(properties_of(url)["size"])
 
 
 def answers_ranges(url: str) -> bool:
@@ -178,6 +187,11 @@ class Cache:
         """Return where the copy of ``url`` lies when it is there."""
         return self.folder / hashlib.sha256(url.encode()).hexdigest()[:40]
 
+    def note(self, url: str) -> Path:
+        """Return where a few bytes about ``url`` are kept; they are never evicted."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        return self.path(url).with_suffix(NOTE_SUFFIX)
+
     def fetch(self, url: str, *, size: int | None = None, sha256: str = "") -> Path:
         """Return the copy of ``url``, made now if need be; see ``local_path``.
 
@@ -191,12 +205,10 @@ class Cache:
         self.folder.mkdir(parents=True, exist_ok=True)
         with self._locked(f"{path.name}.lock"):
             if not self._touched(path, size):
-                with _clean_errors(url):
-                    filesystem = _filesystem(url.partition("://")[0])
-                    found = int(filesystem.info(url)["size"])
+                found = size_of(url)
                 if size is not None and found != size:
-                    raise OSError(f"{url} has {found} bytes, its manifest says {size}: it was cut or changed.")
-                self._download(filesystem, url, found, path, sha256=sha256)
+                    raise OSError(f"{url} has {found} bytes instead of {size}: it was cut or changed.")
+                self._download(_filesystem(url.partition("://")[0]), url, found, path, sha256=sha256)
         return path
 
     @staticmethod
@@ -245,7 +257,7 @@ class Cache:
                     path.unlink()
                 elif path.suffix == ".tmp":
                     size += status.st_size
-                elif path.suffix != ".lock" and path.name != "lock":
+                elif path.suffix not in (".lock", NOTE_SUFFIX) and path.name != "lock":
                     copies.append((status.st_mtime_ns, status.st_size, path))
         held = sum(bytes for _, bytes, _ in copies)
         for _, bytes, path in sorted(copies):

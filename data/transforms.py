@@ -6,6 +6,7 @@ unknown colour spaces) is refused with a reason, not guessed at.
 
 import hashlib
 import zlib
+from collections.abc import Iterator
 from io import BytesIO
 from typing import Annotated, Literal
 
@@ -18,6 +19,7 @@ from torch import Tensor
 from data.samples import BadSample, ImageSample
 
 DEFAULT_MAX_PIXELS = 64_000_000
+STRIP_ROWS = 256
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 
 # Dropped by choice of the view or the source, not bad.
@@ -197,9 +199,12 @@ def _to_eight_bits(picture: Image.Image) -> Image.Image:
     """Bring any mode that has one meaning to L, RGB or RGBA."""
     mode, transparent = picture.mode, "transparency" in picture.info
     if mode.startswith("I;16") or (mode == "I" and picture.format == "PNG"):
-        wide = np.asarray(picture).astype(np.uint32)
-        # 65535 is white: 257 levels of 16 bits to one of 8, rounded.
-        return Image.fromarray(((np.minimum(wide, 65535) * 255 + 32767) // 65535).astype(np.uint8))
+        narrow = np.empty((picture.height, picture.width), dtype=np.uint8)
+        for first, strip in _strips(picture):
+            wide = np.asarray(strip).astype(np.uint32)
+            # 65535 is white: 257 levels of 16 bits to one of 8, rounded.
+            narrow[first : first + strip.height] = (np.minimum(wide, 65535) * 255 + 32767) // 65535
+        return Image.fromarray(narrow)
     if mode in ("L", "RGB") and not transparent:
         return picture
     if mode == "1":
@@ -213,10 +218,20 @@ def _to_eight_bits(picture: Image.Image) -> Image.Image:
 
 def _flatten(picture: Image.Image, config: ImageViewConfig) -> Image.Image:
     """Lay transparency on the background and bring the picture to the wanted channels."""
-    if picture.mode == "RGBA":
-        picture = Image.alpha_composite(Image.new("RGBA", picture.size, (*config.background, 255)), picture)
     wanted = "L" if config.channels == 1 else "RGB"
-    return picture if picture.mode == wanted else picture.convert(wanted)
+    if picture.mode != "RGBA":
+        return picture if picture.mode == wanted else picture.convert(wanted)
+    flat = Image.new(wanted, picture.size)
+    for first, strip in _strips(picture):
+        background = Image.new("RGBA", strip.size, (*config.background, 255))
+        flat.paste(Image.alpha_composite(background, strip).convert(wanted), (0, first))
+    return flat
+
+
+def _strips(picture: Image.Image) -> Iterator[tuple[int, Image.Image]]:
+    """Yield a picture in rows of some height, each with its first row: whole copies of the largest take gigabytes."""
+    for first in range(0, picture.height, STRIP_ROWS):
+        yield first, picture.crop((0, first, picture.width, min(first + STRIP_ROWS, picture.height)))
 
 
 def _fit(picture: Image.Image, config: ImageViewConfig, position: tuple[float, float]) -> Image.Image:

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tarfile
 import threading
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +25,7 @@ from conftest import REPOSITORY
 from PIL import Image
 
 from data.remote import range_policy, read_ranges
+from data.scanned import found_shards
 
 SHARDS, SAMPLES = 4, 20
 SLACK = 30_000  # bytes of a request's head and its answer's, at most
@@ -162,6 +164,7 @@ def web_server(payloads: dict[str, bytes], *, ranges: bool) -> type[http.server.
                 first, last = int(start), min(int(end or last), last)
             self.send_response(206 if ranges and wanted else 200)
             self.send_header("Content-Length", str(last + 1 - first))
+            self.send_header("ETag", f'"{zlib.crc32(payload)}"')
             if ranges:
                 self.send_header("Accept-Ranges", "bytes")
                 self.send_header("Content-Range", f"bytes {first}-{last}/{len(payload)}")
@@ -269,6 +272,7 @@ def test_a_full_shuffle_fetches_single_samples_and_streams_fetch_each_shard_once
         sent, last = bytes_by_step(service, tmp_path)
     whole, train = sum(map(len, payloads.values())), sum(map(len, list(payloads.values())[:-1]))
     assert whole <= sent["prepare"] <= 1.05 * whole + 10 * SLACK
+    assert sent["listed again"] <= SLACK
     # Twelve samples, each about a twentieth of a shard, with their tar headers.
     each = train / (SAMPLES * (SHARDS - 1))
     assert 12 * 0.9 * each <= sent["scattered"] <= 12 * (1.1 * each + 4_000) + SLACK
@@ -375,3 +379,29 @@ def test_samples_or_shards_are_fetched_as_the_environment_says(monkeypatch: pyte
     monkeypatch.setenv("LATENTLINE_REMOTE_READS", "sometimes")
     with pytest.raises(ValueError, match="LATENTLINE_REMOTE_READS is auto, whole or ranged, not 'sometimes'"):
         range_policy(True)
+
+
+def test_what_was_found_in_a_shard_is_believed_as_long_as_it_is_that_version(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LATENTLINE_CACHE", str(tmp_path))
+    about: dict[str, object] = {"size": 100, "ETag": "a"}
+    monkeypatch.setattr("data.scanned.properties_of", lambda url: about)
+    (shard,) = found_shards(["s3://b/x.tar"])
+    assert shard.key_hashes() is None
+    shard.remember(np.array([3, 2**64 - 1], dtype=np.uint64))
+    (again,) = found_shards(["s3://b/x.tar"])
+    assert again.key_hashes().tolist() == [3, 2**64 - 1]
+    (note,) = tmp_path.iterdir()
+    raw = note.read_bytes()
+    for damaged in (raw[:-1] + b"\x01", raw[:-8], b""):
+        note.write_bytes(damaged)
+        assert again.key_hashes() is None
+    note.write_bytes(raw)
+    for other in ({"size": 100, "ETag": "b"}, {"size": 101, "ETag": "a"}, {"size": 100}):
+        about.clear()
+        about.update(other)
+        (changed,) = found_shards(["s3://b/x.tar"])
+        assert changed.key_hashes() is None
+    changed.remember(np.array([1], dtype=np.uint64))  # of a version that cannot be told from others
+    assert note.read_bytes() == raw

@@ -93,6 +93,20 @@ def test_sixteen_bits_of_colour_keep_their_colours() -> None:
     assert np.abs(decode_image(payload).astype(float) - levels / 257).max() <= 1
 
 
+def test_tall_images_are_flattened_and_narrowed_in_strips_that_nobody_sees() -> None:
+    rng = np.random.default_rng(0)
+    deep = rng.integers(0, 65536, (700, 9), dtype=np.uint16)
+    buffer = io.BytesIO()
+    Image.fromarray(deep).save(buffer, "PNG")
+    assert np.array_equal(decode_image(buffer.getvalue())[:, :, 0], np.rint(deep / 257).astype(np.uint8))
+    clear = rng.integers(0, 256, (700, 9, 4), dtype=np.uint8)
+    view = ImageViewConfig(resolution=700, fit="centre", background=(10, 200, 30))
+    alpha = clear[:, :, 3:] / 255
+    expected = clear[:, :, :3] * alpha + np.array([10, 200, 30]) * (1 - alpha)
+    shown = view_image(clear, view)[:, 345:354]
+    assert np.abs(shown - expected).max() <= 1
+
+
 def test_cmyk_becomes_rgb() -> None:
     shown = decode_image(encoded(Image.fromarray(HALVES).convert("CMYK"), "JPEG", quality=95))
     assert np.abs(shown[2, 1].astype(int) - RED).max() < 12
