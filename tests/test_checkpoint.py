@@ -53,10 +53,12 @@ def test_the_newest_stay_and_every_nth_stays_for_good(tmp_path: Path) -> None:
 def test_a_flipped_bit_in_any_file_is_found_and_the_checkpoint_before_is_used(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    store = checkpoints(tmp_path)
-    save(store, 1)
-    save(store, 2)
-    for file in sorted((tmp_path / "update-00000002").iterdir()):
+    Tiny(tmp_path, Recipe(config={"updates": 20})).run()
+    newest = tmp_path / "checkpoints/update-00000020"
+    verify(newest)
+    files = sorted(newest.iterdir())
+    assert len(files) == 8, "two networks, two optimizers, averages, verdicts, state and manifest"
+    for file in files:
         intact = file.read_bytes()
         for position in {0, len(intact) // 2, len(intact) - 1}:
             broken = bytearray(intact)
@@ -67,10 +69,10 @@ def test_a_flipped_bit_in_any_file_is_found_and_the_checkpoint_before_is_used(
             with pytest.raises(DamagedCheckpoint, match="is damaged"):
                 verify(file.parent)
         file.write_bytes(intact)
-    (tmp_path / "update-00000002" / "model.safetensors").write_bytes(b"short")
-    assert store.newest_intact() == 1
-    assert "model.safetensors is damaged" in capfd.readouterr().err
-    assert (tmp_path / "damaged-update-00000002").is_dir()
+    (newest / "first.safetensors").write_bytes(b"short")
+    assert checkpoints(newest.parent).newest_intact() == 10
+    assert "first.safetensors is damaged" in capfd.readouterr().err
+    assert (newest.parent / "damaged-update-00000020").is_dir()
 
 
 def test_a_failing_disk_is_reported_and_costs_no_good_checkpoint(tmp_path: Path) -> None:

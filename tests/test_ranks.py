@@ -148,11 +148,16 @@ def test_a_hanging_rank_is_reported_by_all_and_ends_them(tmp_path: Path) -> None
 
 @pytest.mark.soak
 def test_a_rank_that_hangs_in_native_code_ends_too(tmp_path: Path) -> None:
-    ranks = start(tmp_path, {"hang_in": 4, "on_rank": 1, "natively": True, "config": {"hang_seconds": 4.0}})
+    ranks = start(tmp_path, {"hang_in": 14, "on_rank": 1, "natively": True, "config": {"hang_seconds": 4.0}})
     printed = [process.communicate(timeout=200) for process in ranks]
     assert all(process.returncode not in (0, None) for process in ranks), printed
     assert "one_update" in printed[1][1]
-    assert "in update 4 (batch 3)" in (tmp_path / "0/watch/rank-0000.report.txt").read_text()
+    assert "in update 14 (batch 13)" in (tmp_path / "0/watch/rank-0000.report.txt").read_text()
+    ranks = start(tmp_path, {})  # and the same command continues
+    printed = [process.communicate(timeout=200) for process in ranks]
+    assert [process.returncode for process in ranks] == [0, 0], printed
+    found = json.loads((tmp_path / "0-rank-0.json").read_bytes())
+    assert (found["ended"], found["update"], found["rows"][0]["update"]) == ("done", 40, 11)
 
 
 def test_a_frozen_rank_is_named_by_the_others(tmp_path: Path) -> None:

@@ -9,10 +9,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import environment
+from conftest import environment, training_rows
 from tiny_training import Recipe, Tiny
 
 from pipelines.runtime.checkpoint import CheckpointConfig, Checkpoints
+from pipelines.runtime.tracking import open_tracker
 
 # All that a save asks of files; `test_no_call_of_a_save_is_forgotten` says when there is another.
 CALLS = (
@@ -186,7 +187,12 @@ def test_a_full_disk_ends_the_training_with_a_clear_error_and_a_good_checkpoint(
 def test_training_goes_on_for_its_grace_while_the_disk_is_full(
     small_disk: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    tiny = Tiny(small_disk / "run", Recipe(config={"checkpoint": {"every_updates": 10, "grace_updates": 16}}))
+    folder = small_disk / "run"
+    tracker = open_tracker(
+        folder=folder, root=small_disk, stage="tiny", experiment="e", tracking_uri="offline", params={}, tags={}
+    )
+    recipe = Recipe(config={"checkpoint": {"every_updates": 10, "grace_updates": 16}})
+    tiny = Tiny(folder, recipe, tracker=tracker)
 
     def disturb(update: int) -> None:
         if update == 15:
@@ -196,6 +202,8 @@ def test_training_goes_on_for_its_grace_while_the_disk_is_full(
 
     tiny.after_update = disturb
     assert tiny.run().training.update == 40
+    tracker.close("FINISHED")
+    assert sorted(training_rows(folder)) == list(range(1, 41))
     assert "Training goes on for" in capfd.readouterr().err
     assert Checkpoints(small_disk / "run/checkpoints", CheckpointConfig(), writes=False).newest_intact() == 40
 

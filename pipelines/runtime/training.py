@@ -373,10 +373,10 @@ class Training:
             **self._made_by,
         }
         if self.stage.is_main:
-            # Lines up to here are never written again: they must be on disk before the checkpoint is.
-            self.stage.tracker.flush()
             parts = {name: part.tensors() for name, part in self.parts.items()}
-            self._checkpoints.save(self.update, parts, state, best=self._best.found.get("update"))
+            # Lines up to here are never written again: they must be on disk before the checkpoint is.
+            flush, best = self.stage.tracker.flush, self._best.found.get("update")
+            self._checkpoints.save(self.update, parts, state, best=best, after=flush)
 
 
 def _close(stream: Any) -> None:
