@@ -34,9 +34,8 @@ class EncodingProgress:
             self._stage.tracker.log_metrics(figures, step=done)
 
     def finish(self) -> None:
-        """Log the figures of the whole, if this process had a part in it."""
-        if self._images:
-            self._stage.tracker.log_metrics(self._figures(self._num_shards, self._line.total), step=self._line.total)
+        """Log the figures of the whole."""
+        self._stage.tracker.log_metrics(self._figures(self._num_shards, self._line.total), step=self._line.total)
 
     def _figures(self, shards: int, done: int) -> dict[str, float]:
         images_per_s = (done - self._before) / max(time.monotonic() - self._began, 1e-9)
