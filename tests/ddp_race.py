@@ -138,7 +138,7 @@ def draws(denoiser: Denoiser, rank: int) -> Iterator[LatentDraw]:
 
 def main() -> None:
     folder, report = Path(sys.argv[1]), Path(sys.argv[2])
-    rounds = int(sys.argv[3]) if len(sys.argv) > 3 else 40
+    rounds = int(sys.argv[3]) if len(sys.argv) > 3 else 24
     config = load_config(TrainUNetConfig, table="train_unet", argv=list(WORDS))
     accelerator = start_accelerator(RunConfig(threads=1))
     folder.mkdir(parents=True, exist_ok=True)

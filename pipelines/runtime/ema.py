@@ -60,6 +60,11 @@ class Averages:
     def __init__(self, network: nn.Module, configs: tuple[ExponentialAverage | PowerAverage, ...]) -> None:
         self.configs = configs
         self.networks = [copy.deepcopy(network).requires_grad_(False).eval() for _ in configs]
+        # Kept, since walking through the modules for them takes longer than averaging a small network.
+        self._network = network
+        self._tensors: list[tuple[list[Tensor], list[Tensor]]] = [
+            ([*one.parameters()], [*one.buffers()]) for one in (network, *self.networks)
+        ]
 
     @property
     def first(self) -> nn.Module:
@@ -75,14 +80,24 @@ class Averages:
             update: The update that was just made.
             refused: Scalar on the device; where it is 1, nothing moves, and the host need not know.
         """
-        present: list[Tensor] = list(network.parameters())
-        for config, average in zip(self.configs, self.networks, strict=True):
+        assert network is self._network, "the averages are of another network"
+        (present, constants), *held = self._tensors
+        on_host = present[0].device.type == "cpu"
+        if on_host and refused is not None and bool(refused):
+            return
+        for config, (average, buffers) in zip(self.configs, held, strict=True):
+            decay = decay_at(config, update=update)
+            for mine, theirs in zip(buffers, constants, strict=True):
+                mine.copy_(theirs)
+            if on_host:  # three times as fast there, and asking costs nothing
+                torch._foreach_lerp_(average, present, 1.0 - decay)
+                continue
             # One fused kernel that can be refused on the device: a step of plain SGD along (present - average).
             torch._fused_sgd_(
-                list(average.parameters()),
+                average,
                 present,
                 [],
-                lr=decay_at(config, update=update) - 1.0,
+                lr=decay - 1.0,
                 weight_decay=-1.0,
                 momentum=0.0,
                 dampening=0.0,
@@ -92,8 +107,6 @@ class Averages:
                 grad_scale=None,
                 found_inf=refused,
             )
-            for mine, theirs in zip(average.buffers(), network.buffers(), strict=True):
-                mine.copy_(theirs)
 
     def tensors(self) -> dict[str, Tensor]:
         """Return all averages, for a checkpoint."""
