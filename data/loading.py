@@ -6,7 +6,7 @@ the training thread.
 
 import resource
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
@@ -14,26 +14,31 @@ import numpy as np
 
 from data.buffers import Buffers
 from data.manifest import Manifest
+from data.open_shard import OpenShard, Shard, brought_near
 from data.prefetch import Loaded, Prefetch, prefetch
 from data.samples import FLIPPED_SUFFIX, IMAGE_SUFFIXES, LATENT_SUFFIX, BadSample, NpyLayout, Split
-from data.shard_set import OpenShard, ShardRange, ShardSet, VerifyLevel
+from data.shard_set import ShardRange, ShardSet, VerifyLevel
 from data.transforms import DEFAULT_MAX_PIXELS, ImageViewConfig, decode_image, view_image
 
 __all__ = ["ImageBatch", "ImageShards", "LatentBatch", "LatentShards", "Loaded", "Prefetch", "ShardRange", "prefetch"]
 
-CARRIED_SUFFIXES = ("cls", "txt", "json")
+CARRIED_SUFFIXES = ("txt", "json")
 COLD_READS = 64  # batches that are fetched in advance after one that had to wait for the disk
 
 
 @dataclass(frozen=True, kw_only=True)
 class ImageBatch:
-    """Indices int64 (n,), images uint8 (n h w c), labels int64 (n,) with -1 for none, keys, captions ("" for none)."""
+    """Indices int64 (n,), images uint8 (n h w c), labels int64 (n,) with -1 for none, keys, captions ("" for none).
+
+    ``carried``, where it was asked for: the members that go along with each latent: ``cls``, ``txt``, ``json``.
+    """
 
     indices: np.ndarray
     images: np.ndarray
     labels: np.ndarray
     keys: list[str]
     captions: list[str]
+    carried: list[dict[str, bytes]] = field(default_factory=list)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +61,7 @@ class ImageShards(ShardSet):
         view: How to bring images to one size; None when the manifest says it, or they are stored at one size already.
         max_pixels: Larger images are refused before decoding.
         cache_bytes: Decoded pixels are kept when the whole split needs no more than this.
+        scattered: As for ``ShardSet``.
     """
 
     def __init__(
@@ -67,8 +73,10 @@ class ImageShards(ShardSet):
         view: ImageViewConfig | None = None,
         max_pixels: int = DEFAULT_MAX_PIXELS,
         cache_bytes: int = 256 * 1024 * 1024,
+        scattered: bool = False,
     ) -> None:
-        super().__init__(folder, split=split, manifest=manifest)
+        super().__init__(folder, split=split, manifest=manifest, scattered=scattered)
+        self._view_is_for_all = view is not None
         if view is None and "view" in self.manifest.content:  # shards that others wrote, brought to one size as read
             view = ImageViewConfig(**self.manifest.content["view"])
             max_pixels = self.manifest.content["max_pixels"]
@@ -93,12 +101,13 @@ class ImageShards(ShardSet):
             return None
         return np.empty((len(self), *self.image_shape), dtype=np.uint8), np.zeros(len(self), dtype=bool)
 
-    def read(self, indices: np.ndarray, *, bad: list[BadSample] | None = None) -> ImageBatch:
+    def read(self, indices: np.ndarray, *, bad: list[BadSample] | None = None, carry: bool = False) -> ImageBatch:
         """Decode the images at ``indices``, int64 (n,).
 
         Args:
             indices: Which samples.
             bad: When given, samples that cannot be read are left out of the batch, and their findings appended here.
+            carry: Also read what goes along with their latents.
 
         Raises:
             BadSample: An image cannot be decoded or has another shape than the first, or a caption cannot be read; with
@@ -107,11 +116,16 @@ class ImageShards(ShardSet):
         indices = np.asarray(indices, dtype=np.int64)
         shards, rows = self.locate(indices)
         images = np.empty((len(rows), *self.image_shape), dtype=np.uint8)
-        samples = list(zip(indices.tolist(), shards, rows, strict=True))
-        for index, shard, row in samples:
-            if self._cache is None or not self._cache[1][index]:
+        undecoded = [self._cache is None or not self._cache[1][index] for index in indices.tolist()]
+        for shard, row, wants in zip(shards, rows, undecoded, strict=True):
+            if wants:
                 shard.will_need(row, self._suffix(shard, row))
-        kept: list[tuple[OpenShard, int]] = []
+        wanted = [
+            carry or wants or shard.place(row, "txt") is not None
+            for shard, row, wants in zip(shards, rows, undecoded, strict=True)
+        ]
+        samples = list(zip(indices.tolist(), brought_near(shards, rows, wanted), rows, strict=True))
+        kept: list[tuple[Shard, int]] = []
         found: list[int] = []
         captions: list[str] = []
         for index, shard, row in samples:
@@ -131,9 +145,10 @@ class ImageShards(ShardSet):
             labels=np.array([shard.label(row) for shard, row in kept], dtype=np.int64),
             keys=[shard.key(row) for shard, row in kept],
             captions=captions,
+            carried=[self._carried(shard, row) for shard, row in kept] if carry else [],
         )
 
-    def _pixels(self, index: int, shard: OpenShard, row: int) -> np.ndarray:
+    def _pixels(self, index: int, shard: Shard, row: int) -> np.ndarray:
         if self._cache is None:
             return self._checked(shard, row)
         pixels, there = self._cache
@@ -143,19 +158,22 @@ class ImageShards(ShardSet):
             there[index] = True
         return pixels[index]
 
-    def carried(self, index: int) -> dict[str, bytes]:
-        """Return the members of a sample that go along with its latent: ``cls``, ``txt``, ``json``, where present."""
-        (shard,), (row,) = self.locate(np.array([index]))
+    @staticmethod
+    def _carried(shard: Shard, row: int) -> dict[str, bytes]:
         found = {suffix: shard.member(row, suffix) for suffix in CARRIED_SUFFIXES}
-        return {suffix: bytes(payload) for suffix, payload in found.items() if payload is not None}
+        carried = {suffix: bytes(payload) for suffix, payload in found.items() if payload is not None}
+        # The label is the corpus's, which in a shard of others may be another number than theirs.
+        return {"cls": b"%d" % label, **carried} if (label := shard.label(row)) >= 0 else carried
 
     def labels_and_captions(self, indices: np.ndarray) -> tuple[np.ndarray, list[str]]:
         """Return the labels int64 (n,), -1 for none, and captions, "" for none, without decoding an image."""
-        samples = list(zip(*self.locate(indices), strict=True))
+        shards, rows = self.locate(indices)
+        captioned = [shard.place(row, "txt") is not None for shard, row in zip(shards, rows, strict=True)]
+        samples = list(zip(brought_near(shards, rows, captioned), rows, strict=True))
         labels = np.array([shard.label(row) for shard, row in samples], dtype=np.int64)
         return labels, [shard.caption(row) for shard, row in samples]
 
-    def _checked(self, shard: OpenShard, row: int) -> np.ndarray:
+    def _checked(self, shard: Shard, row: int) -> np.ndarray:
         pixels = self._decode(shard, row)
         if pixels.shape != self.image_shape:
             detail = (
@@ -165,19 +183,20 @@ class ImageShards(ShardSet):
         return pixels
 
     @staticmethod
-    def _suffix(shard: OpenShard, row: int) -> str:
+    def _suffix(shard: Shard, row: int) -> str:
         """Return the suffix of a sample's image, "" when it has none."""
-        return next((suffix for suffix in IMAGE_SUFFIXES if shard.has(row, suffix)), "")
+        return next((suffix for suffix in IMAGE_SUFFIXES if shard.place(row, suffix)), "")
 
-    def _decode(self, shard: OpenShard, row: int) -> np.ndarray:
+    def _decode(self, shard: Shard, row: int) -> np.ndarray:
         key, suffix = shard.key(row), self._suffix(shard, row)
         payload = shard.member(row, suffix)
         try:
             if payload is None:
                 raise BadSample("missing_image", f"no member {' or '.join(IMAGE_SUFFIXES)}")
-            if self.view is None:
+            # A corpus may hold both shards that others wrote and finished squares of ours.
+            if self.view is None or not (shard.in_place or self._view_is_for_all):
                 return decode_image(bytes(payload), max_pixels=self.max_pixels)
-            return view_image(bytes(payload), self.view, max_pixels=self.max_pixels)
+            return view_image(bytes(payload), self.view, max_pixels=self.max_pixels, key=key)
         except BadSample as error:
             raise error.at(shard=shard.name, key=key, member=f"{key}.{suffix}" if suffix else "") from None
 
@@ -256,7 +275,7 @@ class LatentShards(ShardSet):
             },
         )
 
-    def _layout(self, shard: OpenShard, suffix: str) -> NpyLayout:
+    def _layout(self, shard: Shard, suffix: str) -> NpyLayout:
         layout = shard.index.layouts.get(suffix)
         if layout is None:
             have = ", ".join(shard.index.suffixes)
@@ -265,11 +284,12 @@ class LatentShards(ShardSet):
             )
         return layout
 
-    def _gather(self, shards: list[OpenShard], rows: list[int], suffixes: list[str], layout: NpyLayout) -> np.ndarray:
+    def _gather(self, shards: Sequence[Shard], rows: list[int], suffixes: list[str], layout: NpyLayout) -> np.ndarray:
         """Copy arrays into one; (n, *layout.shape)."""
         columns: dict[tuple[str, str], int] = {}
         size, parts = layout.payload_bytes, []
         for shard, row, suffix in zip(shards, rows, suffixes, strict=True):
+            assert isinstance(shard, OpenShard), "latents are never read where others keep them"
             place = (shard.name, suffix)
             if place not in columns:
                 columns[place] = shard.column(suffix, layout)

@@ -40,6 +40,7 @@ class FileEntry:
         sha256: Its hash.
         samples: How many of its samples belong to the stage.
         url: Absolute path or URL, when the file is used where it lies and ``name`` is only what it is called here.
+        corpus: Which of several corpora its samples are of; "" when there is only one.
     """
 
     name: str
@@ -47,10 +48,11 @@ class FileEntry:
     sha256: str
     samples: int = 0
     url: str = ""
+    corpus: str = ""
 
     def as_json(self) -> dict[str, Any]:
         """Return what a manifest holds."""
-        return {key: value for key, value in asdict(self).items() if key != "url" or value}
+        return {key: value for key, value in asdict(self).items() if key not in ("url", "corpus") or value}
 
     @classmethod
     def of(cls, path: Path, *, samples: int = 0, name: str | None = None) -> "FileEntry":

@@ -30,10 +30,11 @@ class BlockedShuffleConfig(BaseModel, frozen=True, extra="forbid"):
 
 
 class WeightedConfig(BaseModel, frozen=True, extra="forbid"):
-    """Classes in fixed shares, each gone through in epochs of its own."""
+    """Classes or corpora in fixed shares, each gone through in epochs of its own."""
 
     kind: Literal["weighted"] = "weighted"  # class-balanced by default
-    weights: Mapping[str, PositiveFloat] = {}  # by class name; a class that is not named weighs 1
+    by: Literal["class", "corpus"] = "class"  # what is weighed: classes, or the corpora of a source of kind "union"
+    weights: Mapping[str, PositiveFloat] = {}  # by name; a class or corpus that is not named weighs 1
 
 
 class SequentialConfig(BaseModel, frozen=True, extra="forbid"):
@@ -49,15 +50,16 @@ OrderConfig = Annotated[AnyOrderConfig, Field(discriminator="kind")]
 class Order:
     """An endless stream of sample indices in which each epoch holds every index in [0, ``num_samples``) once.
 
-    ``weighted`` has no epoch of its own: there each class holds each of its samples once per turn.
+    ``weighted`` has no epoch of its own: there each class or corpus holds each of its samples once per turn.
 
     Args:
         num_samples: Samples an epoch; at least 1.
         seed: Seed of the stage; two seeds give unrelated orders.
         global_batch: Samples of a global batch; ``blocked`` gives each of its parts to one stream.
         shard_sizes: Samples of each shard, in order; ``blocked`` needs them.
-        labels: Class of each sample; ``weighted`` needs them.
+        labels: Class of each sample; ``weighted`` by class needs them.
         classes: Class names by label, for the weights.
+        corpora: Number of samples of each corpus, in the order of the indices; ``weighted`` by corpus needs them.
     """
 
     def __init__(
@@ -70,6 +72,7 @@ class Order:
         shard_sizes: Sequence[int] = (),
         labels: np.ndarray | None = None,
         classes: Sequence[str] = (),
+        corpora: Mapping[str, int] | None = None,
     ) -> None:
         if num_samples < 1:
             raise ValueError("An order needs at least one sample; the corpus is empty.")
@@ -80,7 +83,11 @@ class Order:
             self._blocked = BlockedStreams(
                 shard_sizes, seed=seed, batch=global_batch, streams=config.canonical_nodes, window=config.window
             )
-        if isinstance(config, WeightedConfig):
+        if isinstance(config, WeightedConfig) and config.by == "corpus":
+            assert corpora is not None
+            assert sum(corpora.values()) == num_samples
+            self._mixture = Mixture.of_corpora(corpora, weights=config.weights, seed=seed)
+        elif isinstance(config, WeightedConfig):
             assert labels is not None
             assert len(labels) == num_samples
             self._mixture = Mixture.of_labels(labels, classes=classes, weights=config.weights, seed=seed)

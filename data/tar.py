@@ -187,6 +187,13 @@ def _pax_records(payload: bytes) -> dict[bytes, bytes] | None:
     return records
 
 
+def is_header_of(header: bytes, size: int) -> bool:
+    """Say whether these bytes are a sound header of a regular file of ``size`` bytes."""
+    # A size beyond 8 GB stands in an extension header; no member that is read is so large.
+    kinds = (_REGULAR, _OLD_REGULAR, _CONTIGUOUS)
+    return not _header_problem(header) and header[156:157] in kinds and _number(header[124:136]) == size
+
+
 def _header_problem(header: bytes) -> str:
     """Say why ``header`` is not a tar header; "" when it is one."""
     if len(header) < BLOCK:

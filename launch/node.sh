@@ -41,6 +41,10 @@ fi
 nodes="${PET_NNODES:-1}"
 per_node="${PET_NPROC_PER_NODE:-auto}"
 [[ $per_node =~ ^[0-9]+$ ]] || per_node=$((num_gpus > 0 ? num_gpus : 1))
+cores="$(nproc)" # those that this task may use
+if ((cores < per_node)); then
+    printf 'node.sh: %s processes will share %s core(s). On Slurm: --cpus-per-task.\n' "$per_node" "$cores" >&2
+fi
 if ((nodes > 1)) && [[ -z ${PET_MASTER_ADDR:-} ]]; then
     printf 'node.sh: PET_NNODES = %s, but PET_MASTER_ADDR does not say where machine 0 is.\n' "$nodes" >&2
     exit 2

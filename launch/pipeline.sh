@@ -90,9 +90,9 @@ request_stop() {
 trap request_stop INT TERM HUP
 
 run_stage() { # $1 stage; returns the stage's own exit code, not its launcher's
-    local code
+    local code before
     folder="$(<"$scratch/$1")"
-    touch -- "$scratch/began"
+    before="$(outcome_mark "$folder")"
     "$python" -m accelerate.commands.launch "${launcher[@]}" -m "pipelines.$1" "${options[@]}" &
     stage_pid=$!
     # A trapped signal ends `wait`, not the stage.
@@ -102,7 +102,9 @@ run_stage() { # $1 stage; returns the stage's own exit code, not its launcher's
         kill -0 "$stage_pid" 2>/dev/null
     do :; done
     stage_pid=""
-    ((code == 0)) || code="$(stage_exit_code "$folder" "$scratch/began")"
+    # A request that came while the stage was ending anyway must not stop the next start.
+    ((requests == 0)) || rm -f -- "$folder/stop"
+    ((code == 0)) || code="$(stage_exit_code "$folder" "$before")"
     return "$code"
 }
 

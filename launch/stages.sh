@@ -26,10 +26,14 @@ name = config[stage].get("name", "") if stage == "evaluate" else ""
 print(pathlib.PurePath(config["run"]["root"], f"{folder}-{name}" if name else folder))
 '
 
-# Print the exit code that a stage left behind, since the launcher makes 1 of every code: $1 its folder, $2 a file
-# made when the stage began. An older outcome is that of an earlier run.
+# Print which outcome lies in a stage's folder $1 now; nothing when there is none. To be asked before the stage begins:
+# the clocks of a file server and of the machines differ, so that "newer" would say little.
+outcome_mark() { stat --format '%i %y' -- "$1/outcome.json" 2>/dev/null || true; }
+
+# Print the exit code that a stage left behind, since the launcher makes 1 of every code: $1 its folder, $2 the mark of
+# the outcome that lay there before. When that one still lies there, it is of an earlier run.
 stage_exit_code() {
-    if [[ $1/outcome.json -nt $2 ]]; then
+    if [[ -f $1/outcome.json && $(outcome_mark "$1") != "$2" ]]; then
         "$python" -c 'import json, sys; print(json.load(open(sys.argv[1]))["exit_code"] or 1)' "$1/outcome.json" || echo 1
     else
         echo 1

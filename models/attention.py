@@ -110,22 +110,39 @@ def use_attention_backend(network: nn.Module, backend: Backend) -> None:
 
 
 def probe_backend(backend: Backend, *, device: torch.device, dtype: torch.dtype) -> str:
-    """Run ``backend`` forward and backward with a mask on small tensors; "" if that worked, else what went wrong."""
+    """Run ``backend`` forward and backward with a mask on small tensors, against plain arithmetic.
+
+    Returns:
+        "" when output and gradients agree, else what went wrong.
+    """
     try:
-        q, k, v = (
-            torch.linspace(-1, 1, 2 * 2 * 16 * 32, device=device, dtype=dtype).reshape(2, 2, 16, 32).requires_grad_()
-            for _ in range(3)
-        )
-        mask = (torch.arange(16, device=device) < 9).expand(2, 16)
-        out = attend(q, k, v, mask=mask, backend=backend)
-        expected = attend(q, k, v, mask=mask, backend="math")
-        out.float().square().sum().backward()
-        error = (out - expected).abs().max().item()
+        found, expected = (_output_and_gradients(one, device=device, dtype=dtype) for one in (backend, "math"))
     except Exception as failure:
         # Anything at all may come out of a foreign kernel, and each of it means the same here: it does not run.
         return f"{type(failure).__name__}: {str(failure).strip().splitlines()[0] if str(failure).strip() else ''}"
     tolerance = 1e-4 if dtype == torch.float32 else 2e-2
-    return "" if error <= tolerance else f"its output differs from plain arithmetic by {error:.1e}"
+    for name, right in expected.items():
+        if name not in found:
+            return f"it gives no {name}"
+        error = (found[name] - right).abs().max().item() / max(1.0, right.abs().max().item())
+        if not error <= tolerance:  # NaN is not either
+            return f"its {name} differs from plain arithmetic by {error:.1e}"
+    return ""
+
+
+def _output_and_gradients(backend: Backend, *, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
+    inputs = {
+        name: torch.linspace(-1, 1, 2 * 2 * 16 * 32, device=device, dtype=dtype)
+        .roll(turn)
+        .reshape(2, 2, 16, 32)
+        .requires_grad_()
+        for name, turn in (("query", 0), ("key", 333), ("value", 777))
+    }
+    mask = (torch.arange(16, device=device) < 9).expand(2, 16)
+    out = attend(*inputs.values(), mask=mask, backend=backend)
+    out.float().square().sum().backward()
+    gradients = {f"gradient of the {name}": x.grad.float() for name, x in inputs.items() if x.grad is not None}
+    return {"output": out.detach().float(), **gradients}
 
 
 class SelfAttention(nn.Module):

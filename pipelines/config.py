@@ -19,6 +19,8 @@ import tomli_w
 from pydantic import BaseModel, NonNegativeInt, ValidationError
 
 from pipelines.config_schema import annotation_at, complete, kind_at, model_paths, names_at, variants_of
+from pipelines.runtime.credentials import without_credentials
+from pipelines.runtime.outcome import leave_outcome
 
 STAGE_FOLDERS = {
     "prepare_corpus": "corpus",
@@ -50,7 +52,7 @@ class RunConfig(BaseModel, frozen=True, extra="forbid"):
 class StageConfig(BaseModel, frozen=True, extra="forbid"):
     """What every stage's configuration has. ``inputs.NAME`` defaults to the folder NAME below ``run.root``."""
 
-    harmless: ClassVar[frozenset[str]] = frozenset()  # top-level keys that may change without changing the result
+    harmless: ClassVar[frozenset[str]] = frozenset()  # dotted keys that may change without changing the result
 
     run: RunConfig = RunConfig()
 
@@ -129,8 +131,6 @@ def help_text(model: type[StageConfig], *, table: str, about: str | None) -> str
 
 def write_early_outcome(argv: Sequence[str], *, table: str) -> None:
     """Leave outcome.json for scripts even when the configuration is wrong: the launcher hides the exit code."""
-    from pipelines.runtime.outcome import leave_outcome
-
     root = _early_root(argv, table=table)
     if root is None or table not in STAGE_FOLDERS:
         return
@@ -139,23 +139,6 @@ def write_early_outcome(argv: Sequence[str], *, table: str) -> None:
         leave_outcome(folder, state="failed", code=2)
     except OSError as error:
         print(f"{table}: outcome.json could not be written to {folder}: {error}", file=sys.stderr)
-
-
-def resume_command() -> str:
-    """Return the command that started this process, without passwords, for messages and outcome.json."""
-    import shlex
-
-    main = sys.modules.get("__main__")
-    module = getattr(getattr(main, "__spec__", None), "name", None)
-    words = ["python", "-m", module] if module else ["python", sys.argv[0]]
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        words = ["accelerate", "launch", "[launcher flags]", "-m", str(module)]
-    return blotted(" ".join([*words, *(shlex.quote(word) for word in sys.argv[1:])]))
-
-
-def blotted(text: str) -> str:
-    """Return ``text`` with user, password and query of every address in it blotted out."""
-    return re.sub(r"(://)[^/\s'\"]*@|(://[^?\s'\"]*\?)[^\s'\"]*", lambda m: f"{m[1] or m[2]}***", text)
 
 
 def _early_root(argv: Sequence[str], *, table: str) -> str | None:
@@ -322,7 +305,7 @@ def _explain(
     else:
         advice = re.sub(r"^(Value error|Assertion failed), ", "", detail["msg"])
         advice = advice.replace("Input should be", "expected").replace("\n", "\n      ")
-    return blotted(f"  {shown}{given} ({source})\n      {advice}")
+    return without_credentials(f"  {shown}{given} ({source})\n      {advice}", queries=True)
 
 
 def _with_inputs(model: type[StageConfig], tree: dict[str, Any]) -> dict[str, Any]:

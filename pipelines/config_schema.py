@@ -5,8 +5,9 @@ import inspect
 import re
 import textwrap
 import types
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
+from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel
@@ -44,6 +45,10 @@ def _chosen(annotation: Any, tree: Any, default: Any) -> type[BaseModel] | None:
     given = tree.get("kind") if isinstance(tree, dict) else None
     wanted = given if given is not None else getattr(default, "kind", None)
     return next((variant for variant in variants if kind_of(variant) == wanted), None)
+
+
+def _is_mapping(annotation: Any) -> bool:
+    return get_origin(unwrapped(annotation)) is Mapping
 
 
 def complete(model: type[BaseModel], tree: dict[str, Any]) -> dict[str, Any]:
@@ -96,10 +101,16 @@ def annotation_at(model: type[BaseModel], tree: Any, parts: Sequence[str]) -> An
         index = int(rest[0])
         below = below[index] if isinstance(below, list) and index < len(below) else None
         rest = rest[1:]
+    elif rest and get_origin(annotation) is Mapping:
+        annotation, default = get_args(annotation)[1], None
+        below = below.get(rest[0]) if isinstance(below, dict) else None
+        rest = rest[1:]
     if not rest:
         choices = get_args(annotation) if get_origin(annotation) is Literal else ()
         return (
-            str if annotation is str or (choices and all(isinstance(choice, str) for choice in choices)) else annotation
+            str
+            if annotation in (str, Path) or (choices and all(isinstance(choice, str) for choice in choices))
+            else annotation
         )
     if rest == ["kind"]:
         return str
@@ -124,15 +135,19 @@ def variant_at(model: type[BaseModel], tree: Any, parts: Sequence[str]) -> type[
     current: type[BaseModel] | None = model
     element: Any = None
     for part in parts:
-        if part.isdigit():
+        if part.isdigit() and isinstance(tree, list):
             tree = tree[int(part)]
-            current = _chosen(element, tree, None)
+            current, element = _chosen(element, tree, None), None
+            continue
+        if current is None and element is not None:  # the name of an entry of a mapping
+            tree = tree.get(part) if isinstance(tree, dict) else None
+            current, element = _chosen(element, tree, None), None
             continue
         field = current.model_fields.get(part) if current is not None else None
         if field is None:
             return None
         tree = tree.get(part) if isinstance(tree, dict) else None
-        element = (get_args(unwrapped(field.annotation)) or (None,))[0]
+        element = (get_args(unwrapped(field.annotation)) or (None,))[-1 if _is_mapping(field.annotation) else 0]
         current = _chosen(field.annotation, tree, field.get_default(call_default_factory=False))
     return current
 

@@ -26,14 +26,16 @@ from pipelines.config import ConfigError, StageConfig, config_from_command_line
 from pipelines.doctor_checks import (
     attention,
     experiment_digests,
+    file_operations,
     free_space,
     limits,
     mlflow_store,
     shards,
     software,
+    workers,
 )
 from pipelines.plan import experiment_path, stage_configs
-from pipelines.runtime.launch import launched_world_size, start_accelerator
+from pipelines.runtime.launch import launched_world_size, start_accelerator, threads_per_process
 
 Level = Literal["ok", "warning", "failed"]
 REDUCE_BYTES = 64 * 2**20
@@ -88,10 +90,12 @@ def own_findings(
         "software": lambda: software(device),
         "attention": lambda: attention(device),
         "limits": limits,
-        "free space": lambda: free_space(stages, root),
+        "workers": lambda: workers(threads_per_process(config.run)),
+        "file operations": lambda: file_operations(root),
     }
-    if rank == 0:
+    if rank == 0:  # the folder is one for all, which is looked at as well
         checks |= {
+            "free space": lambda: free_space(stages, root),
             "MLflow": lambda: mlflow_store(config.run.tracking_uri, root, experiment=config.run.experiment),
             "shards": lambda: shards(stages, world_size=world_size),
         }

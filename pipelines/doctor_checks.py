@@ -1,6 +1,7 @@
 """What ``pipelines.doctor`` looks at on one machine. Each check yields (level, text)."""
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
@@ -10,6 +11,7 @@ import shutil
 import socket
 import sqlite3
 import sys
+import tempfile
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -25,8 +27,9 @@ from data.manifest import digest_of
 from models.attention import probe_backend
 from pipelines.config import StageConfig
 from pipelines.plan import StagePlan, forecast, inputs_of, manifest_or_none
+from pipelines.runtime.credentials import without_credentials
 from pipelines.runtime.provenance import REPOSITORY
-from pipelines.runtime.run_identity import OFFLINE, sqlite_file, store_uri, without_credentials
+from pipelines.runtime.run_identity import OFFLINE, sqlite_file, store_uri
 from pipelines.runtime.training_config import TrainingConfig
 
 Level = Literal["ok", "warning", "failed"]
@@ -45,9 +48,13 @@ def software(device: torch.device) -> Findings:
         major, minor = torch.cuda.get_device_capability()
         name, memory = torch.cuda.get_device_name(), torch.cuda.get_device_properties(device).total_memory
         yield "ok", f"{name}, {memory / 2**30:.0f} GiB, capability {major}.{minor}, CUDA {torch.version.cuda}"
-        nccl = dist.is_nccl_available()
-        yield "ok" if nccl else "failed", "NCCL is there" if nccl else "this torch has no NCCL: GPUs cannot talk"
-    if not dist.is_gloo_available():
+        if dist.is_nccl_available():
+            yield "ok", f"NCCL {'.'.join(map(str, torch.cuda.nccl.version()))}"
+        else:
+            yield "failed", "this torch has no NCCL: GPUs cannot talk"
+    if dist.is_gloo_available():
+        yield "ok", "gloo is there"
+    else:
         yield "failed", "this torch has no gloo, by which the ranks agree to stop"
 
 
@@ -77,13 +84,54 @@ def limits() -> Findings:
         yield "warning" if small else "ok", f"{free / 2**30:.1f} GiB of shared memory{advice}"
 
 
+def workers(threads: int) -> Findings:
+    """Processes and their threads against the cores of this machine."""
+    cores, processes = len(os.sched_getaffinity(0)), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    text = f"{processes} process(es) x {threads} thread(s) on {cores} cores"
+    if processes * threads > cores:
+        yield "warning", f"{text}: they wait for each other; lower run.threads or start fewer"
+    else:
+        yield "ok", text
+
+
+def file_operations(root: Path) -> Findings:
+    """What every commit needs of the file system: flush, rename over another file, hard link, lock."""
+    there = nearest_folder(root)
+    step = "make a folder in"
+    try:
+        with tempfile.TemporaryDirectory(prefix=".doctor-", dir=there) as name:
+            first, second = Path(name) / "first", Path(name) / "second"
+            second.write_bytes(b"old")
+            step = "flush a file in"
+            with open(first, "wb") as file:
+                file.write(b"new")
+                file.flush()
+                os.fsync(file.fileno())
+            step = "rename a file over another in"
+            first.rename(second)
+            if second.read_bytes() != b"new":
+                raise OSError("the old file is still there")
+            step = "make a hard link in"
+            os.link(second, first)
+            step = "lock a file in"
+            with open(second, "rb") as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        yield "failed", f"cannot {step} {there}: {error}"
+    else:
+        yield "ok", f"flush, rename, link and lock work in {there}"
+
+
+def nearest_folder(root: Path) -> Path:
+    """Return ``root``, or what of the way to it is there already."""
+    return next(folder for folder in (root, *root.absolute().parents) if folder.is_dir())
+
+
 def free_space(stages: dict[str, StageConfig], root: Path) -> Findings:
-    """What is free under ``run.root`` against what the stages that are not finished will write; and that one may."""
+    """What is free under ``run.root`` against what the stages that are not finished will write."""
     plans = {stage: StagePlan(stage=stage, state="") for stage in stages}
     forecast(stages, plans, devices=1)
-    there = next(folder for folder in (root, *root.absolute().parents) if folder.is_dir())
-    if not os.access(there, os.W_OK):
-        yield "failed", f"{there} is not writable"
+    there = nearest_folder(root)
     free = shutil.disk_usage(there).free
     needed = sum(plan.disk_bytes for plan in plans.values())
     text = f"{free / 2**30:.1f} GiB free in {there}, {needed / 2**30:.2f} GiB expected"
@@ -163,6 +211,14 @@ def shards(stages: Mapping[str, StageConfig], *, world_size: int) -> Findings:
             )
         else:
             yield "ok", f"{stage}: {config.global_batch // world_size} images a rank"
+    nodes = world_size // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    streams = getattr(stages["train_unet"].order, "canonical_nodes", nodes)  # type: ignore[attr-defined]
+    if streams % nodes:
+        yield (
+            "warning",
+            f"train_unet.order.canonical_nodes = {streams} does not divide among {nodes} machines: shards are fetched "
+            "by several of them",
+        )
     corpus = manifest_or_none(inputs_of(stages["encode_latents"])["corpus"])
     if corpus is not None:
         number = sum(entry.name.endswith(".tar") for entry in corpus.files)

@@ -108,7 +108,8 @@ class PartMaker:
         corpus = stage.parents["corpus"]
         with blaming("inputs.corpus"):
             self.images: dict[str, ImageShards] = {
-                split: ImageShards(config.inputs.corpus, split=split, manifest=corpus) for split in ("train", "val")
+                "train": ImageShards(config.inputs.corpus, split="train", manifest=corpus, scattered=True),
+                "val": ImageShards(config.inputs.corpus, split="val", manifest=corpus),
             }
         with blaming("inputs.unet"):
             self.prompts = prompt_encoder(published.network.config, published.text, device=device)

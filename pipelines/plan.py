@@ -31,7 +31,8 @@ from models.vae import AutoencoderKL
 from models.vae_objective import PatchAdversary
 from pipelines import encode_latents, evaluate, prepare_corpus, train_unet, train_vae
 from pipelines.captions import NoTextConfig, blank_features
-from pipelines.config import STAGE_FOLDERS, ConfigError, StageConfig, config_from_command_line, load_config
+from pipelines.config import STAGE_FOLDERS, ConfigError, RunConfig, StageConfig, config_from_command_line, load_config
+from pipelines.corpus_size import promised_corpus
 from pipelines.foreign import STAND_INS
 from pipelines.runtime.performance import peak_flops
 from pipelines.runtime.progress import duration
@@ -128,7 +129,7 @@ def plan(config: PlanConfig, path: str) -> list[StagePlan]:
         assert isinstance(training, TrainingConfig)
         found.images = training.updates * training.global_batch if found.state != "done" else 0
         if config.trial and not any(why.startswith("waits for") for why in found.why):
-            found.images_per_second = try_out(stage, training, path, devices=config.devices)
+            found.images_per_second = try_out(stage, training, path, run=config.run, devices=config.devices)
             found.measured = True
         else:
             device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -165,7 +166,7 @@ def state_of(stage: str, config: StageConfig, before: Mapping[str, StagePlan]) -
     if not why:
         request = request_of(stage, config, parents)
         held = read_manifest(folder).content if finished else json.loads((folder / "request.json").read_bytes())
-        why = [line for _, line in differing_keys(held, request)]
+        why = [line for _, line in differing_keys(held, request, harmless=config.harmless)]
     return StagePlan(stage=stage, state="stale" if why else "done" if finished else "begun", why=why)
 
 
@@ -178,6 +179,19 @@ def forecast(configs: Mapping[str, StageConfig], plans: Mapping[str, StagePlan],
     assert isinstance(encode_config, encode_latents.EncodeLatentsConfig)
     assert isinstance(unet_config, train_unet.TrainUNetConfig)
     corpus = manifest_or_none(inputs_of(vae_config)["corpus"])
+    samples, known = 0, ["?"]  # of the corpus
+    if corpus is not None:
+        samples, known = corpus.content["counts"]["out"], list(corpus.classes)
+        plans["prepare_corpus"].disk_bytes = sum(entry.bytes for entry in corpus.files)
+    else:
+        try:
+            promised = promised_corpus(corpus_config.source, corpus_config.view)
+        except ValueError as error:
+            plans["prepare_corpus"].notes.append(str(error))
+            plans["train_unet"].notes.append("counted with one class: the corpus is not made yet")
+        else:
+            samples, known = promised.samples, list(promised.classes)
+            plans["prepare_corpus"].disk_bytes = promised.disk_bytes
     image = corpus.content["image"] if corpus else corpus_config.view.model_dump()
     with torch.device("meta"):
         vae = AutoencoderKL(vae_config.network, image_channels=image["channels"])
@@ -195,10 +209,7 @@ def forecast(configs: Mapping[str, StageConfig], plans: Mapping[str, StagePlan],
     size = image["resolution"] // vae_config.network.factor
     shape = {"channels": vae_config.network.latent_channels, "size": size}
     if latents is None:
-        known = list(corpus.classes) if corpus else ["?"]
         latents = Manifest(content={"latent": shape, "classes": known})
-        if corpus is None:
-            plans["train_unet"].notes.append("counted with one class: the corpus is not made yet")
     with torch.device("meta"):
         denoiser = train_unet.build_denoiser(unet_config, latents)
     _costs(
@@ -213,10 +224,12 @@ def forecast(configs: Mapping[str, StageConfig], plans: Mapping[str, StagePlan],
         # Of the encoder that the U-Net expects: to ask the encoder itself would mean to load it.
         numbers += sum(field.numel() for field in blank_features(unet_config.denoiser).values())
     width = {"float16": 2, "float32": 4}[encode_config.dtype]
-    if corpus is not None:
-        # A tar member costs a header and is padded to 512 bytes; each sample has its class beside the arrays.
-        plans["encode_latents"].disk_bytes = corpus.content["counts"]["out"] * (numbers * width + 4 * 1024)
-        plans["prepare_corpus"].disk_bytes = sum(entry.bytes for entry in corpus.files)
+    # A tar member costs a header and is padded to 512 bytes; each sample has its class beside the arrays.
+    plans["encode_latents"].disk_bytes = samples * (numbers * width + 4 * 1024)
+    evaluation = configs["evaluate"]
+    assert isinstance(evaluation, evaluate.EvaluateConfig)
+    drawn = len(evaluation.scales) * evaluation.num_samples
+    plans["evaluate"].disk_bytes = drawn * (image["resolution"] ** 2 * image["channels"] + 4 * 1024)
 
 
 def manifest_or_none(folder: str) -> Manifest | None:
@@ -260,7 +273,7 @@ def _costs(plan: StagePlan, config: TrainingConfig, networks: list[nn.Module], *
     plan.memory_bytes = checkpoint + FLOAT_BYTES * plan.parameters + max(0, activations) * share
 
 
-def try_out(stage: str, config: TrainingConfig, path: str, *, devices: int) -> float:
+def try_out(stage: str, config: TrainingConfig, path: str, *, run: RunConfig, devices: int) -> float:
     """Train five updates of a stage on one device, in two processes with a checkpoint between; return images/s.
 
     Raises:
@@ -275,7 +288,9 @@ def try_out(stage: str, config: TrainingConfig, path: str, *, devices: int) -> f
         (folder / "stop").touch()  # the first process commits its first update and ends
         words = [
             *(sys.executable, "-m", f"pipelines.{stage}", "--config", path, "--run.root", root, *inputs),
-            *("--run.tracking_uri", "offline", "--run.num_processes", "1", "--updates", str(TRIAL_UPDATES)),
+            *("--run.tracking_uri", "offline", "--run.num_processes", "1", "--run.threads", str(run.threads)),
+            *("--run.deterministic", str(run.deterministic).lower(), "--run.attention", run.attention),
+            *("--updates", str(TRIAL_UPDATES)),
             *("--global_batch", str(share), "--log_every", "1", "--panel_every", "1000000"),
         ]
         for expected in (75, 0):

@@ -8,6 +8,7 @@ set aside, ``quarantine.jsonl``.
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, get_args
@@ -17,14 +18,15 @@ from pydantic import Field, PositiveInt
 
 from data.commit import write_atomically, write_json
 from data.in_place import index_in_place
+from data.keys import check_unique
 from data.manifest import FileEntry
 from data.panels import panel_png
 from data.samples import BadSample, ImageSample, Split, image_members
 from data.shards import ShardWriter
-from data.sources import FashionMNISTConfig, Source, SourceConfig, WebDataset, listing_digest
+from data.sources import Corpus, FashionMNISTConfig, Source, SourceConfig, WebDataset, corpora_of, listing_digest
 from data.transforms import DEFAULT_MAX_PIXELS, FILTER_REASONS, ImageViewConfig, MaxPixels, view_sample
 from pipelines.config import ConfigError, StageConfig, config_from_command_line
-from pipelines.runtime.parts import make_parts
+from pipelines.runtime.parts import finished_parts, make_parts
 from pipelines.runtime.progress import progress_line
 from pipelines.runtime.quarantine import REPORTED, BadSamplePolicy, settle_quarantine
 from pipelines.runtime.request import blaming
@@ -61,11 +63,11 @@ def prepare(config: PrepareCorpusConfig, stage: Stage) -> None:
         raise ConfigError("prepare_corpus.source: it holds no training image. Look at its path and its split.")
 
     check_listing(source, stage)
-    in_place = isinstance(source, WebDataset) and not source.copied
     make = shard_makers(config, source, stage.folder)
-    with progress_line("prepare_corpus", total=len(make), unit="shards", speaks=stage.is_main) as line:
+    start = len(finished_parts(stage, list(make)))
+    with progress_line("prepare_corpus", total=len(make), unit="shards", start=start, speaks=stage.is_main) as line:
         records = make_parts(
-            stage, list(make), lambda name: make[name](), after_each=lambda done, _: line.advance_to(done)
+            stage, list(make), lambda name: make[name](), after_each=lambda done, _, __: line.advance_to(done)
         )
 
     given = sum(source.count(split) for split in get_args(Split))
@@ -74,6 +76,8 @@ def prepare(config: PrepareCorpusConfig, stage: Stage) -> None:
     kept = sum(entry.samples for entry in files)
     assert given == kept + bad.total(), "a sample was lost without being counted"
     if stage.is_main:
+        with blaming("prepare_corpus.source"):
+            check_unique(stage.folder, files)
         write_atomically(stage.folder / "examples.png", example_panel(config, source))
     stage.tracker.log_image("corpus/examples", stage.folder / "examples.png", step=0)
     stage.tracker.log_metrics({"corpus/samples": kept, "corpus/quarantined": bad.total()}, step=0)
@@ -82,13 +86,27 @@ def prepare(config: PrepareCorpusConfig, stage: Stage) -> None:
         content={
             "counts": {"in": given, "out": kept, "quarantined": dict(sorted(bad.items()))},
             "splits": {split: sum(f.samples for f in files if f.name.startswith(split)) for split in get_args(Split)},
+            **by_corpus(files),
             "classes": list(source.classes),
             "value_range": [0, 255],
             "image": {"resolution": config.view.resolution, "channels": config.view.channels},
-            **(view_at_reading(config) if in_place else {}),
+            **(view_at_reading(config) if any(entry.url for entry in files) else {}),
         },
     )
     stage.say(f"{kept} images in {len(files)} shards, {bad.total()} quarantined, {len(source.classes)} classes")
+
+
+def by_corpus(files: list[FileEntry]) -> dict[str, Any]:
+    """Return the number of samples of each corpus and split; nothing when there is only one corpus."""
+    names = dict.fromkeys(entry.corpus for entry in files if entry.corpus)
+    sizes = {
+        name: {
+            split: sum(f.samples for f in files if f.corpus == name and f.name.startswith(split))
+            for split in get_args(Split)
+        }
+        for name in names
+    }
+    return {"corpora": sizes} if sizes else {}
 
 
 def check_listing(source: Source, stage: Stage) -> None:
@@ -110,16 +128,30 @@ def check_listing(source: Source, stage: Stage) -> None:
 
 
 def shard_makers(config: PrepareCorpusConfig, source: Source, folder: Path) -> dict[str, Callable[[], dict[str, Any]]]:
-    """Return what makes each shard of the corpus: file name -> a function that returns its record."""
+    """Return what makes each shard of the corpus: file name -> a function that returns its record.
+
+    No shard holds samples of two corpora, and those of one corpus follow each other.
+    """
+    make: dict[str, Callable[[], dict[str, Any]]] = {}
+    for split in get_args(Split):
+        number = 0
+        for corpus in corpora_of(source):
+            for part in parts_of(corpus.source, split, size=config.samples_per_shard):
+                path = folder / f"{split}-{number:06}.tar"
+                if isinstance(part, range):
+                    make[path.name] = partial(write_shard, config, corpus, path, split, part)
+                else:
+                    make[path.name] = partial(index_shard, config, corpus, path, split, part)
+                number += 1
+    return make
+
+
+def parts_of(source: Source, split: Split, *, size: int) -> list[range] | list[int]:
+    """Return which source indices go into each shard; of shards that are used where they lie, their numbers."""
     if isinstance(source, WebDataset) and not source.copied:
-        return {
-            name: partial(index_shard, config, source, folder / name, *where)
-            for name, where in in_place_plan(source).items()
-        }
-    return {
-        name: partial(write_shard, config, source, folder / name, *where)
-        for name, where in shard_plan(config, source).items()
-    }
+        return [number for number in range(len(source.urls)) if source.holds(number, split)]
+    total = source.count(split)
+    return [range(first, min(first + size, total)) for first in range(0, total, size)]
 
 
 def view_at_reading(config: PrepareCorpusConfig) -> dict[str, Any]:
@@ -127,47 +159,27 @@ def view_at_reading(config: PrepareCorpusConfig) -> dict[str, Any]:
     return {"view": config.view.model_dump(mode="json"), "max_pixels": config.max_pixels}
 
 
-def shard_plan(config: PrepareCorpusConfig, source: Source) -> dict[str, tuple[Split, range]]:
-    """Return which source indices go into which shard: file name -> (split, indices)."""
-    size = config.samples_per_shard
-    return {
-        f"{split}-{number:06}.tar": (split, range(first, min(first + size, source.count(split))))
-        for split in get_args(Split)
-        for number, first in enumerate(range(0, source.count(split), size))
-    }
-
-
-def in_place_plan(source: WebDataset) -> dict[str, tuple[Split, int]]:
-    """Return what the shards of others are called here: file name -> (split, number of the shard)."""
-    return {
-        f"{split}-{number:06}.tar": (split, number)
-        for split in get_args(Split)
-        for number in range(len(source.urls))
-        if source.holds(number, split)
-    }
-
-
 def write_shard(
-    config: PrepareCorpusConfig, source: Source, path: Path, split: Split, indices: range
+    config: PrepareCorpusConfig, corpus: Corpus, path: Path, split: Split, indices: range
 ) -> dict[str, Any]:
     """Write one shard and return its record: the file's entry and the samples that were set aside."""
     quarantined = []
     with ShardWriter(path) as writer:
         for index in indices:
             try:
-                sample = source.read(split, index)
+                sample = corpus.read(split, index)
                 writer.add(sample.key, stored_members(config, sample))
             except BadSample as error:
                 quarantined.append(set_aside(config, error.at(shard=path.name)))
     assert writer.entry is not None
-    return {"entry": writer.entry.as_json(), "quarantined": quarantined}
+    return {"entry": replace(writer.entry, corpus=corpus.name).as_json(), "quarantined": quarantined}
 
 
-def index_shard(
-    config: PrepareCorpusConfig, source: WebDataset, path: Path, split: Split, number: int
-) -> dict[str, Any]:
+def index_shard(config: PrepareCorpusConfig, corpus: Corpus, path: Path, split: Split, number: int) -> dict[str, Any]:
     """Index one shard where it lies, looking at every image, and return its record as ``write_shard`` does."""
     quarantined = []
+    assert isinstance(corpus.source, WebDataset)
+    url = corpus.source.urls[number]
 
     def is_good(found: ImageSample | BadSample) -> bool:
         try:
@@ -175,11 +187,11 @@ def index_shard(
                 raise found
             view_sample(found, config.view, max_pixels=config.max_pixels)
         except BadSample as error:
-            quarantined.append(set_aside(config, error.at(shard=source.urls[number])))
+            quarantined.append(set_aside(config, error.at(shard=url)))
             return False
         return True
 
-    entry = index_in_place(source, number, split, path, is_good=is_good)
+    entry = index_in_place(corpus, number, split, path, is_good=is_good)
     return {"entry": entry.as_json(), "quarantined": quarantined}
 
 
@@ -207,9 +219,11 @@ def example_panel(config: PrepareCorpusConfig, source: Source) -> bytes:
     """Draw the first training images of each class, as the corpus has them; PNG."""
     columns: dict[int, list[np.ndarray]] = {}
     num_columns = min(max(len(source.classes), 1), MAX_EXAMPLE_COLUMNS)
-    for index in range(min(source.count("train"), 50 * num_columns)):
+    corpora = [(corpus, corpus.source.count("train")) for corpus in corpora_of(source)]
+    first = ((corpus, index) for index in range(50 * num_columns) for corpus, count in corpora if index < count)
+    for corpus, index in first:
         try:
-            sample = source.read("train", index)
+            sample = corpus.read("train", index)
             image = view_sample(sample, config.view, max_pixels=config.max_pixels)
         except BadSample:
             continue  # Counted where its shard was written.

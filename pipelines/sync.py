@@ -24,13 +24,13 @@ from pathlib import Path
 from typing import Any
 
 from data.commit import FolderLock, temporary_beside
+from pipelines.runtime.credentials import without_credentials
 from pipelines.runtime.run_identity import (
     OFFLINE,
     RUN_FILE,
     RunIdentity,
     network_file_system,
     sqlite_file,
-    without_credentials,
 )
 from pipelines.runtime.sender import (
     ORPHAN_SECONDS,

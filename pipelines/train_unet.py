@@ -35,7 +35,7 @@ from pipelines.runtime.checkpoint import Stateful, Weights
 from pipelines.runtime.ema import Averages
 from pipelines.runtime.launch import joined, launched_world_size
 from pipelines.runtime.optim import Optimizer
-from pipelines.runtime.performance import flops_of, peak_flops
+from pipelines.runtime.performance import flops_of, known_peak_flops
 from pipelines.runtime.request import blaming
 from pipelines.runtime.stage import Stage, running_stage
 from pipelines.runtime.training import BatchShare, Training, TrainingConfig
@@ -162,7 +162,7 @@ def train(config: TrainUNetConfig, stage: Stage) -> None:
         keys=batches.keys,
         parts=parts,
         flops_per_image=flops_per_image(denoiser, batches.make(0)),
-        peak_flops=peak_flops(str(placed.device), config.precision),
+        peak_flops=known_peak_flops(str(placed.device), config.precision),
     )
     with blaming("inputs"):
         observer = Observer(

@@ -38,7 +38,7 @@ from pipelines.runtime.checkpoint import Stateful, Weights
 from pipelines.runtime.ema import Averages
 from pipelines.runtime.launch import joined, launched_world_size
 from pipelines.runtime.optim import Optimizer
-from pipelines.runtime.performance import flops_of, peak_flops
+from pipelines.runtime.performance import flops_of, known_peak_flops
 from pipelines.runtime.request import blaming
 from pipelines.runtime.stage import Stage, running_stage
 from pipelines.runtime.training import BatchShare, Training, TrainingConfig
@@ -139,7 +139,7 @@ def train(config: TrainVAEConfig, stage: Stage) -> None:
         keys=batches.keys,
         parts=parts,
         flops_per_image=flops_per_image(vae.network, resolution=corpus.content["image"]["resolution"]),
-        peak_flops=peak_flops(str(stage.accelerator.device), config.precision),
+        peak_flops=known_peak_flops(str(stage.accelerator.device), config.precision),
     )
 
     # Where we stopped last time.
@@ -251,7 +251,10 @@ class BatchMaker:
     def __init__(self, config: TrainVAEConfig, stage: Stage) -> None:
         accelerator = stage.accelerator
         with blaming("inputs.corpus"):
-            self.images = ImageShards(config.inputs.corpus, split="train", manifest=stage.parents["corpus"])
+            scattered = config.order.kind in ("full", "weighted")
+            self.images = ImageShards(
+                config.inputs.corpus, split="train", manifest=stage.parents["corpus"], scattered=scattered
+            )
         self.share = BatchShare.of(
             config, table="train_vae", rank=accelerator.process_index, world_size=accelerator.num_processes
         )
@@ -290,7 +293,7 @@ def look(config: TrainVAEConfig, stage: Stage, network: nn.Module, *, update: in
     if not stage.is_main or not corpus.content["splits"]["val"]:
         return {}
     assert isinstance(network, AutoencoderKL)
-    images = ImageShards(config.inputs.corpus, split="val", manifest=corpus)
+    images = ImageShards(config.inputs.corpus, split="val", manifest=corpus, scattered=True)
     batch = images.read(np.arange(min(NUM_VALIDATION_IMAGES, len(images))))
     outputs, scales = [], []
     for part in torch.from_numpy(batch.images).split(config.images_per_device or config.global_batch):

@@ -27,6 +27,7 @@ STAGES = {
     "evaluate": "evaluation",
 }
 TIMEOUT_SECONDS = 180
+LONG_GROUPS = ("shared run", "test_tracking_mlflow", "test_launch_setup", "test_doctor", "test_stage", "test_ranks")
 
 
 def environment(**extra: str) -> dict[str, str]:
@@ -142,6 +143,22 @@ def run_pipeline(root: Path, *words: str, processes: int, stages: Mapping[str, s
     return Run(root=root, output=output)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Share the tests out to workers (``-n 2 --dist loadgroup``): by file, and all that look at one run to one worker.
+
+    What takes longest begins first, so that no worker is left alone with it at the end.
+    """
+
+    def group(item: pytest.Item) -> str:
+        shared = {"one_process_run", "two_process_run"} & set(getattr(item, "fixturenames", ()))
+        return "shared run" if shared else item.path.stem
+
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group(group(item)))
+    order = {name: place for place, name in enumerate(LONG_GROUPS)}
+    items.sort(key=lambda item: order.get(group(item), len(order)))
+
+
 @pytest.fixture(scope="session")
 def two_process_run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """All stages of the smoke experiment through ``accelerate launch`` with two processes."""
@@ -153,3 +170,10 @@ def one_process_run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """The first two stages in one process each; the others are run on the inputs of ``two_process_run``."""
     first = {stage: STAGES[stage] for stage in ("prepare_corpus", "train_vae")}
     return run_pipeline(tmp_path_factory.mktemp("one process") / "run", processes=1, stages=first)
+
+
+@pytest.fixture(scope="session")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """Corpus, VAE and latents of the smoke experiment, for tests that train on them again and again."""
+    stages = {name: STAGES[name] for name in ("prepare_corpus", "train_vae", "encode_latents")}
+    return run_pipeline(tmp_path_factory.mktemp("inputs") / "run", processes=1, stages=stages)

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Set up .venv with the test extra, then lint, check types and run the tests.
 #
-#   bash tests/run.sh                  everything but the soak and gpu tests
-#   bash tests/run.sh -m soak          arguments go to pytest; lint and types are then left out
+#   bash tests/run.sh                  everything but the soak and gpu tests, in one worker a core
+#   bash tests/run.sh -m soak          arguments go to pytest, in one worker; lint and types are then left out
 set -euo pipefail
 
 root="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)"
@@ -14,6 +14,9 @@ if (($# == 0)); then
     "$python" -m ruff check .
     "$python" -m ruff format --check .
     "$python" -m mypy
+    # One thread a worker: threads of several workers that spin while they wait would take each other's cores.
+    export OMP_NUM_THREADS=1
+    set -- -n logical --maxprocesses 4 --dist loadgroup --no-loadscope-reorder
 fi
 
 # A marker expression among the arguments comes later and wins.

@@ -63,7 +63,7 @@ def test_a_second_owner_is_told_who_the_first_is_and_a_dead_one_is_taken_over(tm
     owner.kill()
     owner.wait()
     lock = FolderLock(tmp_path)
-    wait_until(lambda: lock.acquire() is None, seconds=5, what="taking the lock of a dead owner")
+    wait_until(lambda: lock.acquire() is None, seconds=60, what="taking the lock of a dead owner")
     lock.release()
 
 

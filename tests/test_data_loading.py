@@ -11,6 +11,8 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from clocks import quietest_round
+from conftest import wait_until
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -170,9 +172,8 @@ def test_bad_images_are_left_out_of_a_batch_and_reported_when_that_is_asked_for(
 def test_what_goes_along_with_a_latent_is_carried_byte_for_byte(tmp_path: Path) -> None:
     write_images(tmp_path, [2, 2])
     members = image_members("k3", image_of(3), label=3, caption="no. 3", metadata={})
-    assert ImageShards(tmp_path, split="train").carried(3) == {
-        suffix: members[suffix] for suffix in ("cls", "txt", "json")
-    }
+    batch = ImageShards(tmp_path, split="train").read(np.arange(2, 4), carry=True)
+    assert batch.carried[1] == {suffix: members[suffix] for suffix in ("cls", "txt", "json")}
 
 
 def test_the_ranges_of_the_shards_cover_the_split_in_order(tmp_path: Path) -> None:
@@ -358,11 +359,11 @@ def test_a_hundred_million_samples_are_opened_at_any_step_in_seconds_and_little_
     order = Order(FullShuffleConfig(), num_samples=num_shards * samples, seed=0)
 
     process = psutil.Process()
-    before, started = process.memory_info().rss, time.perf_counter()
+    before, started = process.memory_info().rss, time.process_time()
     shards = LatentShards(tmp_path, split="train", manifest=manifest)
     assert len(shards) == 100_000_000
     assert len(set(shards.read(order.indices(123_456 * 256, 256)).keys)) > 200
-    assert time.perf_counter() - started < 5
+    assert time.process_time() - started < 2  # reading all of it would take minutes
     assert process.memory_info().rss - before < 400 * 2**20
 
 
@@ -382,7 +383,8 @@ def test_prefetching_holds_no_more_than_its_depth() -> None:
     with prefetch(lambda index: made.append(index), depth=3, threads=2) as batches:
         for consumed in range(1, 5):
             next(batches)
-            time.sleep(0.05)
+            wait_until(lambda n=consumed: len(made) >= n + 3, seconds=60, what="making batches ahead")
+            time.sleep(0.02)
             assert len(made) == consumed + 3
 
 
@@ -414,10 +416,22 @@ def test_closing_leaves_no_thread_and_makes_nothing_more() -> None:
 
 
 def test_waiting_for_a_batch_is_measured() -> None:
-    with prefetch(lambda index: time.sleep(0.05), depth=1) as batches:
-        assert next(batches).wait_seconds > 0.02
-        time.sleep(0.1)
-        assert next(batches).wait_seconds < 0.02
+    made = threading.Event()
+
+    def make(index: int) -> None:
+        time.sleep(0.05)
+        if index:
+            made.set()
+
+    def waits() -> list[float]:
+        made.clear()
+        with prefetch(make, depth=1) as batches:
+            assert next(batches).wait_seconds > 0.02
+            made.wait()
+            time.sleep(0.02)
+            return [next(batches).wait_seconds]
+
+    assert max(quietest_round(waits, limit=0.02)) < 0.02
 
 
 def test_memory_of_batches_is_used_again_only_when_nobody_looks_at_it() -> None:

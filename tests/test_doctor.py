@@ -1,28 +1,55 @@
 """Laws of the tools that look before anything costs: the doctor finds what is wrong, the plan runs everything once."""
 
+import importlib
 import json
+import os
 import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import REPOSITORY, SMOKE, environment, run_stage
+from conftest import REPOSITORY, SMOKE, Run, environment
 from test_ranks import free_port
 from tiny_training import rank_environment
 
+from data.order import BlockedShuffleConfig
+from pipelines.config import load_config
+from pipelines.corpus_size import promised_corpus
+from pipelines.doctor_checks import file_operations, mlflow_store, shards, workers
+from pipelines.plan import stage_configs
+from pipelines.prepare_corpus import PrepareCorpusConfig
 
-def tool(name: str, *words: str, config: Path = SMOKE) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", f"pipelines.{name}", "--config", str(config), *words],
-        env=environment(),
-        cwd=REPOSITORY,
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
+
+@dataclass(frozen=True)
+class Answer:
+    """How a tool ended, and what it printed."""
+
+    code: int
+    stdout: str
+    stderr: str
+
+
+@pytest.fixture
+def tool(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., Answer]:
+    """Runs a tool in this process: as its own it would import torch for seconds to look for milliseconds."""
+
+    def run(name: str, *words: str, config: Path = SMOKE) -> Answer:
+        module = importlib.import_module(f"pipelines.{name}")
+        monkeypatch.setattr(sys, "argv", [name, "--config", str(config), "--run.threads", "1", *words])
+        capfd.readouterr()
+        code = 0
+        try:
+            module.main()
+        except SystemExit as ended:
+            code = int(ended.code or 0)
+        return Answer(code, *capfd.readouterr())
+
+    return run
 
 
 def changed(path: Path, **replacements: str) -> Path:
@@ -39,18 +66,21 @@ def levels(report: dict[str, Any], check: str) -> list[str]:
     return [finding["level"] for finding in report["findings"] if finding["check"] == check]
 
 
-def test_a_healthy_machine_passes_though_the_tracking_server_is_dead(tmp_path: Path) -> None:
+def test_a_healthy_machine_passes_though_the_tracking_server_is_dead(
+    tmp_path: Path, tool: Callable[..., Answer]
+) -> None:
     done = tool("doctor", "--run.root", str(tmp_path / "run"), "--run.tracking_uri", "http://127.0.0.1:9", "--json")
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.code == 0, done.stdout + done.stderr
     report = json.loads(done.stdout)
     assert report["failed"] == 0
     assert levels(report, "MLflow") == ["warning"]
     assert "pipelines.sync sends later" in done.stdout
-    assert set(levels(report, "attention")) == {"ok"}
-    assert not (tmp_path / "run").exists(), "it leaves nothing behind"
+    for check in ("attention", "workers", "file operations"):
+        assert set(levels(report, check)) == {"ok"}, check
+    assert not list(tmp_path.iterdir()), "it leaves nothing behind"
 
 
-def test_a_disk_that_is_too_small_fails(tmp_path: Path) -> None:
+def test_a_disk_that_is_too_small_fails(tmp_path: Path, tool: Callable[..., Answer]) -> None:
     disk = tmp_path / "disk"
     disk.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", disk], capture_output=True).returncode:
@@ -59,15 +89,59 @@ def test_a_disk_that_is_too_small_fails(tmp_path: Path) -> None:
         done = tool("doctor", "--run.root", str(disk / "run"))
     finally:
         subprocess.run(["umount", disk], check=True)
-    assert done.returncode == 1
+    assert done.code == 1
     assert re.search(r"failed  free space, rank 0: 0.0 GiB free in .*disk, 0.03 GiB expected", done.stdout)
 
 
-def test_a_wrong_experiment_is_refused_with_code_2(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("call", "step"), [("link", "make a hard link in"), ("fsync", "flush a file in")])
+def test_a_file_system_on_which_nothing_can_be_committed_fails(
+    call: str, step: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*words: object) -> None:
+        raise OSError("Operation not supported")
+
+    monkeypatch.setattr(os, call, refused)
+    (found,) = file_operations(tmp_path / "run")
+    assert found == ("failed", f"cannot {step} {tmp_path}: Operation not supported")
+
+
+def test_sqlite_on_a_network_folder_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipelines.runtime.run_identity.network_file_system", lambda path: "nfs4")
+    ((level, text),) = mlflow_store(f"sqlite:///{tmp_path}/mlflow.db", tmp_path, experiment="mine")
+    assert level == "failed"
+    assert "would be an sqlite file on a network folder (nfs4)" in text
+
+
+def test_more_threads_than_cores_and_machines_that_share_streams_unevenly_are_named(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    ((level, text),) = workers(threads=10_000)
+    assert level == "warning"
+    assert text.startswith("2 process(es) x 10000 thread(s) on ")
+    stages = stage_configs(str(SMOKE), root="-")
+    blocked = BlockedShuffleConfig(canonical_nodes=4)
+    stages["train_unet"] = stages["train_unet"].model_copy(update={"order": blocked})
+    found = [text for level, text in shards(stages, world_size=6) if level == "warning"]
+    assert [text.partition(":")[0] for text in found] == [
+        "train_unet.order.canonical_nodes = 4 does not divide among 3 machines"
+    ]
+
+
+def test_a_corpus_that_is_not_made_yet_counts_in_the_forecast(two_process_run: Run) -> None:
+    config = load_config(PrepareCorpusConfig, table="prepare_corpus", argv=["--config", str(SMOKE)])
+    promised, made = promised_corpus(config.source, config.view), two_process_run.manifest("prepare_corpus")["content"]
+    assert promised.samples == made["counts"]["out"]
+    assert list(promised.classes) == made["classes"]
+    written = sum(entry["bytes"] for entry in made["files"])
+    assert 0.7 * promised.disk_bytes < written <= promised.disk_bytes
+
+
+def test_a_wrong_experiment_is_refused_with_code_2(tmp_path: Path, tool: Callable[..., Answer]) -> None:
     wrong = changed(tmp_path / "wrong.toml", **{"global_batch = 16": "global_bach = 16"})
     for name in ("doctor", "plan"):
         done = tool(name, config=wrong)
-        assert done.returncode == 2
+        assert done.code == 2
         assert "global_bach" in done.stderr
         assert "Traceback" not in done.stderr
 
@@ -101,18 +175,19 @@ def test_a_job_whose_ranks_differ_is_refused_on_every_rank(tmp_path: Path) -> No
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def root(two_process_run: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of which the corpus is finished."""
     root = tmp_path_factory.mktemp("plan") / "run"
-    done = run_stage("prepare_corpus", "--run.root", str(root), "--run.tracking_uri", "offline")
-    assert done.returncode == 0, done.stderr
+    shutil.copytree(two_process_run.folder("prepare_corpus"), root / "corpus")
     return root
 
 
-def test_a_plan_runs_everything_once_and_says_what_is_stale(root: Path, tmp_path: Path) -> None:
-    before = sorted(path for path in root.rglob("*"))
+def test_a_plan_runs_everything_once_and_says_what_is_stale(
+    root: Path, tmp_path: Path, tool: Callable[..., Answer]
+) -> None:
+    before = sorted(path for path in root.rglob("*") if path.suffix != ".verified")
     done = tool("plan", "--run.root", str(root), "--json")
-    assert done.returncode == 0, done.stderr
+    assert done.code == 0, done.stderr
     stages = {one["stage"]: one for one in json.loads(done.stdout)["stages"]}
     assert [stages[name]["state"] for name in ("prepare_corpus", "train_vae")] == ["done", "absent"]
     assert stages["train_vae"]["measured"]
@@ -125,16 +200,16 @@ def test_a_plan_runs_everything_once_and_says_what_is_stale(root: Path, tmp_path
 
     other = changed(tmp_path / "other.toml", **{"num_train = 192": "num_train = 96"})
     done = tool("plan", "--run.root", str(root), "--trial", "false", config=other)
-    assert done.returncode == 0, done.stderr
+    assert done.code == 0, done.stderr
     assert "prepare_corpus: stale\n    source.num_train: was 192, is now 96" in done.stdout
     assert "its input corpus is stale" in done.stdout
 
 
 @pytest.mark.soak
-def test_a_trial_that_fails_says_what_it_said(root: Path, tmp_path: Path) -> None:
+def test_a_trial_that_fails_says_what_it_said(root: Path, tmp_path: Path, tool: Callable[..., Answer]) -> None:
     shutil.copytree(root, tmp_path / "run")
     (tmp_path / "run" / "corpus" / "train-000001.tar").unlink()
     done = tool("plan", "--run.root", str(tmp_path / "run"))
-    assert done.returncode == 2
+    assert done.code == 2
     assert "train_vae failed in its trial with exit code" in done.stderr
     assert "train-000001.tar" in done.stderr

@@ -4,39 +4,43 @@ import json
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import REPOSITORY, Run, environment, kill_tree, run_stage, stage_command, wait_until
+from conftest import REPOSITORY, Run, environment, run_stage, stage_command, wait_until
+from killed_at import PLACES
 
 from data.commit import FolderLock, sha256_of
 from data.latent_statistics import ChannelSums
 from data.loading import ImageShards
 from data.manifest import FileEntry
 from data.shards import ShardWriter
+from pipelines.encode_progress import EncodingProgress
 from pipelines.latent_figures import alarms, audit_keys, scale_in_validation, scale_of, statistics_plot
 from pipelines.runtime import claims as claims_module
 from pipelines.runtime.claims import Claims
+from pipelines.runtime.progress import progress_line
 
-KILLS = 50
+KILLS = int(os.environ.get("LATENTLINE_KILLS", "50"))
 
 
-def start_encoding(run: Run, root: Path, *, processes: int) -> subprocess.Popen[str]:
-    words = (
-        "--run.root",
-        str(root),
-        "--inputs.corpus",
-        str(run.root / "corpus"),
-        "--inputs.vae",
-        str(run.root / "vae"),
-    )
+def encoding_command(run: Run, root: Path, *, processes: int) -> list[str]:
+    inputs = {"corpus": run.root / "corpus", "vae": run.root / "vae"}
+    words = [word for name, folder in inputs.items() for word in (f"--inputs.{name}", str(folder))]
+    return stage_command("encode_latents", "--run.root", str(root), *words, processes=processes)
+
+
+def started(command: list[str]) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        stage_command("encode_latents", *words, processes=processes),
+        command,
         env=environment(),
         cwd=REPOSITORY,
         stdout=subprocess.PIPE,
@@ -57,13 +61,14 @@ def test_runs_that_join_share_the_work_and_one_of_them_finishes_it(two_process_r
     folder = tmp_path / "latents"
     owner = FolderLock(folder)
     owner.acquire()
-    runs = [start_encoding(two_process_run, tmp_path, processes=1) for _ in range(2)]
+    runs = [started(encoding_command(two_process_run, tmp_path, processes=1)) for _ in range(2)]
     parts = len(two_process_run.manifest("encode_latents")["content"]["files"])
-    wait_until(lambda: len(list(folder.glob("parts/*.json"))) == parts, seconds=90, what="encoding beside the owner")
+    wait_until(lambda: len(list(folder.glob("runs/*"))) == 2, seconds=180, what="joining the owner")
+    wait_until(lambda: len(list(folder.glob("parts/*.json"))) == parts, seconds=180, what="encoding beside the owner")
     time.sleep(1)
     assert not (folder / "manifest.json").exists(), "two would write the manifest"
     owner.release()
-    outputs = [run.communicate(timeout=60)[0] for run in runs]
+    outputs = [run.communicate(timeout=120)[0] for run in runs]
     assert [run.returncode for run in runs] == [0, 0], outputs
     assert all("joining it" in output for output in outputs)
     check_same_latents(two_process_run, tmp_path)
@@ -95,28 +100,51 @@ def test_a_bad_image_stops_encoding_by_its_name_whichever_thread_finds_it(two_pr
     assert counts == {"in": 240, "out": 238, "quarantined": {"broken_image": 2}}
 
 
+def killed_at(place: str, count: int | str, run: Run, root: Path, *, processes: int) -> subprocess.Popen[str]:
+    """Start encoding so that it kills itself; see ``killed_at.py``."""
+    command = encoding_command(run, root, processes=processes)
+    where = command.index("pipelines.encode_latents")
+    # In the place of "-m pipelines.encode_latents".
+    command[where - 1 : where + 1] = [str(REPOSITORY / "tests/killed_at.py"), place, str(count), "encode_latents"]
+    return started(command)
+
+
+def test_killed_wherever_it_is_at_work_it_ends_with_the_same_bytes(two_process_run: Run, tmp_path: Path) -> None:
+    places = ("read:2", "encode:3", "write:40", "flush:2", "link:1", "linked:1", "rename:5", "renamed:5")
+    output = killed_at(",".join(places), "-", two_process_run, tmp_path, processes=1).communicate(timeout=150)[0]
+    assert [line.split()[-1] for line in output.splitlines() if "killed at" in line] == [*places], output
+    check_same_latents(two_process_run, tmp_path)
+
+
 @pytest.mark.soak
-@pytest.mark.timeout(3600)
+@pytest.mark.timeout(7200)
 def test_fifty_kills_change_no_byte(two_process_run: Run, tmp_path: Path) -> None:
-    for number in range(KILLS):
-        process = start_encoding(two_process_run, tmp_path, processes=random.choice([1, 2, 4]))
-        wait_until(
-            lambda p=process: p.poll() is not None or any(tmp_path.glob("latents/parts/*.claim")),
-            seconds=120,
-            what=f"the first claim before kill {number}",
-        )
-        time.sleep(random.uniform(0, 0.6))
-        kill_tree(process)
-        records = sorted(tmp_path.glob("latents/parts/*.json"))
-        (tmp_path / "latents/manifest.json").unlink(missing_ok=True)
-        for record in random.sample(records, k=max(0, len(records) - 1)):  # so that there is something left to kill
+    folder, rng, kills = tmp_path / "latents", random.Random(0), Counter[tuple[str, int]]()
+    most = {"read": 5, "encode": 10, "write": 60, "flush": 12, "time": 80}
+    processes, leave_out = 1, 0
+    while kills.total() < KILLS:
+        processes = rng.choice([n for n in (1, 2, 4) if n != processes])
+        place = PLACES[kills.total() % len(PLACES)]
+        process = killed_at(place, rng.randint(1, most.get(place, 6)), two_process_run, tmp_path, processes=processes)
+        output = process.communicate(timeout=240)[0]
+        if process.returncode == -signal.SIGKILL:
+            kills[place, processes] += 1
+            leave_out = 0
+        else:  # it was through before that moment came
+            leave_out += 1
+            assert leave_out < 10, output
+        # So that there is something left to kill: the next start finds some shards, records or neither.
+        (folder / "manifest.json").unlink(missing_ok=True)
+        records = sorted(folder.glob("parts/*.json"))
+        for record in rng.sample(records, k=max(0, len(records) - 1)):
             record.unlink()
-            if random.random() < 0.5:
-                (tmp_path / "latents" / record.stem).unlink(missing_ok=True)
-    last = start_encoding(two_process_run, tmp_path, processes=2)
-    output = last.communicate(timeout=180)[0]
+            if rng.random() < 0.5:
+                (folder / record.stem).unlink(missing_ok=True)
+    last = started(encoding_command(two_process_run, tmp_path, processes=2))
+    output = last.communicate(timeout=240)[0]
     assert last.returncode == 0, output
     check_same_latents(two_process_run, tmp_path)
+    print(f"{kills.total()} kills, by place and processes: {dict(sorted(kills.items()))}")
 
 
 # --- claims and publication
@@ -165,7 +193,7 @@ def test_a_claim_of_another_machine_lasts_as_long_as_its_heartbeat(
     monkeypatch.setattr(claims_module, "HEARTBEAT_SECONDS", 0.05)
     with Claims(tmp_path) as claims, claims.claim("a"):
         os.utime(path, (old, old))
-        wait_until(lambda: path.stat().st_mtime > old + 1, seconds=5, what="a heartbeat")
+        wait_until(lambda: path.stat().st_mtime > old + 1, seconds=60, what="a heartbeat")
 
 
 def test_the_first_of_equal_files_keeps_the_name_and_a_damaged_one_loses_it(tmp_path: Path) -> None:
@@ -185,6 +213,46 @@ def test_the_first_of_equal_files_keeps_the_name_and_a_damaged_one_loses_it(tmp_
     write(b"two")
     assert path.stat().st_size == 10_240
     assert sorted(p.name for p in tmp_path.iterdir()) == ["index", path.name]
+
+
+# --- progress
+
+
+def test_progress_counts_images_of_all_and_its_rate_leaves_out_what_was_done_before(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    logged: list[tuple[int, dict[str, float]]] = []
+    tracker = SimpleNamespace(log_metrics=lambda figures, step: logged.append((step, figures)))
+    with progress_line("encode_latents", total=1000, unit="images", start=400) as line:
+        progress = EncodingProgress(SimpleNamespace(tracker=tracker), line, num_shards=10, done_before=400)
+        for shards, done in ((5, 500), (7, 700)):  # another rank made the sixth
+            clock[0] += 10.0
+            progress.show(shards, done, {"entry": {"bytes": 2_000_000, "samples": 100}})
+        progress.finish()
+    assert [step for step, _ in logged] == [500, 700, 1000]
+    assert logged[1][1] == {
+        "progress/shards": 7.0,
+        "progress/images": 700.0,
+        "progress/images_per_s": 15.0,
+        "progress/mb_per_s": 0.3,
+        "progress/eta_s": 20.0,
+    }
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[1] == "encode_latents: 700/1000 images  15/s  ETA 0:20  shards 7  MB/s 0.3"
+
+
+def test_a_run_that_encodes_has_its_progress_and_its_alarms_in_mlflow(two_process_run: Run) -> None:
+    folder = two_process_run.folder("encode_latents")
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    (last,) = [row for row in rows if row.get("progress/images") == 240]
+    assert last["progress/shards"] == 5
+    assert last["progress/images_per_s"] > 0
+    events = [json.loads(line) for line in (folder / "tracking/events.jsonl").read_text().splitlines()]
+    (alarms_tag,) = [event["tags"]["latents.alarms"] for event in events if "latents.alarms" in event.get("tags", {})]
+    found = two_process_run.manifest("encode_latents")["content"].get("alarms", [])
+    assert alarms_tag == ("; ".join(found) or "none")
 
 
 # --- the whole

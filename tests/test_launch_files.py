@@ -36,6 +36,21 @@ TRAIN_JOB_FIELDS = {
     "managedBy",
 }
 TRAINER_FIELDS = {"image", "command", "args", "env", "numNodes", "resourcesPerNode", "numProcPerNode"}
+# Of the Compose specification, what is used here.
+COMPOSE_SERVICE_FIELDS = {
+    *("image", "build", "command", "environment", "volumes", "ports", "networks", "depends_on", "healthcheck"),
+    *("restart", "init", "stop_grace_period", "shm_size", "profiles", "cap_drop", "security_opt", "deploy"),
+}
+# Of batch/v1 and v1: the server drops what it does not know without a word, or refuses it.
+JOB_FIELDS = {"backoffLimit", "template", "activeDeadlineSeconds", "completions", "parallelism", "completionMode"}
+POD_FIELDS = {
+    *("restartPolicy", "terminationGracePeriodSeconds", "securityContext", "containers", "volumes", "tolerations"),
+    *("nodeSelector", "affinity", "serviceAccountName", "imagePullSecrets", "initContainers"),
+}
+CONTAINER_FIELDS = {
+    *("name", "image", "command", "args", "workingDir", "env", "envFrom", "resources", "securityContext"),
+    *("volumeMounts", "ports", "imagePullPolicy", "livenessProbe", "readinessProbe"),
+}
 
 
 def name_of(path: Path) -> str:
@@ -175,8 +190,13 @@ def test_the_training_runtime_has_what_the_api_requires() -> None:
     # By these two names, and this label, the controller finds the container that a TrainJob's trainer changes.
     assert job["name"] == "node"
     assert job["template"]["metadata"]["labels"]["trainer.kubeflow.org/trainjob-ancestor-step"] == "trainer"
+    assert set(runtime["spec"]["template"]["spec"]) <= {"failurePolicy", "replicatedJobs", "successPolicy", "suspend"}
+    assert set(job) <= {"name", "replicas", "template"}
+    assert set(job["template"]["spec"]) <= JOB_FIELDS
     pod = job["template"]["spec"]["template"]["spec"]
+    assert set(pod) <= POD_FIELDS
     (container,) = pod["containers"]
+    assert set(container) <= CONTAINER_FIELDS
     assert container["name"] == "node"
     assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
     assert (ROOT / container["command"][-1]).is_file()
@@ -253,6 +273,23 @@ def test_compose_takes_every_secret_from_the_environment_and_refuses_to_start_wi
     for name in secrets:
         assert set(re.findall(rf"\$\{{{name}([^}}]*)\}}", text)) == {":?set it in docker/.env"}
     assert "/docker/.env" in (ROOT / ".gitignore").read_text().splitlines()
+
+
+def test_compose_has_no_key_that_its_specification_does_not_know() -> None:
+    compose = documents(ROOT / "docker" / "compose.yaml")[0]
+    assert {key for key in compose if not key.startswith("x-")} <= {"name", "services", "networks", "volumes"}
+    for name, service in compose["services"].items():
+        assert set(service) <= COMPOSE_SERVICE_FIELDS, name
+        assert "image" in service, name
+        assert set(service.get("build", {})) <= {"context", "dockerfile", "target", "args"}, name
+        assert set(service.get("healthcheck", {})) <= {
+            "test",
+            "interval",
+            "timeout",
+            "retries",
+            "start_period",
+            "disable",
+        }
 
 
 def test_compose_services_use_what_is_declared_and_wait_for_health() -> None:

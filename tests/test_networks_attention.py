@@ -117,6 +117,22 @@ def test_auto_passes_over_a_backend_that_computes_something_else(monkeypatch: py
     assert "sdpa failed in float32 (its output differs from plain arithmetic" in choice.reason
 
 
+def test_auto_passes_over_a_backend_whose_gradients_are_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = attention.F.scaled_dot_product_attention
+    monkeypatch.setattr(
+        attention.F, "scaled_dot_product_attention", lambda q, k, v, attn_mask: real(q, k.detach(), v, attn_mask)
+    )
+    assert "no gradient of the key" in probe_backend("sdpa", device=CPU, dtype=torch.float32)
+    monkeypatch.setattr(
+        attention.F,
+        "scaled_dot_product_attention",
+        lambda q, k, v, attn_mask: real(q, 2 * k - k.detach(), v, attn_mask),
+    )
+    choice = choose_attention_backend("auto", device=CPU)
+    assert choice.name == "math"
+    assert "sdpa failed in float32 (its gradient of the key differs from plain arithmetic" in choice.reason
+
+
 def test_asking_for_a_backend_that_cannot_run_is_an_error_with_the_reason() -> None:
     with pytest.raises(ValueError, match=r"'xformers' does not run on cpu in float32 \(\w*Error: .*'auto'"):
         choose_attention_backend("xformers", device=CPU)

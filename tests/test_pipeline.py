@@ -209,7 +209,7 @@ def test_killed_training_ends_with_the_weights_of_an_undisturbed_one(
 ) -> None:
     folder = tmp_path / STAGES[stage]
     process = start_in_copy(stage, two_process_run, tmp_path, processes=2)
-    wait_until(lambda: (folder / "checkpoints/update-00000020").exists(), seconds=90, what="the first checkpoint")
+    wait_until(lambda: (folder / "checkpoints/update-00000020").exists(), seconds=180, what="the first checkpoint")
     pause = random.uniform(0, 0.5)
     try:
         process.wait(timeout=pause)
@@ -227,7 +227,7 @@ def test_killed_training_ends_with_the_weights_of_an_undisturbed_one(
 
 def test_killed_encoding_ends_with_the_bytes_of_an_undisturbed_one(two_process_run: Run, tmp_path: Path) -> None:
     process = start_in_copy("encode_latents", two_process_run, tmp_path, processes=2)
-    wait_until(lambda: any((tmp_path / "latents").glob("*.tar")), seconds=90, what="the first shard")
+    wait_until(lambda: any((tmp_path / "latents").glob("*.tar")), seconds=180, what="the first shard")
     kill_tree(process)
     assert not (tmp_path / "latents/manifest.json").exists(), "it finished before it was killed"
     assert start_in_copy("encode_latents", two_process_run, tmp_path, processes=1).wait(timeout=120) == 0
@@ -242,9 +242,9 @@ def test_killed_encoding_ends_with_the_bytes_of_an_undisturbed_one(two_process_r
 def test_sigterm_commits_a_checkpoint_and_says_how_to_go_on(two_process_run: Run, tmp_path: Path) -> None:
     process = start_in_copy("train_unet", two_process_run, tmp_path, processes=1)
     folder = tmp_path / "unet"
-    wait_until(lambda: (folder / "checkpoints/update-00000020").exists(), seconds=90, what="the first checkpoint")
+    wait_until(lambda: (folder / "checkpoints/update-00000020").exists(), seconds=180, what="the first checkpoint")
     process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=30) == 75
+    assert process.wait(timeout=120) == 75
     outcome = json.loads((folder / "outcome.json").read_bytes())
     assert outcome["state"] == "stopped"
     assert outcome["exit_code"] == 75

@@ -1,4 +1,4 @@
-"""Endurance: training killed at random moments, on changing numbers of ranks, on two machines, and for a long time.
+"""Endurance: training killed at random moments, on changing numbers of ranks, and for a long time.
 
 Run with ``bash tests/run.sh -m soak``. ``LATENTLINE_KILLS`` sets the number of kills over all cases (default 100).
 """
@@ -8,17 +8,16 @@ import json
 import os
 import random
 import shutil
-import signal
-import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import psutil
 import pytest
-from conftest import REPOSITORY, STAGES, Run, environment, run_pipeline, stage_command, training_rows
+from conftest import REPOSITORY, STAGES, Run, environment, stage_command, training_rows
 from tiny_training import Recipe, Tiny
 
 from data.commit import sha256_of
@@ -33,13 +32,6 @@ DISCRIMINATOR = (
     *("--objective.adversary.discriminator.channels", "8", "--objective.adversary.discriminator.downsamplings", "1"),
     *("--objective.adversary.discriminator.norm_groups", "8"),
 )
-
-
-@pytest.fixture(scope="session")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """Corpus, VAE and latents."""
-    stages = {name: STAGES[name] for name in ("prepare_corpus", "train_vae", "encode_latents")}
-    return run_pipeline(tmp_path_factory.mktemp("inputs") / "run", processes=1, stages=stages)
 
 
 def command(stage: str, inputs: Run, root: Path, *, processes: int, more: tuple[str, ...] = ()) -> list[str]:
@@ -58,7 +50,7 @@ def start(words: list[str], log: Path) -> psutil.Popen:
 
 
 def run_to_end(words: list[str], log: Path) -> None:
-    assert start(words, log).wait(timeout=300) == 0, log.read_text()[-3000:]
+    assert start(words, log).wait(timeout=1200) == 0, log.read_text()[-3000:]
 
 
 def family(process: psutil.Popen) -> list[psutil.Process]:
@@ -68,26 +60,34 @@ def family(process: psutil.Popen) -> list[psutil.Process]:
         return []
 
 
-def kill(process: psutil.Popen, rng: random.Random) -> str:
-    """Kill one rank, all at once or the launcher; return which, when nothing of them is left."""
-    members = family(process)
+def words_of(process: psutil.Process) -> list[str]:
+    try:
+        return process.cmdline()
+    except psutil.Error:
+        return []
+
+
+def kill(members: list[psutil.Process], rng: random.Random) -> str:
+    """Kill one rank, all at once or the launcher (the first); return which, when nothing of them is left."""
     how = rng.choice(["one rank", "all", "launcher"])
-    for victim in {"one rank": [members[-1]], "all": members, "launcher": [process]}[how]:
+    for victim in {"one rank": [rng.choice(members[1:] or members)], "all": members, "launcher": members[:1]}[how]:
         with contextlib.suppress(psutil.NoSuchProcess):
             victim.kill()
-    process.wait(timeout=60)
-    _, alive = psutil.wait_procs(members, timeout=20)
+    _, alive = psutil.wait_procs(members, timeout=200)
     assert not alive, f"{how} was killed, and this is left: {[one.cmdline() for one in alive]}"
     return how
 
 
-def wait_for_save(folder: Path, process: psutil.Popen, *, seconds: float) -> bool:
-    """Wait until a save has begun and return at once; False when none begins or the process ends."""
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline and process.poll() is None:
-        with_save = [name for name in (os.listdir(folder) if folder.exists() else []) if name.endswith(".tmp")]
-        if with_save:
-            return True
+def wait_for(condition: Callable[[], bool], process: psutil.Popen) -> None:
+    """Wait until it comes about or the process ends."""
+    while process.poll() is None and not condition():
+        time.sleep(0.001)
+
+
+def half_saved(folder: Path) -> bool:
+    """Whether a save is going on, or was when its process died."""
+    with contextlib.suppress(FileNotFoundError):
+        return any(name.endswith(".tmp") for name in os.listdir(folder / "checkpoints"))
     return False
 
 
@@ -96,29 +96,40 @@ def test_killed_at_random_moments_it_ends_as_if_it_had_never_been(
     stage: str, processes: int, inputs: Run, tmp_path: Path
 ) -> None:
     rng = random.Random(f"{stage} {processes}")
+    began = time.monotonic()
     run_to_end(command(stage, inputs, tmp_path / "whole", processes=processes), tmp_path / "whole.log")
+    undisturbed = time.monotonic() - began
     root, log = tmp_path / "killed", tmp_path / "killed.log"
     folder = root / STAGES[stage]
     words = command(stage, inputs, root, processes=processes)
-    kills, in_saves = 0, 0
-    while kills < -(-KILLS // len(CASES)):
+    wanted, where, whom = -(-KILLS // len(CASES)), Counter[str](), Counter[str]()
+    while where.total() < wanted or where["in a save"] < wanted / 3:
+        assert where.total() < 5 * wanted, f"too few kills fell into a save: {where}"
         if (folder / "manifest.json").exists():  # it made it to the end in spite of all: again from the start
             check_same(stage, folder, tmp_path / "whole" / STAGES[stage])
             shutil.rmtree(folder)
         process = start(words, log)
-        if kills % 2:
-            in_saves += wait_for_save(folder / "checkpoints", process, seconds=60)
+        if where.total() % 2:
+            wait_for(lambda: not half_saved(folder), process)  # what the last kill left is swept at the start
+            for _ in range(rng.randrange(3)):
+                wait_for(lambda: half_saved(folder), process)
+                wait_for(lambda: not half_saved(folder), process)
+            members = family(process)
+            wait_for(lambda: half_saved(folder), process)
         else:
-            before = time.monotonic()
-            while not (folder / "watch").exists() and time.monotonic() < before + 60 and process.poll() is None:
-                time.sleep(0.01)
-            time.sleep(rng.uniform(0, 2))
+            with contextlib.suppress(psutil.TimeoutExpired):
+                process.wait(timeout=rng.uniform(0, undisturbed))
+            members = family(process)
         if process.poll() is None:
-            kill(process, rng)
-            kills += 1
+            whom[kill(members, rng)] += 1
+            process.wait(timeout=200)
+            where["in a save" if half_saved(folder) else "elsewhere"] += 1
     run_to_end(words, log)
     check_same(stage, folder, tmp_path / "whole" / STAGES[stage])
-    assert in_saves >= kills // 3, f"only {in_saves} of {kills} kills fell into a save"
+    # Also those that a launcher was still starting when it was killed, and that no list of its children held.
+    _, left = psutil.wait_procs([one for one in psutil.process_iter() if str(root) in words_of(one)], timeout=60)
+    assert not left, f"these are left: {[one.cmdline() for one in left]}"
+    print(f"{stage} on {processes}: {dict(where)}, {dict(whom)}")
 
 
 def check_same(stage: str, folder: Path, whole: Path) -> None:
@@ -175,86 +186,3 @@ def test_ten_thousand_updates_need_no_more_memory_files_or_threads(tmp_path: Pat
     assert files_after <= files + 1  # a checkpoint may be in the writing
     assert threads_after <= threads + 1
     assert len(list((tmp_path / "checkpoints").iterdir())) == 2
-
-
-@pytest.fixture
-def two_machines() -> Iterator[Callable[..., list[str]]]:
-    """Two network namespaces joined by a cable; gives the words that run a command on one of them."""
-    names = [f"latentline-{os.getpid()}-{number}" for number in range(2)]
-
-    def ip(*words: str) -> None:
-        subprocess.run(["ip", *words], check=True, capture_output=True)
-
-    try:
-        for name in names:
-            ip("netns", "add", name)
-    except (OSError, subprocess.CalledProcessError) as error:
-        pytest.skip(f"may not make network namespaces here: {error}")
-    try:
-        ends = [f"ll{os.getpid() % 100_000}{side}" for side in "ab"]
-        ip("link", "add", ends[0], "type", "veth", "peer", "name", ends[1])
-        for number, (name, end) in enumerate(zip(names, ends, strict=True)):
-            ip("link", "set", end, "netns", name, "name", "cable")
-            ip("-n", name, "addr", "add", f"10.77.0.{number + 1}/24", "dev", "cable")
-            ip("-n", name, "link", "set", "cable", "up")
-            ip("-n", name, "link", "set", "lo", "up")
-        yield lambda number: ["ip", "netns", "exec", names[number]]
-    finally:
-        for name in names:
-            subprocess.run(["ip", "netns", "delete", name], check=False)
-
-
-def start_machine(
-    number: int, on: Callable[..., list[str]], stage: str, inputs: Run, root: Path, log: Path, *more: str
-) -> psutil.Popen:
-    """Start one machine's launcher of a job of two machines with one rank each."""
-    words = command(stage, inputs, root, processes=2, more=more)
-    place = words.index("--num_machines")
-    words[place : place + 4] = [
-        *("--num_machines", "2", "--machine_rank", str(number), "--num_processes", "2"),
-        *("--main_process_ip", "10.77.0.1", "--rdzv_backend", "static", "--same_network"),
-    ]
-    words[words.index("--main_process_port") + 1] = "29511"
-    with open(log, "ab") as output:
-        return psutil.Popen(
-            [*on(number), *words],
-            env=environment(GLOO_SOCKET_IFNAME="cable"),
-            cwd=REPOSITORY,
-            stdout=output,
-            stderr=output,
-            start_new_session=True,
-        )
-
-
-def test_two_machines_as_namespaces_train_through_a_cut_cable_and_a_killed_node(
-    two_machines: Callable[..., list[str]], inputs: Run, tmp_path: Path
-) -> None:
-    run_to_end(command("train_unet", inputs, tmp_path / "whole", processes=2), tmp_path / "log")
-    root, log = tmp_path / "machines", tmp_path / "machines.log"
-    folder = root / "unet"
-
-    def both() -> list[psutil.Popen]:
-        return [start_machine(n, two_machines, "train_unet", inputs, root, log) for n in range(2)]
-
-    def until(update: int) -> None:
-        deadline = time.monotonic() + 90
-        while not any((folder / f"checkpoints/update-{later:08}").exists() for later in range(update, 61, 3)):
-            assert time.monotonic() < deadline, log.read_text()[-3000:]
-            time.sleep(0.005)
-
-    machines = both()
-    until(6)
-    cable = [*two_machines(1), "ip", "link", "set", "cable"]
-    subprocess.run([*cable, "down"], check=True)
-    time.sleep(3)
-    assert all(machine.poll() is None for machine in machines), "a cable that is out for a moment ends nothing"
-    assert not (folder / "manifest.json").exists()
-    subprocess.run([*cable, "up"], check=True)
-    until(21)
-    members = family(machines[1])
-    os.killpg(machines[1].pid, signal.SIGKILL)
-    assert machines[0].wait(timeout=60) != 0, "the other node notices"
-    psutil.wait_procs(members, timeout=20)
-    assert not (folder / "manifest.json").exists(), "it finished before its node was killed"
-    assert [machine.wait(timeout=200) for machine in both()] == [0, 0], log.read_text()[-3000:]
-    check_same("train_unet", folder, tmp_path / "whole" / "unet")

@@ -1,8 +1,10 @@
 """Laws of a stage's frame: what counts as the same request, and what a shared folder refuses."""
 
 import json
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +13,16 @@ from conftest import REPOSITORY, SMOKE, environment, kill_tree, run_stage
 
 from data.panels import panel_png
 from pipelines.config import ConfigError
-from pipelines.runtime.request import already_done, blaming, differing_keys
+from pipelines.runtime.request import (
+    already_done,
+    begin_request,
+    blaming,
+    differing_keys,
+    harmless_of,
+    request_of,
+)
+from pipelines.runtime.stage import running_stage
+from pipelines.runtime.training_config import TrainingConfig
 
 
 def request(**config: object) -> dict[str, object]:
@@ -42,6 +53,57 @@ def test_a_finished_stage_is_done_for_the_same_request_and_no_other(tmp_path: Pa
     assert already_done(tmp_path, request(), allowed=())
     with pytest.raises(ConfigError, match="finished with another request"):
         already_done(tmp_path, request(seed=1), allowed=("seed",))
+
+
+def training_config(root: Path, **changes: object) -> TrainingConfig:
+    given = {"updates": 4, "global_batch": 2, "run": {"root": str(root)}, **changes}
+    return TrainingConfig.model_validate_json(json.dumps(given))
+
+
+def test_a_harmless_change_is_accepted_on_resume_and_told(tmp_path: Path) -> None:
+    configs = [
+        training_config(tmp_path),
+        training_config(tmp_path, log_every=7, on_bad_update={"policy": "skip"}, seed=3),
+    ]
+    requests = [request_of("train_unet", config, {}) for config in configs]
+    assert begin_request(tmp_path, requests[0], harmless=harmless_of(configs[0])) == []
+    assert not already_done(tmp_path, requests[1], allowed=("seed",), harmless=TrainingConfig.harmless)
+    assert begin_request(tmp_path, requests[1], harmless=harmless_of(configs[1])) == [
+        "seed: was 0, is now 3",
+        "log_every: was 50, is now 7",
+        "on_bad_update.policy: was stop, is now skip",
+    ]
+    assert begin_request(tmp_path, requests[1], harmless=harmless_of(configs[1])) == []
+    spiky = training_config(tmp_path, seed=3, on_bad_update={"spike_factor": 5.0})
+    with pytest.raises(ConfigError, match=r"on_bad_update.spike_factor: was 0.0, is now 5.0\n  Change it back"):
+        already_done(tmp_path, request_of("train_unet", spiky, {}), allowed=("seed",))
+
+
+def test_what_an_older_version_took_for_a_difference_is_none(tmp_path: Path) -> None:
+    config = training_config(tmp_path)
+    older = request_of("train_unet", config, {})
+    older["config"]["on_bad_update"]["policy"] = "stop"
+    (tmp_path / "manifest.json").write_text(
+        json.dumps({"content": {"format_version": 1, "files": [], **older}, "provenance": {}})
+    )
+    assert already_done(tmp_path, request_of("train_unet", config, {}), allowed=(), harmless=config.harmless)
+
+
+def test_a_finished_stage_is_done_though_what_it_started_from_is_gone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = training_config(tmp_path)
+    content = {"format_version": 1, "files": [], **request_of("train_unet", config, {})}
+    (tmp_path / "unet").mkdir()
+    (tmp_path / "unet/manifest.json").write_text(json.dumps({"content": content, "provenance": {}}))
+
+    def check(parents: object) -> None:
+        raise ConfigError("start.folder is gone")
+
+    with pytest.raises(SystemExit) as end, running_stage(config, name="train_unet", parents={}, check=check):
+        pass
+    assert end.value.code == 0
+    assert "already finished" in capsys.readouterr().out
 
 
 def test_a_mistake_below_is_blamed_on_the_key_that_mends_it() -> None:
@@ -85,7 +147,7 @@ def test_a_folder_in_use_is_refused_with_its_owners_name(tmp_path: Path) -> None
 
 
 def test_the_file_stop_ends_a_stage_as_resumable(tmp_path: Path) -> None:
-    words = ("--run.root", str(tmp_path), "--samples_per_shard", "1")
+    words = ("--run.root", str(tmp_path), "--samples_per_shard", "4", "--run.tracking_uri", "offline")
     process = subprocess.Popen(
         [sys.executable, "-m", "pipelines.prepare_corpus", "--config", str(SMOKE), *words],
         env=environment(), cwd=REPOSITORY, stdout=subprocess.DEVNULL,
@@ -94,7 +156,7 @@ def test_the_file_stop_ends_a_stage_as_resumable(tmp_path: Path) -> None:
     while not list(folder.glob("parts/*.json")):
         assert process.poll() is None, "it ended before it could be stopped"
     (folder / "stop").touch()
-    assert process.wait(timeout=60) == 75
+    assert process.wait(timeout=120) == 75
     assert not (folder / "stop").exists()
     assert not (folder / "manifest.json").exists()
     assert run_stage("prepare_corpus", *words).returncode == 0
@@ -196,10 +258,38 @@ def test_a_stop_reaches_a_rank_that_is_still_at_a_long_part(tmp_path: Path) -> N
         assert process.poll() is None, "it ended before it could be stopped"
     (folder / "stop").touch()
     try:
-        process.wait(timeout=60)
+        process.wait(timeout=120)
     finally:
         if process.poll() is None:
             kill_tree(process)
     outcome = json.loads((folder / "outcome.json").read_bytes())
     assert (outcome["state"], outcome["exit_code"]) == ("stopped", 75)
     assert not (folder / "stop").exists()
+
+
+def test_a_second_signal_ends_at_once_and_what_one_ctrl_c_sends_twice_does_not() -> None:
+    """The first asks to stop; a launcher passes on the Ctrl-C that the terminal has sent already."""
+    code = (
+        "import sys, time\n"
+        "from pathlib import Path\n"
+        "from pipelines.config import RunConfig\n"
+        "from pipelines.runtime.launch import StopRequest, start_accelerator\n"
+        "stop = StopRequest(Path(sys.argv[1]), start_accelerator(RunConfig()))\n"
+        "with stop.listening():\n"
+        "    print('listening', flush=True)\n"
+        "    while not stop.agreed(): time.sleep(0.01)\n"
+        "    print(stop.reason, flush=True)\n"
+        "    time.sleep(600)\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, "nowhere"], env=environment(), cwd=REPOSITORY, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "listening\n"
+    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGINT)
+    assert process.stdout.readline() == "SIGINT\n"
+    time.sleep(1)
+    assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=120) == 128 + signal.SIGTERM

@@ -1,6 +1,7 @@
 """The stage's side of tracking: spools, identities, latency, credentials. No server is needed here."""
 
 import errno
+import itertools
 import json
 import os
 import re
@@ -15,9 +16,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from clocks import FOREVER_SECONDS, quietest_round, seconds_of
 from PIL import Image
 
-from pipelines.runtime.run_identity import network_file_system, pipeline_identity, store_uri, without_credentials
+from pipelines.runtime.credentials import without_credentials
+from pipelines.runtime.run_identity import network_file_system, pipeline_identity, store_uri
 from pipelines.runtime.sender import points_of
 from pipelines.runtime.spool import EVENTS, FILES, METRICS, cut_torn_tail, entries, entries_backwards
 from pipelines.runtime.tracking import SilentTracker, Tracker, flattened, open_tracker
@@ -48,17 +51,6 @@ def rows(first: int, last: int, **more: float) -> list[dict[str, float]]:
 
 def metrics(tmp_path: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (tmp_path / "runs/demo/unet" / METRICS).read_text().splitlines()]
-
-
-def seconds_of(call: Callable[[], object]) -> float:
-    """Time a call; 0 when another process took the processor meanwhile, which is nobody's fault.
-
-    Whoever waits for a disk or a lock, the interpreter's included, gives the processor up himself, and that counts.
-    """
-    taken, began = resource.getrusage(resource.RUSAGE_THREAD).ru_nivcsw, time.perf_counter()
-    call()
-    seconds = time.perf_counter() - began
-    return seconds if resource.getrusage(resource.RUSAGE_THREAD).ru_nivcsw == taken else 0.0
 
 
 def test_rows_are_written_as_they_are_and_in_full_precision(tmp_path: Path, start: Opener) -> None:
@@ -157,12 +149,41 @@ def test_logging_takes_microseconds_even_when_the_disk_hangs(tmp_path: Path, sta
     tracker.flush()
     (folder / METRICS).unlink()
     os.mkfifo(folder / METRICS)  # opening a pipe that nobody reads takes for ever
-    seconds = [seconds_of(lambda n=n: tracker.log_rows(rows(n, n))) for n in range(2, 2000)]
+    numbers = itertools.count(2)
+
+    def logging() -> list[float]:
+        return [seconds_of(lambda n=n: tracker.log_rows(rows(n, n))) for n in itertools.islice(numbers, 2000)]
+
+    seconds = quietest_round(logging, limit=5e-3)
     assert np.median(seconds) < 50e-6
     assert max(seconds) < 5e-3
+    last = next(numbers) - 1
     with open(os.open(folder / METRICS, os.O_RDWR), "rb") as pipe:  # the disk is back
-        lines = [json.loads(pipe.readline()) for _ in range(2, 2000)]
-    assert lines == rows(2, 1999)
+        lines = [json.loads(pipe.readline()) for _ in range(2, last + 1)]
+    assert lines == rows(2, last)
+
+
+def test_many_lines_at_once_do_not_take_the_interpreter_from_the_step(start: Opener) -> None:
+    before = set(threading.enumerate())
+    tracker = start()
+    [writer] = set(threading.enumerate()) - before
+    assert writer.ident is not None
+    clock = time.pthread_getcpuclockid(writer.ident)  # on a busy machine it stands still with the writer
+    figures = {f"train/term_{number}": 1 / (3 + number) for number in range(20)}
+    numbers = itertools.count(1)
+
+    def steps() -> list[float]:
+        """What the writer worked during each of many short steps, seconds."""
+        tracker.log_rows([{"update": n, "batch": n, "time": 1e9, **figures} for n in itertools.islice(numbers, 5000)])
+        end, marks = time.monotonic() + 0.15, [time.clock_gettime(clock)]
+        while time.monotonic() < end:
+            sum(number for number in range(300))
+            marks.append(time.clock_gettime(clock))
+        tracker.flush()
+        return list(np.diff(marks))
+
+    # The law says 5 ms, but that is just what a thread waits for one that does not let go.
+    assert max(quietest_round(steps, limit=4e-3)) < 4e-3
 
 
 def test_what_a_full_disk_refuses_is_written_whole_when_there_is_room(
@@ -179,10 +200,11 @@ def test_what_a_full_disk_refuses_is_written_whole_when_there_is_room(
         with pytest.raises(OSError, match=os.strerror(errno.EFBIG)):
             tracker.flush()
         assert metrics(tmp_path) == rows(1, 20)
+        tracker.log_rows(rows(41, 60))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     tracker.flush()
-    assert metrics(tmp_path) == rows(1, 40)
+    assert metrics(tmp_path) == rows(1, 60)
     assert f"{METRICS} cannot be written" in capsys.readouterr().err
 
 
@@ -293,7 +315,7 @@ def test_credentials_reach_no_file_and_no_terminal(
     tracker = start(uri, params={"run": {"tracking_uri": uri}}, tags={"store": uri}, config_file=config)
     tracker.log_input("corpus", digest="0" * 64, source="s3://key:opensesame@bucket/corpus", context="training")
     folder = tmp_path / "runs"
-    deadline = time.monotonic() + 15
+    deadline = time.monotonic() + FOREVER_SECONDS
     while not any("127.0.0.1" in log.read_text() for log in folder.rglob("sender.log")) and time.monotonic() < deadline:
         time.sleep(0.1)  # until the sender has complained, with a trace of the request
     tracker.close("FINISHED", wait_seconds=5)
@@ -357,3 +379,6 @@ def test_credentials_are_taken_out_of_any_url() -> None:
         without_credentials(said)
         == "postgresql+psycopg2://***@db:5432/mlflow and https://***@host, but me@example.org stays"
     )
+    signed = "https://host/a.tar?key=secret 'postgresql://me:b@d@db/mlflow?sslmode=require'"
+    assert without_credentials(signed, queries=True) == "https://host/a.tar?*** 'postgresql://***@db/mlflow?***'"
+    assert without_credentials(signed).endswith("'postgresql://***@db/mlflow?sslmode=require'")

@@ -9,21 +9,26 @@ from data.sources.fashion_mnist import FashionMNISTConfig
 from data.sources.image_folder import ImageFolderConfig
 from data.sources.source import Source, listing_digest
 from data.sources.synthetic import SyntheticConfig
+from data.sources.union import Corpus, Union, UnionConfig, corpora_of
 from data.sources.webdataset import WebDataset, WebDatasetConfig
 
 SourceConfig = Annotated[
-    EmojiConfig | FashionMNISTConfig | ImageFolderConfig | SyntheticConfig | WebDatasetConfig,
+    EmojiConfig | FashionMNISTConfig | ImageFolderConfig | SyntheticConfig | UnionConfig | WebDatasetConfig,
     Field(discriminator="kind"),
 ]
 
 __all__ = [
+    "Corpus",
     "EmojiConfig",
     "FashionMNISTConfig",
     "ImageFolderConfig",
     "Source",
     "SourceConfig",
     "SyntheticConfig",
+    "Union",
+    "UnionConfig",
     "WebDataset",
     "WebDatasetConfig",
+    "corpora_of",
     "listing_digest",
 ]

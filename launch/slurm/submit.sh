@@ -2,7 +2,8 @@
 # Submit all five stages of one experiment to Slurm, each to start when the one before it has succeeded.
 #
 #   bash launch/slurm/submit.sh EXPERIMENT.toml [SBATCH OPTION ...] [-- STAGE OPTION ...]
-#   bash launch/slurm/submit.sh pipelines/configs/imagenet256.toml --nodes 4 --gpus-per-node 8 --time 24:00:00
+#   bash launch/slurm/submit.sh pipelines/configs/imagenet256.toml \
+#       --nodes 4 --gpus-per-node 8 --cpus-per-task 96 --time 24:00:00
 #
 # The sbatch options go to every job, except that prepare_corpus, which is bound by reading, gets one node.
 # Prints one line a stage: its name and its job. Submitting again is harmless: finished stages end at once.

@@ -16,7 +16,7 @@ import torch
 import torch._functorch.config
 import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs, parse_flag_from_env
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, parse_flag_from_env
 from torch import nn
 
 from pipelines.config import ConfigError, RunConfig
@@ -55,7 +55,11 @@ def start_accelerator(run: RunConfig, *, precision: Precision = "float32") -> Ac
     backend = "nccl" if torch.cuda.is_available() and not cpu_wanted else "gloo"
     accelerator = Accelerator(
         mixed_precision="no" if precision == "float32" else precision,
-        kwargs_handlers=[InitProcessGroupKwargs(backend=backend, timeout=COLLECTIVE_TIMEOUT)]
+        kwargs_handlers=[
+            InitProcessGroupKwargs(backend=backend, timeout=COLLECTIVE_TIMEOUT),
+            # The networks' buffers are constants: to send them before each forward pass would be for nothing.
+            DistributedDataParallelKwargs(broadcast_buffers=False),
+        ]
         if world_size > 1
         else None,
     )
@@ -96,14 +100,23 @@ def die_with_the_launcher() -> None:
         return
     parent = os.getppid()
     # torch's launcher passes signals on and waits; accelerate's simple one just dies, so there SIGTERM asks to stop.
-    number = signal.SIGKILL if "TORCHELASTIC_RUN_ID" in os.environ else signal.SIGTERM
-    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, number)
-    if os.getppid() != parent:  # It died before we asked.
-        raise SystemExit(1)
+    by_torch = "TORCHELASTIC_RUN_ID" in os.environ
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL if by_torch else signal.SIGTERM)
+    # It may have died before we asked, even while this process was still importing: then another is our parent by now.
+    if os.getppid() != parent or (by_torch and not _runs_our_program(parent)):
+        raise SystemExit("The launcher of this process is gone.")
+
+
+def _runs_our_program(process: int) -> bool:
+    """Return whether a process runs the same interpreter; torch's launcher does, in a container even as process 1."""
+    try:
+        return os.readlink(f"/proc/{process}/exe") == os.readlink("/proc/self/exe")
+    except OSError:  # that of another user
+        return False
 
 
 class StopRequest:
-    """A wish to stop, by SIGTERM, Ctrl-C or the file ``stop`` in the stage's folder, agreed on by all ranks.
+    """A wish to stop, by SIGTERM, Ctrl-C or the file ``stop`` in the stage's folder. Training agrees on it by verdict.
 
     A second signal ends the process at once; what is committed stays good.
     """
@@ -113,7 +126,7 @@ class StopRequest:
         self.reason: str | None = None
         self._heard = 0.0
         self._accelerator = accelerator
-        # A group of its own on the host: agreeing never waits for the device.
+        # A group of its own on the host, to leave together: the device may have work that nobody waits for.
         self.group = dist.new_group(backend="gloo") if accelerator.num_processes > 1 else None
 
     @contextmanager
@@ -142,15 +155,9 @@ class StopRequest:
         """Let the other ranks know through the file, where there is no collective to agree by."""
         self.file.touch()
 
-    def agreed(self) -> bool:
-        """Return whether any rank was asked to stop. Every rank calls it, at the same update border."""
-        if self._accelerator.is_main_process:
-            self.asked()
-        if self.group is None:
-            return self.reason is not None
-        flag = torch.tensor([self.reason is not None], dtype=torch.int32)
-        dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self.group)
-        return bool(flag.item())
+    def heard(self) -> bool:
+        """Return whether this rank was asked; the file is looked for by the main process alone."""
+        return self.asked() if self._accelerator.is_main_process else self.reason is not None
 
 
 def agree_on(value: int, accelerator: Accelerator) -> int:

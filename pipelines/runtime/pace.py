@@ -23,7 +23,7 @@ class Pace:
         world_size: Number of processes.
         global_batch: Images an update.
         flops_per_image: Of one training step, or 0 when not known.
-        peak_flops: Of one device a second.
+        peak_flops: Of one device a second, infinite when it is not known.
     """
 
     def __init__(
@@ -77,8 +77,9 @@ class Pace:
             "perf/images_per_s": images_per_s,
             "perf/data_wait_fraction": self._waited / seconds,
             "perf/flops_per_image": float(self._flops),
-            "perf/mfu": images_per_s * self._flops / (self._world_size * self._peak) if self._peak < math.inf else 0.0,
         }
+        if self._peak < math.inf:
+            figures["perf/mfu"] = images_per_s * self._flops / (self._world_size * self._peak)
         if self._world_size > 1:
             figures |= self._by_rank(own=self._own / updates, waited=self._waited / updates)
         self.restart()

@@ -1,6 +1,7 @@
 """What a step costs and what the device could do: FLOPs counted, peaks known or measured."""
 
 import copy
+import math
 import time
 from collections.abc import Callable
 from functools import lru_cache
@@ -33,14 +34,25 @@ def flops_of(network: nn.Module, call: Callable[[nn.Module], Tensor]) -> int:
     return int(counter.get_total_flops())
 
 
-@lru_cache(maxsize=4)
-def peak_flops(device: str, precision: str) -> float:
-    """Return a device's peak FLOP/s: the data sheet's for known GPUs, else the best of a few matrix products."""
+def known_peak_flops(device: str, precision: str) -> float:
+    """Return a device's peak FLOP/s by its data sheet; infinity when it is not known."""
     if device.startswith("cuda"):
         name = torch.cuda.get_device_name()
         for known, (half, single) in KNOWN_PEAKS.items():
             if known in name:
                 return single if precision == "float32" else half
+    return math.inf
+
+
+@lru_cache(maxsize=4)
+def peak_flops(device: str, precision: str) -> float:
+    """Return a device's peak FLOP/s, for a forecast: the data sheet's, else the best of a few matrix products.
+
+    What is measured on a busy machine is less than the peak: nothing may be called a fraction of it.
+    """
+    known = known_peak_flops(device, precision)
+    if known < math.inf:
+        return known
     dtype = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     size = 768
     a = torch.randn(size, size, device=device).to(dtype)

@@ -1,12 +1,14 @@
 """What a stage is asked to do: its inputs, its configuration, and whether that very thing is done already."""
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
+from functools import reduce
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from data.commit import write_json
 from data.manifest import MANIFEST_NAME, Manifest, read_manifest
 from pipelines.config import ConfigError, StageConfig
 
@@ -50,8 +52,28 @@ def request_of(name: str, config: StageConfig, parents: Mapping[str, Manifest]) 
     Places (``run.*``, ``inputs.*``) and the keys a configuration calls harmless do not change the result, so equal work
     has an equal digest wherever it was done.
     """
-    whole = config.model_dump(mode="json", exclude={"run", "inputs", *config.harmless})
+    whole = config.model_dump(mode="json", exclude={"run", "inputs"})
+    for key in config.harmless:
+        *tables, last = key.split(".")
+        reduce(lambda table, name: table[name], tables, whole).pop(last)
     return {"stage": name, "config": whole, "parents": {key: parent.digest for key, parent in sorted(parents.items())}}
+
+
+def harmless_of(config: StageConfig) -> dict[str, Any]:
+    """Return the values of a configuration's harmless keys, by dotted key."""
+    leaves = flattened(config.model_dump(mode="json", exclude={"run", "inputs"}))
+    return {key: value for key, value in leaves.items() if _is_among(key, config.harmless)}
+
+
+def begin_request(folder: Path, request: Mapping[str, Any], *, harmless: Mapping[str, Any]) -> list[str]:
+    """Write down what the stage now does, and return what of it has changed since its last start, line by line."""
+    path, lines = folder / "request.json", []
+    if path.is_file():
+        before = json.loads(path.read_bytes())
+        lines = [line for _, line in differing_keys(before, request)]
+        lines += [line for _, line in _differences(before.get("harmless", harmless), harmless)]
+    write_json(path, {**request, "harmless": dict(harmless)})
+    return lines
 
 
 def ancestors(parents: Mapping[str, Manifest]) -> dict[str, str]:
@@ -60,8 +82,22 @@ def ancestors(parents: Mapping[str, Manifest]) -> dict[str, str]:
     return {**older, **{key: parent.digest for key, parent in parents.items()}}
 
 
-def already_done(folder: Path, request: Mapping[str, Any], *, allowed: tuple[str, ...], trains: bool = True) -> bool:
+def already_done(
+    folder: Path,
+    request: Mapping[str, Any],
+    *,
+    allowed: tuple[str, ...],
+    harmless: Collection[str] = (),
+    trains: bool = True,
+) -> bool:
     """Return whether the stage has finished this very request; False when it has yet to start or to continue.
+
+    Args:
+        folder: Of the stage.
+        request: What it is asked to do.
+        allowed: Keys whose change the user accepts while it is unfinished.
+        harmless: Keys that do not matter, though an older version may have written them down.
+        trains: Whether a change can be accepted at all.
 
     Raises:
         ConfigError: The folder holds another request's work; the message shows each difference.
@@ -76,7 +112,9 @@ def already_done(folder: Path, request: Mapping[str, Any], *, allowed: tuple[str
         before = json.loads((folder / "request.json").read_bytes())
     else:
         return False
-    differences = [line for key, line in differing_keys(before, request) if key not in allowed or finished]
+    differences = [
+        line for key, line in differing_keys(before, request, harmless=harmless) if key not in allowed or finished
+    ]
     if not differences:
         return finished
     what = "finished with" if finished else "begun with"
@@ -89,9 +127,15 @@ def already_done(folder: Path, request: Mapping[str, Any], *, allowed: tuple[str
     )
 
 
-def differing_keys(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Return (key, "key: was X, is now Y") for each difference between two requests."""
+def differing_keys(
+    before: Mapping[str, Any], now: Mapping[str, Any], *, harmless: Collection[str] = ()
+) -> list[tuple[str, str]]:
+    """Return (key, "key: was X, is now Y") for each difference between two requests that matters."""
     old, new = (flattened({"parents": each["parents"], **each["config"]}) for each in (before, now))
+    return [(key, line) for key, line in _differences(old, new) if not _is_among(key, harmless)]
+
+
+def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[tuple[str, str]]:
     return [
         (key, f"{key}: was {_show(old.get(key))}, is now {_show(new.get(key))}")
         for key in sorted(old.keys() | new.keys())
@@ -119,6 +163,11 @@ def flattened(tree: Any, prefix: str = "") -> dict[str, Any]:
     if isinstance(tree, list) and any(isinstance(item, Mapping) for item in tree):
         return flattened({str(index): item for index, item in enumerate(tree)}, prefix)
     return {prefix: tree}
+
+
+def _is_among(key: str, names: Collection[str]) -> bool:
+    """Return whether a dotted key is one of ``names`` or lies in one of their tables."""
+    return any(key == name or key.startswith(f"{name}.") for name in names)
 
 
 def _show(value: Any) -> str:

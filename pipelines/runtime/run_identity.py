@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from data.commit import temporary_beside, write_json
+from pipelines.runtime.credentials import without_credentials
 
 RUN_FILE = "run.json"
 PIPELINE_FILE = "pipeline.json"
@@ -167,8 +168,3 @@ def network_file_system(path: Path, *, mounts: str = "") -> str:
         if os.path.commonpath([point, resolved]) == point and len(point) >= len(best):
             best, kind = point, type_  # the later of two mounts on one point hides the earlier
     return kind if NETWORK_FILE_SYSTEMS.match(kind) else ""
-
-
-def without_credentials(text: str) -> str:
-    """Return ``text`` with user and password of every URL in it replaced by ``***``."""
-    return re.sub(r"(\w[\w+.-]*://)[^/\s\"'@]+@", r"\1***@", text)

@@ -30,6 +30,9 @@ WRITER_LOCK = "tracking/writer"  # held by the stage for its lifetime
 SENDER_LOCK = "tracking/sender"  # held by whoever sends
 NOT_METRICS = frozenset({"update", "batch", "time", "step", "attempt"})
 BLOCK_BYTES = 1 << 16
+# A thread that asks for the interpreter waits 5 ms for one that does not offer it, and writing JSON never does.
+HOLD_SECONDS = 0.3e-3  # of formatting at a time
+REST_SECONDS = 0.1e-3  # between two such, in which the training step takes the interpreter when it wants it
 
 Line = Mapping[str, Any]
 
@@ -166,7 +169,8 @@ class SpoolWriter:
         self._folder = folder
         self._every_second = every_second
         self._queue: queue.SimpleQueue[tuple[str, Sequence[Line]] | threading.Event | None] = queue.SimpleQueue()
-        self._pending: dict[str, bytes] = {}
+        self._pending: dict[str, bytearray] = {}
+        self._rest_at = 0.0
         self._error: OSError | None = None
         self._thread = threading.Thread(target=self._run, name="spool", daemon=True)
         self._thread.start()
@@ -206,9 +210,7 @@ class SpoolWriter:
                     elif isinstance(task, threading.Event):
                         waiting.append(task)
                     else:
-                        spool, lines = task
-                        text = "".join(json.dumps(line, default=_plain) + "\n" for line in lines)
-                        self._pending[spool] = self._pending.get(spool, b"") + text.encode()
+                        self._format(*task)
                     task = self._queue.get_nowait()
             except queue.Empty:
                 pass
@@ -218,6 +220,14 @@ class SpoolWriter:
             if time.monotonic() >= tick + 1:
                 tick = time.monotonic()
                 self._every_second()
+
+    def _format(self, spool: str, lines: Sequence[Line]) -> None:
+        pending = self._pending.setdefault(spool, bytearray())
+        for line in lines:
+            pending += (json.dumps(line, default=_plain) + "\n").encode()
+            if time.perf_counter() > self._rest_at:
+                time.sleep(REST_SECONDS)
+                self._rest_at = time.perf_counter() + HOLD_SECONDS
 
     def _write_pending(self, *, durable: bool) -> None:
         for spool, payload in list(self._pending.items()):
@@ -244,7 +254,7 @@ class SpoolWriter:
         self._error = error
 
 
-def _append(path: Path, payload: bytes) -> None:
+def _append(path: Path, payload: bytes | bytearray) -> None:
     """Append all of ``payload`` or nothing: what a full disk took of it is cut off again."""
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     try:
@@ -252,7 +262,7 @@ def _append(path: Path, payload: bytes) -> None:
         try:
             written = 0
             while written < len(payload):
-                written += os.write(descriptor, payload[written:])
+                written += os.write(descriptor, memoryview(payload)[written:])
         except OSError:
             os.ftruncate(descriptor, size)
             raise

@@ -23,15 +23,25 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 
-from data.commit import FolderLock, sweep_temporaries, write_atomically, write_json
+from data.commit import FolderLock, sweep_temporaries, write_atomically
 from data.manifest import MANIFEST_NAME, FileEntry, Manifest, digest_of, write_manifest
-from pipelines.config import STAGE_FOLDERS, ConfigError, StageConfig, config_as_toml, resume_command
+from pipelines.config import STAGE_FOLDERS, ConfigError, StageConfig, config_as_toml
 from pipelines.runtime.claims import sweep_after_the_dead
+from pipelines.runtime.credentials import without_credentials
 from pipelines.runtime.launch import Precision, StopRequest, agree_on, any_rank, start_accelerator
-from pipelines.runtime.outcome import OUTCOME_NAME, Ending
+from pipelines.runtime.outcome import OUTCOME_NAME, Ending, resume_command
 from pipelines.runtime.provenance import code_version, hardware
-from pipelines.runtime.request import StandIns, already_done, ancestors, blaming, flattened, read_parents, request_of
-from pipelines.runtime.run_identity import without_credentials
+from pipelines.runtime.request import (
+    StandIns,
+    already_done,
+    ancestors,
+    begin_request,
+    blaming,
+    flattened,
+    harmless_of,
+    read_parents,
+    request_of,
+)
 from pipelines.runtime.tracking import SilentTracker, Tracker, open_tracker
 from pipelines.runtime.watch import Watch
 
@@ -160,20 +170,20 @@ def running_stage(
     stage: Stage | None = None
     try:
         manifests = read_parents(config, parents, stand_ins=stand_ins)
-        check(manifests)
         request = request_of(name, config, manifests)
         # Finished parts stay as they are: where work falls into parts, a changed request would mix with the old one.
         allowed = config.run.allow_changed if name.startswith("train_") else ()
-        if already_done(folder, request, allowed=allowed, trains=name.startswith("train_")):
+        if already_done(folder, request, allowed=allowed, harmless=config.harmless, trains=name.startswith("train_")):
             ending.reached("done")
             if speaks:
                 print(f"{name}: already finished in {folder}; nothing to do.", flush=True)
             raise SystemExit(0)
+        check(manifests)  # what a finished stage was made from may be gone
         accelerator = start_accelerator(config.run, precision=precision)
         own = meet(folder, lock, accelerator, joinable=joinable)
         if accelerator.is_main_process:
-            if lock.held:
-                write_json(folder / "request.json", request)
+            if lock.held and (changes := begin_request(folder, request, harmless=harmless_of(config))):
+                print(f"{name}: changed since the last start:\n  " + "\n  ".join(changes), flush=True)
             shown = without_credentials(config_as_toml(config, table=name))
             write_atomically(own / "config.toml", shown.encode())
             tracker = track(config, name=name, folder=own, parents=manifests, accelerator=accelerator)

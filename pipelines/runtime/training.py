@@ -20,6 +20,8 @@ from pipelines.runtime.optim import LossScale, Optimizer, learning_rate
 from pipelines.runtime.outcome import Ending
 from pipelines.runtime.pace import Pace, holding_up, straggler
 from pipelines.runtime.progress import progress_line
+from pipelines.runtime.provenance import exactness, made_by
+from pipelines.runtime.request import request_of
 from pipelines.runtime.selftest import SelfTest
 from pipelines.runtime.stage import Stage, Stopped
 from pipelines.runtime.training_config import BatchShare, TrainingConfig
@@ -51,7 +53,7 @@ class Training:
         keys: Names the samples at given positions of a global batch; asked only when something is wrong with them.
         parts: What a checkpoint holds, by name; the same on every rank.
         flops_per_image: Of one training step, or 0 when not known.
-        peak_flops: Of one device a second, for model-FLOP utilisation.
+        peak_flops: Of one device a second, for model-FLOP utilisation; infinite when it is not known.
     """
 
     def __init__(
@@ -102,6 +104,8 @@ class Training:
         self._measured = Measured(device=device, world_size=world_size)
         self._on_last_part = False
         self._figures: dict[str, float] = {}
+        request = request_of(stage.name, config, stage.parents)
+        self._made_by = made_by(request, world_size=world_size) if stage.is_main else {}
 
     @property
     def refused(self) -> Tensor:
@@ -110,12 +114,8 @@ class Training:
 
     def resume(self) -> None:
         """Continue after the newest intact checkpoint, on every rank the same one; do nothing when there is none."""
-        state = self._restore()
-        if state:
-            before = {name: state[name] for name in ("world_size", "threads")}
-            now = {"world_size": self.stage.accelerator.num_processes, "threads": torch.get_num_threads()}
-            exact = "bit for bit" if before == now else f"to rounding, since {before} became {now}"
-            self.stage.say(f"continuing after update {self.update}, {exact}")
+        if state := self._restore():
+            self.stage.say(f"continuing after update {self.update}, {exactness(state, self._made_by)}")
         self.stage.tracker.resume_after(self.update)
 
     def _restore(self) -> Mapping[str, Any]:
@@ -214,7 +214,7 @@ class Training:
             rate = learning_rate(config.optim, update=self.update, total_updates=config.updates)
             self._self_test.end(self.update, moves=rate > 0 and not self._verdicts.present_is_refused())
         last = self.update == config.updates
-        stopping = stage.stop.agreed() and not last
+        stopping = self._verdicts.stop_agreed and not last
         if stopping and (bad := self._verdicts.first_bad(wait=True)) is not None:
             self._answer(bad)
         saves = self._saves_now() or stopping
@@ -271,7 +271,7 @@ class Training:
         scaler = self.stage.accelerator.scaler
         self._self_test.take_reduced()
         norms = {name: optimizer.clip() for name, optimizer in optimizers.items()}
-        self._verdicts.judge(self._measured.present, norms, scaler=scaler)
+        self._verdicts.judge(self._measured.present, norms, scaler=scaler, stops=self.stage.stop.heard())
         for optimizer in optimizers.values():
             optimizer.apply(update=self.update, total_updates=self.config.updates, refused=self.refused)
         if scaler is not None:
@@ -306,9 +306,10 @@ class Training:
         if not rows:
             return
         pace = self._pace.figures()
-        rows[-1] |= pace
+        images, loss = self.update * self.config.global_batch, rows[-1].get("train/loss", math.nan)
+        rows[-1] |= {"progress/images": images, **pace}
         self.stage.tracker.log_rows(rows)
-        self._figures = {"loss": rows[-1].get("train/loss", math.nan), "images/s": pace["perf/images_per_s"]}
+        self._figures = {"images": images, "loss": loss, "images/s": pace["perf/images_per_s"]}
         if self.stage.is_main and (slow := straggler(pace)) is not None:
             self.stage.say(f"update {self.update}: rank {slow} on {self._watch.host_of(slow)} {holding_up(pace)}")
 
@@ -332,8 +333,7 @@ class Training:
         if policy == "stop":
             raise FloatingPointError(
                 f"{text} Nothing of it has reached the weights. Lower optim.peak_lr or look at the data, or let "
-                "training go on: run it again with --on_bad_update.policy skip (or rewind) and --allow-changed "
-                "on_bad_update.policy."
+                "training go on: run it again with --on_bad_update.policy skip (or rewind)."
             )
         if len(self._bad_batches) > limit:
             raise FloatingPointError(f"{text} It is the {len(self._bad_batches)}th; on_bad_update.limit = {limit}.")
@@ -369,15 +369,14 @@ class Training:
             "bad_batches": self._bad_batches,
             "best": self._best.found,
             "images": self.update * self.config.global_batch,
-            "world_size": self.stage.accelerator.num_processes,
-            "threads": torch.get_num_threads(),
             "local_run_id": self.stage.tracker.run_id,
+            **self._made_by,
         }
         if self.stage.is_main:
-            # Lines up to here are never written again: they must be on disk before the checkpoint is.
-            self.stage.tracker.flush()
             parts = {name: part.tensors() for name, part in self.parts.items()}
-            self._checkpoints.save(self.update, parts, state, best=self._best.found.get("update"))
+            # Lines up to here are never written again: they must be on disk before the checkpoint is.
+            flush, best = self.stage.tracker.flush, self._best.found.get("update")
+            self._checkpoints.save(self.update, parts, state, best=best, after=flush)
 
 
 def _close(stream: Any) -> None:

@@ -18,7 +18,10 @@ class TrainingConfig(StageConfig):
     """What every training stage's configuration has. Counts are optimizer updates."""
 
     harmless: ClassVar[frozenset[str]] = frozenset(
-        {"log_every", "panel_every", "checkpoint", "prefetch_batches", "self_test_every", "hang_seconds"}
+        {
+            *("log_every", "panel_every", "checkpoint", "prefetch_batches", "self_test_every", "hang_seconds"),
+            *("on_bad_update.policy", "on_bad_update.limit"),
+        }
     )
 
     seed: NonNegativeInt = 0  # of order, noise, drops and initial weights

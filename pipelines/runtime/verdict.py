@@ -1,8 +1,9 @@
 """Which updates count: one whose loss or gradient is not finite, or whose loss jumps, is refused on the device.
 
-All ranks judge the same reduced numbers, so they agree without asking. The verdict stays on the device: from the first
-bad update on, weights, moments and averages stand still there, until the host, which looks one update later on a GPU
-and at once on a CPU, goes back to the update before and answers. So nothing waits, and nothing bad is ever seen.
+All ranks judge the same reduced numbers, so they agree without asking; a wish to stop travels along with them. The
+verdict stays on the device: from the first bad update on, weights, moments and averages stand still there, until the
+host, which looks one update later on a GPU and at once on a CPU, goes back to the update before and answers. So nothing
+waits, and nothing bad is ever seen.
 """
 
 from collections import deque
@@ -40,14 +41,15 @@ class Judged:
     update: int
     batch: int
     figures: Mapping[str, Tensor]
-    refused: Tensor  # scalar where the host can read it once `ready` is reached
+    said: Tensor  # whether it is refused, and whether a rank wants to stop (2,); readable once `ready` is reached
     ready: Any  # CUDA event, or None when it is ready
 
-    def is_refused(self) -> bool:
-        """Return the verdict, waiting until the device has come to it."""
+    def read(self) -> tuple[bool, bool]:
+        """Return whether it is refused and whether a rank wants to stop, waiting until the device has come to it."""
         if self.ready is not None:
             self.ready.synchronize()
-        return bool(self.refused)
+        refused, stops = self.said.tolist()
+        return bool(refused), bool(stops)
 
 
 class Verdicts:
@@ -60,16 +62,22 @@ class Verdicts:
         self._standstill = torch.zeros((), device=device)
         self._mean = torch.zeros((), device=device)
         self._count = torch.zeros((), device=device)
+        self._stops = torch.zeros((), device=device)
         self._unread: deque[Judged] = deque()
+        #: Whether a rank wanted to stop in an update that the host has looked at; the same on every rank.
+        self.stop_agreed = False
 
     @torch.no_grad()
-    def judge(self, figures: Mapping[str, Tensor], norms: Mapping[str, Tensor], *, scaler: Any = None) -> None:
-        """Judge an update before it is applied. A collective: one all-reduce of two numbers.
+    def judge(
+        self, figures: Mapping[str, Tensor], norms: Mapping[str, Tensor], *, scaler: Any = None, stops: bool = False
+    ) -> None:
+        """Judge an update before it is applied. A collective, the only one beside the gradients': four numbers.
 
         Args:
             figures: This rank's means, ``train/loss`` among them.
             norms: Of the gradients, which are reduced already.
             scaler: The fp16 loss scaler; with it a gradient may overflow, which is refused but no fault.
+            stops: Whether this rank was asked to stop.
         """
         loss = figures["train/loss"].float()
         measured, gradients = (torch.stack([value.float() for value in group.values()]) for group in (figures, norms))
@@ -79,7 +87,8 @@ class Verdicts:
             bad = bad | overflow
         else:  # A scale below 1 helps no longer: the gradients themselves are beyond fp16.
             bad = bad | (overflow & (scaler._scale < 1.0).squeeze())
-        shared = torch.stack([loss / self.world_size, bad.float(), overflow.float()])
+        wish = torch.full((), float(stops), device=self.device)
+        shared = torch.stack([loss / self.world_size, bad.float(), overflow.float(), wish])
         if self.world_size > 1:
             dist.all_reduce(shared)
         loss, wrong = shared[0], shared[1] > 0
@@ -91,15 +100,16 @@ class Verdicts:
         self._mean = torch.where(counts, self._mean + pace * (loss.abs() - self._mean), self._mean)
         self._count = self._count + counts.float()
         self.refused = torch.maximum(self._standstill, (shared[2] > 0).float())
+        self._stops = shared[3]
 
     def remember(self, *, update: int, batch: int, figures: Mapping[str, Tensor]) -> None:
         """Send the verdict on the update just made on its way to the host."""
-        refused, ready = self._standstill, None
+        said, ready = torch.stack([self._standstill, self._stops]), None
         if self.device.type == "cuda":
-            refused = torch.empty((), pin_memory=True).copy_(self._standstill, non_blocking=True)
+            said = torch.empty(2, pin_memory=True).copy_(said, non_blocking=True)
             ready = torch.cuda.Event()
             ready.record()
-        self._unread.append(Judged(update=update, batch=batch, figures=figures, refused=refused, ready=ready))
+        self._unread.append(Judged(update=update, batch=batch, figures=figures, said=said, ready=ready))
 
     def first_bad(self, *, wait: bool) -> Judged | None:
         """Return the first bad update that the host has not answered; the same on every rank.
@@ -110,7 +120,9 @@ class Verdicts:
         newest_waits = 0 if wait or self.device.type != "cuda" else 1
         while len(self._unread) > newest_waits:
             judged = self._unread.popleft()
-            if judged.is_refused():
+            refused, stops = judged.read()
+            self.stop_agreed = self.stop_agreed or stops
+            if refused:
                 self._unread.clear()
                 return judged
         return None

@@ -62,6 +62,7 @@ class Watch:
         self._report_path(self.rank).unlink(missing_ok=True)
         self._beat = time.monotonic()
         thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
+        self._write_heartbeat()  # the first look at the pace may come before the first tick, and names hosts
         self._arm()
         thread.start()
         try:

@@ -1,0 +1,83 @@
+"""Read a corpus that is far away, step by step: ``python tests/far_reader.py FOLDER URLS...``.
+
+Before each step its name is printed and a line awaited, so that a test can look at what the network carried meanwhile.
+"""
+
+import hashlib
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from data.in_place import index_in_place
+from data.loading import ImageShards
+from data.manifest import write_manifest
+from data.order import BlockedShuffleConfig, FullShuffleConfig
+from data.remote import Cache
+from data.sources import Corpus, WebDatasetConfig
+from data.transforms import ImageViewConfig
+
+BATCH = 6
+FEW_SAMPLES = 12
+
+
+def step(name: str) -> None:
+    print(name, flush=True)
+    sys.stdin.readline()
+
+
+def digest(shards: ImageShards, indices: np.ndarray) -> str:
+    batch = shards.read(indices)
+    return hashlib.sha256(batch.images.tobytes() + "".join([*batch.keys, *batch.captions]).encode()).hexdigest()
+
+
+def copies() -> list[Path]:
+    return [path for path in Cache.of_environment().folder.glob("*") if path.suffix != ".note"]
+
+
+def forget_copies() -> None:
+    for path in copies():
+        path.unlink()
+
+
+def main() -> None:
+    folder, urls = Path(sys.argv[1]), sys.argv[2:]
+    step("prepare")
+    source = WebDatasetConfig(urls=tuple(urls[:-1]), val_urls=(urls[-1],)).open()
+    corpus, entries = Corpus.alone(source), []
+    for number in range(len(source.urls)):
+        split = "train" if number < len(source.urls) - 1 else "val"
+        path = folder / f"{split}-{number:06}.tar"
+        entries.append(index_in_place(corpus, number, split, path, is_good=lambda found: True))
+    view = ImageViewConfig(resolution=16).model_dump(mode="json")
+    write_manifest(folder, content={"view": view, "max_pixels": 10**7}, files=entries, provenance={})
+    forget_copies()
+    step("listed again")  # as a restart does
+    again = WebDatasetConfig(urls=tuple(urls[:-1]), val_urls=(urls[-1],)).open()
+    assert [*again.listing()] == [*source.listing()]
+    assert [again.holds(number, "train") for number in range(len(urls))] == [True] * (len(urls) - 1) + [False]
+
+    def opened(*, scattered: bool) -> ImageShards:
+        return ImageShards(folder, split="train", scattered=scattered, cache_bytes=0)
+
+    step("scattered")
+    shards = opened(scattered=True)
+    order = shards.order(FullShuffleConfig(), seed=1, global_batch=BATCH)
+    ranged = [digest(shards, order.indices(first, BATCH)) for first in range(0, FEW_SAMPLES, BATCH)]
+    spent = len(copies())
+    step("sizes")
+    shards.verify("size")
+    step("streams")
+    shards = opened(scattered=False)
+    streams = shards.order(BlockedShuffleConfig(canonical_nodes=1, window=8), seed=1, global_batch=BATCH)
+    for first in range(0, len(shards), BATCH):
+        digest(shards, streams.indices(first, BATCH))
+    step("held")  # the copies are there now, and are preferred
+    shards = opened(scattered=True)
+    whole = [digest(shards, order.indices(first, BATCH)) for first in range(0, FEW_SAMPLES, BATCH)]
+    step("end")
+    print(f"same {ranged == whole} copies {spent} samples {len(shards)}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

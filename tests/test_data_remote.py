@@ -1,0 +1,407 @@
+"""Shards behind addresses, from real servers on loopback, with every byte counted that they really sent."""
+
+import contextlib
+import datetime
+import http.server
+import io
+import ipaddress
+import os
+import socket
+import ssl
+import subprocess
+import sys
+import tarfile
+import threading
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from urllib.parse import quote
+from urllib.request import Request, urlopen
+
+import numpy as np
+import pytest
+from conftest import REPOSITORY
+from PIL import Image
+
+from data.remote import range_policy, read_ranges
+from data.scanned import found_shards
+
+SHARDS, SAMPLES = 4, 20
+SLACK = 30_000  # bytes of a request's head and its answer's, at most
+
+
+def shard(number: int) -> bytes:
+    """A tar of 20 noisy JPEGs of about 60 KB, with captions."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as tar:
+        for row in range(SAMPLES):
+            rng, picture = np.random.default_rng([number, row]), io.BytesIO()
+            Image.fromarray(rng.integers(0, 256, (180, 180, 3), dtype=np.uint8)).save(picture, "JPEG", quality=95)
+            for suffix, payload in (("jpg", picture.getvalue()), ("txt", b"no. %d" % row)):
+                header = tarfile.TarInfo(f"s{number}-{row:03d}.{suffix}")
+                header.size = len(payload)
+                tar.addfile(header, io.BytesIO(payload))
+    return buffer.getvalue()
+
+
+@pytest.fixture(scope="module")
+def payloads() -> dict[str, bytes]:
+    return {f"corpus/{number}.tar": shard(number) for number in range(SHARDS)}
+
+
+class CountingProxy:
+    """Passes TCP connections on to a port and counts what comes back."""
+
+    def __init__(self, port: int) -> None:
+        self.sent, self._target = 0, port
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self._listener.getsockname()[1]
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                client, _ = self._listener.accept()
+                server = socket.create_connection(("127.0.0.1", self._target))
+                threading.Thread(target=self._pass, args=(client, server, False), daemon=True).start()
+                threading.Thread(target=self._pass, args=(server, client, True), daemon=True).start()
+
+    def _pass(self, source: socket.socket, sink: socket.socket, counts: bool) -> None:
+        with contextlib.suppress(OSError):
+            while chunk := source.recv(1 << 16):
+                self.sent += len(chunk) if counts else 0
+                sink.sendall(chunk)
+        for end in (source, sink):
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        self._listener.close()
+
+
+@dataclass
+class Service:
+    """Where the shards are, what a client needs in its environment, and how much was sent."""
+
+    prefix: str
+    proxy: CountingProxy
+    environment: dict[str, str] = field(default_factory=dict)
+
+    def urls(self) -> list[str]:
+        return [f"{self.prefix}/corpus/{number}.tar" for number in range(SHARDS)]
+
+
+# --- three services
+
+
+@contextlib.contextmanager
+def s3(payloads: dict[str, bytes], folder: Path) -> Iterator[Service]:
+    moto = pytest.importorskip("moto.server")
+    boto3 = pytest.importorskip("boto3")
+    server = moto.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    proxy = CountingProxy(server.get_host_and_port()[1])
+    environment = {
+        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{proxy.port}",
+        "AWS_ACCESS_KEY_ID": "AKIAEXAMPLEKEY",
+        "AWS_SECRET_ACCESS_KEY": "an example",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        client = boto3.client("s3")
+        client.create_bucket(Bucket="corpora")
+        for name, payload in payloads.items():
+            client.put_object(Bucket="corpora", Key=name, Body=payload)
+    yield Service("s3://corpora", proxy, environment)
+    proxy.close()
+    server.stop()
+
+
+def own_authority(folder: Path) -> tuple[Path, Path]:
+    """A certificate authority of the test's own and a certificate of it for 127.0.0.1: (to be trusted, to be shown)."""
+    x509 = pytest.importorskip("cryptography.x509")
+    from cryptography.hazmat.primitives import hashes, serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    def name(text: str) -> object:
+        return x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, text)])
+
+    def certificate(subject: str, key: object, signer: object, *, authority: bool) -> object:
+        now = datetime.datetime.now(datetime.UTC)
+        builder = x509.CertificateBuilder(name("test authority"), name(subject), key.public_key())
+        builder = builder.serial_number(x509.random_serial_number())
+        builder = builder.not_valid_before(now - datetime.timedelta(days=1))
+        builder = builder.not_valid_after(now + datetime.timedelta(days=1))
+        builder = builder.add_extension(x509.BasicConstraints(ca=authority, path_length=None), critical=True)
+        addresses = x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))])
+        return builder.add_extension(addresses, critical=False).sign(signer, hashes.SHA256())
+
+    pem = serialization.Encoding.PEM
+    root, own = ec.generate_private_key(ec.SECP256R1()), ec.generate_private_key(ec.SECP256R1())
+    (folder / "ca.pem").write_bytes(certificate("test authority", root, root, authority=True).public_bytes(pem))
+    key = own.private_bytes(pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    shown = certificate("127.0.0.1", own, root, authority=False).public_bytes(pem)
+    (folder / "server.pem").write_bytes(key + shown)
+    return folder / "ca.pem", folder / "server.pem"
+
+
+def web_server(payloads: dict[str, bytes], *, ranges: bool) -> type[http.server.BaseHTTPRequestHandler]:
+    class Handler(http.server.BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def answer(self, *, body: bool) -> None:
+            payload = payloads.get(self.path.lstrip("/"))
+            if payload is None:
+                self.send_error(404)
+                return
+            wanted = self.headers.get("Range", "")
+            first, last = 0, len(payload) - 1
+            if ranges and wanted:
+                start, _, end = wanted.removeprefix("bytes=").partition("-")
+                first, last = int(start), min(int(end or last), last)
+            self.send_response(206 if ranges and wanted else 200)
+            self.send_header("Content-Length", str(last + 1 - first))
+            self.send_header("ETag", f'"{zlib.crc32(payload)}"')
+            if ranges:
+                self.send_header("Accept-Ranges", "bytes")
+                self.send_header("Content-Range", f"bytes {first}-{last}/{len(payload)}")
+            self.end_headers()
+            if body:
+                self.wfile.write(payload[first : last + 1])
+
+        def do_GET(self) -> None:
+            self.answer(body=True)
+
+        def do_HEAD(self) -> None:
+            self.answer(body=False)
+
+        def log_message(self, *words: object) -> None:
+            pass
+
+    return Handler
+
+
+@contextlib.contextmanager
+def https(payloads: dict[str, bytes], folder: Path, *, ranges: bool = True) -> Iterator[Service]:
+    pytest.importorskip("aiohttp")
+    authority, shown = own_authority(folder)
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), web_server(payloads, ranges=ranges))
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(shown)
+    server.socket = context.wrap_socket(server.socket, server_side=True)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    proxy = CountingProxy(server.server_address[1])
+    yield Service(f"https://127.0.0.1:{proxy.port}", proxy, {"SSL_CERT_FILE": str(authority)})
+    proxy.close()
+    server.shutdown()
+    server.server_close()
+
+
+@contextlib.contextmanager
+def gs(payloads: dict[str, bytes], folder: Path) -> Iterator[Service]:
+    pytest.importorskip("gcsfs")
+    emulator = pytest.importorskip("gcp_storage_emulator.server")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    server = emulator.create_server("127.0.0.1", port, in_memory=True, default_bucket="corpora")
+    server.start()
+    proxy = CountingProxy(port)
+    for name, payload in payloads.items():
+        address = f"http://127.0.0.1:{port}/upload/storage/v1/b/corpora/o?uploadType=media&name={quote(name, safe='')}"
+        with urlopen(Request(address, payload, {"Content-Type": "application/octet-stream"}), timeout=30) as answer:
+            assert answer.status == 200
+    # The emulator speaks JSON over HTTP, not gRPC.
+    environment = {
+        "STORAGE_EMULATOR_HOST": f"http://127.0.0.1:{proxy.port}",
+        "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",
+    }
+    yield Service("gs://corpora", proxy, environment)
+    proxy.close()
+    server.stop()
+
+
+SERVICES: dict[str, Callable[..., contextlib.AbstractContextManager[Service]]] = {"s3": s3, "https": https, "gs": gs}
+
+
+def environment_of(service: Service, folder: Path, **more: str) -> dict[str, str]:
+    path = os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])
+    return {
+        **os.environ,
+        "PYTHONPATH": path,
+        "LATENTLINE_CACHE": str(folder / "cache"),
+        "OMP_NUM_THREADS": "1",
+        **service.environment,
+        **more,
+    }
+
+
+def bytes_by_step(service: Service, folder: Path, **more: str) -> tuple[dict[str, int], str]:
+    """Run the reader; returns what was sent in each of its steps, and its last line."""
+    reader = subprocess.Popen(
+        [sys.executable, str(REPOSITORY / "tests/far_reader.py"), str(folder / "corpus"), *service.urls()],
+        env=environment_of(service, folder, **more),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert reader.stdin is not None
+    assert reader.stdout is not None
+    before, sent, name = 0, {}, ""
+    while name != "end":
+        line = reader.stdout.readline().strip()
+        assert line, f"the reader ended in {name or 'its start'}"
+        sent[name] = service.proxy.sent - before
+        name, before = line, service.proxy.sent
+        reader.stdin.write("\n")
+        reader.stdin.flush()
+    last = reader.stdout.readline().strip()
+    reader.communicate(timeout=60)
+    assert reader.returncode == 0
+    return sent, last
+
+
+@pytest.mark.parametrize("kind", SERVICES)
+def test_a_full_shuffle_fetches_single_samples_and_streams_fetch_each_shard_once(
+    kind: str, payloads: dict[str, bytes], tmp_path: Path
+) -> None:
+    (tmp_path / "corpus").mkdir()
+    with SERVICES[kind](payloads, tmp_path) as service:
+        sent, last = bytes_by_step(service, tmp_path)
+    whole, train = sum(map(len, payloads.values())), sum(map(len, list(payloads.values())[:-1]))
+    assert whole <= sent["prepare"] <= 1.05 * whole + 10 * SLACK
+    assert sent["listed again"] <= SLACK
+    # Twelve samples, each about a twentieth of a shard, with their tar headers.
+    each = train / (SAMPLES * (SHARDS - 1))
+    assert 12 * 0.9 * each <= sent["scattered"] <= 12 * (1.1 * each + 4_000) + SLACK
+    assert sent["scattered"] < min(map(len, payloads.values())), "as much as a whole shard, for twelve samples"
+    assert sent["sizes"] <= SLACK
+    assert train <= sent["streams"] <= 1.05 * train + 10 * SLACK
+    assert sent["held"] <= SLACK
+    assert last == "same True copies 0 samples 60"
+
+
+def test_the_user_can_insist_on_whole_shards_and_a_replaced_one_is_noticed_in_a_range_of_it(
+    payloads: dict[str, bytes], tmp_path: Path
+) -> None:
+    import boto3
+
+    (tmp_path / "corpus").mkdir()
+    program = (
+        "import sys, numpy as np; from data.loading import ImageShards\n"
+        "ImageShards(sys.argv[1], split='train', scattered=True, cache_bytes=0).read(np.arange(3))\n"
+    )
+    with s3(payloads, tmp_path) as service:
+        sent, last = bytes_by_step(service, tmp_path, LATENTLINE_REMOTE_READS="whole")
+        assert sent["scattered"] >= sum(map(len, list(payloads.values())[:-1]))
+        assert last.startswith("same True copies")
+
+        for copy in (tmp_path / "cache").glob("*"):
+            copy.unlink()
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in service.environment.items():
+                patch.setenv(name, value)
+            other = payloads["corpus/1.tar"][:30_000] + payloads["corpus/0.tar"]
+            boto3.client("s3").put_object(Bucket="corpora", Key="corpus/0.tar", Body=other)
+        done = subprocess.run(
+            [sys.executable, "-c", program, str(tmp_path / "corpus")],
+            env=environment_of(service, tmp_path),
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        assert "shard_changed: s3://corpora/corpus/0.tar has no member of" in done.stderr
+
+
+def test_a_server_that_knows_no_ranges_is_asked_for_whole_shards(payloads: dict[str, bytes], tmp_path: Path) -> None:
+    (tmp_path / "corpus").mkdir()
+    with https(payloads, tmp_path, ranges=False) as service:
+        sent, last = bytes_by_step(service, tmp_path)
+    assert sent["scattered"] <= 1.05 * sum(map(len, payloads.values())) + 10 * SLACK
+    assert last.startswith("same True")
+
+
+def test_a_server_that_nobody_vouches_for_is_refused(payloads: dict[str, bytes], tmp_path: Path) -> None:
+    program = "import sys; from data.remote import size_of; print(size_of(sys.argv[1]))"
+    with https(payloads, tmp_path) as service:
+        for trusts in (True, False):
+            environment = environment_of(service, tmp_path)
+            if not trusts:
+                del environment["SSL_CERT_FILE"]
+            done = subprocess.run(
+                [sys.executable, "-c", program, service.urls()[0]],
+                env=environment,
+                capture_output=True,
+                text=True,
+                timeout=60,
+            )
+            if trusts:
+                assert done.stdout.strip() == str(len(payloads["corpus/0.tar"]))
+            else:
+                assert "cannot be read (ClientConnectorCertificateError)" in done.stderr
+
+
+class Flaky:
+    """Answers every other range with an error, or too short."""
+
+    def __init__(self, *, last: object) -> None:
+        self.asked, self._last = 0, last
+
+    def cat_ranges(self, urls: list[str], starts: list[int], ends: list[int], on_error: str) -> list[object]:
+        self.asked += len(urls)
+        bad = [OSError("cut"), b"short"]
+        return [
+            bad[number % 2] if self.asked < 9 and number % 3 else b"x" * (end - start) if self.asked < 9 else self._last
+            for number, (start, end) in enumerate(zip(starts, ends, strict=True))
+        ]
+
+
+def test_only_the_ranges_that_failed_are_asked_for_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    flaky = Flaky(last=b"x" * 600)
+    monkeypatch.setattr("data.remote._filesystem", lambda scheme: flaky)
+    assert read_ranges([("s3://b/x", 10 * n, 10 * n + 600) for n in range(6)]) == [b"x" * 600] * 6
+    assert flaky.asked == 6 + 4
+    for last, message in ((OSError("SECRET"), "cannot be read"), (b"", "gave 0 bytes for the range 0 to 600")):
+        monkeypatch.setattr("data.remote._filesystem", lambda scheme, last=last: Flaky(last=last))
+        with pytest.raises(OSError, match=message) as error:
+            read_ranges([("s3://b/x", 10 * n, 10 * n + 600) for n in range(12)])
+        assert "SECRET" not in str(error.value)
+    assert read_ranges([]) == []
+
+
+def test_samples_or_shards_are_fetched_as_the_environment_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert [range_policy(scattered) for scattered in (True, False)] == [True, False]
+    for wish, ranged in (("whole", False), ("ranged", True)):
+        monkeypatch.setenv("LATENTLINE_REMOTE_READS", wish)
+        assert [range_policy(scattered) for scattered in (True, False)] == [ranged] * 2
+    monkeypatch.setenv("LATENTLINE_REMOTE_READS", "sometimes")
+    with pytest.raises(ValueError, match="LATENTLINE_REMOTE_READS is auto, whole or ranged, not 'sometimes'"):
+        range_policy(True)
+
+
+def test_what_was_found_in_a_shard_is_believed_as_long_as_it_is_that_version(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LATENTLINE_CACHE", str(tmp_path))
+    about: dict[str, object] = {"size": 100, "ETag": "a"}
+    monkeypatch.setattr("data.scanned.properties_of", lambda url: about)
+    (shard,) = found_shards(["s3://b/x.tar"])
+    assert shard.key_hashes() is None
+    shard.remember(np.array([3, 2**64 - 1], dtype=np.uint64))
+    (again,) = found_shards(["s3://b/x.tar"])
+    assert again.key_hashes().tolist() == [3, 2**64 - 1]
+    (note,) = tmp_path.iterdir()
+    raw = note.read_bytes()
+    for damaged in (raw[:-1] + b"\x01", raw[:-8], b""):
+        note.write_bytes(damaged)
+        assert again.key_hashes() is None
+    note.write_bytes(raw)
+    for other in ({"size": 100, "ETag": "b"}, {"size": 101, "ETag": "a"}, {"size": 100}):
+        about.clear()
+        about.update(other)
+        (changed,) = found_shards(["s3://b/x.tar"])
+        assert changed.key_hashes() is None
+    changed.remember(np.array([1], dtype=np.uint64))  # of a version that cannot be told from others
+    assert note.read_bytes() == raw
