@@ -6,11 +6,12 @@ from pathlib import Path
 
 from data.commit import sha256_of
 from data.manifest import FileEntry
-from data.remote import local_path
+from data.remote import is_remote, local_path
 from data.samples import BadSample, ImageSample, Split
 from data.shards import ShardIndex, index_path
 from data.sources.union import Corpus
 from data.sources.webdataset import WebDataset
+from data.verified import mark_verified
 
 
 def index_in_place(
@@ -35,9 +36,10 @@ def index_in_place(
             labels.append(adopted.label)
     url = source.urls[number]
     file = local_path(url)
+    seen = file.stat()
     entry = FileEntry(
         name=path.name,
-        bytes=file.stat().st_size,
+        bytes=seen.st_size,
         sha256=sha256_of(file),
         samples=len(good),
         url=url,
@@ -45,4 +47,6 @@ def index_in_place(
     )
     index = ShardIndex.of_samples(good, labels=labels, layouts={}, entry=entry)
     index.save(index_path(path))
+    if not is_remote(url):
+        mark_verified(path.parent, entry, {"bytes": seen.st_size, "changed": seen.st_mtime_ns})
     return entry

@@ -196,7 +196,7 @@ class ImageShards(ShardSet):
             # A corpus may hold both shards that others wrote and finished squares of ours.
             if self.view is None or not (shard.in_place or self._view_is_for_all):
                 return decode_image(bytes(payload), max_pixels=self.max_pixels)
-            return view_image(bytes(payload), self.view, max_pixels=self.max_pixels)
+            return view_image(bytes(payload), self.view, max_pixels=self.max_pixels, key=key)
         except BadSample as error:
             raise error.at(shard=shard.name, key=key, member=f"{key}.{suffix}" if suffix else "") from None
 

@@ -20,7 +20,7 @@ class Mixture:
     """A stream over groups of samples.
 
     Args:
-        samples: Sample indices, group after group; int64 (n,). None when they lie so already.
+        samples: Sample indices, group after group; integers (n,). None when they lie so already.
         group_sizes: Samples of each group; each at least 1.
         weights: Share of each group, relative to the others.
         seed: Seed of the stage.
@@ -58,7 +58,9 @@ class Mixture:
         present, sizes = np.unique(labels, return_counts=True)
         names = dict(enumerate(classes))
         shares = [weights.get(names.get(int(label), ""), 1.0) for label in present]
-        return cls(np.argsort(labels, kind="stable"), sizes.tolist(), shares, seed=seed)
+        # Four bytes a sample instead of eight, in every process.
+        narrow = np.uint32 if len(labels) < 1 << 32 else np.int64
+        return cls(np.argsort(labels, kind="stable").astype(narrow), sizes.tolist(), shares, seed=seed)
 
     @classmethod
     def of_corpora(cls, corpora: Mapping[str, int], *, weights: Mapping[str, float], seed: int) -> "Mixture":
@@ -87,7 +89,7 @@ class Mixture:
         salts = turn * len(self._sizes) + group
         place = permute(place, self._sizes[group], round_keys(self._seed, "order/group"), salts=salts)
         place += self._first_sample[group]
-        return place if self._samples is None else self._samples[place]
+        return place if self._samples is None else self._samples[place].astype(np.int64)
 
 
 def slots_of(weights: np.ndarray) -> np.ndarray:

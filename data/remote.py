@@ -25,6 +25,7 @@ from urllib.parse import urlsplit
 SCHEMES = ("s3", "gs", "https")
 CHUNK_BYTES = 8 << 20
 TRIES = 3
+NOTE_SUFFIX = ".note"
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.\-]*:")
 
 
@@ -73,13 +74,18 @@ def matches(pattern: str) -> list[str]:
     return sorted(path if is_remote(path) else f"{scheme}://{path}" for path in found)
 
 
-def local_path(url: str) -> Path:
+def local_path(url: str, *, size: int | None = None, sha256: str = "") -> Path:
     """Return a file of this machine with the content of ``url``: a plain path as it is, else a copy in the cache.
 
+    Args:
+        url: A path or address.
+        size: What it should be, bytes: an older copy of another size is fetched again.
+        sha256: What it should be; checked as it is fetched.
+
     Raises:
-        OSError: It is not there or cannot be fetched.
+        OSError: It is not there, cannot be fetched, or is another file than it should be.
     """
-    return Cache.of_environment().fetch(url) if is_remote(url) else Path(url)
+    return Cache.of_environment().fetch(url, size=size, sha256=sha256) if is_remote(url) else Path(url)
 
 
 def held(url: str) -> bool:
@@ -100,14 +106,22 @@ def range_policy(scattered: bool) -> bool:
     return scattered if wish == "auto" else wish == "ranged"
 
 
-def size_of(url: str) -> int:
-    """Return the size of a file that is far away, bytes.
+def properties_of(url: str) -> dict[str, Any]:
+    """Return what its service says of a file that is far away: ``size``, and other things by names of its own.
 
     Raises:
-        OSError: It is not there, or its service does not answer.
+        OSError: It is not there, or its service does not answer or does not tell the size.
     """
     with _clean_errors(url):
-        return int(_filesystem(url.partition("://")[0]).info(url)["size"])
+        about = dict(_filesystem(url.partition("://")[0]).info(url))
+    if not isinstance(about.get("size"), int):
+        raise OSError(f"{url}: its server does not say how large it is.")
+    return about
+
+
+def size_of(url: str) -> int:
+    """Return the size of a file that is far away, bytes; errors as ``properties_of``."""
+    return int(properties_of(url)["size"])
 
 
 def answers_ranges(url: str) -> bool:
@@ -173,35 +187,42 @@ class Cache:
         """Return where the copy of ``url`` lies when it is there."""
         return self.folder / hashlib.sha256(url.encode()).hexdigest()[:40]
 
-    def fetch(self, url: str) -> Path:
-        """Return the copy of ``url``, made now if need be.
+    def note(self, url: str) -> Path:
+        """Return where a few bytes about ``url`` are kept; they are never evicted."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        return self.path(url).with_suffix(NOTE_SUFFIX)
+
+    def fetch(self, url: str, *, size: int | None = None, sha256: str = "") -> Path:
+        """Return the copy of ``url``, made now if need be; see ``local_path``.
 
         Raises:
             FileNotFoundError: There is no such file.
-            OSError: It cannot be fetched, or is larger than the cache.
+            OSError: It cannot be fetched, is larger than the cache, or is another file than it should be.
         """
         path = self.path(url)
-        if self._touched(path):
+        if self._touched(path, size):
             return path
         self.folder.mkdir(parents=True, exist_ok=True)
         with self._locked(f"{path.name}.lock"):
-            if not self._touched(path):
-                with _clean_errors(url):
-                    filesystem = _filesystem(url.partition("://")[0])
-                    size = int(filesystem.info(url)["size"])
-                self._download(filesystem, url, size, path)
+            if not self._touched(path, size):
+                found = size_of(url)
+                if size is not None and found != size:
+                    raise OSError(f"{url} has {found} bytes instead of {size}: it was cut or changed.")
+                self._download(_filesystem(url.partition("://")[0]), url, found, path, sha256=sha256)
         return path
 
     @staticmethod
-    def _touched(path: Path) -> bool:
-        """Mark a copy as used now; False when it is not there."""
+    def _touched(path: Path, size: int | None) -> bool:
+        """Mark a copy as used now; False when it is not there or has another size."""
         try:
+            if size is not None and path.stat().st_size != size:
+                return False
             os.utime(path)
         except FileNotFoundError:
             return False
         return True
 
-    def _download(self, filesystem: Any, url: str, size: int, path: Path) -> None:
+    def _download(self, filesystem: Any, url: str, size: int, path: Path, *, sha256: str) -> None:
         temporary = self.folder / f".{path.name}.{os.getpid()}-{secrets.token_hex(6)}.tmp"
         with open(temporary, "xb") as file:
             try:
@@ -212,8 +233,12 @@ class Cache:
                 for attempt in range(TRIES):
                     with contextlib.suppress(OSError) if attempt < TRIES - 1 else contextlib.nullcontext():
                         with _clean_errors(url):
-                            _copy(filesystem, url, size, file)
+                            digest = _copy(filesystem, url, size, file)
                         break
+                if sha256 and digest != sha256:
+                    raise OSError(
+                        f"{url} has sha256 {digest[:12]}, its manifest says {sha256[:12]}: its content was changed."
+                    )
                 file.flush()
                 os.rename(temporary, path)
             except BaseException:
@@ -232,7 +257,7 @@ class Cache:
                     path.unlink()
                 elif path.suffix == ".tmp":
                     size += status.st_size
-                elif path.suffix != ".lock" and path.name != "lock":
+                elif path.suffix not in (".lock", NOTE_SUFFIX) and path.name != "lock":
                     copies.append((status.st_mtime_ns, status.st_size, path))
         held = sum(bytes for _, bytes, _ in copies)
         for _, bytes, path in sorted(copies):
@@ -260,18 +285,21 @@ def _is_orphan(temporary: Path) -> bool:
         return temporary.stat().st_size > 0
 
 
-def _copy(filesystem: Any, url: str, size: int, file: Any) -> None:
-    """Copy ``url`` into ``file`` from its start.
+def _copy(filesystem: Any, url: str, size: int, file: Any) -> str:
+    """Copy ``url`` into ``file`` from its start, and return its sha256.
 
     Raises:
         OSError: It ended early or holds more.
     """
     file.seek(0)
+    digest = hashlib.sha256()
     with filesystem.open(url, "rb", block_size=CHUNK_BYTES, cache_type="readahead") as source:
         while chunk := source.read(CHUNK_BYTES):
             file.write(chunk)
+            digest.update(chunk)
     if file.tell() != size:
         raise OSError(f"{url} gave {file.tell()} bytes instead of {size}.")
+    return digest.hexdigest()
 
 
 def _filesystem(scheme: str) -> Any:

@@ -86,7 +86,7 @@ class ShardSet:
         Raises:
             OSError: It cannot be fetched.
         """
-        return local_path(entry.url) if entry.url else self.folder / entry.name
+        return local_path(entry.url, size=entry.bytes, sha256=entry.sha256) if entry.url else self.folder / entry.name
 
     def locate(self, indices: np.ndarray) -> tuple[list[Shard], list[int]]:
         """Return, for each index, its shard (open and unchanged) and its row there.

@@ -4,7 +4,9 @@ Nothing is decoded before its size is known and bounded. What cannot be shown ri
 unknown colour spaces) is refused with a reason, not guessed at.
 """
 
+import hashlib
 import zlib
+from collections.abc import Iterator
 from io import BytesIO
 from typing import Annotated, Literal
 
@@ -17,12 +19,13 @@ from torch import Tensor
 from data.samples import BadSample, ImageSample
 
 DEFAULT_MAX_PIXELS = 64_000_000
+STRIP_ROWS = 256
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 
 # Dropped by choice of the view or the source, not bad.
 FILTER_REASONS = frozenset({"too_small", "extreme_aspect", "not_listed"})
 
-Fit = Literal["crop", "pad", "stretch", "centre"]
+Fit = Literal["crop", "random_crop", "pad", "stretch", "centre"]
 Level = Annotated[int, Field(ge=0, le=255)]
 MaxPixels = Annotated[int, Field(ge=1, le=178_000_000)]  # above it Pillow itself refuses
 
@@ -32,7 +35,7 @@ class ImageViewConfig(BaseModel, frozen=True, extra="forbid"):
 
     resolution: PositiveInt = 256  # side of the square, pixels
     channels: Literal[1, 3] = 3  # 1 grey (ITU-R 601 luma), 3 RGB
-    fit: Fit = "crop"  # crop or pad after scaling, stretch, or centre without scaling
+    fit: Fit = "crop"  # crop (random: by the key) or pad after scaling, stretch, or centre without scaling
     resample: Literal["lanczos", "area"] = "lanczos"  # for shrinking, both antialiased; enlarging is always Lanczos
     background: tuple[Level, Level, Level] = (255, 255, 255)  # RGB behind transparency and in padding, 0 to 255
     min_side: PositiveInt = 1  # pixels; smaller images are dropped and counted
@@ -44,7 +47,7 @@ def view_image(
     config: ImageViewConfig,
     *,
     max_pixels: int = DEFAULT_MAX_PIXELS,
-    position: tuple[float, float] = (0.5, 0.5),
+    key: str = "",
     mirrored: bool = False,
 ) -> np.ndarray:
     """Return an image as ``config`` wants it; uint8 (resolution, resolution, channels).
@@ -53,14 +56,14 @@ def view_image(
         image: An encoded file, or pixels uint8 (h w c), c in 1, 3, 4.
         config: The wanted view.
         max_pixels: Larger images are refused before decoding.
-        position: Where the crop lies, (vertical, horizontal) in [0, 1]; (0.5, 0.5) is the centre.
+        key: Says where a random crop lies.
         mirrored: Swap left and right, last of all.
 
     Raises:
         BadSample: See ``open_image``; also ``too_small`` and ``extreme_aspect``.
     """
     if isinstance(image, bytes):
-        scale_to = config.resolution if config.fit in ("crop", "stretch") else 0
+        scale_to = config.resolution if config.fit in ("crop", "random_crop", "stretch") else 0
         picture = open_image(
             image, max_pixels=max_pixels, grey=config.channels == 1, shorter_side=scale_to, config=config
         )
@@ -68,7 +71,7 @@ def view_image(
         picture = Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image)
         _check_shape(picture.size, config)
     picture = _flatten(picture, config)
-    picture = _fit(picture, config, position)
+    picture = _fit(picture, config, crop_position(config, key))
     if mirrored:
         picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     pixels = np.asarray(picture, dtype=np.uint8)
@@ -78,9 +81,17 @@ def view_image(
 def view_sample(sample: ImageSample, config: ImageViewConfig, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> np.ndarray:
     """Return the image of a sample as ``config`` wants it; findings name the sample's shard, key and member."""
     try:
-        return view_image(sample.image, config, max_pixels=max_pixels)
+        return view_image(sample.image, config, max_pixels=max_pixels, key=sample.key)
     except BadSample as error:
         raise error.at(shard=sample.shard, key=sample.key, member=sample.member) from None
+
+
+def crop_position(config: ImageViewConfig, key: str) -> tuple[float, float]:
+    """Return where the crop of an image lies, (vertical, horizontal) in [0, 1]; (0.5, 0.5) is the centre."""
+    if config.fit != "random_crop":
+        return 0.5, 0.5
+    digest = hashlib.sha256(key.encode()).digest()
+    return int.from_bytes(digest[:4], "big") / 2**32, int.from_bytes(digest[4:8], "big") / 2**32
 
 
 def decode_image(payload: bytes, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> np.ndarray:
@@ -188,9 +199,12 @@ def _to_eight_bits(picture: Image.Image) -> Image.Image:
     """Bring any mode that has one meaning to L, RGB or RGBA."""
     mode, transparent = picture.mode, "transparency" in picture.info
     if mode.startswith("I;16") or (mode == "I" and picture.format == "PNG"):
-        wide = np.asarray(picture).astype(np.uint32)
-        # 65535 is white: 257 levels of 16 bits to one of 8, rounded.
-        return Image.fromarray(((np.minimum(wide, 65535) * 255 + 32767) // 65535).astype(np.uint8))
+        narrow = np.empty((picture.height, picture.width), dtype=np.uint8)
+        for first, strip in _strips(picture):
+            wide = np.asarray(strip).astype(np.uint32)
+            # 65535 is white: 257 levels of 16 bits to one of 8, rounded.
+            narrow[first : first + strip.height] = (np.minimum(wide, 65535) * 255 + 32767) // 65535
+        return Image.fromarray(narrow)
     if mode in ("L", "RGB") and not transparent:
         return picture
     if mode == "1":
@@ -204,10 +218,20 @@ def _to_eight_bits(picture: Image.Image) -> Image.Image:
 
 def _flatten(picture: Image.Image, config: ImageViewConfig) -> Image.Image:
     """Lay transparency on the background and bring the picture to the wanted channels."""
-    if picture.mode == "RGBA":
-        picture = Image.alpha_composite(Image.new("RGBA", picture.size, (*config.background, 255)), picture)
     wanted = "L" if config.channels == 1 else "RGB"
-    return picture if picture.mode == wanted else picture.convert(wanted)
+    if picture.mode != "RGBA":
+        return picture if picture.mode == wanted else picture.convert(wanted)
+    flat = Image.new(wanted, picture.size)
+    for first, strip in _strips(picture):
+        background = Image.new("RGBA", strip.size, (*config.background, 255))
+        flat.paste(Image.alpha_composite(background, strip).convert(wanted), (0, first))
+    return flat
+
+
+def _strips(picture: Image.Image) -> Iterator[tuple[int, Image.Image]]:
+    """Yield a picture in rows of some height, each with its first row: whole copies of the largest take gigabytes."""
+    for first in range(0, picture.height, STRIP_ROWS):
+        yield first, picture.crop((0, first, picture.width, min(first + STRIP_ROWS, picture.height)))
 
 
 def _fit(picture: Image.Image, config: ImageViewConfig, position: tuple[float, float]) -> Image.Image:
@@ -216,7 +240,7 @@ def _fit(picture: Image.Image, config: ImageViewConfig, position: tuple[float, f
     # Enlarging by area would repeat pixels.
     by_area = config.resample == "area" and side < (max(width, height) if config.fit == "pad" else min(width, height))
     method = Image.Resampling.BOX if by_area else Image.Resampling.LANCZOS
-    if config.fit == "crop":
+    if config.fit in ("crop", "random_crop"):
         short = min(width, height)
         left, top = (width - short) * position[1], (height - short) * position[0]
         if short == side:

@@ -45,8 +45,9 @@ class AdversaryStart:
         self.config = config
         self._started = False
         self._looks: list[float] = []  # of the present and the last window, oldest first
-        self._sum = torch.zeros((), dtype=torch.float64, device=device)  # of the losses since the last look
-        self._count = torch.zeros((), dtype=torch.float64, device=device)
+        wide = torch.float64 if device.type != "mps" else torch.float32
+        self._sum = torch.zeros((), dtype=wide, device=device)  # of the losses since the last look
+        self._count = torch.zeros((), dtype=wide, device=device)
 
     def has_started(self, update: int) -> bool:
         """Whether the autoencoder hears of the discriminator in ``update``, counted from 1."""
@@ -69,7 +70,7 @@ class AdversaryStart:
         """
         if not isinstance(self.config, StartOnPlateau) or self.has_started(update):
             return False
-        mean = loss.detach().double()
+        mean = loss.detach().to(self._sum.dtype)
         if dist.is_initialized():
             dist.all_reduce(mean)
             mean /= dist.get_world_size()

@@ -38,6 +38,7 @@ GOALS = {
         Goal("latents of 16 KB, shuffled, against webdataset", benchmark_data.latents, 10.0, "samples/CPU-s"),
         Goal("latents of 64 KB, shuffled, against a plain copy", benchmark_data.copying, 0.4, "GB/CPU-s"),
         Goal("JPEG 512 to 256, against webdataset + Pillow", benchmark_data.jpegs, 1.3, "images/CPU-s"),
+        Goal("JPEG 512 to 256 in two threads, against two processes", benchmark_data.threads, 0.9, "images/s"),
         Goal("encoding to shards, against the bare network", benchmark_data.encoding, 0.85, "images/s"),
     ),
 }

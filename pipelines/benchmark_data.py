@@ -2,9 +2,12 @@
 
 import functools
 import itertools
+import multiprocessing
 from io import BytesIO
+from multiprocessing.shared_memory import SharedMemory
 from pathlib import Path
 from threading import Lock
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,6 +18,7 @@ from data.commit import FolderLock
 from data.loading import COLD_READS, ImageShards, LatentShards
 from data.manifest import FileEntry, Manifest, write_manifest
 from data.order import FullShuffleConfig, Order
+from data.prefetch import prefetch
 from data.samples import image_members, latent_members
 from data.shards import ShardWriter
 from data.transforms import ImageViewConfig, to_unit_range
@@ -28,6 +32,7 @@ from pipelines.runtime.stage import Stage
 from pipelines.runtime.tracking import SilentTracker
 
 BATCH = 256
+DECODE_BATCH = 8
 NUM_SHARDS = 4
 
 
@@ -104,6 +109,64 @@ def jpegs(folder: Path, rounds: int) -> Comparison:
     # Scaled decoding averages in the frequency domain: near to Lanczos in every image, not equal.
     check_same(ours(), theirs(), within=4.0)
     return compare(ours, theirs, units=(total, total), rounds=rounds, clock="cpu")
+
+
+def threads(folder: Path, rounds: int) -> Comparison:
+    """JPEGs of 512 pixels as squares of 256 in two threads, as training has it, against two processes.
+
+    Nothing is held against the processes: they have been started, and write their pixels to shared memory.
+    """
+    total = sum(entry.samples for entry in _jpeg_shards(folder, per_shard=32))
+    num_batches = total // DECODE_BATCH
+    reader = _jpeg_reader(folder)
+    shape = (total, 256, 256, 3)
+
+    def ours() -> dict[str, np.ndarray]:
+        with prefetch(lambda number: _decoded(reader, number), depth=4, threads=2, pin=False) as batches:
+            found = [next(batches).batch for _ in range(num_batches)]
+        return {str(number): batch for number, batch in enumerate(found)}
+
+    shared = SharedMemory(create=True, size=int(np.prod(shape)))
+    workers = multiprocessing.get_context("spawn").Pool(2, _start_worker, (folder, shared.name, shape))
+    try:
+        pixels = np.ndarray(shape, dtype=np.uint8, buffer=shared.buf)
+
+        def theirs() -> dict[str, np.ndarray]:
+            workers.map(_decode_in_worker, range(num_batches), chunksize=1)
+            return {str(number): pixels[_rows(number)] for number in range(num_batches)}
+
+        check_same(ours(), theirs())
+        return compare(ours, theirs, units=(total, total), rounds=rounds, clock="wall")
+    finally:
+        workers.terminate()
+        workers.join()
+        pixels = None  # type: ignore[assignment]  # the memory cannot be closed while an array looks at it
+        shared.unlink()
+
+
+def _jpeg_reader(folder: Path) -> ImageShards:
+    return ImageShards(folder, split="train", view=ImageViewConfig(resolution=256), cache_bytes=0)
+
+
+def _rows(number: int) -> slice:
+    return slice(number * DECODE_BATCH, (number + 1) * DECODE_BATCH)
+
+
+def _decoded(reader: ImageShards, number: int) -> np.ndarray:
+    return reader.read(np.arange(len(reader))[_rows(number)]).images
+
+
+_worker: dict[str, Any] = {}  # what a worker process has opened
+
+
+def _start_worker(folder: Path, name: str, shape: tuple[int, ...]) -> None:
+    memory = SharedMemory(name)
+    pixels = np.ndarray(shape, dtype=np.uint8, buffer=memory.buf)
+    _worker.update(reader=_jpeg_reader(folder), memory=memory, pixels=pixels)
+
+
+def _decode_in_worker(number: int) -> None:
+    _worker["pixels"][_rows(number)] = _decoded(_worker["reader"], number)
 
 
 def encoding(folder: Path, rounds: int) -> Comparison:

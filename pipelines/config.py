@@ -19,6 +19,8 @@ import tomli_w
 from pydantic import BaseModel, NonNegativeInt, ValidationError
 
 from pipelines.config_schema import annotation_at, complete, kind_at, model_paths, names_at, variants_of
+from pipelines.runtime.credentials import without_credentials
+from pipelines.runtime.outcome import leave_outcome
 
 STAGE_FOLDERS = {
     "prepare_corpus": "corpus",
@@ -129,8 +131,6 @@ def help_text(model: type[StageConfig], *, table: str, about: str | None) -> str
 
 def write_early_outcome(argv: Sequence[str], *, table: str) -> None:
     """Leave outcome.json for scripts even when the configuration is wrong: the launcher hides the exit code."""
-    from pipelines.runtime.outcome import leave_outcome
-
     root = _early_root(argv, table=table)
     if root is None or table not in STAGE_FOLDERS:
         return
@@ -139,29 +139,6 @@ def write_early_outcome(argv: Sequence[str], *, table: str) -> None:
         leave_outcome(folder, state="failed", code=2)
     except OSError as error:
         print(f"{table}: outcome.json could not be written to {folder}: {error}", file=sys.stderr)
-
-
-def resume_command() -> str:
-    """Return the command that started this process, without passwords, for messages and outcome.json."""
-    import shlex
-
-    main = sys.modules.get("__main__")
-    module = getattr(getattr(main, "__spec__", None), "name", None)
-    words = ["python", "-m", module] if module else ["python", sys.argv[0]]
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        words = ["accelerate", "launch", "[launcher flags]", "-m", str(module)]
-    return without_credentials(" ".join([*words, *(shlex.quote(word) for word in sys.argv[1:])]), queries=True)
-
-
-def without_credentials(text: str, *, queries: bool = False) -> str:
-    """Return ``text`` with user and password of every address in it blotted out.
-
-    Args:
-        text: Anything that is to be shown or kept.
-        queries: Also blot out what follows ``?``: signatures of stores. Not from a database's address, which needs it.
-    """
-    text = re.sub(r"(://)[^/\s'\"]*@", r"\1***@", text)
-    return re.sub(r"(://[^?\s'\"]*\?)[^\s'\"]*", r"\1***", text) if queries else text
 
 
 def _early_root(argv: Sequence[str], *, table: str) -> str | None:

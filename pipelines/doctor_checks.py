@@ -25,8 +25,9 @@ import torch.distributed as dist
 
 from data.manifest import digest_of
 from models.attention import probe_backend
-from pipelines.config import StageConfig, without_credentials
+from pipelines.config import StageConfig
 from pipelines.plan import StagePlan, forecast, inputs_of, manifest_or_none
+from pipelines.runtime.credentials import without_credentials
 from pipelines.runtime.provenance import REPOSITORY
 from pipelines.runtime.run_identity import OFFLINE, sqlite_file, store_uri
 from pipelines.runtime.training_config import TrainingConfig

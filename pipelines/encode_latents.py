@@ -7,7 +7,6 @@ Reads: ``runs/NAME/corpus/``, ``runs/NAME/vae/``. Writes: ``runs/NAME/latents/``
 (``captions``) the features of each caption lie beside its latent, and the manifest holds the encoder's digest.
 """
 
-import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -29,13 +28,14 @@ from data.transforms import to_unit_range
 from models.vae import AutoencoderKL
 from pipelines.captions import CaptionEncoder, CaptionFeaturesConfig, NoTextConfig
 from pipelines.config import ConfigError, StageConfig, config_from_command_line
+from pipelines.encode_progress import EncodingProgress
 from pipelines.foreign import STAND_INS
 from pipelines.inputs import verify_shards
 from pipelines.latent_figures import alarms, audit_keys, statistics_plot
 from pipelines.placement import placement_of
 from pipelines.published import load_vae
 from pipelines.runtime.launch import Precision
-from pipelines.runtime.parts import make_parts
+from pipelines.runtime.parts import finished_parts, make_parts
 from pipelines.runtime.progress import progress_line
 from pipelines.runtime.quarantine import REPORTED, BadSamplePolicy, settle_quarantine
 from pipelines.runtime.request import blaming
@@ -94,15 +94,9 @@ def encode(config: EncodeLatentsConfig, stage: Stage) -> None:
 
     sizes = {name: part.entry.samples for name, (_, part) in shards.items()}
     num_images, turn = sum(sizes.values()), Lock()
-    num_bytes, began = 0, time.monotonic()
-    with progress_line("encode_latents", total=num_images, unit="images", speaks=stage.is_main) as line:
-
-        def show(done: int, record: Any) -> None:
-            nonlocal num_bytes
-            num_bytes += record["entry"]["bytes"]
-            rate = num_bytes / 1e6 / (time.monotonic() - began)
-            line.advance_to(num_images * done // len(shards), {"shards": done, "MB/s": rate})
-
+    start = sum(sizes[name] for name in finished_parts(stage, list(shards)))
+    with progress_line("encode_latents", total=num_images, unit="images", start=start, speaks=stage.is_main) as line:
+        progress = EncodingProgress(stage, line, num_shards=len(shards), done_before=start)
         # While one shard is read or committed, the other's batches keep the network busy.
         records = make_parts(
             stage,
@@ -110,8 +104,9 @@ def encode(config: EncodeLatentsConfig, stage: Stage) -> None:
             lambda name: encode_shard(config, stage, vae, captions, *shards[name], turn),
             sizes=sizes,
             at_once=SHARDS_AT_ONCE,
-            after_each=show,
+            after_each=progress.show,
         )
+        progress.finish()
 
     bad = settle_quarantine(stage, records, num_in=num_images, max_bad_fraction=config.max_bad_fraction)
     files = [FileEntry(**record["entry"]) for record in records if record["entry"]["samples"]]
@@ -125,8 +120,10 @@ def encode(config: EncodeLatentsConfig, stage: Stage) -> None:
             audit_keys(stage.folder, shards, records)
         write_atomically(stage.folder / "statistics.png", statistics_plot(statistics))
     stage.tracker.log_image("latents/statistics", stage.folder / "statistics.png", step=0)
-    for alarm in alarms(statistics, Path(config.inputs.vae)):
+    found = alarms(statistics, Path(config.inputs.vae))
+    for alarm in found:
         stage.say(f"warning: {alarm}")
+    stage.tracker.set_tags({"latents.alarms": "; ".join(found) or "none"})
     stage.tracker.log_metrics({"latents/samples": kept, **statistics.figures("latents")}, step=0)
     stage.finish(
         files=files,
@@ -141,6 +138,7 @@ def encode(config: EncodeLatentsConfig, stage: Stage) -> None:
             },
             "statistics": normalised_by(statistics, stage.parents["vae"]),
             "text": captions.about if captions else None,
+            **({"alarms": found} if found else {}),
         },
     )
     figures = ", ".join(f"{value:.3g}" for value in statistics.std)

@@ -98,7 +98,7 @@ def evaluate(config: EvaluateConfig, stage: Stage) -> None:
             stage,
             parts.own,
             maker.make_own,
-            after_each=lambda done, _: line.advance_to(done),
+            after_each=lambda done, _, __: line.advance_to(done),
         )
     if stage.is_main:
         judge(config, stage, maker, parts)

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from data.manifest import Manifest
+from data.remote import is_remote
 from data.verified import verify_once
 from pipelines.config import ConfigError
 from pipelines.runtime.launch import any_rank
@@ -10,7 +11,7 @@ from pipelines.runtime.stage import Stage
 
 
 def verify_shards(stage: Stage, name: str) -> None:
-    """Check the local shards of ``inputs.NAME``, each rank its share; a collective.
+    """Check the local shards of ``inputs.NAME``, those that others wrote too, each rank its share; a collective.
 
     Shards behind a URL are checked as they are fetched.
 
@@ -19,7 +20,7 @@ def verify_shards(stage: Stage, name: str) -> None:
     """
     folder: str = getattr(stage.config.inputs, name)  # type: ignore[attr-defined]
     manifest: Manifest = stage.parents[name]
-    local = [entry for entry in manifest.files if "://" not in entry.name and not entry.url]
+    local = [entry for entry in manifest.files if not is_remote(entry.url)]
     problem = ""
     for entry in local[stage.accelerator.process_index :: stage.accelerator.num_processes]:
         try:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from data.keys import check_unique
 from data.latent_statistics import ChannelSums
 from data.loading import ImageShards, ShardRange
 from data.manifest import FileEntry
@@ -20,10 +21,10 @@ SCALE_FIGURE = "val/latent_std"  # what train_vae measured of it
 
 
 def audit_keys(folder: Path, shards: Mapping[str, tuple[ImageShards, ShardRange]], records: list[Any]) -> None:
-    """Check that each latent shard holds the keys of its image shard, but for those that were set aside.
+    """Check that each latent shard holds the keys of its image shard, but for those that were set aside, and each once.
 
     Raises:
-        ValueError: Naming the shard and a key that is missing or was never there.
+        ValueError: Naming the shard and a key that is missing or was never there, or two shards that share one.
     """
     for record in records:
         entry = FileEntry(**record["entry"])
@@ -39,6 +40,8 @@ def audit_keys(folder: Path, shards: Mapping[str, tuple[ImageShards, ShardRange]
                 f"{folder / entry.name}: key {key!r} {what}; its latents are not those of its images. Delete "
                 f"{folder} and encode again."
             )
+
+    check_unique(folder, [FileEntry(**record["entry"]) for record in records])
 
 
 def alarms(sums: ChannelSums, vae_folder: Path) -> list[str]:

@@ -18,6 +18,7 @@ from pydantic import Field, PositiveInt
 
 from data.commit import write_atomically, write_json
 from data.in_place import index_in_place
+from data.keys import check_unique
 from data.manifest import FileEntry
 from data.panels import panel_png
 from data.samples import BadSample, ImageSample, Split, image_members
@@ -25,7 +26,7 @@ from data.shards import ShardWriter
 from data.sources import Corpus, FashionMNISTConfig, Source, SourceConfig, WebDataset, corpora_of, listing_digest
 from data.transforms import DEFAULT_MAX_PIXELS, FILTER_REASONS, ImageViewConfig, MaxPixels, view_sample
 from pipelines.config import ConfigError, StageConfig, config_from_command_line
-from pipelines.runtime.parts import make_parts
+from pipelines.runtime.parts import finished_parts, make_parts
 from pipelines.runtime.progress import progress_line
 from pipelines.runtime.quarantine import REPORTED, BadSamplePolicy, settle_quarantine
 from pipelines.runtime.request import blaming
@@ -63,9 +64,10 @@ def prepare(config: PrepareCorpusConfig, stage: Stage) -> None:
 
     check_listing(source, stage)
     make = shard_makers(config, source, stage.folder)
-    with progress_line("prepare_corpus", total=len(make), unit="shards", speaks=stage.is_main) as line:
+    start = len(finished_parts(stage, list(make)))
+    with progress_line("prepare_corpus", total=len(make), unit="shards", start=start, speaks=stage.is_main) as line:
         records = make_parts(
-            stage, list(make), lambda name: make[name](), after_each=lambda done, _: line.advance_to(done)
+            stage, list(make), lambda name: make[name](), after_each=lambda done, _, __: line.advance_to(done)
         )
 
     given = sum(source.count(split) for split in get_args(Split))
@@ -74,6 +76,8 @@ def prepare(config: PrepareCorpusConfig, stage: Stage) -> None:
     kept = sum(entry.samples for entry in files)
     assert given == kept + bad.total(), "a sample was lost without being counted"
     if stage.is_main:
+        with blaming("prepare_corpus.source"):
+            check_unique(stage.folder, files)
         write_atomically(stage.folder / "examples.png", example_panel(config, source))
     stage.tracker.log_image("corpus/examples", stage.folder / "examples.png", step=0)
     stage.tracker.log_metrics({"corpus/samples": kept, "corpus/quarantined": bad.total()}, step=0)

@@ -1,6 +1,7 @@
 """Draw images from a trained run: for a class or a prompt, a number, a guidance scale, steps and a seed.
 
     python -m pipelines.sample --config pipelines/configs/demo.toml --class_name sneaker --number 16 --guidance.scale 3
+    python -m pipelines.sample --config pipelines/configs/demo.toml --class_name bag --interpolate true --number 8
     python -m pipelines.sample --config pipelines/configs/emoji.toml --prompt "grinning cat face with smiling eyes"
 
 Reads: ``runs/NAME/vae/``, ``runs/NAME/unet/``. Writes: ``OUTPUT/KEY.png`` for each image, and ``OUTPUT/grid.png``.
@@ -14,12 +15,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from pydantic import BaseModel, NonNegativeInt, PositiveInt
+from torch import Tensor
 
 from data.commit import write_atomically
 from data.panels import panel_png
 from data.samples import encode_png
 from models.diffusion.guidance import GuidanceConfig
-from models.diffusion.samplers import DDIMConfig, SamplerConfig
+from models.diffusion.samplers import DDIMConfig, SamplerConfig, slerp
 from pipelines.captions import as_tensors, prompt_encoder
 from pipelines.config import ConfigError, StageConfig, config_from_command_line
 from pipelines.foreign import STAND_INS
@@ -49,7 +51,9 @@ class SampleConfig(StageConfig):
     seed: NonNegativeInt = 0  # image i depends on (seed, i) only
     sampler: SamplerConfig = DDIMConfig(num_steps=50)  # how they are drawn; --sampler.num_steps N
     guidance: GuidanceConfig = GuidanceConfig(scale=2.0)  # how strongly class and prompt pull; --guidance.scale S
+    interpolate: bool = False  # images on the arc from the first one's noise to the last one's, both included
     batch_size: PositiveInt = 50  # images drawn at once
+    tile: NonNegativeInt = 0  # decode in tiles of so many latent pixels a side, for large images; 0 decodes at once
     output: str = "samples"  # folder to write to
 
 
@@ -90,6 +94,7 @@ def draw(config: SampleConfig) -> None:
         vae.network,
         latent_shape=(published.latent_channels, published.latent_size, published.latent_size),
         seed=config.seed,
+        tile=config.tile,
     )
 
     images: list[np.ndarray] = []
@@ -98,9 +103,25 @@ def draw(config: SampleConfig) -> None:
             indices = range(first, min(first + config.batch_size, config.number))
             conditions = {"labels": torch.tensor([labels[index] for index in indices])}
             conditions |= {name: torch.cat([field] * len(indices)) for name, field in prompt.items()}
-            images.extend(sampler.draw(indices, conditions, sampler=config.sampler, guidance=config.guidance))
+            drawn = sampler.draw(
+                indices,
+                conditions,
+                sampler=config.sampler,
+                guidance=config.guidance,
+                noise=start_of(config, sampler, indices),
+            )
+            images.extend(drawn)
             line.advance_to(len(images))
     write_images(config, images, [unet.classes[label] if label >= 0 else "" for label in labels])
+
+
+def start_of(config: SampleConfig, sampler: ImageSampler, indices: range) -> Tensor:
+    """Return the noise that the images start from; (n c h w)."""
+    if not config.interpolate or config.number == 1:
+        return sampler.noise(indices)
+    last = config.number - 1
+    first, end = (sampler.noise([index]) for index in (0, last))
+    return torch.cat([slerp(first, end, index / last) for index in indices])
 
 
 def write_images(config: SampleConfig, images: Sequence[np.ndarray], names: Sequence[str]) -> None:

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from data.commit import FolderLock, temporary_beside
-from pipelines.config import without_credentials
+from pipelines.runtime.credentials import without_credentials
 from pipelines.runtime.run_identity import (
     OFFLINE,
     RUN_FILE,

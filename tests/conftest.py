@@ -1,5 +1,8 @@
 """Real runs that several tests look at, and how tests start processes."""
 
+import contextlib
+import importlib
+import io
 import json
 import os
 import signal
@@ -10,6 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -69,6 +73,25 @@ def run_stage(
         text=True,
         timeout=TIMEOUT_SECONDS,
     )
+
+
+def run_here(name: str, *words: str, config: Path = SMOKE) -> subprocess.CompletedProcess[str]:
+    """Call the ``main`` of a tool, or of a stage that is to end before its work, in this process.
+
+    What a process of its own adds is its start, which takes longer than all that such a call does.
+    """
+    words = ("--config", str(config), "--run.tracking_uri", "offline", *words)
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    with (
+        mock.patch.object(sys, "argv", [f"pipelines.{name}", *words]),
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+    ):
+        try:
+            importlib.import_module(f"pipelines.{name}").main()
+        except SystemExit as end:
+            code = end.code if isinstance(end.code, int) else int(end.code is not None)
+    return subprocess.CompletedProcess(words, code, out.getvalue(), err.getvalue())
 
 
 def kill_tree(process: subprocess.Popen[Any]) -> None:

@@ -31,9 +31,12 @@ def digest(shards: ImageShards, indices: np.ndarray) -> str:
     return hashlib.sha256(batch.images.tobytes() + "".join([*batch.keys, *batch.captions]).encode()).hexdigest()
 
 
+def copies() -> list[Path]:
+    return [path for path in Cache.of_environment().folder.glob("*") if path.suffix != ".note"]
+
+
 def forget_copies() -> None:
-    cache = Cache.of_environment().folder
-    for path in cache.glob("*"):
+    for path in copies():
         path.unlink()
 
 
@@ -49,6 +52,10 @@ def main() -> None:
     view = ImageViewConfig(resolution=16).model_dump(mode="json")
     write_manifest(folder, content={"view": view, "max_pixels": 10**7}, files=entries, provenance={})
     forget_copies()
+    step("listed again")  # as a restart does
+    again = WebDatasetConfig(urls=tuple(urls[:-1]), val_urls=(urls[-1],)).open()
+    assert [*again.listing()] == [*source.listing()]
+    assert [again.holds(number, "train") for number in range(len(urls))] == [True] * (len(urls) - 1) + [False]
 
     def opened(*, scattered: bool) -> ImageShards:
         return ImageShards(folder, split="train", scattered=scattered, cache_bytes=0)
@@ -57,7 +64,7 @@ def main() -> None:
     shards = opened(scattered=True)
     order = shards.order(FullShuffleConfig(), seed=1, global_batch=BATCH)
     ranged = [digest(shards, order.indices(first, BATCH)) for first in range(0, FEW_SAMPLES, BATCH)]
-    spent = len(list(Cache.of_environment().folder.glob("*")))
+    spent = len(copies())
     step("sizes")
     shards.verify("size")
     step("streams")

@@ -1,5 +1,7 @@
 """Laws of checkpoints: whole or absent, verified, never fewer than one good one."""
 
+import hashlib
+import json
 from pathlib import Path
 
 import pytest
@@ -8,6 +10,7 @@ from tiny_training import Recipe, Tiny
 
 from pipelines.config import ConfigError
 from pipelines.runtime.checkpoint import CheckpointConfig, Checkpoints, DamagedCheckpoint, verify
+from pipelines.runtime.provenance import code_version
 
 
 def checkpoints(folder: Path, **config: int) -> Checkpoints:
@@ -50,10 +53,12 @@ def test_the_newest_stay_and_every_nth_stays_for_good(tmp_path: Path) -> None:
 def test_a_flipped_bit_in_any_file_is_found_and_the_checkpoint_before_is_used(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    store = checkpoints(tmp_path)
-    save(store, 1)
-    save(store, 2)
-    for file in sorted((tmp_path / "update-00000002").iterdir()):
+    Tiny(tmp_path, Recipe(config={"updates": 20})).run()
+    newest = tmp_path / "checkpoints/update-00000020"
+    verify(newest)
+    files = sorted(newest.iterdir())
+    assert len(files) == 8, "two networks, two optimizers, averages, verdicts, state and manifest"
+    for file in files:
         intact = file.read_bytes()
         for position in {0, len(intact) // 2, len(intact) - 1}:
             broken = bytearray(intact)
@@ -64,10 +69,10 @@ def test_a_flipped_bit_in_any_file_is_found_and_the_checkpoint_before_is_used(
             with pytest.raises(DamagedCheckpoint, match="is damaged"):
                 verify(file.parent)
         file.write_bytes(intact)
-    (tmp_path / "update-00000002" / "model.safetensors").write_bytes(b"short")
-    assert store.newest_intact() == 1
-    assert "model.safetensors is damaged" in capfd.readouterr().err
-    assert (tmp_path / "damaged-update-00000002").is_dir()
+    (newest / "first.safetensors").write_bytes(b"short")
+    assert checkpoints(newest.parent).newest_intact() == 10
+    assert "first.safetensors is damaged" in capfd.readouterr().err
+    assert (newest.parent / "damaged-update-00000020").is_dir()
 
 
 def test_a_failing_disk_is_reported_and_costs_no_good_checkpoint(tmp_path: Path) -> None:
@@ -107,3 +112,26 @@ def test_a_metric_that_nobody_measures_is_refused(tmp_path: Path) -> None:
     config = {"checkpoint": {"best": {"kind": "metric", "metric": "val/los"}}}
     with pytest.raises(ConfigError, match="'val/los' is not measured here; measured are val/loss"):
         Tiny(tmp_path, Recipe(config=config)).run()
+
+
+def test_a_checkpoint_says_what_its_bits_depend_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tiny = Tiny(tmp_path, Recipe(config={"updates": 10})).run()
+    path = tmp_path / "checkpoints/update-00000010/state.json"
+    state = json.loads(path.read_bytes())
+    assert state["images"] == 10 * 8
+    assert tiny.tracker.rows[-1]["progress/images"] == 10 * 8
+    assert state["next_batch"] == 10
+    assert (state["world_size"], state["threads"]) == (1, 1)
+    assert len(state["config"]) == 64
+    assert state["code"] == code_version()
+    Tiny(tmp_path, Recipe(config={"updates": 10, "log_every": 3})).run()
+    assert "continuing after update 10, bit for bit" in capsys.readouterr().out
+    manifest = json.loads((path.parent / "manifest.json").read_bytes())
+    text = json.dumps({**state, "code": "0000"}).encode()
+    path.write_bytes(text)
+    for entry in manifest["files"]:
+        if entry["name"] == "state.json":
+            entry |= {"bytes": len(text), "sha256": hashlib.sha256(text).hexdigest()}
+    (path.parent / "manifest.json").write_text(json.dumps(manifest))
+    Tiny(tmp_path, Recipe(config={"updates": 10})).run()
+    assert f"to rounding at best, since code was 0000, is now {code_version()}" in capsys.readouterr().out

@@ -1,5 +1,6 @@
 """Shards of others, used where they lie: on disk and in an object store, img2dataset's failed samples included."""
 
+import hashlib
 import io
 import json
 import os
@@ -16,11 +17,14 @@ import pytest
 from conftest import REPOSITORY, Run, run_stage
 from PIL import Image
 
+from data.in_place import index_in_place
 from data.loading import ImageShards
 from data.manifest import read_manifest, verify_files
 from data.remote import Cache, check_address, local_path, matches
 from data.samples import BadSample
+from data.sources import Corpus, WebDatasetConfig
 from data.transforms import ImageViewConfig, view_image
+from data.verified import verify_once
 
 SECRET = "wJalrXUtnFEMIsecretEXAMPLE"
 BUCKET_HOST = "127.0.0.1"
@@ -64,6 +68,9 @@ def experiment(folder: Path, source: str, *, resolution: int = 32) -> Path:
         f'[prepare_corpus]\nsource = {{ kind = "webdataset", val_fraction = 0.3, {source} }}\n'
         f"view = {{ resolution = {resolution} }}\n"
         'bad_samples = "quarantine"\nmax_bad_fraction = 0.2\n'
+        "[train_vae]\nupdates = 3\nglobal_batch = 8\nimages_per_device = 8\nlog_every = 1\npanel_every = 3\n"
+        "network = { latent_channels = 4, channels = [16, 32], blocks_per_level = 1, mid_attention = false, "
+        "norm_groups = 8 }\n"
         "[encode_latents]\nbatch_size = 16\n"
     )
     return path
@@ -110,6 +117,30 @@ def test_shards_of_others_are_indexed_where_they_lie_and_encoded(tmp_path: Path,
         ImageShards(tmp_path / "run" / "corpus", split="train").read(np.arange(40))
 
 
+def test_a_shard_that_was_changed_without_changing_its_size_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_foreign(tmp_path / "theirs")
+    corpus = Corpus.alone(WebDatasetConfig(urls=(f"{tmp_path}/theirs/*.tar",), val_fraction=0.3).open())
+    folder = tmp_path / "corpus"
+    entry = index_in_place(corpus, 1, "train", folder / "train-000001.tar", is_good=lambda found: True)
+    shard = Path(entry.url)
+    with monkeypatch.context() as patch:
+        patch.setattr("data.verified.sha256_of", lambda path: pytest.fail("it was read again"))
+        verify_once(folder, entry)
+    shard.touch()
+    verify_once(folder, entry)  # read again, and still the same
+    raw = bytearray(shard.read_bytes())
+    raw[5000] ^= 1
+    shard.write_bytes(raw)
+    os.utime(shard, (1, 1))
+    with pytest.raises(ValueError, match=rf"{shard} has sha256 .* its content was changed"):
+        verify_once(folder, entry)
+    shard.unlink()
+    with pytest.raises(ValueError, match=rf"{shard} is missing, but {folder}/manifest\.json lists it"):
+        verify_once(folder, entry)
+
+
 # --- an object store
 
 
@@ -145,10 +176,10 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cache:
 
 
 def copies(cache: Cache) -> list[Path]:
-    return [path for path in cache.folder.iterdir() if not path.name.endswith(("lock", ".tmp"))]
+    return [path for path in cache.folder.iterdir() if not path.name.endswith(("lock", ".tmp", ".note"))]
 
 
-def test_a_corpus_in_an_object_store_is_prepared_through_a_cache_too_small_for_it(
+def test_a_corpus_in_an_object_store_is_used_through_a_cache_too_small_for_it(
     s3: str, tmp_path: Path, cache: Cache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     size = len(img2dataset_shard(range(20)))
@@ -158,6 +189,11 @@ def test_a_corpus_in_an_object_store_is_prepared_through_a_cache_too_small_for_i
     assert done.returncode == 0, done.stderr
     assert len(copies(cache)) <= 2
     check_corpus(tmp_path / "run" / "corpus", prefix=s3)
+    for stage in ("train_vae", "encode_latents"):
+        done = run_stage(stage, config=config)
+        assert done.returncode == 0, done.stderr
+    assert read_manifest(tmp_path / "run" / "latents").content["counts"]["out"] == 72
+    assert len(copies(cache)) <= 2
     assert SECRET not in done.stdout + done.stderr
     for path in (tmp_path / "run").rglob("*"):
         assert not path.is_file() or SECRET.encode() not in path.read_bytes(), path
@@ -179,6 +215,18 @@ def test_what_is_fetched_is_what_was_stored_and_the_longest_unused_makes_room(s3
         assert still_open.read() == img2dataset_shard(range(20, 40))
     with pytest.raises(OSError, match="more than the whole cache may hold"):
         replace(cache, max_bytes=1000).fetch(urls[1])
+
+
+def test_what_is_fetched_must_be_what_the_manifest_says(s3: str, cache: Cache) -> None:
+    url, payload = f"{s3}/00000.tar", img2dataset_shard(range(20))
+    with pytest.raises(OSError, match=r"00000\.tar has sha256 .* its manifest says abc: its content was changed"):
+        cache.fetch(url, size=len(payload), sha256="abc")
+    with pytest.raises(OSError, match=rf"has {len(payload)} bytes instead of 7: it was cut or changed"):
+        cache.fetch(url, size=7)
+    assert not copies(cache)
+    cache.path(url).write_bytes(b"an older one")
+    found = cache.fetch(url, size=len(payload), sha256=hashlib.sha256(payload).hexdigest())
+    assert found.read_bytes() == payload
 
 
 def test_what_a_killed_process_left_in_the_cache_is_swept(s3: str, cache: Cache) -> None:

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tarfile
 import threading
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +25,7 @@ from conftest import REPOSITORY
 from PIL import Image
 
 from data.remote import range_policy, read_ranges
+from data.scanned import found_shards
 
 SHARDS, SAMPLES = 4, 20
 SLACK = 30_000  # bytes of a request's head and its answer's, at most
@@ -162,6 +164,7 @@ def web_server(payloads: dict[str, bytes], *, ranges: bool) -> type[http.server.
                 first, last = int(start), min(int(end or last), last)
             self.send_response(206 if ranges and wanted else 200)
             self.send_header("Content-Length", str(last + 1 - first))
+            self.send_header("ETag", f'"{zlib.crc32(payload)}"')
             if ranges:
                 self.send_header("Accept-Ranges", "bytes")
                 self.send_header("Content-Range", f"bytes {first}-{last}/{len(payload)}")
@@ -269,6 +272,7 @@ def test_a_full_shuffle_fetches_single_samples_and_streams_fetch_each_shard_once
         sent, last = bytes_by_step(service, tmp_path)
     whole, train = sum(map(len, payloads.values())), sum(map(len, list(payloads.values())[:-1]))
     assert whole <= sent["prepare"] <= 1.05 * whole + 10 * SLACK
+    assert sent["listed again"] <= SLACK
     # Twelve samples, each about a twentieth of a shard, with their tar headers.
     each = train / (SAMPLES * (SHARDS - 1))
     assert 12 * 0.9 * each <= sent["scattered"] <= 12 * (1.1 * each + 4_000) + SLACK
@@ -279,16 +283,36 @@ def test_a_full_shuffle_fetches_single_samples_and_streams_fetch_each_shard_once
     assert last == "same True copies 0 samples 60"
 
 
-def test_the_user_can_insist_on_whole_shards_or_on_ranges(payloads: dict[str, bytes], tmp_path: Path) -> None:
+def test_the_user_can_insist_on_whole_shards_and_a_replaced_one_is_noticed_in_a_range_of_it(
+    payloads: dict[str, bytes], tmp_path: Path
+) -> None:
+    import boto3
+
     (tmp_path / "corpus").mkdir()
-    train = sum(map(len, list(payloads.values())[:-1]))
+    program = (
+        "import sys, numpy as np; from data.loading import ImageShards\n"
+        "ImageShards(sys.argv[1], split='train', scattered=True, cache_bytes=0).read(np.arange(3))\n"
+    )
     with s3(payloads, tmp_path) as service:
         sent, last = bytes_by_step(service, tmp_path, LATENTLINE_REMOTE_READS="whole")
-        assert sent["scattered"] >= train
+        assert sent["scattered"] >= sum(map(len, list(payloads.values())[:-1]))
         assert last.startswith("same True copies")
-        sent, last = bytes_by_step(service, tmp_path, LATENTLINE_REMOTE_READS="ranged")
-        assert 0.9 * train <= sent["streams"]
-        assert last == "same True copies 0 samples 60"
+
+        for copy in (tmp_path / "cache").glob("*"):
+            copy.unlink()
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in service.environment.items():
+                patch.setenv(name, value)
+            other = payloads["corpus/1.tar"][:30_000] + payloads["corpus/0.tar"]
+            boto3.client("s3").put_object(Bucket="corpora", Key="corpus/0.tar", Body=other)
+        done = subprocess.run(
+            [sys.executable, "-c", program, str(tmp_path / "corpus")],
+            env=environment_of(service, tmp_path),
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        assert "shard_changed: s3://corpora/corpus/0.tar has no member of" in done.stderr
 
 
 def test_a_server_that_knows_no_ranges_is_asked_for_whole_shards(payloads: dict[str, bytes], tmp_path: Path) -> None:
@@ -319,33 +343,6 @@ def test_a_server_that_nobody_vouches_for_is_refused(payloads: dict[str, bytes],
                 assert "cannot be read (ClientConnectorCertificateError)" in done.stderr
 
 
-def test_a_shard_that_was_replaced_is_noticed_in_a_range_of_it(payloads: dict[str, bytes], tmp_path: Path) -> None:
-    (tmp_path / "corpus").mkdir()
-    with s3(payloads, tmp_path) as service:
-        bytes_by_step(service, tmp_path)
-        import boto3
-
-        program = (
-            "import sys, numpy as np; from data.loading import ImageShards\n"
-            "ImageShards(sys.argv[1], split='train', scattered=True, cache_bytes=0).read(np.arange(3))\n"
-        )
-        for copy in (tmp_path / "cache").glob("*"):
-            copy.unlink()
-        with pytest.MonkeyPatch.context() as patch:
-            for name, value in service.environment.items():
-                patch.setenv(name, value)
-            other = payloads["corpus/1.tar"][:30_000] + payloads["corpus/0.tar"]
-            boto3.client("s3").put_object(Bucket="corpora", Key="corpus/0.tar", Body=other)
-        done = subprocess.run(
-            [sys.executable, "-c", program, str(tmp_path / "corpus")],
-            env=environment_of(service, tmp_path),
-            capture_output=True,
-            text=True,
-            timeout=60,
-        )
-        assert "shard_changed: s3://corpora/corpus/0.tar has no member of" in done.stderr
-
-
 class Flaky:
     """Answers every other range with an error, or too short."""
 
@@ -374,7 +371,37 @@ def test_only_the_ranges_that_failed_are_asked_for_again(monkeypatch: pytest.Mon
     assert read_ranges([]) == []
 
 
-def test_an_unknown_way_of_reading_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_samples_or_shards_are_fetched_as_the_environment_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert [range_policy(scattered) for scattered in (True, False)] == [True, False]
+    for wish, ranged in (("whole", False), ("ranged", True)):
+        monkeypatch.setenv("LATENTLINE_REMOTE_READS", wish)
+        assert [range_policy(scattered) for scattered in (True, False)] == [ranged] * 2
     monkeypatch.setenv("LATENTLINE_REMOTE_READS", "sometimes")
     with pytest.raises(ValueError, match="LATENTLINE_REMOTE_READS is auto, whole or ranged, not 'sometimes'"):
         range_policy(True)
+
+
+def test_what_was_found_in_a_shard_is_believed_as_long_as_it_is_that_version(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LATENTLINE_CACHE", str(tmp_path))
+    about: dict[str, object] = {"size": 100, "ETag": "a"}
+    monkeypatch.setattr("data.scanned.properties_of", lambda url: about)
+    (shard,) = found_shards(["s3://b/x.tar"])
+    assert shard.key_hashes() is None
+    shard.remember(np.array([3, 2**64 - 1], dtype=np.uint64))
+    (again,) = found_shards(["s3://b/x.tar"])
+    assert again.key_hashes().tolist() == [3, 2**64 - 1]
+    (note,) = tmp_path.iterdir()
+    raw = note.read_bytes()
+    for damaged in (raw[:-1] + b"\x01", raw[:-8], b""):
+        note.write_bytes(damaged)
+        assert again.key_hashes() is None
+    note.write_bytes(raw)
+    for other in ({"size": 100, "ETag": "b"}, {"size": 101, "ETag": "a"}, {"size": 100}):
+        about.clear()
+        about.update(other)
+        (changed,) = found_shards(["s3://b/x.tar"])
+        assert changed.key_hashes() is None
+    changed.remember(np.array([1], dtype=np.uint64))  # of a version that cannot be told from others
+    assert note.read_bytes() == raw

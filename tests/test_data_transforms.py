@@ -11,7 +11,15 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from data.samples import BadSample, ImageSample
-from data.transforms import ImageViewConfig, decode_image, to_levels, to_unit_range, view_image, view_sample
+from data.transforms import (
+    ImageViewConfig,
+    crop_position,
+    decode_image,
+    to_levels,
+    to_unit_range,
+    view_image,
+    view_sample,
+)
 
 
 def encoded(image: Image.Image, form: str = "PNG", **options: object) -> bytes:
@@ -85,6 +93,20 @@ def test_sixteen_bits_of_colour_keep_their_colours() -> None:
     assert np.abs(decode_image(payload).astype(float) - levels / 257).max() <= 1
 
 
+def test_tall_images_are_flattened_and_narrowed_in_strips_that_nobody_sees() -> None:
+    rng = np.random.default_rng(0)
+    deep = rng.integers(0, 65536, (700, 9), dtype=np.uint16)
+    buffer = io.BytesIO()
+    Image.fromarray(deep).save(buffer, "PNG")
+    assert np.array_equal(decode_image(buffer.getvalue())[:, :, 0], np.rint(deep / 257).astype(np.uint8))
+    clear = rng.integers(0, 256, (700, 9, 4), dtype=np.uint8)
+    view = ImageViewConfig(resolution=700, fit="centre", background=(10, 200, 30))
+    alpha = clear[:, :, 3:] / 255
+    expected = clear[:, :, :3] * alpha + np.array([10, 200, 30]) * (1 - alpha)
+    shown = view_image(clear, view)[:, 345:354]
+    assert np.abs(shown - expected).max() <= 1
+
+
 def test_cmyk_becomes_rgb() -> None:
     shown = decode_image(encoded(Image.fromarray(HALVES).convert("CMYK"), "JPEG", quality=95))
     assert np.abs(shown[2, 1].astype(int) - RED).max() < 12
@@ -124,7 +146,7 @@ def test_grey_is_luma() -> None:
     np.testing.assert_array_equal(view_image(grey, ImageViewConfig(resolution=8)), np.repeat(grey, 3, axis=2))
 
 
-@pytest.mark.parametrize("fit", ["crop", "pad", "stretch", "centre"])
+@pytest.mark.parametrize("fit", ["crop", "random_crop", "pad", "stretch", "centre"])
 @pytest.mark.parametrize("channels", [1, 3])
 def test_an_image_of_the_right_size_is_left_alone(fit: str, channels: int) -> None:
     image = noise(16, 16, channels)
@@ -149,12 +171,20 @@ def test_padding_keeps_the_whole_picture_and_its_aspect() -> None:
     assert (shown[[6, 12]] == 0).all()
 
 
-def test_the_crop_lies_where_it_is_asked_to() -> None:
+def test_a_crop_lies_in_the_centre_or_anywhere_by_the_key() -> None:
     image = noise(8, 24)
-    view = ImageViewConfig(resolution=8)
-    np.testing.assert_array_equal(view_image(image, view, position=(0.0, 0.0)), image[:, :8])
-    np.testing.assert_array_equal(view_image(image, view), image[:, 8:16])
-    np.testing.assert_array_equal(view_image(image, view, position=(0.0, 1.0)), image[:, 16:])
+    np.testing.assert_array_equal(view_image(image, ImageViewConfig(resolution=8)), image[:, 8:16])
+    view, lefts = ImageViewConfig(resolution=8, fit="random_crop"), []
+    for number in range(400):
+        shown = view_image(image, view, key=f"k{number}")
+        (left,) = [left for left in range(17) if np.array_equal(shown, image[:, left : left + 8])]
+        lefts.append(left)
+        np.testing.assert_array_equal(shown, view_sample(ImageSample(key=f"k{number}", image=image), view))
+    assert set(lefts) == set(range(17))
+    assert 7 < np.mean(lefts) < 9
+    tops = [crop_position(view, f"k{number}")[0] for number in range(400)]
+    assert 0.45 < np.mean(tops) < 0.55
+    assert abs(np.corrcoef(tops, lefts)[0, 1]) < 0.2
 
 
 @pytest.mark.parametrize("resample", ["lanczos", "area"])

@@ -11,6 +11,7 @@ import time
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,9 +23,11 @@ from data.latent_statistics import ChannelSums
 from data.loading import ImageShards
 from data.manifest import FileEntry
 from data.shards import ShardWriter
+from pipelines.encode_progress import EncodingProgress
 from pipelines.latent_figures import alarms, audit_keys, scale_in_validation, scale_of, statistics_plot
 from pipelines.runtime import claims as claims_module
 from pipelines.runtime.claims import Claims
+from pipelines.runtime.progress import progress_line
 
 KILLS = int(os.environ.get("LATENTLINE_KILLS", "50"))
 
@@ -60,6 +63,7 @@ def test_runs_that_join_share_the_work_and_one_of_them_finishes_it(two_process_r
     owner.acquire()
     runs = [started(encoding_command(two_process_run, tmp_path, processes=1)) for _ in range(2)]
     parts = len(two_process_run.manifest("encode_latents")["content"]["files"])
+    wait_until(lambda: len(list(folder.glob("runs/*"))) == 2, seconds=180, what="joining the owner")
     wait_until(lambda: len(list(folder.glob("parts/*.json"))) == parts, seconds=180, what="encoding beside the owner")
     time.sleep(1)
     assert not (folder / "manifest.json").exists(), "two would write the manifest"
@@ -209,6 +213,46 @@ def test_the_first_of_equal_files_keeps_the_name_and_a_damaged_one_loses_it(tmp_
     write(b"two")
     assert path.stat().st_size == 10_240
     assert sorted(p.name for p in tmp_path.iterdir()) == ["index", path.name]
+
+
+# --- progress
+
+
+def test_progress_counts_images_of_all_and_its_rate_leaves_out_what_was_done_before(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    logged: list[tuple[int, dict[str, float]]] = []
+    tracker = SimpleNamespace(log_metrics=lambda figures, step: logged.append((step, figures)))
+    with progress_line("encode_latents", total=1000, unit="images", start=400) as line:
+        progress = EncodingProgress(SimpleNamespace(tracker=tracker), line, num_shards=10, done_before=400)
+        for shards, done in ((5, 500), (7, 700)):  # another rank made the sixth
+            clock[0] += 10.0
+            progress.show(shards, done, {"entry": {"bytes": 2_000_000, "samples": 100}})
+        progress.finish()
+    assert [step for step, _ in logged] == [500, 700, 1000]
+    assert logged[1][1] == {
+        "progress/shards": 7.0,
+        "progress/images": 700.0,
+        "progress/images_per_s": 15.0,
+        "progress/mb_per_s": 0.3,
+        "progress/eta_s": 20.0,
+    }
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[1] == "encode_latents: 700/1000 images  15/s  ETA 0:20  shards 7  MB/s 0.3"
+
+
+def test_a_run_that_encodes_has_its_progress_and_its_alarms_in_mlflow(two_process_run: Run) -> None:
+    folder = two_process_run.folder("encode_latents")
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    (last,) = [row for row in rows if row.get("progress/images") == 240]
+    assert last["progress/shards"] == 5
+    assert last["progress/images_per_s"] > 0
+    events = [json.loads(line) for line in (folder / "tracking/events.jsonl").read_text().splitlines()]
+    (alarms_tag,) = [event["tags"]["latents.alarms"] for event in events if "latents.alarms" in event.get("tags", {})]
+    found = two_process_run.manifest("encode_latents")["content"].get("alarms", [])
+    assert alarms_tag == ("; ".join(found) or "none")
 
 
 # --- the whole

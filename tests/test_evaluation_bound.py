@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Run, run_stage
+from conftest import Run, run_here, run_stage
 from torch import Tensor
 
 from models.denoiser import Denoiser, DenoiserConfig
@@ -50,7 +50,7 @@ def test_the_bound_of_an_ideal_model_is_the_entropy_of_its_data() -> None:
     entropy = 0.5 * math.log2(2 * math.pi * math.e)  # of a standard normal, bits per dimension
     images = torch.zeros(200, 1, 8, 8)
     terms = {
-        variance: meter_of(50, variance=variance).measure(range(200), images, {}, autocast=contextlib.nullcontext())
+        variance: meter_of(20, variance=variance).measure(range(200), images, {}, autocast=contextlib.nullcontext())
         for variance in ("step", "posterior")
     }
     figures = {variance: bound_figures(terms[variance])["bits_per_dimension"] for variance in terms}
@@ -81,7 +81,7 @@ def test_an_evaluation_reports_bits_per_dimension(two_process_run: Run, tmp_path
     assert metrics["contract"]["likelihood"]["num_steps"] == 4
     assert "bits_per_dimension" in done.stdout
 
-    refused = run_stage(
+    refused = run_here(
         *("evaluate", "--run.root", str(tmp_path / "other"), *inputs, *short),
         *("--likelihood", '{ kind = "variational_bound", variance = "learned" }'),
     )

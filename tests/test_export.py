@@ -1,5 +1,7 @@
 """Exports: what diffusers makes of them, by the lines of their own model card, and call by call."""
 
+import contextlib
+import io
 import json
 import re
 import subprocess
@@ -8,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Run, environment, run_stage
+from conftest import Run, environment, run_here
 from safetensors.torch import load_file
 
 from data.manifest import read_manifest
@@ -29,7 +31,7 @@ diffusers = pytest.importorskip("diffusers")
 @pytest.fixture(scope="module")
 def exported(two_process_run: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("export") / "smoke"
-    done = run_stage(
+    done = run_here(
         *("export", "--run.root", str(two_process_run.root), "--format", "diffusers", "--output", str(output)),
         *("--num_inference_steps", "10"),
     )
@@ -42,17 +44,18 @@ def lines_of_card(folder: Path) -> str:
     return code
 
 
-def figures_of_card(folder: Path) -> dict[str, float]:
-    """Run the card's lines in the exported folder, as a reader would, and return what they print."""
-    done = subprocess.run(
-        [sys.executable, "-c", lines_of_card(folder)], cwd=folder, env=environment(), capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    return {name: float(value) for name, value in (line.split() for line in done.stdout.splitlines())}
+def figures_in(said: str) -> dict[str, float]:
+    return {name: float(value) for name, value in (line.split() for line in said.splitlines())}
 
 
 def test_the_lines_of_the_model_card_reproduce_our_samples(exported: Path) -> None:
-    figures = figures_of_card(exported)
+    """As a reader runs them: in a process that knows nothing of ours."""
+    bare = {name: value for name, value in environment().items() if name != "PYTHONPATH"}
+    done = subprocess.run(
+        [sys.executable, "-c", lines_of_card(exported)], cwd=exported, env=bare, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    figures = figures_in(done.stdout)
     assert set(figures) == {"latents", "images"}
     assert max(figures.values()) < 1e-3
 
@@ -105,10 +108,10 @@ def test_exporting_again_gives_the_same_bytes_and_other_folders_are_left_alone(
 ) -> None:
     words = ["--run.root", str(two_process_run.root), "--num_inference_steps", "10"]
     before = {path: path.read_bytes() for path in exported.rglob("*") if path.is_file()}
-    assert run_stage("export", *words, "--output", str(exported)).returncode == 0
+    assert run_here("export", *words, "--output", str(exported)).returncode == 0
     assert {path: path.read_bytes() for path in exported.rglob("*") if path.is_file()} == before
     (tmp_path / "thesis.txt").write_text("mine")
-    refused = run_stage("export", *words, "--output", str(tmp_path))
+    refused = run_here("export", *words, "--output", str(tmp_path))
     assert refused.returncode == 2
     assert "a folder with other things in it" in refused.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
@@ -116,7 +119,7 @@ def test_exporting_again_gives_the_same_bytes_and_other_folders_are_left_alone(
 
 def test_what_diffusers_cannot_hold_is_refused_before_anything_is_written(two_process_run: Run, tmp_path: Path) -> None:
     words = ["--run.root", str(two_process_run.root), "--output", str(tmp_path / "export")]
-    refused = run_stage("export", *words, "--num_inference_steps", "30")
+    refused = run_here("export", *words, "--num_inference_steps", "30")
     assert refused.returncode == 2
     assert "cannot follow 30 steps" in refused.stderr
     unet = tmp_path / "unet"
@@ -129,7 +132,7 @@ def test_what_diffusers_cannot_hold_is_refused_before_anything_is_written(two_pr
         "objective": config["denoiser"]["objective"] | {"prediction": "velocity"},
     }
     (unet / "config.json").write_text(json.dumps(config))
-    refused = run_stage("export", *words, "--inputs.unet", str(unet))
+    refused = run_here("export", *words, "--inputs.unet", str(unet))
     assert refused.returncode == 2
     assert "cannot be exported to diffusers: its schedulers hold no flow of this form" in refused.stderr
     assert not (tmp_path / "export").exists()
@@ -190,4 +193,7 @@ def test_cards_of_other_conditions_reproduce_their_samples_too(kind: str, tmp_pa
     )
     (tmp_path / "README.md").write_text(card)
     assert example["latents"].std() > 0.1
-    assert max(figures_of_card(tmp_path).values()) < 1e-3
+    said = io.StringIO()
+    with contextlib.chdir(tmp_path), contextlib.redirect_stdout(said):
+        exec(lines_of_card(tmp_path), {})
+    assert max(figures_in(said.getvalue()).values()) < 1e-3

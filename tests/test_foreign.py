@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import Run, run_stage
+from conftest import Run, run_here, run_stage
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -165,7 +165,7 @@ def test_a_published_vae_that_was_changed_has_other_latents_and_is_refused(
     weights = load_file(folder / "diffusion_pytorch_model.safetensors")
     weights["decoder.conv_out.bias"] += 1
     save_file(weights, changed / "diffusion_pytorch_model.safetensors")
-    done = run_stage(
+    done = run_here(
         *("train_unet", "--run.root", str(tmp_path / "run"), "--inputs.vae", str(changed)),
         *("--inputs.latents", str(run / "latents")),
     )

@@ -17,6 +17,7 @@ from models.discriminator import (
 )
 from models.vae import AutoencoderKL, Posterior, VAEConfig, _tile_starts
 
+JUDGE = DiscriminatorConfig(channels=8, downsamplings=1, norm_groups=4)
 SMALL = VAEConfig(latent_channels=3, channels=(8, 16, 16), blocks_per_level=1, norm_groups=4)
 
 
@@ -95,6 +96,17 @@ def test_checkpointing_changes_neither_output_nor_gradient() -> None:
         results.append([reconstruction, *(p.grad for p in vae.parameters())])
     for one, other in zip(*results, strict=True):
         assert torch.equal(one, other)
+
+
+def test_autoencoder_and_discriminator_are_one_graph_each() -> None:
+    config = VAEConfig(latent_channels=3, channels=(8, 8), blocks_per_level=1, norm_groups=4, checkpointed=True)
+    vae, judge = AutoencoderKL(config, image_channels=1), Discriminator(JUDGE, image_channels=1)
+    noise = torch.randn(2, 3, 8, 8)
+    torch._dynamo.reset()
+    for network, given in ((vae, (images(), noise)), (judge, (images(),))):
+        compiled = torch.compile(network, backend="eager", fullgraph=True)  # raises where the graph breaks
+        found, expected = compiled(*given), network(*given)
+        torch.testing.assert_close(found, expected)
 
 
 def test_images_of_a_batch_do_not_hear_each_other() -> None:

@@ -6,7 +6,7 @@ from typing import Any, get_args
 
 import pytest
 import torch
-from conftest import Run, run_stage
+from conftest import Run, run_here, run_stage
 
 from models import attention
 from models.attention import RequestedBackend, SelfAttention
@@ -97,6 +97,6 @@ def test_the_sample_tool_honours_it_too(two_process_run: Run, tmp_path: Any) -> 
 
 
 def test_another_backend_is_no_other_request(two_process_run: Run) -> None:
-    done = run_stage("train_vae", "--run.root", str(two_process_run.root), "--run.attention", "math")
+    done = run_here("train_vae", "--run.root", str(two_process_run.root), "--run.attention", "math")
     assert done.returncode == 0
     assert "already finished" in done.stdout

@@ -129,8 +129,7 @@ def test_a_straggler_is_named(ended: dict[str, Any]) -> None:
     row = ended["slow"][0]["rows"][-1]
     assert row["perf/slowest_rank"] == 1
     assert row["perf/own_seconds/rank_1"] > 0.15 > row["perf/own_seconds/rank_0"]
-    assert "rank 1 on" in ended["printed"][0]["out"]
-    assert "holds up the others" in ended["printed"][0]["out"]
+    assert f"rank 1 on {socket.gethostname()} holds up the others" in ended["printed"][0]["out"]
 
 
 def test_a_hanging_rank_is_reported_by_all_and_ends_them(tmp_path: Path) -> None:
@@ -149,11 +148,16 @@ def test_a_hanging_rank_is_reported_by_all_and_ends_them(tmp_path: Path) -> None
 
 @pytest.mark.soak
 def test_a_rank_that_hangs_in_native_code_ends_too(tmp_path: Path) -> None:
-    ranks = start(tmp_path, {"hang_in": 4, "on_rank": 1, "natively": True, "config": {"hang_seconds": 4.0}})
+    ranks = start(tmp_path, {"hang_in": 14, "on_rank": 1, "natively": True, "config": {"hang_seconds": 4.0}})
     printed = [process.communicate(timeout=200) for process in ranks]
     assert all(process.returncode not in (0, None) for process in ranks), printed
     assert "one_update" in printed[1][1]
-    assert "in update 4 (batch 3)" in (tmp_path / "0/watch/rank-0000.report.txt").read_text()
+    assert "in update 14 (batch 13)" in (tmp_path / "0/watch/rank-0000.report.txt").read_text()
+    ranks = start(tmp_path, {})  # and the same command continues
+    printed = [process.communicate(timeout=200) for process in ranks]
+    assert [process.returncode for process in ranks] == [0, 0], printed
+    found = json.loads((tmp_path / "0-rank-0.json").read_bytes())
+    assert (found["ended"], found["update"], found["rows"][0]["update"]) == ("done", 40, 11)
 
 
 def test_a_frozen_rank_is_named_by_the_others(tmp_path: Path) -> None:
@@ -174,3 +178,28 @@ def test_a_frozen_rank_is_named_by_the_others(tmp_path: Path) -> None:
     finally:
         ranks[1].kill()
         ranks[1].communicate()
+
+
+@pytest.mark.parametrize("launcher_lives", [True, False])
+def test_a_rank_whose_launcher_died_while_it_was_importing_ends_too(launcher_lives: bool) -> None:
+    """The kernel tells of a parent's death only who has asked for it before."""
+    rank = (
+        "import os, sys, time\n"
+        "while sys.argv[1] == 'False' and os.getppid() == int(sys.argv[2]): time.sleep(0.01)\n"
+        "from pipelines.runtime.launch import die_with_the_launcher\n"
+        "die_with_the_launcher(); print('lives')\n"
+    )
+    launcher = (
+        "import os, subprocess, sys\n"
+        "rank = subprocess.Popen([sys.executable, '-c', *sys.argv[1:], str(os.getpid())])\n"
+        "sys.argv[2] == 'True' and rank.wait()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", launcher, rank, str(launcher_lives)],
+        env=environment(TORCHELASTIC_RUN_ID="none", LOCAL_RANK="0"),
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.stdout == ("lives\n" if launcher_lives else ""), done.stderr
+    assert ("launcher of this process is gone" in done.stderr) is not launcher_lives

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import Run, run_stage
+from conftest import Run, run_here, run_stage
 from safetensors.torch import load_file
 from torch import nn
 
@@ -82,13 +82,22 @@ def test_a_unet_is_reconstructed_from_its_checkpoints_and_draws(two_process_run:
     root = tmp_path / "run"
     inputs = [f"--inputs.{name}={two_process_run.root / name}" for name in ("latents", "vae")]
     averages = '[{ kind = "power", relative_std = 0.1 }, { kind = "power", relative_std = 0.05 }]'
-    lengths = ["--updates", "40", "--checkpoint.every_updates", "5", "--checkpoint.keep_every", "5"]
+    lengths = [
+        "--updates",
+        "40",
+        "--panel_every",
+        "40",
+        "--checkpoint.every_updates",
+        "5",
+        "--checkpoint.keep_every",
+        "5",
+    ]
     done = run_stage("train_unet", "--run.root", str(root), *inputs, "--averages", averages, *lengths)
     assert done.returncode == 0, done.stderr
 
     words = ["--run.root", str(root)]
     for name, width in (("same", "0.1"), ("other", "0.2")):
-        done = run_stage("reconstruct", *words, "--relative_std", width, "--output", str(tmp_path / name))
+        done = run_here("reconstruct", *words, "--relative_std", width, "--output", str(tmp_path / name))
         assert done.returncode == 0, done.stderr
         assert "from 16 averages" in done.stdout
     published = load_file(root / "unet" / "unet.safetensors")
@@ -98,7 +107,7 @@ def test_a_unet_is_reconstructed_from_its_checkpoints_and_draws(two_process_run:
     assert any(not torch.allclose(other[name], tensor, rtol=1e-3) for name, tensor in published.items())
     content = json.loads((tmp_path / "other" / "manifest.json").read_bytes())["content"]
     assert content["reconstruction"] == {"update": 40, "relative_std": 0.2}
-    done = run_stage(
+    done = run_here(
         *("sample", f"--inputs.vae={two_process_run.root / 'vae'}", f"--inputs.unet={tmp_path / 'other'}"),
         *("--number", "2", "--sampler.num_steps", "2", "--output", str(tmp_path / "samples")),
     )
@@ -106,6 +115,6 @@ def test_a_unet_is_reconstructed_from_its_checkpoints_and_draws(two_process_run:
 
 
 def test_a_training_without_power_averages_cannot_be_reconstructed(two_process_run: Run, tmp_path: Path) -> None:
-    done = run_stage("reconstruct", "--run.root", str(two_process_run.root), "--output", str(tmp_path / "unet"))
+    done = run_here("reconstruct", "--run.root", str(two_process_run.root), "--output", str(tmp_path / "unet"))
     assert done.returncode == 2
     assert "trained without averages of kind 'power'" in done.stderr

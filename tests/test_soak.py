@@ -60,6 +60,13 @@ def family(process: psutil.Popen) -> list[psutil.Process]:
         return []
 
 
+def words_of(process: psutil.Process) -> list[str]:
+    try:
+        return process.cmdline()
+    except psutil.Error:
+        return []
+
+
 def kill(members: list[psutil.Process], rng: random.Random) -> str:
     """Kill one rank, all at once or the launcher (the first); return which, when nothing of them is left."""
     how = rng.choice(["one rank", "all", "launcher"])
@@ -119,6 +126,9 @@ def test_killed_at_random_moments_it_ends_as_if_it_had_never_been(
             where["in a save" if half_saved(folder) else "elsewhere"] += 1
     run_to_end(words, log)
     check_same(stage, folder, tmp_path / "whole" / STAGES[stage])
+    # Also those that a launcher was still starting when it was killed, and that no list of its children held.
+    _, left = psutil.wait_procs([one for one in psutil.process_iter() if str(root) in words_of(one)], timeout=60)
+    assert not left, f"these are left: {[one.cmdline() for one in left]}"
     print(f"{stage} on {processes}: {dict(where)}, {dict(whom)}")
 
 

@@ -1,8 +1,10 @@
 """Laws of a stage's frame: what counts as the same request, and what a shared folder refuses."""
 
 import json
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -145,7 +147,7 @@ def test_a_folder_in_use_is_refused_with_its_owners_name(tmp_path: Path) -> None
 
 
 def test_the_file_stop_ends_a_stage_as_resumable(tmp_path: Path) -> None:
-    words = ("--run.root", str(tmp_path), "--samples_per_shard", "1")
+    words = ("--run.root", str(tmp_path), "--samples_per_shard", "4", "--run.tracking_uri", "offline")
     process = subprocess.Popen(
         [sys.executable, "-m", "pipelines.prepare_corpus", "--config", str(SMOKE), *words],
         env=environment(), cwd=REPOSITORY, stdout=subprocess.DEVNULL,
@@ -263,3 +265,31 @@ def test_a_stop_reaches_a_rank_that_is_still_at_a_long_part(tmp_path: Path) -> N
     outcome = json.loads((folder / "outcome.json").read_bytes())
     assert (outcome["state"], outcome["exit_code"]) == ("stopped", 75)
     assert not (folder / "stop").exists()
+
+
+def test_a_second_signal_ends_at_once_and_what_one_ctrl_c_sends_twice_does_not() -> None:
+    """The first asks to stop; a launcher passes on the Ctrl-C that the terminal has sent already."""
+    code = (
+        "import sys, time\n"
+        "from pathlib import Path\n"
+        "from pipelines.config import RunConfig\n"
+        "from pipelines.runtime.launch import StopRequest, start_accelerator\n"
+        "stop = StopRequest(Path(sys.argv[1]), start_accelerator(RunConfig()))\n"
+        "with stop.listening():\n"
+        "    print('listening', flush=True)\n"
+        "    while not stop.agreed(): time.sleep(0.01)\n"
+        "    print(stop.reason, flush=True)\n"
+        "    time.sleep(600)\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, "nowhere"], env=environment(), cwd=REPOSITORY, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "listening\n"
+    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGINT)
+    assert process.stdout.readline() == "SIGINT\n"
+    time.sleep(1)
+    assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=120) == 128 + signal.SIGTERM

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import tomli_w
 import torch
-from conftest import REPOSITORY, STAGES, Run, run_stage, training_rows
+from conftest import REPOSITORY, STAGES, Run, run_here, run_stage, training_rows
 from tiny_text import WIDTH, write_encoder
 
 from data.loading import LatentBatch, LatentShards
@@ -122,11 +122,8 @@ def test_a_prompt_changes_what_is_drawn_and_an_empty_one_is_no_condition(
         "none": ["--guidance.scale", "4"],
         "unconditional": ["--guidance.scale", "0", "--prompt", "grinning cat face"],
     }.items():
-        done = run_stage(
-            *("sample", "--number", "2", "--sampler.num_steps", "3", "--output", str(tmp_path / name)),
-            *words,
-            config=experiment,
-        )
+        output = ["--output", str(tmp_path / name)]
+        done = run_here("sample", "--number", "2", "--sampler.num_steps", "3", *output, *words, config=experiment)
         assert done.returncode == 0, done.stderr
         pictures[name] = [path.read_bytes() for path in sorted((tmp_path / name).glob("0*.png"))]
     assert pictures["cat"] != pictures["none"]
@@ -137,7 +134,7 @@ def test_a_prompt_changes_what_is_drawn_and_an_empty_one_is_no_condition(
 def test_features_of_another_encoder_are_refused(emoji: tuple[Path, Path], tmp_path: Path) -> None:
     root, experiment = emoji
     words = ["--run.root", str(tmp_path), "--inputs.latents", str(root / "latents"), "--inputs.vae", str(root / "vae")]
-    done = run_stage("train_unet", *words, "--denoiser.conditioners.0.encoder.max_tokens", "16", config=experiment)
+    done = run_here("train_unet", *words, "--denoiser.conditioners.0.encoder.max_tokens", "16", config=experiment)
     assert done.returncode == 2
     assert "has tokens = 16, but its features have tokens = 12" in done.stderr
 
@@ -167,7 +164,7 @@ def combined(two_process_run: Run, encoder: MiniLMConfig, tmp_path_factory: pyte
 
 def drawn(root: Path, vae: Path, output: Path, *words: str) -> bytes:
     place = ["--run.root", str(root), "--inputs.vae", str(vae), "--output", str(output)]
-    done = run_stage("sample", *place, *words, "--number", "1", "--sampler.num_steps", "3")
+    done = run_here("sample", *place, *words, "--number", "1", "--sampler.num_steps", "3")
     assert done.returncode == 0, done.stderr
     (picture,) = output.glob("000000-*.png")
     return picture.read_bytes()
@@ -261,7 +258,7 @@ def test_one_caption_in_any_shard_is_enough_for_features_to_be_computed(tmp_path
 
 
 def test_a_plan_counts_the_captions_too(tmp_path: Path) -> None:
-    done = run_stage("plan", "--run.root", str(tmp_path), "--trial", "false", "--json", config=EMOJI)
+    done = run_here("plan", "--run.root", str(tmp_path), "--trial", "false", "--json", config=EMOJI)
     assert done.returncode == 0, done.stderr
     stages = {one["stage"]: one for one in json.loads(done.stdout)["stages"]}
     assert stages["train_unet"]["flops_per_image"] > 1e9
@@ -269,7 +266,7 @@ def test_a_plan_counts_the_captions_too(tmp_path: Path) -> None:
 
 def test_a_text_condition_needs_features(two_process_run: Run, tmp_path: Path) -> None:
     words = [f"--inputs.{name}={two_process_run.root / name}" for name in ("latents", "vae")]
-    done = run_stage(
+    done = run_here(
         *("train_unet", "--run.root", str(tmp_path), *words, "--denoiser.conditioners", '[{ kind = "text" }]')
     )
     assert done.returncode == 2
@@ -278,8 +275,7 @@ def test_a_text_condition_needs_features(two_process_run: Run, tmp_path: Path) -
 
 
 def test_a_prompt_for_a_model_without_captions_is_refused(two_process_run: Run, tmp_path: Path) -> None:
-    done = run_stage(
-        "sample", "--run.root", str(two_process_run.root), "--output", str(tmp_path), "--prompt", "a red circle"
-    )
+    place = ["--run.root", str(two_process_run.root), "--output", str(tmp_path)]
+    done = run_here("sample", *place, "--prompt", "a red circle")
     assert done.returncode == 2
     assert "was not trained on captions" in done.stderr

@@ -19,7 +19,7 @@ import pytest
 from clocks import FOREVER_SECONDS, quietest_round, seconds_of
 from PIL import Image
 
-from pipelines.config import without_credentials
+from pipelines.runtime.credentials import without_credentials
 from pipelines.runtime.run_identity import network_file_system, pipeline_identity, store_uri
 from pipelines.runtime.sender import points_of
 from pipelines.runtime.spool import EVENTS, FILES, METRICS, cut_torn_tail, entries, entries_backwards

@@ -23,11 +23,15 @@ from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 from PIL import Image
 from safetensors.numpy import save_file
+from tiny_training import Recipe, Tiny
 
 from pipelines import sync
+from pipelines.paired import Ratio
 from pipelines.runtime.spool import METRICS, SENT_FILE
 from pipelines.runtime.tracking import Tracker, open_tracker
 
+FAULTS = ("refuse", "blackhole", "slow", "503")
+TURNS, TURN_STEPS = 320, 20
 REPOSITORY = Path(__file__).parents[1]
 os.environ.update(sync.CLIENT_SETTINGS, MLFLOW_HTTP_REQUEST_TIMEOUT="30")  # for a machine that does much else
 
@@ -208,7 +212,7 @@ def test_everything_that_a_stage_logs_arrives_once(tmp_path: Path, proxy: FaultP
 
 
 def test_a_sick_server_costs_the_step_nothing_and_loses_nothing(tmp_path: Path, server: MlflowServer) -> None:
-    proxies = {fault: FaultProxy(server.port) for fault in ("refuse", "blackhole", "slow", "503")}
+    proxies = {fault: FaultProxy(server.port) for fault in FAULTS}
     trackers = {fault: start(tmp_path / fault, proxy.uri) for fault, proxy in proxies.items()}
     for fault, tracker in trackers.items():
         log_updates(tracker, 1, 50)
@@ -259,6 +263,42 @@ def test_a_server_killed_in_mid_run_gets_everything_when_it_is_back(tmp_path: Pa
 def test_a_server_killed_twenty_times_gets_everything_once(tmp_path: Path, server: MlflowServer) -> None:
     proxy = FaultProxy(server.port)
     check_restarts(tmp_path / "demo", server, proxy, restarts=20)
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(1200)
+def test_steps_take_as_long_with_a_sick_server_as_with_a_healthy_one(tmp_path: Path, server: MlflowServer) -> None:
+    """One training, its server sick and healthy by turns; the control compares healthy turns with healthy ones."""
+    proxy, root = FaultProxy(server.port), tmp_path / "demo"
+    config = {
+        **{"updates": TURNS * TURN_STEPS, "log_every": 5, "images_per_device": 1, "self_test_every": 0},
+        **{"panel_every": 1_000_000, "checkpoint": {"every_updates": 1_000_000}},
+    }
+    tracker = start(root, proxy.uri)
+    tiny = Tiny(root / "unet", Recipe(config=config), tracker=tracker)
+    modes = [mode for turn in range(TURNS // 4) for mode in ("pass", FAULTS[turn % len(FAULTS)], "pass", "pass")]
+    marks = [time.perf_counter()]
+
+    def look(update: int) -> None:
+        marks.append(time.perf_counter())
+        proxy.mode = modes[min(update // TURN_STEPS, TURNS - 1)]
+
+    tiny.after_update = look
+    tiny.run()
+    proxy.mode = "blackhole"
+    began = time.monotonic()
+    tracker.close("FINISHED")
+    seconds = time.monotonic() - began
+    # The first steps of a turn are left out: the sender still has the answers of the last one.
+    turns = np.diff(marks).reshape(TURNS // 4, 4, TURN_STEPS)[..., 2:]
+    healthy, sick, *others = np.moveaxis(np.median(turns, axis=-1), 1, 0)
+    ratio, control = Ratio.of(list(sick / healthy)), Ratio.of(list(others[0] / others[1]))
+    print(f"steps of {1e3 * np.median(turns):.2f} ms; sick / healthy {ratio}, control {control}; exit {seconds:.1f} s")
+    assert ratio.median <= 1.02 + abs(control.median - 1)
+    assert seconds < 10
+    proxy.mode = "pass"
+    assert sync.main([str(root)]) == 0
+    assert [step for step, _ in losses(root, proxy.uri)] == list(range(1, TURNS * TURN_STEPS + 1))
 
 
 def check_restarts(root: Path, server: MlflowServer, proxy: FaultProxy, *, restarts: int) -> None:

@@ -7,6 +7,7 @@ import torch
 from conftest import Run
 from safetensors.torch import save_file
 
+import models.perceptual
 from data.latent_statistics import ChannelSums
 from models.discriminator import Discriminator
 from models.perceptual import Perceptual
@@ -15,6 +16,12 @@ from models.vae_health import NoGradient, gradient_norms, latent_figures
 from models.vae_objective import LPIPSTerm, PatchAdversary, VAELoss, VAEObjective, VAEObjectiveConfig
 
 CONFIG = VAEConfig(latent_channels=3, channels=(8, 8), blocks_per_level=1, norm_groups=4)
+
+
+@pytest.fixture(autouse=True)
+def _narrow_vgg(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eight channels a layer are enough to be seen, or not, by the terms' gradients."""
+    monkeypatch.setattr(models.perceptual, "STAGES", tuple((8,) * len(widths) for widths in models.perceptual.STAGES))
 
 
 def perceptual_file(folder: Path, *, blind: bool) -> Path:

@@ -76,7 +76,9 @@ class Recipe:
 class Tiny:
     """One training by a recipe."""
 
-    def __init__(self, folder: Path, recipe: Recipe, *, accelerator: Any = None) -> None:
+    def __init__(
+        self, folder: Path, recipe: Recipe, *, accelerator: Any = None, tracker: SilentTracker | None = None
+    ) -> None:
         self.recipe = recipe
         self.accelerator = accelerator or start_accelerator(RunConfig(threads=1))
         config = TrainingConfig.model_validate_json(json.dumps({**BASE, **recipe.config}))
@@ -89,7 +91,7 @@ class Tiny:
             config=config,
             parents={},
             accelerator=self.accelerator,
-            tracker=self.tracker,
+            tracker=tracker or self.tracker,
             stop=StopRequest(folder, self.accelerator),
             lock=FolderLock(folder),
         )

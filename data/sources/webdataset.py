@@ -11,7 +11,6 @@ import re
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar
@@ -19,7 +18,8 @@ from typing import Annotated, Literal, TypeVar
 import numpy as np
 from pydantic import AfterValidator, BaseModel, Field
 
-from data.remote import check_address, is_remote, local_path, matches
+from data.keys import later_occurrences
+from data.remote import check_address, is_remote, matches
 from data.samples import (
     IMAGE_SUFFIXES,
     MAX_CAPTION_BYTES,
@@ -33,6 +33,7 @@ from data.samples import (
     parse_metadata,
 )
 from data.scan import RawSample, mapped, scan_shard
+from data.scanned import FoundShard, found_shards
 from data.sources.source import safe_key
 
 MAX_SHARDS = 1_000_000
@@ -68,17 +69,6 @@ class WebDatasetConfig(BaseModel, frozen=True, extra="forbid"):
         return WebDataset(self)
 
 
-@dataclass(frozen=True)
-class _Shard:
-    url: str
-    bytes: int
-
-    @property
-    def path(self) -> Path:
-        """A local file with its content; fetched again when the cache has dropped it."""
-        return local_path(self.url)
-
-
 class WebDataset:
     """Samples of tars, bad ones included: reading such a one raises its finding."""
 
@@ -89,15 +79,15 @@ class WebDataset:
         train, val = expand(config.urls), expand(config.val_urls)
         if both := sorted(set(train) & set(val)):
             raise ValueError(f"{both[0]} is in urls and in val_urls; a shard belongs to one split.")
-        self._shards = [_Shard(url, local_path(url).stat().st_size) for url in [*train, *val]]
+        self._shards = found_shards([*train, *val])
         hashes, numbers, rows = self._scan_all()
-        self._duplicates = _later_duplicates(hashes)
+        self._numbers, self._rows = numbers, rows
+        self._duplicates = later_occurrences(hashes, self._keys_at)
         is_val = numbers >= len(train) if val else hashes < np.uint64(int(config.val_fraction * 2**64))
         self._places: dict[Split, np.ndarray] = {
             "train": np.flatnonzero(~is_val),
             "val": np.flatnonzero(is_val),
         }
-        self._numbers, self._rows = numbers, rows
         for split, places in self._places.items():
             if not len(places):
                 raise ValueError(
@@ -173,7 +163,7 @@ class WebDataset:
         read |= {"txt"} if self._config.captions != "ignored" else set()
         return RawSample(_key_of(raw.key), {suffix: at for suffix, at in raw.members.items() if suffix in read})
 
-    def _sample(self, raw: RawSample, shard: _Shard) -> ImageSample:
+    def _sample(self, raw: RawSample, shard: FoundShard) -> ImageSample:
         metadata = self._parsed(raw, shard, "json", MAX_JSON_BYTES, parse_metadata) if "json" in raw.members else {}
         suffixes = [suffix for suffix in IMAGE_SUFFIXES if suffix in raw.members]
         if not suffixes:
@@ -192,14 +182,14 @@ class WebDataset:
             member=raw.members[suffixes[0]].name,
         )
 
-    def _label(self, raw: RawSample, shard: _Shard) -> int:
+    def _label(self, raw: RawSample, shard: FoundShard) -> int:
         if not self.classes:
             return -1
         if "cls" not in raw.members:
             raise BadSample("missing_label", "no member cls, but classes are given")
         return self._parsed(raw, shard, "cls", MAX_LABEL_BYTES, partial(parse_label, num_classes=len(self.classes)))
 
-    def _caption(self, raw: RawSample, shard: _Shard) -> str:
+    def _caption(self, raw: RawSample, shard: FoundShard) -> str:
         if self._config.captions == "ignored":
             return ""
         if "txt" not in raw.members:
@@ -208,7 +198,7 @@ class WebDataset:
             return ""
         return self._parsed(raw, shard, "txt", MAX_CAPTION_BYTES, parse_caption)
 
-    def _parsed(self, raw: RawSample, shard: _Shard, suffix: str, at_most: int, parse: Callable[[bytes], T]) -> T:
+    def _parsed(self, raw: RawSample, shard: FoundShard, suffix: str, at_most: int, parse: Callable[[bytes], T]) -> T:
         """Read a member of bounded size and parse it; findings name the member."""
         member = raw.members[suffix]
         try:
@@ -243,15 +233,23 @@ class WebDataset:
             self._scans.move_to_end(number)
             return self._scans[number]
 
+    def _keys_at(self, places: np.ndarray) -> Iterator[str]:
+        for place in places.tolist():
+            number, row = int(self._numbers[place]), int(self._rows[place])
+            yield self._scan(number)[row].key or _nameless(self._shards[number].url, row)
+
     def _scan_all(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return, for every sample of every shard: hash of its key (uint64), shard number and row (int32)."""
         hashes, numbers, rows = [], [], []
-        for number in range(len(self._shards)):
-            samples = self._scan(number)
-            keys = [sample.key or f"\0{number}/{row}" for row, sample in enumerate(samples)]
-            hashes.append(np.array([_hash(key) for key in keys], dtype=np.uint64))
-            numbers.append(np.full(len(samples), number, dtype=np.int32))
-            rows.append(np.arange(len(samples), dtype=np.int32))
+        for number, shard in enumerate(self._shards):
+            known = shard.key_hashes()
+            if known is None:
+                keys = [sample.key or _nameless(shard.url, row) for row, sample in enumerate(self._scan(number))]
+                known = np.array([_hash(key) for key in keys], dtype=np.uint64)
+                shard.remember(known)
+            hashes.append(known)
+            numbers.append(np.full(len(known), number, dtype=np.int32))
+            rows.append(np.arange(len(known), dtype=np.int32))
         return np.concatenate(hashes), np.concatenate(numbers), np.concatenate(rows)
 
 
@@ -301,12 +299,10 @@ def _key_of(key: str) -> str:
         return safe_key(key)
 
 
+def _nameless(url: str, row: int) -> str:
+    """Return what stands for the key of a fault that is no sample's: unlike any other."""
+    return f"\0{url}/{row}"
+
+
 def _hash(key: str) -> int:
     return int.from_bytes(hashlib.blake2b(key.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big")
-
-
-def _later_duplicates(hashes: np.ndarray) -> set[int]:
-    """Return the places whose hash occurred before. 64 bits: of 10^8 keys one is falsely named with p = 0.0003."""
-    order = np.argsort(hashes, kind="stable")
-    same = hashes[order][1:] == hashes[order][:-1]
-    return set(order[1:][same].tolist())

@@ -10,7 +10,7 @@ import math
 import shutil
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -173,6 +173,7 @@ class Checkpoints:
         state: Mapping[str, Any],
         *,
         best: int | None = None,
+        after: Callable[[], None] = lambda: None,
     ) -> None:
         """Copy ``parts`` to host memory and commit them in the background. Call on every rank; only one writes.
 
@@ -181,6 +182,7 @@ class Checkpoints:
             parts: Tensors by part and name.
             state: JSON.
             best: Update of the checkpoint that stays for its metric.
+            after: Makes durable what must be so before the checkpoint is; called in the background, too.
 
         Raises:
             OSError: The save before this one failed, and ``grace_updates`` are over.
@@ -193,7 +195,7 @@ class Checkpoints:
             return
         copies = {name: {key: _host_copy(value) for key, value in tensors.items()} for name, tensors in parts.items()}
         self._writer = threading.Thread(
-            target=self._commit, args=(update, copies, dict(state), best), name="checkpoint writer", daemon=False
+            target=self._commit, args=(update, copies, dict(state), best, after), name="checkpoint writer", daemon=False
         )
         self._writer.start()
 
@@ -247,9 +249,15 @@ class Checkpoints:
         return error
 
     def _commit(
-        self, update: int, parts: Mapping[str, dict[str, Tensor]], state: dict[str, Any], best: int | None = None
+        self,
+        update: int,
+        parts: Mapping[str, dict[str, Tensor]],
+        state: dict[str, Any],
+        best: int | None,
+        after: Callable[[], None],
     ) -> None:
         try:
+            after()
             for part, tensors in parts.items():
                 for name, tensor in tensors.items():
                     if tensor.is_floating_point() and not torch.isfinite(tensor).all():

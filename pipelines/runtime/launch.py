@@ -100,10 +100,19 @@ def die_with_the_launcher() -> None:
         return
     parent = os.getppid()
     # torch's launcher passes signals on and waits; accelerate's simple one just dies, so there SIGTERM asks to stop.
-    number = signal.SIGKILL if "TORCHELASTIC_RUN_ID" in os.environ else signal.SIGTERM
-    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, number)
-    if os.getppid() != parent:  # It died before we asked.
-        raise SystemExit(1)
+    by_torch = "TORCHELASTIC_RUN_ID" in os.environ
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL if by_torch else signal.SIGTERM)
+    # It may have died before we asked, even while this process was still importing: then another is our parent by now.
+    if os.getppid() != parent or (by_torch and not _runs_our_program(parent)):
+        raise SystemExit("The launcher of this process is gone.")
+
+
+def _runs_our_program(process: int) -> bool:
+    """Return whether a process runs the same interpreter; torch's launcher does, in a container even as process 1."""
+    try:
+        return os.readlink(f"/proc/{process}/exe") == os.readlink("/proc/self/exe")
+    except OSError:  # that of another user
+        return False
 
 
 class StopRequest:

@@ -6,12 +6,14 @@ end says why; those that it takes along do not write over it. Nobody writes into
 
 import json
 import os
+import shlex
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from data.commit import FolderLock, temporary_beside, write_json
-from pipelines.config import resume_command
+from pipelines.runtime.credentials import without_credentials
 
 OUTCOME_NAME = "outcome.json"
 EXIT_CODES = {"done": 0, "failed": 1, "stopped": 75}
@@ -70,3 +72,13 @@ def leave_outcome(folder: Path, *, state: State, code: int) -> None:
 def _text(state: State, code: int) -> str:
     outcome = {"state": state, "exit_code": code, "resume_command": resume_command()}
     return json.dumps(outcome, indent=2) + "\n"
+
+
+def resume_command() -> str:
+    """Return the command that started this process, without passwords, for messages and outcome.json."""
+    main = sys.modules.get("__main__")
+    module = getattr(getattr(main, "__spec__", None), "name", None)
+    words = ["python", "-m", module] if module else ["python", sys.argv[0]]
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        words = ["accelerate", "launch", "[launcher flags]", "-m", str(module)]
+    return without_credentials(" ".join([*words, *(shlex.quote(word) for word in sys.argv[1:])]), queries=True)

@@ -29,7 +29,7 @@ def make_parts(
     folder: Path | None = None,
     sizes: Mapping[str, int] | None = None,
     at_once: int = 1,
-    after_each: Callable[[int, Record], None] | None = None,
+    after_each: Callable[[int, int, Record], None] | None = None,
 ) -> list[Record]:
     """Make the parts that nobody has made or is making, and return all records in the order of ``names``.
 
@@ -42,19 +42,20 @@ def make_parts(
         folder: Where the records are kept; default ``parts`` in the stage's folder.
         sizes: How long each part takes, in any unit: long ones are begun first, which keeps all busy to the end.
         at_once: How many parts this process makes at once, in threads.
-        after_each: Told of each part that this rank made, with the number of parts that are done.
+        after_each: Told of each part that this rank made, with the number of parts that are done, and with their size.
 
     Raises:
         Stopped: This process was asked to stop; finished parts are kept.
     """
     folder = folder or stage.folder / "parts"
     folder.mkdir(parents=True, exist_ok=True)
-    work = _Work(stage, folder, names, make, after_each or (lambda done, record: None))
+    sizes = sizes or dict.fromkeys(names, 1)
+    work = _Work(stage, folder, sizes, make, after_each or (lambda done, size, record: None))
     if stage.is_main and 0 < (num_done := work.num_done()) < len(names):
         stage.say(f"continuing: {num_done} of {len(names)} parts are done")
     if stage.is_main and folder.is_relative_to(stage.folder):
         sweep_after_the_dead(folder)
-    order = sorted(names, key=lambda name: -sizes[name]) if sizes else list(names)
+    order = sorted(names, key=lambda name: -sizes[name])
     with Claims(folder) as claims:
         if at_once == 1:
             work.go_through(order, claims)
@@ -65,6 +66,11 @@ def make_parts(
     return [json.loads((folder / f"{name}.json").read_bytes()) for name in names]
 
 
+def finished_parts(stage: Stage, names: Sequence[str]) -> list[str]:
+    """Return those parts that are made already."""
+    return [name for name in names if (stage.folder / "parts" / f"{name}.json").exists()]
+
+
 class _Work:
     """The parts of one call, as this process sees them; its threads share it."""
 
@@ -72,17 +78,21 @@ class _Work:
         self,
         stage: Stage,
         folder: Path,
-        names: Sequence[str],
+        sizes: Mapping[str, int],
         make: Callable[[str], Record],
-        after_each: Callable[[int, Record], None],
+        after_each: Callable[[int, int, Record], None],
     ) -> None:
         self._stage, self._folder, self._make, self._after_each = stage, folder, make, after_each
-        self._missing = {name for name in names if not self._record(name).exists()}
-        self._num_parts, self._lock, self._failed = len(names), threading.Lock(), False
+        self._missing = {name for name in sizes if not self._record(name).exists()}
+        self._sizes, self._lock, self._failed = sizes, threading.Lock(), False
 
     def num_done(self) -> int:
         """Return how many parts are made, as far as this process has seen."""
-        return self._num_parts - len(self._missing)
+        return len(self._sizes) - len(self._missing)
+
+    def size_done(self) -> int:
+        """Return the size of those parts together."""
+        return sum(self._sizes.values()) - sum(self._sizes[name] for name in self._missing)
 
     def go_through(self, order: Sequence[str], claims: Claims) -> None:
         """Make what is free until everything is made, here or elsewhere."""
@@ -112,7 +122,7 @@ class _Work:
             if self._record(name).exists():
                 self._missing.discard(name)
             if made:
-                self._after_each(self.num_done(), record)
+                self._after_each(self.num_done(), self.size_done(), record)
         return made
 
     def _record(self, name: str) -> Path:

@@ -2,11 +2,15 @@
 
 import platform
 import subprocess
+from collections.abc import Mapping
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import torch
+
+from data.manifest import digest_of
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -22,6 +26,24 @@ def code_version() -> str:
             return f"latentline {version('latentline')}"
         except PackageNotFoundError:
             return "unknown"
+
+
+def made_by(request: Mapping[str, Any], *, world_size: int) -> dict[str, Any]:
+    """Return what the bits of a checkpoint depend on besides its numbers."""
+    return {
+        "world_size": world_size,
+        "threads": torch.get_num_threads(),
+        "config": digest_of(request),
+        "code": code_version(),
+    }
+
+
+def exactness(state: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """Say how exactly training goes on from a checkpoint's ``state``; one of an older version does not say all."""
+    changes = [
+        f"{name} was {state[name]}, is now {value}" for name, value in now.items() if state.get(name, value) != value
+    ]
+    return f"to rounding at best, since {'; '.join(changes)}" if changes else "bit for bit"
 
 
 def _git(*words: str) -> str:

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from data.commit import temporary_beside, write_json
-from pipelines.config import without_credentials
+from pipelines.runtime.credentials import without_credentials
 
 RUN_FILE = "run.json"
 PIPELINE_FILE = "pipeline.json"

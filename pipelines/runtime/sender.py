@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TextIO
 
 from data.commit import FolderLock
-from pipelines.config import without_credentials
+from pipelines.runtime.credentials import without_credentials
 from pipelines.runtime.run_identity import RunIdentity, pipeline_lock
 from pipelines.runtime.spool import (
     EVENTS,

@@ -25,17 +25,11 @@ from accelerate import Accelerator
 
 from data.commit import FolderLock, sweep_temporaries, write_atomically
 from data.manifest import MANIFEST_NAME, FileEntry, Manifest, digest_of, write_manifest
-from pipelines.config import (
-    STAGE_FOLDERS,
-    ConfigError,
-    StageConfig,
-    config_as_toml,
-    resume_command,
-    without_credentials,
-)
+from pipelines.config import STAGE_FOLDERS, ConfigError, StageConfig, config_as_toml
 from pipelines.runtime.claims import sweep_after_the_dead
+from pipelines.runtime.credentials import without_credentials
 from pipelines.runtime.launch import Precision, StopRequest, agree_on, any_rank, start_accelerator
-from pipelines.runtime.outcome import OUTCOME_NAME, Ending
+from pipelines.runtime.outcome import OUTCOME_NAME, Ending, resume_command
 from pipelines.runtime.provenance import code_version, hardware
 from pipelines.runtime.request import (
     StandIns,

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from data.commit import FolderLock, temporary_beside
-from pipelines.config import without_credentials
+from pipelines.runtime.credentials import without_credentials
 from pipelines.runtime.run_identity import AUTO, OFFLINE, RunIdentity, run_identity, store_uri
 from pipelines.runtime.spool import (
     EVENTS,
@@ -41,7 +41,7 @@ from pipelines.runtime.system_metrics import SystemSampler
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 
 SYSTEM_EVERY_SECONDS = 10
-CLOSE_WAIT_SECONDS = 10.0
+CLOSE_WAIT_SECONDS = 8.0  # a stage exits within 10 s, whatever its server does
 
 
 class SilentTracker:

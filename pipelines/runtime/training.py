@@ -20,6 +20,8 @@ from pipelines.runtime.optim import LossScale, Optimizer, learning_rate
 from pipelines.runtime.outcome import Ending
 from pipelines.runtime.pace import Pace, holding_up, straggler
 from pipelines.runtime.progress import progress_line
+from pipelines.runtime.provenance import exactness, made_by
+from pipelines.runtime.request import request_of
 from pipelines.runtime.selftest import SelfTest
 from pipelines.runtime.stage import Stage, Stopped
 from pipelines.runtime.training_config import BatchShare, TrainingConfig
@@ -102,6 +104,8 @@ class Training:
         self._measured = Measured(device=device, world_size=world_size)
         self._on_last_part = False
         self._figures: dict[str, float] = {}
+        request = request_of(stage.name, config, stage.parents)
+        self._made_by = made_by(request, world_size=world_size) if stage.is_main else {}
 
     @property
     def refused(self) -> Tensor:
@@ -110,12 +114,8 @@ class Training:
 
     def resume(self) -> None:
         """Continue after the newest intact checkpoint, on every rank the same one; do nothing when there is none."""
-        state = self._restore()
-        if state:
-            before = {name: state[name] for name in ("world_size", "threads")}
-            now = {"world_size": self.stage.accelerator.num_processes, "threads": torch.get_num_threads()}
-            exact = "bit for bit" if before == now else f"to rounding, since {before} became {now}"
-            self.stage.say(f"continuing after update {self.update}, {exact}")
+        if state := self._restore():
+            self.stage.say(f"continuing after update {self.update}, {exactness(state, self._made_by)}")
         self.stage.tracker.resume_after(self.update)
 
     def _restore(self) -> Mapping[str, Any]:
@@ -240,9 +240,8 @@ class Training:
         accelerator, parts = self.stage.accelerator, self.share.micro_batches()
         for number, part in enumerate(parts):
             self._on_last_part = number == len(parts) - 1
-            seed_dropout(
-                self.config.seed, batch=self.next_batch - 1, rank=accelerator.process_index, micro_batch=number
-            )
+            name = f"dropout/{self.next_batch - 1}/{accelerator.process_index}/{number}"
+            seed_networks(key_of(self.config.seed, name)[0] >> 1, device=accelerator.device)
             with nullcontext() if self._on_last_part else accelerator.no_sync(wrapped):
                 yield part
 
@@ -306,9 +305,10 @@ class Training:
         if not rows:
             return
         pace = self._pace.figures()
-        rows[-1] |= pace
+        images, loss = self.update * self.config.global_batch, rows[-1].get("train/loss", math.nan)
+        rows[-1] |= {"progress/images": images, **pace}
         self.stage.tracker.log_rows(rows)
-        self._figures = {"loss": rows[-1].get("train/loss", math.nan), "images/s": pace["perf/images_per_s"]}
+        self._figures = {"images": images, "loss": loss, "images/s": pace["perf/images_per_s"]}
         if self.stage.is_main and (slow := straggler(pace)) is not None:
             self.stage.say(f"update {self.update}: rank {slow} on {self._watch.host_of(slow)} {holding_up(pace)}")
 
@@ -368,15 +368,14 @@ class Training:
             "bad_batches": self._bad_batches,
             "best": self._best.found,
             "images": self.update * self.config.global_batch,
-            "world_size": self.stage.accelerator.num_processes,
-            "threads": torch.get_num_threads(),
             "local_run_id": self.stage.tracker.run_id,
+            **self._made_by,
         }
         if self.stage.is_main:
-            # Lines up to here are never written again: they must be on disk before the checkpoint is.
-            self.stage.tracker.flush()
             parts = {name: part.tensors() for name, part in self.parts.items()}
-            self._checkpoints.save(self.update, parts, state, best=self._best.found.get("update"))
+            # Lines up to here are never written again: they must be on disk before the checkpoint is.
+            flush, best = self.stage.tracker.flush, self._best.found.get("update")
+            self._checkpoints.save(self.update, parts, state, best=best, after=flush)
 
 
 def _close(stream: Any) -> None:
@@ -385,6 +384,8 @@ def _close(stream: Any) -> None:
         close()
 
 
-def seed_dropout(seed: int, *, batch: int, rank: int, micro_batch: int) -> None:
-    """Seed the network's own randomness (dropout) for one forward pass: nothing carries over, so nothing is saved."""
-    torch.manual_seed(key_of(seed, f"dropout/{batch}/{rank}/{micro_batch}")[0] >> 1)
+def seed_networks(seed: int, *, device: torch.device) -> None:
+    """Seed the networks' own randomness (dropout)."""
+    # On a CPU `torch.manual_seed` would spend a quarter of a millisecond on noting whence devices are seeded that are
+    # not there.
+    torch.default_generator.manual_seed(seed) if device.type == "cpu" else torch.manual_seed(seed)
