@@ -2,6 +2,7 @@
 
 import os
 import pickle
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +12,22 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor
 
-from models.perceptual import STAGES, Perceptual
+import models.perceptual
+import models.perceptual_weights
+from models.perceptual import Perceptual
 from models.perceptual_weights import convert, lpips_weights
+
+WHOLE = models.perceptual.STAGES
+STAGES = tuple((8,) * len(widths) for widths in models.perceptual.STAGES)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _narrow_vgg() -> Iterator[None]:
+    """VGG16 with eight channels a layer: every law here is of the formula, not of its width."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(models.perceptual, "STAGES", STAGES)
+        patch.setattr(models.perceptual_weights, "STAGES", STAGES)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +45,7 @@ def tree() -> dict:
 
 
 @pytest.fixture(scope="module")
-def perceptual(tree: dict) -> Perceptual:
+def perceptual(tree: dict, _narrow_vgg: None) -> Perceptual:
     network = Perceptual()
     network.load_state_dict(lpips_weights(tree))
     return network
@@ -61,6 +76,15 @@ def by_the_paper(tree: dict, a: Tensor, b: Tensor) -> Tensor:
         unit = [x / x.square().sum(dim=-1, keepdim=True).sqrt().clamp(min=1e-10) for x in (a, b)]
         distance += ((unit[0] - unit[1]).square() * weights).sum(dim=-1).mean(dim=(1, 2))
     return distance.float()
+
+
+def test_the_network_is_vgg16(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(models.perceptual, "STAGES", WHOLE)
+    with torch.device("meta"):
+        network = Perceptual()
+    parts = {"convolutions": network.stages, "channel weights": network.channel_weights}
+    numbers = {name: sum(parameter.numel() for parameter in part.parameters()) for name, part in parts.items()}
+    assert numbers == {"convolutions": 14_714_688, "channel weights": 64 + 128 + 256 + 512 + 512}
 
 
 def test_lpips_is_the_formula_of_the_paper(perceptual: Perceptual, tree: dict) -> None:
