@@ -5,6 +5,7 @@ than time. A digest of the encoder's files goes with them to the U-Net: a prompt
 to it.
 """
 
+import threading
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
@@ -63,7 +64,7 @@ class CaptionEncoder:
     def __init__(self, config: MiniLMConfig | PretrainedConfig, *, device: torch.device, batch_size: int = 32) -> None:
         self._encoder = config.build().to(device)
         self._batch_size = batch_size
-        self._kept: dict[str, dict[str, np.ndarray]] = {}
+        self._of_thread = threading.local()  # shards are encoded at once, and none may see what another has kept
         #: What a manifest says of the features: the encoder's digest, and their sizes.
         self.about: dict[str, Any] = {
             "kind": config.kind,
@@ -71,6 +72,11 @@ class CaptionEncoder:
             "tokens": self._encoder.max_tokens,
             "width": self._encoder.width,
         }
+
+    @property
+    def _kept(self) -> dict[str, dict[str, np.ndarray]]:
+        kept: dict[str, dict[str, np.ndarray]] = self._of_thread.__dict__.setdefault("kept", {})
+        return kept
 
     def forget(self) -> None:
         """Start anew, so that what comes next does not depend on what came before, not even in its last bits."""
