@@ -277,7 +277,7 @@ def test_a_second_signal_ends_at_once_and_what_one_ctrl_c_sends_twice_does_not()
         "stop = StopRequest(Path(sys.argv[1]), start_accelerator(RunConfig()))\n"
         "with stop.listening():\n"
         "    print('listening', flush=True)\n"
-        "    while not stop.agreed(): time.sleep(0.01)\n"
+        "    while not stop.heard(): time.sleep(0.01)\n"
         "    print(stop.reason, flush=True)\n"
         "    time.sleep(600)\n"
     )
