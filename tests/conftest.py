@@ -27,7 +27,14 @@ STAGES = {
     "evaluate": "evaluation",
 }
 TIMEOUT_SECONDS = 180
-LONG_GROUPS = ("shared run", "test_tracking_mlflow", "test_launch_setup", "test_doctor", "test_stage", "test_ranks")
+LONG_GROUPS = (
+    "shared run",
+    "test_tracking_mlflow",
+    "test_stage",
+    "test_ranks",
+    "test_text_pipeline",
+    "test_vae_adversary",
+)
 
 
 def environment(**extra: str) -> dict[str, str]:
@@ -143,6 +150,7 @@ def run_pipeline(root: Path, *words: str, processes: int, stages: Mapping[str, s
     return Run(root=root, output=output)
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist looks at the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Share the tests out to workers (``-n 2 --dist loadgroup``): by file, and all that look at one run to one worker.
 
