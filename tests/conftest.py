@@ -1,6 +1,7 @@
 """Real runs that several tests look at, and how tests start processes."""
 
 import contextlib
+import fcntl
 import importlib
 import io
 import json
@@ -27,13 +28,10 @@ STAGES = {
     "evaluate": "evaluation",
 }
 TIMEOUT_SECONDS = 180
-LONG_GROUPS = (
-    "shared run",
-    "test_tracking_mlflow",
-    "test_stage",
-    "test_ranks",
-    "test_text_pipeline",
-    "test_vae_adversary",
+# What takes longest, and so begins first. The second makes no use of the run that the first makes.
+LONG_FILES = (
+    *("test_pipeline", "test_tracking_mlflow", "test_stage", "test_text_pipeline", "test_ranks", "test_data_in_place"),
+    *("test_encode_runs", "test_bad_stages", "test_vae_adversary", "test_sources_union", "test_data_remote"),
 )
 
 
@@ -152,36 +150,41 @@ def run_pipeline(root: Path, *words: str, processes: int, stages: Mapping[str, s
 
 @pytest.hookimpl(tryfirst=True)  # before xdist looks at the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Share the tests out to workers (``-n 2 --dist loadgroup``): by file, and all that look at one run to one worker.
-
-    What takes longest begins first, so that no worker is left alone with it at the end.
-    """
-
-    def group(item: pytest.Item) -> str:
-        shared = {"one_process_run", "two_process_run"} & set(getattr(item, "fixturenames", ()))
-        return "shared run" if shared else item.path.stem
-
+    """Share the tests out to workers by file (``-n 2 --dist loadgroup``), the longest first."""
     for item in items:
-        item.add_marker(pytest.mark.xdist_group(group(item)))
-    order = {name: place for place, name in enumerate(LONG_GROUPS)}
-    items.sort(key=lambda item: order.get(group(item), len(order)))
+        item.add_marker(pytest.mark.xdist_group(item.path.stem))
+    order = {name: place for place, name in enumerate(LONG_FILES)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(order)))
+
+
+def shared_by_workers(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], Run]) -> Run:
+    """Return a run that the first worker who wants it makes, while the others wait."""
+    base = factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
+    folder.mkdir(exist_ok=True)
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        made = folder / "output.json"
+        if not made.exists():
+            run = make(folder / "run")
+            made.write_text(json.dumps(run.output))
+        return Run(root=folder / "run", output=json.loads(made.read_text()))
 
 
 @pytest.fixture(scope="session")
 def two_process_run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """All stages of the smoke experiment through ``accelerate launch`` with two processes."""
-    return run_pipeline(tmp_path_factory.mktemp("two processes") / "run", "--run.tracking_uri", "auto", processes=2)
+    return shared_by_workers(
+        tmp_path_factory,
+        "two processes",
+        lambda root: run_pipeline(root, "--run.tracking_uri", "auto", processes=2),
+    )
 
 
 @pytest.fixture(scope="session")
 def one_process_run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """The first two stages in one process each; the others are run on the inputs of ``two_process_run``."""
     first = {stage: STAGES[stage] for stage in ("prepare_corpus", "train_vae")}
-    return run_pipeline(tmp_path_factory.mktemp("one process") / "run", processes=1, stages=first)
-
-
-@pytest.fixture(scope="session")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """Corpus, VAE and latents of the smoke experiment, for tests that train on them again and again."""
-    stages = {name: STAGES[name] for name in ("prepare_corpus", "train_vae", "encode_latents")}
-    return run_pipeline(tmp_path_factory.mktemp("inputs") / "run", processes=1, stages=stages)
+    return shared_by_workers(
+        tmp_path_factory, "one process", lambda root: run_pipeline(root, processes=1, stages=first)
+    )
