@@ -188,3 +188,10 @@ def one_process_run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     return shared_by_workers(
         tmp_path_factory, "one process", lambda root: run_pipeline(root, processes=1, stages=first)
     )
+
+
+@pytest.fixture(scope="session")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """Corpus, VAE and latents of the smoke experiment, for tests that train on them again and again."""
+    stages = {name: STAGES[name] for name in ("prepare_corpus", "train_vae", "encode_latents")}
+    return run_pipeline(tmp_path_factory.mktemp("inputs") / "run", processes=1, stages=stages)
