@@ -139,14 +139,15 @@ def check_same(stage: str, folder: Path, whole: Path) -> None:
     assert sha256_of(folder / name) == sha256_of(whole / name)
 
 
-@pytest.mark.parametrize(("stage", "tolerance"), [("train_unet", 1e-6), ("train_vae", 3e-2)])
+@pytest.mark.parametrize(("stage", "figure", "tolerance"), [("train_unet", "loss", 1e-6), ("train_vae", "l1", 1e-2)])
 def test_elastic_from_one_to_two_to_four_to_two_ranks_the_losses_stay(
-    stage: str, tolerance: float, inputs: Run, tmp_path: Path
+    stage: str, figure: str, tolerance: float, inputs: Run, tmp_path: Path
 ) -> None:
     """The VAE-GAN's adaptive weight is a ratio of gradient norms over the images that the ranks see at the same time.
 
     So its ranks take their whole share at once here. And a game of two networks is chaotic: after the first change of
-    ranks its losses agree to 1e-6 as well, but rounding grows tenfold every few updates, to 0.6 % at the sixtieth.
+    ranks its losses agree to 1e-6 as well, but rounding grows tenfold every few updates. At the end the reconstruction
+    error is looked at, since the whole loss, part of which is played for, goes through zero.
     """
     whole_share = ("--images_per_device", "0") if stage == "train_vae" else ()
     run_to_end(command(stage, inputs, tmp_path / "whole", processes=1, more=whole_share), tmp_path / "log")
@@ -160,12 +161,13 @@ def test_elastic_from_one_to_two_to_four_to_two_ranks_the_losses_stay(
                 break
         process.wait(timeout=120)
         assert json.loads((folder / "outcome.json").read_bytes())["state"] == ("stopped" if until < 60 else "done")
-    losses = [
-        np.array([row["train/loss"] for _, row in sorted(training_rows(place).items())])
-        for place in (folder, tmp_path / "whole" / STAGES[stage])
-    ]
-    np.testing.assert_allclose(losses[0][:25], losses[1][:25], rtol=1e-6)  # the first change was after update 15
-    np.testing.assert_allclose(losses[0], losses[1], rtol=tolerance)
+    places = (folder, tmp_path / "whole" / STAGES[stage])
+    (loss, whole_loss), (error, whole_error) = (
+        [np.array([row[f"train/{name}"] for _, row in sorted(training_rows(place).items())]) for place in places]
+        for name in ("loss", figure)
+    )
+    np.testing.assert_allclose(loss[:25], whole_loss[:25], rtol=1e-6)  # the first change was after update 15
+    np.testing.assert_allclose(error, whole_error, rtol=tolerance)
 
 
 def test_ten_thousand_updates_need_no_more_memory_files_or_threads(tmp_path: Path) -> None:
