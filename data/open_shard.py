@@ -2,6 +2,7 @@
 
 import mmap
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -13,7 +14,7 @@ from data.shards import ShardIndex
 from data.tar import BLOCK, is_header_of
 
 
-class Shard:
+class Shard(ABC):
     """Samples by row.
 
     Args:
@@ -36,9 +37,9 @@ class Shard:
             return None
         return offset, self.index.sizes.item(row, column)
 
+    @abstractmethod
     def member(self, row: int, suffix: str) -> memoryview | None:
         """Return the bytes of a member of sample ``row``, or None when it has no such member."""
-        raise NotImplementedError
 
     def will_need(self, row: int, suffix: str) -> None:
         """Say that a member will be read soon."""
