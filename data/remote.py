@@ -148,8 +148,9 @@ def read_ranges(ranges: Sequence[tuple[str, int, int]]) -> list[bytes]:
         OSError: One of them cannot be read, after several tries, or is shorter.
     """
     out: list[bytes] = [b""] * len(ranges)
-    missing = list(range(len(ranges)))
+    missing = [place for place, (_, start, end) in enumerate(ranges) if end > start]
     for attempt in range(TRIES):
+        # None is left after the first try as a rule; a range of no bytes is not asked for at all.
         for scheme in sorted({ranges[place][0].partition("://")[0] for place in missing}):
             places = [place for place in missing if ranges[place][0].startswith(f"{scheme}://")]
             urls, starts, ends = (list(column) for column in zip(*(ranges[place] for place in places), strict=True))
@@ -165,8 +166,6 @@ def read_ranges(ranges: Sequence[tuple[str, int, int]]) -> list[bytes]:
                             raise payload
                     raise OSError(f"{url} gave {len(payload)} bytes for the range {start} to {end}.")
         missing = [place for place in missing if not out[place]]
-        if not missing:
-            break
     return out
 
 
