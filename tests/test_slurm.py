@@ -195,17 +195,19 @@ def ranks(slurm: Slurm) -> list[psutil.Process]:
     return [process for process in slurm.processes() if "RANK" in process.environ()]
 
 
-def wait_for_checkpoint(slurm: Slurm, job: str, folder: Path) -> None:
+def job_in_mid_run(slurm: Slurm, inputs: Run, root: Path, *options: str) -> tuple[str, Path]:
+    """Submit a training to two nodes and return the job and its folder when there is a checkpoint to come back to."""
+    folder = root / "unet"
+    job = slurm.submit("train_unet", *training_words(inputs, root), options=options)
     wait_until(lambda: any(folder.glob("checkpoints/update-????????")), seconds=120, what="a checkpoint")
     assert slurm.job(job)["NumNodes"] == "2"
+    return job, folder
 
 
 def test_a_stage_on_two_slurm_nodes_is_requeued_in_mid_run_and_ends_as_if_undisturbed(
     slurm: Slurm, inputs: Run, undisturbed: Path, tmp_path: Path
 ) -> None:
-    folder = tmp_path / "run" / "unet"
-    job = slurm.submit("train_unet", *training_words(inputs, tmp_path / "run"))
-    wait_for_checkpoint(slurm, job, folder)
+    job, folder = job_in_mid_run(slurm, inputs, tmp_path / "run")
     slurm.ask("scontrol", "requeue", job)
     ended = slurm.finish(job)
     assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "1"), slurm.log(job)
@@ -216,10 +218,8 @@ def test_a_stage_on_two_slurm_nodes_is_requeued_in_mid_run_and_ends_as_if_undist
 def test_slurm_s_warning_before_the_time_limit_commits_requeues_and_ends_as_if_undisturbed(
     slurm: Slurm, inputs: Run, undisturbed: Path, tmp_path: Path
 ) -> None:
-    folder = tmp_path / "run" / "unet"
     # The file wants its signal 180 s before the limit, and Slurm looks every 30 s: it comes 30 to 60 s after the start.
-    job = slurm.submit("train_unet", *training_words(inputs, tmp_path / "run"), options=("--time", "4"))
-    wait_for_checkpoint(slurm, job, folder)
+    job, folder = job_in_mid_run(slurm, inputs, tmp_path / "run", "--time", "4")
     for process in ranks(slurm):
         process.suspend()  # as if there were more to do than the limit allows
     wait_until(lambda: "asked to stop" in slurm.log(job), seconds=90, what="the signal before the time limit")
@@ -235,9 +235,7 @@ def test_slurm_s_warning_before_the_time_limit_commits_requeues_and_ends_as_if_u
 def test_a_cancelled_slurm_job_commits_and_stays_away_until_it_is_submitted_again(
     slurm: Slurm, inputs: Run, undisturbed: Path, tmp_path: Path
 ) -> None:
-    folder = tmp_path / "run" / "unet"
-    job = slurm.submit("train_unet", *training_words(inputs, tmp_path / "run"))
-    wait_for_checkpoint(slurm, job, folder)
+    job, folder = job_in_mid_run(slurm, inputs, tmp_path / "run")
     slurm.ask("scancel", job)
     assert slurm.finish(job)["JobState"] == "CANCELLED"
     wait_until(lambda: not ranks(slurm), seconds=30, what="the end of the ranks")
