@@ -41,10 +41,10 @@ class Shard(ABC):
     def member(self, row: int, suffix: str) -> memoryview | None:
         """Return the bytes of a member of sample ``row``, or None when it has no such member."""
 
-    def will_need(self, row: int, suffix: str) -> None:
+    def will_need(self, row: int, suffix: str) -> None:  # noqa: B027 (of use where there is a disk to warn)
         """Say that a member will be read soon."""
 
-    def check_unchanged(self) -> None:
+    def check_unchanged(self) -> None:  # noqa: B027 (a range is checked as it comes)
         """Raise when the shard is seen to have changed since it was opened."""
 
     def key(self, row: int) -> str:
