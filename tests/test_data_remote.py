@@ -97,9 +97,10 @@ class Service:
 
 @contextlib.contextmanager
 def s3(payloads: dict[str, bytes], folder: Path) -> Iterator[Service]:
-    moto = pytest.importorskip("moto.server")
-    boto3 = pytest.importorskip("boto3")
-    server = moto.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    import boto3
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     proxy = CountingProxy(server.get_host_and_port()[1])
     environment = {
@@ -122,7 +123,7 @@ def s3(payloads: dict[str, bytes], folder: Path) -> Iterator[Service]:
 
 def own_authority(folder: Path) -> tuple[Path, Path]:
     """A certificate authority of the test's own and a certificate of it for 127.0.0.1: (to be trusted, to be shown)."""
-    x509 = pytest.importorskip("cryptography.x509")
+    from cryptography import x509
     from cryptography.hazmat.primitives import hashes, serialization
     from cryptography.hazmat.primitives.asymmetric import ec
 
@@ -186,7 +187,6 @@ def web_server(payloads: dict[str, bytes], *, ranges: bool) -> type[http.server.
 
 @contextlib.contextmanager
 def https(payloads: dict[str, bytes], folder: Path, *, ranges: bool = True) -> Iterator[Service]:
-    pytest.importorskip("aiohttp")
     authority, shown = own_authority(folder)
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), web_server(payloads, ranges=ranges))
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -202,11 +202,11 @@ def https(payloads: dict[str, bytes], folder: Path, *, ranges: bool = True) -> I
 
 @contextlib.contextmanager
 def gs(payloads: dict[str, bytes], folder: Path) -> Iterator[Service]:
-    pytest.importorskip("gcsfs")
-    emulator = pytest.importorskip("gcp_storage_emulator.server")
+    from gcp_storage_emulator.server import create_server
+
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    server = emulator.create_server("127.0.0.1", port, in_memory=True, default_bucket="corpora")
+    server = create_server("127.0.0.1", port, in_memory=True, default_bucket="corpora")
     server.start()
     proxy = CountingProxy(port)
     for name, payload in payloads.items():

@@ -1,5 +1,6 @@
 """Our networks against diffusers' with the same weights, and the conversion of weights and configs both ways."""
 
+import diffusers
 import pytest
 import torch
 from torch import Tensor, nn
@@ -31,8 +32,6 @@ from models.diffusion.schedule import (
 )
 from models.unet import UNet, UNetConfig
 from models.vae import AutoencoderKL, VAEConfig
-
-diffusers = pytest.importorskip("diffusers")
 
 NETWORK = UNetConfig(
     channels=(16, 32), blocks=(2, 2), attention=(False, True), heads=(2, 4), transformer_depth=(1, 2), norm_groups=8

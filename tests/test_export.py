@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import diffusers
 import pytest
 import torch
 from conftest import Run, environment, run_here
@@ -24,8 +25,6 @@ from pipelines.export import ExportConfig, ExportInputs, compute_example
 from pipelines.model_card import model_card
 from pipelines.placement import Placement
 from pipelines.published import Normalisation, PublishedDenoiser, load_denoiser, load_vae
-
-diffusers = pytest.importorskip("diffusers")
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -17,8 +18,6 @@ from models.conditioning import ClassConditionerConfig, TextConditionerConfig
 from models.denoiser import Denoiser, DenoiserConfig
 from models.unet import UNetConfig
 from pipelines.foreign import DiffusersStart, RandomStart, check_start, foreign_vae, load_start
-
-diffusers = pytest.importorskip("diffusers")
 
 NETWORK = UNetConfig(
     channels=(16, 32), blocks=(1, 1), attention=(False, True), heads=(1, 2), transformer_depth=(1, 1), norm_groups=8
