@@ -71,7 +71,7 @@ def test_the_gradient_reaches_every_parameter(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("name", "argument"),
-    [(name, argument) for name in ("plain", "tokens") for argument in inputs(name) if argument != "mask"],
+    [(name, argument) for name in ("plain", "tokens") for argument in inputs(name) if argument != "token_mask"],
 )
 def test_every_input_changes_the_output(name: str, argument: str) -> None:
     given, network = inputs(name), build(name)
