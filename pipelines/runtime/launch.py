@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -77,7 +78,10 @@ def joined(network: nn.Module, accelerator: Accelerator, *, compiles: bool) -> n
         # The loss's terms are differentiated one by one, which needs their buffers more than once.
         torch._functorch.config.donated_buffer = False
         network.compile()
-    wrapped: nn.Module = accelerator.prepare_model(network)
+    with warnings.catch_warnings():
+        # torch 2.13 has a new name for it, which neither accelerate 1.15 nor torch 2.10 knows.
+        warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
+        wrapped: nn.Module = accelerator.prepare_model(network)
     return wrapped
 
 
