@@ -98,8 +98,9 @@ def sweep_plot(by_scale: Mapping[float, Mapping[str, Any]], floor: Mapping[str, 
         values = [by_scale[scale][name] for scale in scales]
         axis.errorbar(scales, [v["value"] for v in values], yerr=[v["error"] for v in values], marker="o", capsize=3)
         axis.axhline(floor[name]["value"], color="grey", linestyle="--", linewidth=1)
+        inwards = "bottom" if floor[name]["value"] < sum(axis.get_ylim()) / 2 else "top"
         axis.annotate("VAE reconstructions", (0.98, floor[name]["value"]), xycoords=("axes fraction", "data"),
-                      ha="right", va="bottom", fontsize=8, color="grey")  # fmt: skip
+                      ha="right", va=inwards, fontsize=8, color="grey")  # fmt: skip
         axis.set_title(name.replace("_", " "))
         axis.set_xlabel("guidance scale")
         axis.grid(alpha=0.3)
