@@ -144,7 +144,7 @@ def run_pipeline(root: Path, *words: str, processes: int, stages: Mapping[str, s
     for stage in stages:
         done = run_stage(stage, "--run.root", str(root), *words, processes=processes)
         assert done.returncode == 0, f"{stage} ended with {done.returncode}:\n{done.stdout}\n{done.stderr}"
-        assert "Warning: " not in done.stderr, f"{stage} shows its user a warning:\n{done.stderr}"
+        assert "FutureWarning" not in done.stderr, f"{stage} shows its user a warning:\n{done.stderr}"
         output[stage] = done.stdout
     return Run(root=root, output=output)
 
