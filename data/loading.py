@@ -14,10 +14,10 @@ import numpy as np
 
 from data.buffers import Buffers
 from data.manifest import Manifest
-from data.open_shard import OpenShard, Shard, brought_near
 from data.prefetch import Loaded, Prefetch, prefetch
 from data.samples import FLIPPED_SUFFIX, IMAGE_SUFFIXES, LATENT_SUFFIX, BadSample, NpyLayout, Split
-from data.shard_set import ShardRange, ShardSet, VerifyLevel
+from data.shards.reader import OpenShard, Shard, brought_near
+from data.shards.split import ShardRange, ShardSet, VerifyLevel
 from data.transforms import DEFAULT_MAX_PIXELS, ImageViewConfig, decode_image, view_image
 
 __all__ = ["ImageBatch", "ImageShards", "LatentBatch", "LatentShards", "Loaded", "Prefetch", "ShardRange", "prefetch"]

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from data.commit import sha256_of, write_json
+from data.files import sha256_of, write_json
 
 MANIFEST_NAME = "manifest.json"
 FORMAT_VERSION = 1

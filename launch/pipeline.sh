@@ -127,7 +127,7 @@ done
 # Absolute, so that what is printed works from any folder.
 results="$(cd -- "$(<"$scratch/evaluate")" && pwd)"
 # What a slow or absent server has not taken yet; it costs the stages no time, and a failure here loses nothing.
-"$python" -m pipelines.sync "$(dirname -- "$results")" || say "MLflow is not complete; the line above says how to send the rest."
+"$python" -m pipelines.tools.sync "$(dirname -- "$results")" || say "MLflow is not complete; the line above says how to send the rest."
 store="${MLFLOW_TRACKING_URI:-sqlite:///$(dirname -- "$(dirname -- "$results")")/mlflow.db}"
 cat <<SUMMARY
 

@@ -4,7 +4,7 @@ Shapes: b batch, c channels, h and w height and width, d embedding width, s toke
 
 Ho et al. 2020 (arXiv:2006.11239, appendix B), with the refinements of Dhariwal & Nichol 2021 (arXiv:2105.05233) and the
 cross-attention of Rombach et al. 2022 (arXiv:2112.10752). With residual blocks it is, weight for weight, the U-Net of
-diffusers: ``UNet2DModel`` without tokens, ``UNet2DConditionModel`` with them; see ``models/diffusers_format.py``.
+diffusers: ``UNet2DModel`` without tokens, ``UNet2DConditionModel`` with them; see ``models/diffusers/weights.py``.
 """
 
 from typing import Annotated, Literal, Self

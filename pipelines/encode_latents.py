@@ -18,28 +18,28 @@ import torch
 from pydantic import BaseModel, Field, PositiveInt
 from torch import Tensor
 
-from data.commit import write_atomically
-from data.latent_statistics import ChannelSums
+from data.files import write_atomically
 from data.loading import ImageBatch, ImageShards, ShardRange, prefetch
 from data.manifest import FileEntry, Manifest
 from data.samples import BadSample, Split, latent_members
-from data.shards import ShardWriter
+from data.shards.index import ShardWriter
+from data.statistics import ChannelSums
 from data.transforms import to_unit_range
-from models.vae import AutoencoderKL
-from pipelines.captions import CaptionEncoder, CaptionFeaturesConfig, NoTextConfig
-from pipelines.config import ConfigError, StageConfig, config_from_command_line
-from pipelines.encode_progress import EncodingProgress
-from pipelines.foreign import STAND_INS
-from pipelines.inputs import verify_shards
-from pipelines.latent_figures import alarms, audit_keys, statistics_plot
-from pipelines.placement import placement_of
-from pipelines.published import load_vae
-from pipelines.runtime.launch import Precision
-from pipelines.runtime.parts import finished_parts, make_parts
-from pipelines.runtime.progress import progress_line
-from pipelines.runtime.quarantine import REPORTED, BadSamplePolicy, settle_quarantine
-from pipelines.runtime.request import blaming
-from pipelines.runtime.stage import Stage, running_stage
+from models.autoencoder.vae import AutoencoderKL
+from pipelines.model.captions import CaptionEncoder, CaptionFeaturesConfig, NoTextConfig
+from pipelines.model.device import placement_of
+from pipelines.model.diffusers_weights import STAND_INS
+from pipelines.model.encoding_progress import EncodingProgress
+from pipelines.model.inputs import verify_shards
+from pipelines.model.latent_audit import alarms, audit_keys, statistics_plot
+from pipelines.model.weights import load_vae
+from pipelines.runtime.config.experiment import ConfigError, StageConfig, config_from_command_line
+from pipelines.runtime.stage.fingerprint import blaming
+from pipelines.runtime.stage.launch import Precision
+from pipelines.runtime.stage.progress import progress_line
+from pipelines.runtime.stage.quarantine import REPORTED, BadSamplePolicy, settle_quarantine
+from pipelines.runtime.stage.stage import Stage, running_stage
+from pipelines.runtime.stage.work_items import finished_parts, make_parts
 
 SHARDS_AT_ONCE = 2
 

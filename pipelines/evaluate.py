@@ -18,21 +18,21 @@ import numpy as np
 from pydantic import Field, PositiveInt
 from torch import Tensor
 
-from data.commit import write_atomically, write_json
+from data.files import write_atomically, write_json
 from data.manifest import FileEntry, Manifest, digest_of
-from data.panels import panel_png
 from data.samples import Split, image_members
-from data.shards import ShardWriter
-from pipelines.config import ConfigError, config_from_command_line
-from pipelines.evaluation_bound import TERMS, bound_figures, check_bound
-from pipelines.evaluation_figures import Reference, distribution_figures, fidelity_figures, sweep_plot
-from pipelines.evaluation_parts import DrawConfig, PartMaker, Plan, key_prefix
-from pipelines.foreign import STAND_INS
-from pipelines.published import check_same_vae, check_sampler_suits, denoiser_config
-from pipelines.runtime.parts import make_parts
-from pipelines.runtime.progress import progress_line
-from pipelines.runtime.request import blaming
-from pipelines.runtime.stage import Stage, running_stage
+from data.shards.index import ShardWriter
+from pipelines.evaluation.likelihood import TERMS, bound_figures, check_bound
+from pipelines.evaluation.metrics import Reference, distribution_figures, fidelity_figures, sweep_plot
+from pipelines.evaluation.samples import DrawConfig, PartMaker, Plan, key_prefix
+from pipelines.model.diffusers_weights import STAND_INS
+from pipelines.model.grids import panel_png
+from pipelines.model.weights import check_same_vae, check_sampler_suits, denoiser_config
+from pipelines.runtime.config.experiment import ConfigError, config_from_command_line
+from pipelines.runtime.stage.fingerprint import blaming
+from pipelines.runtime.stage.progress import progress_line
+from pipelines.runtime.stage.stage import Stage, running_stage
+from pipelines.runtime.stage.work_items import make_parts
 
 PANEL_ROWS = 8
 MAX_PANEL_COLUMNS = 12

@@ -16,21 +16,21 @@ from typing import Annotated, Any, get_args
 import numpy as np
 from pydantic import Field, PositiveInt
 
-from data.commit import write_atomically, write_json
-from data.in_place import index_in_place
-from data.keys import check_unique
+from data.files import write_atomically, write_json
 from data.manifest import FileEntry
-from data.panels import panel_png
 from data.samples import BadSample, ImageSample, Split, image_members
-from data.shards import ShardWriter
+from data.shards.index import ShardWriter
+from data.shards.keys import check_unique
 from data.sources import Corpus, FashionMNISTConfig, Source, SourceConfig, WebDataset, corpora_of, listing_digest
+from data.sources.in_place import index_in_place
 from data.transforms import DEFAULT_MAX_PIXELS, FILTER_REASONS, ImageViewConfig, MaxPixels, view_sample
-from pipelines.config import ConfigError, StageConfig, config_from_command_line
-from pipelines.runtime.parts import finished_parts, make_parts
-from pipelines.runtime.progress import progress_line
-from pipelines.runtime.quarantine import REPORTED, BadSamplePolicy, settle_quarantine
-from pipelines.runtime.request import blaming
-from pipelines.runtime.stage import Stage, running_stage
+from pipelines.model.grids import panel_png
+from pipelines.runtime.config.experiment import ConfigError, StageConfig, config_from_command_line
+from pipelines.runtime.stage.fingerprint import blaming
+from pipelines.runtime.stage.progress import progress_line
+from pipelines.runtime.stage.quarantine import REPORTED, BadSamplePolicy, settle_quarantine
+from pipelines.runtime.stage.stage import Stage, running_stage
+from pipelines.runtime.stage.work_items import finished_parts, make_parts
 
 EXAMPLE_ROWS = 4
 MAX_EXAMPLE_COLUMNS = 12

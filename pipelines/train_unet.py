@@ -20,26 +20,26 @@ from torch import Tensor, nn
 
 from data.loading import LatentShards, Prefetch, prefetch
 from data.manifest import Manifest
-from data.order import FullShuffleConfig, OrderConfig
+from data.order.order import FullShuffleConfig, OrderConfig
 from data.randomness import SampleDraws
 from data.samples import Split
+from models.autoencoder.vae import Posterior
 from models.denoiser import Denoiser, DenoiserConfig
-from models.vae import Posterior
-from pipelines.captions import CaptionFeatures, FeatureSourceConfig, StoredFeaturesConfig
-from pipelines.config import ConfigError, config_from_command_line
-from pipelines.foreign import STAND_INS, RandomStart, StartConfig, check_start, load_start
-from pipelines.inputs import verify_shards
-from pipelines.placement import placement_of
-from pipelines.published import Normalisation, check_same_vae, check_sampler_suits, publish
-from pipelines.runtime.checkpoint import Stateful, Weights
-from pipelines.runtime.ema import Averages
-from pipelines.runtime.launch import joined, launched_world_size
-from pipelines.runtime.optim import Optimizer
-from pipelines.runtime.performance import flops_of, known_peak_flops
-from pipelines.runtime.request import blaming
-from pipelines.runtime.stage import Stage, running_stage
-from pipelines.runtime.training import BatchShare, Training, TrainingConfig
-from pipelines.unet_observer import Observer, PanelConfig
+from pipelines.model.captions import CaptionFeatures, FeatureSourceConfig, StoredFeaturesConfig
+from pipelines.model.device import placement_of
+from pipelines.model.diffusers_weights import STAND_INS, RandomStart, StartConfig, check_start, load_start
+from pipelines.model.inputs import verify_shards
+from pipelines.model.validation import Observer, PanelConfig
+from pipelines.model.weights import Normalisation, check_same_vae, check_sampler_suits, publish
+from pipelines.runtime.config.experiment import ConfigError, config_from_command_line
+from pipelines.runtime.stage.fingerprint import blaming
+from pipelines.runtime.stage.launch import joined, launched_world_size
+from pipelines.runtime.stage.stage import Stage, running_stage
+from pipelines.runtime.training.checkpoint import Stateful, Weights
+from pipelines.runtime.training.ema import Averages
+from pipelines.runtime.training.flops import flops_of, known_peak_flops
+from pipelines.runtime.training.loop import BatchShare, Training, TrainingConfig
+from pipelines.runtime.training.optim import Optimizer
 
 
 class TrainUNetInputs(BaseModel, frozen=True, extra="forbid"):

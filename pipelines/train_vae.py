@@ -17,31 +17,31 @@ import torch
 from pydantic import BaseModel, NonNegativeFloat, PositiveInt
 from torch import Tensor, nn
 
-from data.commit import write_atomically
+from data.files import write_atomically
 from data.loading import ImageShards, Prefetch, prefetch
 from data.manifest import Manifest
-from data.order import FullShuffleConfig, OrderConfig
-from data.panels import panel_png
+from data.order.order import FullShuffleConfig, OrderConfig
 from data.randomness import SampleDraws
 from data.transforms import to_levels, to_unit_range
-from models.adversary_start import AdversaryStart
-from models.discriminator import Discriminator
+from models.autoencoder.discriminator import Discriminator
+from models.autoencoder.discriminator_start import AdversaryStart
+from models.autoencoder.health import gradient_norms, latent_figures
+from models.autoencoder.objective import PatchAdversary, VAELoss, VAEObjective, VAEObjectiveConfig, discriminator_loss
+from models.autoencoder.vae import AutoencoderKL, Posterior, VAEConfig
 from models.metrics import psnr
-from models.vae import AutoencoderKL, Posterior, VAEConfig
-from models.vae_health import gradient_norms, latent_figures
-from models.vae_objective import PatchAdversary, VAELoss, VAEObjective, VAEObjectiveConfig, discriminator_loss
-from pipelines.config import ConfigError, config_from_command_line
-from pipelines.inputs import verify_shards
-from pipelines.placement import Placement, placement_of
-from pipelines.published import publish
-from pipelines.runtime.checkpoint import Stateful, Weights
-from pipelines.runtime.ema import Averages
-from pipelines.runtime.launch import joined, launched_world_size
-from pipelines.runtime.optim import Optimizer
-from pipelines.runtime.performance import flops_of, known_peak_flops
-from pipelines.runtime.request import blaming
-from pipelines.runtime.stage import Stage, running_stage
-from pipelines.runtime.training import BatchShare, Training, TrainingConfig
+from pipelines.model.device import Placement, placement_of
+from pipelines.model.grids import panel_png
+from pipelines.model.inputs import verify_shards
+from pipelines.model.weights import publish
+from pipelines.runtime.config.experiment import ConfigError, config_from_command_line
+from pipelines.runtime.stage.fingerprint import blaming
+from pipelines.runtime.stage.launch import joined, launched_world_size
+from pipelines.runtime.stage.stage import Stage, running_stage
+from pipelines.runtime.training.checkpoint import Stateful, Weights
+from pipelines.runtime.training.ema import Averages
+from pipelines.runtime.training.flops import flops_of, known_peak_flops
+from pipelines.runtime.training.loop import BatchShare, Training, TrainingConfig
+from pipelines.runtime.training.optim import Optimizer
 
 NUM_VALIDATION_IMAGES = 256
 NUM_PANEL_COLUMNS = 10

@@ -86,14 +86,15 @@ def run_here(name: str, *words: str, config: Path = SMOKE) -> subprocess.Complet
     What a process of its own adds is its start, which takes longer than all that such a call does.
     """
     words = ("--config", str(config), "--run.tracking_uri", "offline", *words)
+    module = f"pipelines.{name}" if name in STAGES else f"pipelines.tools.{name}"
     out, err, code = io.StringIO(), io.StringIO(), 0
     with (
-        mock.patch.object(sys, "argv", [f"pipelines.{name}", *words]),
+        mock.patch.object(sys, "argv", [module, *words]),
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(err),
     ):
         try:
-            importlib.import_module(f"pipelines.{name}").main()
+            importlib.import_module(module).main()
         except SystemExit as end:
             code = end.code if isinstance(end.code, int) else int(end.code is not None)
     return subprocess.CompletedProcess(words, code, out.getvalue(), err.getvalue())

@@ -18,22 +18,22 @@ import torch.distributed as dist
 from conftest import SMOKE
 from torch import Tensor, nn
 
-from data.commit import FolderLock
+from data.files import FolderLock
 from data.manifest import Manifest
 from data.prefetch import Loaded
 from data.randomness import SampleDraws
 from models.denoiser import Denoiser
-from pipelines.config import RunConfig, load_config
-from pipelines.paired import compare
-from pipelines.placement import placement_of
-from pipelines.runtime.checkpoint import Weights
-from pipelines.runtime.ema import Averages
-from pipelines.runtime.launch import StopRequest, joined, start_accelerator
-from pipelines.runtime.optim import Optimizer, learning_rate
-from pipelines.runtime.stage import Stage
-from pipelines.runtime.tracking import SilentTracker
-from pipelines.runtime.training import Training
-from pipelines.runtime.training_config import BatchShare
+from pipelines.model.device import placement_of
+from pipelines.runtime.config.experiment import RunConfig, load_config
+from pipelines.runtime.stage.launch import StopRequest, joined, start_accelerator
+from pipelines.runtime.stage.stage import Stage
+from pipelines.runtime.tracking.tracker import SilentTracker
+from pipelines.runtime.training.checkpoint import Weights
+from pipelines.runtime.training.config import BatchShare
+from pipelines.runtime.training.ema import Averages
+from pipelines.runtime.training.loop import Training
+from pipelines.runtime.training.optim import Optimizer, learning_rate
+from pipelines.tools.paired_timing import compare
 from pipelines.train_unet import LatentDraw, TrainUNetConfig, build_denoiser, one_update
 
 CHANNELS, SIZE, CLASSES = 4, 16, 10

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import numpy as np
 
-from data.in_place import index_in_place
 from data.loading import ImageShards
 from data.manifest import write_manifest
-from data.order import BlockedShuffleConfig, FullShuffleConfig
-from data.remote import Cache
+from data.order.order import BlockedShuffleConfig, FullShuffleConfig
+from data.shards.remote import Cache
 from data.sources import Corpus, WebDatasetConfig
+from data.sources.in_place import index_in_place
 from data.transforms import ImageViewConfig
 
 BATCH = 6

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from data.prefetch import Loaded, Prefetch
 from pipelines import train_unet, train_vae
-from pipelines.runtime.selftest import fingerprint
-from pipelines.runtime.training import Training
-from pipelines.runtime.verdict import Judged
+from pipelines.runtime.training.anomalies import Judged
+from pipelines.runtime.training.loop import Training
+from pipelines.runtime.training.replica_check import fingerprint
 
 JUDGING = ("verdicts", "loss_scale")  # parts of a checkpoint that a refused update may change
 

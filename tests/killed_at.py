@@ -17,10 +17,10 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from data import commit
+from data import files as commit
 from data.loading import ImageShards
-from data.shards import ShardWriter
-from models.vae import AutoencoderKL
+from data.shards.index import ShardWriter
+from models.autoencoder.vae import AutoencoderKL
 
 PLACES = ("read", "encode", "write", "flush", "link", "linked", "rename", "renamed", "time")
 

@@ -15,15 +15,15 @@ SOURCES = sorted(path for package in PACKAGES for path in (REPOSITORY / package)
 # Third-party package -> the only files that may import it.
 DOORS = {
     "mlflow": (
-        "pipelines/runtime/tracking.py",
-        "pipelines/runtime/sender.py",
-        "pipelines/compare.py",
-        "pipelines/sync.py",
+        "pipelines/runtime/tracking/tracker.py",
+        "pipelines/runtime/tracking/sender.py",
+        "pipelines/tools/compare.py",
+        "pipelines/tools/sync.py",
     ),
     "xformers": ("models/attention.py",),
-    "webdataset": ("data/", "pipelines/benchmark_data.py"),
+    "webdataset": ("data/", "pipelines/tools/benchmark_data.py"),
     "accelerate": ("pipelines/",),
-    "diffusers": ("pipelines/benchmark.py",),
+    "diffusers": ("pipelines/tools/benchmark.py",),
 }
 
 
@@ -86,7 +86,13 @@ def test_no_stage_imports_a_stage() -> None:
 
 
 def test_the_runtime_knows_nothing_of_images() -> None:
-    allowed = ("data.commit", "data.manifest", "data.randomness", "pipelines.config", "pipelines.runtime")
+    allowed = (
+        "data.files",
+        "data.manifest",
+        "data.randomness",
+        "pipelines.runtime.config.experiment",
+        "pipelines.runtime",
+    )
     for path in (REPOSITORY / "pipelines" / "runtime").glob("*.py"):
         for module in imports_of(path):
             if module.split(".")[0] in PACKAGES and module not in PACKAGES:

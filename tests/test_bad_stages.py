@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from conftest import REPOSITORY, STAGES, TIMEOUT_SECONDS, Run, environment, stage_command, training_rows
 
-from data.commit import sha256_of
+from data.files import sha256_of
 
 # The discriminator speaks from update 10 on, so that faults fall before and after.
 DISCRIMINATOR = (

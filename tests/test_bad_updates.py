@@ -10,8 +10,8 @@ import torch
 from tiny_training import Recipe, Tiny
 from torch import Tensor
 
-from pipelines.runtime.optim import LossScale
-from pipelines.runtime.verdict import BadUpdateConfig, Verdicts
+from pipelines.runtime.training.anomalies import BadUpdateConfig, Verdicts
+from pipelines.runtime.training.optim import LossScale
 
 
 def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:

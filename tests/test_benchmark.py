@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from clocks import quietest_round
 
-from pipelines.benchmark_data import check_same
-from pipelines.paired import Ratio, compare
+from pipelines.tools.benchmark_data import check_same
+from pipelines.tools.paired_timing import Ratio, compare
 
 
 def test_a_known_ratio_is_found_and_the_control_holds_one() -> None:

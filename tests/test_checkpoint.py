@@ -8,9 +8,9 @@ import pytest
 import torch
 from tiny_training import Recipe, Tiny
 
-from pipelines.config import ConfigError
-from pipelines.runtime.checkpoint import CheckpointConfig, Checkpoints, DamagedCheckpoint, verify
-from pipelines.runtime.provenance import code_version
+from pipelines.runtime.config.experiment import ConfigError
+from pipelines.runtime.stage.provenance import code_version
+from pipelines.runtime.training.checkpoint import CheckpointConfig, Checkpoints, DamagedCheckpoint, verify
 
 
 def checkpoints(folder: Path, **config: int) -> Checkpoints:

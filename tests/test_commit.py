@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from conftest import environment, wait_until
 
-from data.commit import FolderLock, atomic_file, atomic_folder, sweep_temporaries, write_atomically, write_json
+from data.files import FolderLock, atomic_file, atomic_folder, sweep_temporaries, write_atomically, write_json
 from data.manifest import FileEntry, digest_of, read_manifest, verify_files, write_manifest
 
 
@@ -23,7 +23,7 @@ def test_a_failed_write_leaves_the_old_file_and_no_trace(tmp_path: Path) -> None
 
 def test_a_killed_writer_leaves_no_visible_file(tmp_path: Path) -> None:
     code = (
-        "import os, signal, sys\nfrom data.commit import atomic_file\n"
+        "import os, signal, sys\nfrom data.files import atomic_file\n"
         "with atomic_file(sys.argv[1]) as file:\n"
         "    file.write(b'x' * 100_000); file.flush(); os.kill(os.getpid(), signal.SIGKILL)\n"
     )
@@ -50,7 +50,7 @@ def test_a_folder_appears_whole_and_is_never_overwritten(tmp_path: Path) -> None
 
 def test_a_second_owner_is_told_who_the_first_is_and_a_dead_one_is_taken_over(tmp_path: Path) -> None:
     code = (
-        "import sys, time\nfrom data.commit import FolderLock\n"
+        "import sys, time\nfrom data.files import FolderLock\n"
         "FolderLock(sys.argv[1]).acquire(); print('locked', flush=True); time.sleep(60)\n"
     )
     owner = subprocess.Popen(

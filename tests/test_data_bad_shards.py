@@ -21,12 +21,12 @@ from PIL import Image
 from data.loading import ImageShards
 from data.manifest import FileEntry, write_manifest
 from data.samples import BadSample, encode_png
-from data.shards import ShardWriter
+from data.shards.index import ShardWriter
 from data.sources import WebDatasetConfig
 from data.transforms import FILTER_REASONS, ImageViewConfig, view_sample
-from pipelines.config import ConfigError
 from pipelines.prepare_corpus import PrepareCorpusConfig, shard_makers, view_at_reading
-from pipelines.runtime.quarantine import settle_quarantine
+from pipelines.runtime.config.experiment import ConfigError
+from pipelines.runtime.stage.quarantine import settle_quarantine
 
 SAMPLES = 7
 PLACES = {"start": 0, "middle": 3, "end": 6}

@@ -17,14 +17,14 @@ import pytest
 from conftest import REPOSITORY, Run, run_stage
 from PIL import Image
 
-from data.in_place import index_in_place
 from data.loading import ImageShards
 from data.manifest import read_manifest, verify_files
-from data.remote import Cache, check_address, local_path, matches
 from data.samples import BadSample
+from data.shards.remote import Cache, check_address, local_path, matches
+from data.shards.verification import verify_once
 from data.sources import Corpus, WebDatasetConfig
+from data.sources.in_place import index_in_place
 from data.transforms import ImageViewConfig, view_image
-from data.verified import verify_once
 
 SECRET = "wJalrXUtnFEMIsecretEXAMPLE"
 BUCKET_HOST = "127.0.0.1"
@@ -126,7 +126,7 @@ def test_a_shard_that_was_changed_without_changing_its_size_is_refused(
     entry = index_in_place(corpus, 1, "train", folder / "train-000001.tar", is_good=lambda found: True)
     shard = Path(entry.url)
     with monkeypatch.context() as patch:
-        patch.setattr("data.verified.sha256_of", lambda path: pytest.fail("it was read again"))
+        patch.setattr("data.shards.verification.sha256_of", lambda path: pytest.fail("it was read again"))
         verify_once(folder, entry)
     shard.touch()
     verify_once(folder, entry)  # read again, and still the same
@@ -238,7 +238,9 @@ def test_what_a_killed_process_left_in_the_cache_is_swept(s3: str, cache: Cache)
 
 
 def test_processes_that_want_the_same_file_fetch_it_once(s3: str, cache: Cache) -> None:
-    program = f"from data.remote import local_path; import os; print(os.stat(local_path('{s3}/00002.tar')).st_ino)"
+    program = (
+        f"from data.shards.remote import local_path; import os; print(os.stat(local_path('{s3}/00002.tar')).st_ino)"
+    )
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     jobs = [
         subprocess.Popen([sys.executable, "-c", program], env=environment, stdout=subprocess.PIPE) for _ in range(3)

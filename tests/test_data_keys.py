@@ -5,10 +5,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data import keys as keys_module
-from data.keys import check_unique, key_hashes, later_occurrences, repeated_key
 from data.manifest import FileEntry
-from data.shards import ShardIndex, ShardWriter
+from data.shards import keys as keys_module
+from data.shards.index import ShardIndex, ShardWriter
+from data.shards.keys import check_unique, key_hashes, later_occurrences, repeated_key
 
 
 def write(folder: Path, name: str, keys: list[str]) -> FileEntry:

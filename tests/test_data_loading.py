@@ -16,14 +16,14 @@ from conftest import wait_until
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from data import shard_set
 from data.buffers import Buffers
 from data.loading import ImageBatch, ImageShards, LatentShards
 from data.manifest import FileEntry, write_manifest
-from data.order import FullShuffleConfig, Order
+from data.order.order import FullShuffleConfig, Order
 from data.prefetch import pinned, prefetch
 from data.samples import BadSample, encode_npy, image_members, latent_members
-from data.shards import ShardWriter, index_path
+from data.shards import split as shard_set
+from data.shards.index import ShardWriter, index_path
 from data.transforms import ImageViewConfig, view_image
 
 SHAPE = (2, 3, 4, 5)

@@ -24,8 +24,8 @@ import pytest
 from conftest import REPOSITORY
 from PIL import Image
 
-from data.remote import range_policy, read_ranges
-from data.scanned import found_shards
+from data.shards.remote import range_policy, read_ranges
+from data.sources.listing import found_shards
 
 SHARDS, SAMPLES = 4, 20
 SLACK = 30_000  # bytes of a request's head and its answer's, at most
@@ -324,7 +324,7 @@ def test_a_server_that_knows_no_ranges_is_asked_for_whole_shards(payloads: dict[
 
 
 def test_a_server_that_nobody_vouches_for_is_refused(payloads: dict[str, bytes], tmp_path: Path) -> None:
-    program = "import sys; from data.remote import size_of; print(size_of(sys.argv[1]))"
+    program = "import sys; from data.shards.remote import size_of; print(size_of(sys.argv[1]))"
     with https(payloads, tmp_path) as service:
         for trusts in (True, False):
             environment = environment_of(service, tmp_path)
@@ -360,11 +360,11 @@ class Flaky:
 
 def test_only_the_ranges_that_failed_are_asked_for_again(monkeypatch: pytest.MonkeyPatch) -> None:
     flaky = Flaky(last=b"x" * 600)
-    monkeypatch.setattr("data.remote._filesystem", lambda scheme: flaky)
+    monkeypatch.setattr("data.shards.remote._filesystem", lambda scheme: flaky)
     assert read_ranges([("s3://b/x", 10 * n, 10 * n + 600) for n in range(6)]) == [b"x" * 600] * 6
     assert flaky.asked == 6 + 4
     for last, message in ((OSError("SECRET"), "cannot be read"), (b"", "gave 0 bytes for the range 0 to 600")):
-        monkeypatch.setattr("data.remote._filesystem", lambda scheme, last=last: Flaky(last=last))
+        monkeypatch.setattr("data.shards.remote._filesystem", lambda scheme, last=last: Flaky(last=last))
         with pytest.raises(OSError, match=message) as error:
             read_ranges([("s3://b/x", 10 * n, 10 * n + 600) for n in range(12)])
         assert "SECRET" not in str(error.value)
@@ -386,7 +386,7 @@ def test_what_was_found_in_a_shard_is_believed_as_long_as_it_is_that_version(
 ) -> None:
     monkeypatch.setenv("LATENTLINE_CACHE", str(tmp_path))
     about: dict[str, object] = {"size": 100, "ETag": "a"}
-    monkeypatch.setattr("data.scanned.properties_of", lambda url: about)
+    monkeypatch.setattr("data.sources.listing.properties_of", lambda url: about)
     (shard,) = found_shards(["s3://b/x.tar"])
     assert shard.key_hashes() is None
     shard.remember(np.array([3, 2**64 - 1], dtype=np.uint64))

@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data.commit import sha256_of
+from data.files import sha256_of
 from data.manifest import FileEntry
 from data.samples import BadSample, encode_npy, image_members
-from data.shards import ShardIndex, ShardWriter, index_path
+from data.shards.index import ShardIndex, ShardWriter, index_path
 
 
 def image_of(number: int) -> np.ndarray:

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data.samples import BadSample
-from data.scan import scan_shard, split_name
-from data.tar import Fault, Member, scan_tar
+from data.shards.scan import scan_shard, split_name
+from data.shards.tar import Fault, Member, scan_tar
 
 FORMATS = {"ustar": tarfile.USTAR_FORMAT, "gnu": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT}
 NAMES = st.text(st.characters(codec="utf-8", categories=("L", "N")), min_size=1, max_size=150)

@@ -5,16 +5,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from models.autoencoder.vae import AutoencoderKL, VAEConfig
 from models.conditioning import ClassConditionerConfig, TextConditionerConfig
 from models.denoiser import Denoiser, DenoiserConfig
-from models.diffusers_config import (
+from models.diffusers.config import (
     scheduler_config_to_diffusers,
     unet_config_from_diffusers,
     unet_config_to_diffusers,
     vae_config_from_diffusers,
     vae_config_to_diffusers,
 )
-from models.diffusers_format import (
+from models.diffusers.weights import (
     denoiser_from_diffusers,
     denoiser_to_diffusers,
     unet_from_diffusers,
@@ -31,7 +32,6 @@ from models.diffusion.schedule import (
     ScaledLinearScheduleConfig,
 )
 from models.unet import UNet, UNetConfig
-from models.vae import AutoencoderKL, VAEConfig
 
 NETWORK = UNetConfig(
     channels=(16, 32), blocks=(2, 2), attention=(False, True), heads=(2, 4), transformer_depth=(1, 2), norm_groups=8

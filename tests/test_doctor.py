@@ -17,12 +17,12 @@ from conftest import REPOSITORY, SMOKE, Run, environment
 from test_ranks import free_port
 from tiny_training import rank_environment
 
-from data.order import BlockedShuffleConfig
-from pipelines.config import load_config
-from pipelines.corpus_size import promised_corpus
-from pipelines.doctor_checks import file_operations, mlflow_store, shards, workers
-from pipelines.plan import stage_configs
+from data.order.order import BlockedShuffleConfig
 from pipelines.prepare_corpus import PrepareCorpusConfig
+from pipelines.runtime.config.experiment import load_config
+from pipelines.tools.corpus_size import promised_corpus
+from pipelines.tools.doctor_checks import file_operations, mlflow_store, shards, workers
+from pipelines.tools.plan import stage_configs
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def test_a_healthy_machine_passes_though_the_tracking_server_is_dead(
     report = json.loads(done.stdout)
     assert report["failed"] == 0
     assert levels(report, "MLflow") == ["warning"]
-    assert "pipelines.sync sends later" in done.stdout
+    assert "pipelines.tools.sync sends later" in done.stdout
     for check in ("attention", "workers", "file operations"):
         assert set(levels(report, check)) == {"ok"}, check
     assert not list(tmp_path.iterdir()), "it leaves nothing behind"
@@ -106,7 +106,7 @@ def test_a_file_system_on_which_nothing_can_be_committed_fails(
 
 
 def test_sqlite_on_a_network_folder_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipelines.runtime.run_identity.network_file_system", lambda path: "nfs4")
+    monkeypatch.setattr("pipelines.runtime.tracking.identity.network_file_system", lambda path: "nfs4")
     ((level, text),) = mlflow_store(f"sqlite:///{tmp_path}/mlflow.db", tmp_path, experiment="mine")
     assert level == "failed"
     assert "would be an sqlite file on a network folder (nfs4)" in text
@@ -152,7 +152,7 @@ def test_a_job_whose_ranks_differ_is_refused_on_every_rank(tmp_path: Path) -> No
     ranks = [
         subprocess.Popen(
             [
-                *(sys.executable, "-m", "pipelines.doctor", "--config", str(config), "--json"),
+                *(sys.executable, "-m", "pipelines.tools.doctor", "--config", str(config), "--json"),
                 *("--run.root", str(tmp_path / f"root of {rank}"), "--run.tracking_uri", "offline"),
             ],
             env=environment(**rank_environment(rank, 2, port)),

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from pipelines.runtime.ema import Averages, ExponentialAverage, PowerAverage, decay_at, power_exponent
+from pipelines.runtime.training.ema import Averages, ExponentialAverage, PowerAverage, decay_at, power_exponent
 
 
 def test_the_fused_update_is_the_plain_recurrence() -> None:

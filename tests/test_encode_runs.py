@@ -18,16 +18,16 @@ import pytest
 from conftest import REPOSITORY, Run, environment, run_stage, stage_command, wait_until
 from killed_at import PLACES
 
-from data.commit import FolderLock, sha256_of
-from data.latent_statistics import ChannelSums
+from data.files import FolderLock, sha256_of
 from data.loading import ImageShards
 from data.manifest import FileEntry
-from data.shards import ShardWriter
-from pipelines.encode_progress import EncodingProgress
-from pipelines.latent_figures import alarms, audit_keys, scale_in_validation, scale_of, statistics_plot
-from pipelines.runtime import claims as claims_module
-from pipelines.runtime.claims import Claims
-from pipelines.runtime.progress import progress_line
+from data.shards.index import ShardWriter
+from data.statistics import ChannelSums
+from pipelines.model.encoding_progress import EncodingProgress
+from pipelines.model.latent_audit import alarms, audit_keys, scale_in_validation, scale_of, statistics_plot
+from pipelines.runtime.stage import leases as claims_module
+from pipelines.runtime.stage.leases import Claims
+from pipelines.runtime.stage.progress import progress_line
 
 KILLS = int(os.environ.get("LATENTLINE_KILLS", "50"))
 
@@ -161,7 +161,7 @@ def test_a_part_is_claimed_by_one_and_free_again_afterwards(tmp_path: Path) -> N
 
 def test_a_killed_owners_claim_is_taken_over_at_once(tmp_path: Path) -> None:
     program = (
-        "import sys, time; from pathlib import Path; from pipelines.runtime.claims import Claims\n"
+        "import sys, time; from pathlib import Path; from pipelines.runtime.stage.leases import Claims\n"
         "with Claims(Path(sys.argv[1])) as claims, claims.claim('a'): print('claimed', flush=True); time.sleep(60)\n"
     )
     owner = subprocess.Popen(

@@ -10,12 +10,12 @@ import torch
 from conftest import Run, run_here, run_stage
 from torch import Tensor
 
+from models.autoencoder.vae import AutoencoderKL, Posterior, VAEConfig
 from models.denoiser import Denoiser, DenoiserConfig
 from models.diffusion.posterior import Variance
 from models.unet import UNetConfig
-from models.vae import AutoencoderKL, Posterior, VAEConfig
-from pipelines.evaluation_bound import BoundMeter, VariationalBoundConfig, bound_figures
-from pipelines.published import Normalisation
+from pipelines.evaluation.likelihood import BoundMeter, VariationalBoundConfig, bound_figures
+from pipelines.model.weights import Normalisation
 
 NETWORK = UNetConfig(
     channels=(8, 8), blocks=(1, 1), attention=(False, False), heads=(1, 1), transformer_depth=(1, 1), norm_groups=4

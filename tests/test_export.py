@@ -15,16 +15,16 @@ from conftest import Run, environment, run_here
 from safetensors.torch import load_file
 
 from data.manifest import read_manifest
+from models.autoencoder.vae import AutoencoderKL, VAEConfig
 from models.conditioning import ClassConditionerConfig, TextConditionerConfig
 from models.conditioning.text_encoder import MiniLMConfig
 from models.denoiser import Denoiser, DenoiserConfig
 from models.diffusion.samplers import DDIMConfig
 from models.unet import UNetConfig
-from models.vae import AutoencoderKL, VAEConfig
-from pipelines.export import ExportConfig, ExportInputs, compute_example
-from pipelines.model_card import model_card
-from pipelines.placement import Placement
-from pipelines.published import Normalisation, PublishedDenoiser, load_denoiser, load_vae
+from pipelines.model.device import Placement
+from pipelines.model.weights import Normalisation, PublishedDenoiser, load_denoiser, load_vae
+from pipelines.tools.export import ExportConfig, ExportInputs, compute_example
+from pipelines.tools.model_card import model_card
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +139,7 @@ def test_what_diffusers_cannot_hold_is_refused_before_anything_is_written(two_pr
 
 @pytest.mark.parametrize("kind", ["text", "text_and_class", "unconditional"])
 def test_cards_of_other_conditions_reproduce_their_samples_too(kind: str, tmp_path: Path) -> None:
-    from pipelines import export
+    from pipelines.tools import export
 
     torch.manual_seed(0)
     text = TextConditionerConfig(width=12, encoder=MiniLMConfig(max_tokens=5))

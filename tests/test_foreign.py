@@ -17,7 +17,7 @@ from data.transforms import to_unit_range
 from models.conditioning import ClassConditionerConfig, TextConditionerConfig
 from models.denoiser import Denoiser, DenoiserConfig
 from models.unet import UNetConfig
-from pipelines.foreign import DiffusersStart, RandomStart, check_start, foreign_vae, load_start
+from pipelines.model.diffusers_weights import DiffusersStart, RandomStart, check_start, foreign_vae, load_start
 
 NETWORK = UNetConfig(
     channels=(16, 32), blocks=(1, 1), attention=(False, True), heads=(1, 2), transformer_depth=(1, 1), norm_groups=8

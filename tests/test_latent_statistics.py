@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from data.latent_statistics import ChannelSums
+from data.statistics import ChannelSums
 
 
 def moments(num_samples: int, *, seed: int = 0) -> np.ndarray:

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 
-from pipelines.config import STAGE_FOLDERS
+from pipelines.runtime.config.experiment import STAGE_FOLDERS
 
 ROOT = Path(__file__).parent.parent
 STAGES = list(STAGE_FOLDERS)
@@ -29,7 +29,7 @@ case "$*" in
         if [[ " ${MISTAKEN:-} " == *" $stage "* ]]; then echo "$stage: a mistake" >&2; exit 2; fi
         printf '[run]\\nroot = "runs/a b"\\n[%s]\\n' "$stage" ;;
     *device_count*) echo "${NUM_GPUS:-0}" ;;
-    "-m pipelines.sync "*) echo "${@:3}" >synced ;;
+    "-m pipelines.tools.sync "*) echo "${@:3}" >synced ;;
     "-m accelerate.commands.launch "*)
         printf '%s\\n' "${@:3}" >"$RECORDS/$(date +%s%N)"
         for word in "$@"; do if [[ $word == pipelines.* ]]; then stage="${word#pipelines.}"; fi; done

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from models.adversary_start import AdversaryStart, AdversaryStartConfig, StartAtUpdate, StartOnPlateau
+from models.autoencoder.discriminator_start import AdversaryStart, AdversaryStartConfig, StartAtUpdate, StartOnPlateau
 
 PLATEAU = StartOnPlateau(every=1, window=3, min_improvement=0.01, latest_update=1_000)
 COUNTS, REFUSED = torch.zeros(()), torch.ones(())

@@ -12,21 +12,21 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor
 
-import models.perceptual
-import models.perceptual_weights
-from models.perceptual import Perceptual
-from models.perceptual_weights import convert, lpips_weights
+import models.autoencoder.perceptual
+import models.autoencoder.perceptual_weights
+from models.autoencoder.perceptual import Perceptual
+from models.autoencoder.perceptual_weights import convert, lpips_weights
 
-WHOLE = models.perceptual.STAGES
-STAGES = tuple((8,) * len(widths) for widths in models.perceptual.STAGES)
+WHOLE = models.autoencoder.perceptual.STAGES
+STAGES = tuple((8,) * len(widths) for widths in models.autoencoder.perceptual.STAGES)
 
 
 @pytest.fixture(autouse=True, scope="module")
 def _narrow_vgg() -> Iterator[None]:
     """VGG16 with eight channels a layer: every law here is of the formula, not of its width."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(models.perceptual, "STAGES", STAGES)
-        patch.setattr(models.perceptual_weights, "STAGES", STAGES)
+        patch.setattr(models.autoencoder.perceptual, "STAGES", STAGES)
+        patch.setattr(models.autoencoder.perceptual_weights, "STAGES", STAGES)
         yield
 
 
@@ -79,7 +79,7 @@ def by_the_paper(tree: dict, a: Tensor, b: Tensor) -> Tensor:
 
 
 def test_the_network_is_vgg16(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(models.perceptual, "STAGES", WHOLE)
+    monkeypatch.setattr(models.autoencoder.perceptual, "STAGES", WHOLE)
     with torch.device("meta"):
         network = Perceptual()
     parts = {"convolutions": network.stages, "channel weights": network.channel_weights}
@@ -148,7 +148,9 @@ def test_a_pickle_that_holds_code_is_refused_and_does_not_run(tmp_path: Path, mo
 
 
 def test_missing_or_wrong_weights_are_refused_with_advice(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"do not exist. Make it with `python -m models.perceptual_weights"):
+    with pytest.raises(
+        ValueError, match=r"do not exist. Make it with `python -m models.autoencoder.perceptual_weights"
+    ):
         Perceptual.from_file(tmp_path / "none.safetensors")
     save_file({"other": torch.zeros(1)}, tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match="does not hold the weights of LPIPS"):

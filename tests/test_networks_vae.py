@@ -8,14 +8,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributions import Normal, kl_divergence
 
-from models.discriminator import (
+from models.autoencoder.discriminator import (
     Discriminator,
     DiscriminatorConfig,
     adaptive_weight,
     discriminator_hinge_loss,
     generator_hinge_loss,
 )
-from models.vae import AutoencoderKL, Posterior, VAEConfig, _tile_starts
+from models.autoencoder.vae import AutoencoderKL, Posterior, VAEConfig, _tile_starts
 
 JUDGE = DiscriminatorConfig(channels=8, downsamplings=1, norm_groups=4)
 SMALL = VAEConfig(latent_channels=3, channels=(8, 16, 16), blocks_per_level=1, norm_groups=4)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from pipelines.runtime.optim import (
+from pipelines.runtime.training.optim import (
     ConstantRate,
     CosineRate,
     InverseSquareRootRate,

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.order import FullShuffleConfig, Order, SequentialConfig
+from data.order.order import FullShuffleConfig, Order, SequentialConfig
 
 SIZES = st.integers(1, 5_000)
 SEEDS = st.integers(0, 2**63 - 1)

@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 
 from data.loading import LatentShards
 from data.manifest import write_manifest
-from data.order import AnyOrderConfig, BlockedShuffleConfig, FullShuffleConfig, Order, WeightedConfig
+from data.order.order import AnyOrderConfig, BlockedShuffleConfig, FullShuffleConfig, Order, WeightedConfig
 from data.prefetch import prefetch
 from data.samples import latent_members
-from data.shards import ShardWriter
+from data.shards.index import ShardWriter
 
 LAYOUTS = st.fixed_dictionaries(
     {

@@ -24,7 +24,7 @@ from conftest import (
 )
 from PIL import Image
 
-from data.commit import sha256_of
+from data.files import sha256_of
 
 
 def test_every_stage_leaves_its_artefacts(two_process_run: Run) -> None:
@@ -160,7 +160,7 @@ def test_every_stage_is_one_finished_run_below_one_parent(two_process_run: Run) 
     from data.manifest import read_manifest
 
     root = two_process_run.root
-    sync = [sys.executable, "-m", "pipelines.sync", str(root)]
+    sync = [sys.executable, "-m", "pipelines.tools.sync", str(root)]
     subprocess.run(sync, env=environment(), cwd=REPOSITORY, check=True, capture_output=True)
     client = mlflow.MlflowClient(tracking_uri=f"sqlite:///{root.parent / 'mlflow.db'}")
     (experiment,) = client.search_experiments(filter_string="name = 'smoke'")

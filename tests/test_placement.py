@@ -10,11 +10,11 @@ from conftest import Run, run_here, run_stage
 
 from models import attention
 from models.attention import RequestedBackend, SelfAttention
+from models.autoencoder.vae import AutoencoderKL, VAEConfig
 from models.unet import UNet, UNetConfig
-from models.vae import AutoencoderKL, VAEConfig
-from pipelines import sample
-from pipelines.config import ConfigError, RunConfig
-from pipelines.placement import Placement, attention_on, placement_of
+from pipelines.model.device import Placement, attention_on, placement_of
+from pipelines.runtime.config.experiment import ConfigError, RunConfig
+from pipelines.tools import sample
 
 CPU = torch.device("cpu")
 

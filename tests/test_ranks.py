@@ -186,7 +186,7 @@ def test_a_rank_whose_launcher_died_while_it_was_importing_ends_too(launcher_liv
     rank = (
         "import os, sys, time\n"
         "while sys.argv[1] == 'False' and os.getppid() == int(sys.argv[2]): time.sleep(0.01)\n"
-        "from pipelines.runtime.launch import die_with_the_launcher\n"
+        "from pipelines.runtime.stage.launch import die_with_the_launcher\n"
         "die_with_the_launcher(); print('lives')\n"
     )
     launcher = (

@@ -7,14 +7,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from models.autoencoder.vae import AutoencoderKL, VAEConfig
 from models.denoiser import Denoiser, DenoiserConfig
 from models.diffusion.guidance import GuidanceConfig
 from models.diffusion.samplers import DDIMConfig, slerp
 from models.unet import UNetConfig
-from models.vae import AutoencoderKL, VAEConfig
-from pipelines.published import Normalisation
-from pipelines.sample import SampleConfig, start_of
-from pipelines.sampling import ImageSampler
+from pipelines.model.sampling import ImageSampler
+from pipelines.model.weights import Normalisation
+from pipelines.tools.sample import SampleConfig, start_of
 
 SIZE, FACTOR = 8, 2
 

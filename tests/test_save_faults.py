@@ -12,8 +12,8 @@ import pytest
 from conftest import environment, training_rows
 from tiny_training import Recipe, Tiny
 
-from pipelines.runtime.checkpoint import CheckpointConfig, Checkpoints
-from pipelines.runtime.tracking import open_tracker
+from pipelines.runtime.tracking.tracker import open_tracker
+from pipelines.runtime.training.checkpoint import CheckpointConfig, Checkpoints
 
 # All that a save asks of files; `test_no_call_of_a_save_is_forgotten` says when there is another.
 CALLS = (
@@ -25,7 +25,7 @@ CALLS = (
 FORKER = """
 import os, signal, sys, torch
 from pathlib import Path
-from pipelines.runtime.checkpoint import CheckpointConfig, Checkpoints
+from pipelines.runtime.training.checkpoint import CheckpointConfig, Checkpoints
 
 def save(store, update):
     store.save(update, {"model": {"w": torch.full((3,), float(update))}}, {"next_batch": update})

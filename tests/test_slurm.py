@@ -21,7 +21,7 @@ import psutil
 import pytest
 from conftest import REPOSITORY, SMOKE, STAGES, Run, environment, run_stage, training_rows, wait_until
 
-from data.commit import sha256_of
+from data.files import sha256_of
 
 pytestmark = [pytest.mark.soak, pytest.mark.timeout(1800)]
 

@@ -20,7 +20,7 @@ import pytest
 from conftest import REPOSITORY, STAGES, Run, environment, stage_command, training_rows
 from tiny_training import Recipe, Tiny
 
-from data.commit import sha256_of
+from data.files import sha256_of
 
 pytestmark = [pytest.mark.soak, pytest.mark.timeout(7200)]
 

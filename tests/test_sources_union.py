@@ -14,14 +14,14 @@ from pydantic import ValidationError
 
 from data.loading import ImageShards, LatentShards
 from data.manifest import FileEntry, read_manifest
-from data.mixture import slots_of
-from data.order import Order, WeightedConfig
+from data.order.mixture import slots_of
+from data.order.order import Order, WeightedConfig
 from data.samples import check_key
 from data.sources import SyntheticConfig, UnionConfig, WebDatasetConfig
 from data.sources.source import safe_key
 from data.transforms import decode_image
-from pipelines.config import ConfigError, load_config
 from pipelines.prepare_corpus import PrepareCorpusConfig
+from pipelines.runtime.config.experiment import ConfigError, load_config
 
 SIZES = {"photos": 600, "toys": 77, "maps": 9}
 

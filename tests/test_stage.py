@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from conftest import REPOSITORY, SMOKE, environment, kill_tree, run_stage
 
-from data.panels import panel_png
-from pipelines.config import ConfigError
-from pipelines.runtime.request import (
+from pipelines.model.grids import panel_png
+from pipelines.runtime.config.experiment import ConfigError
+from pipelines.runtime.stage.fingerprint import (
     already_done,
     begin_request,
     blaming,
@@ -21,8 +21,8 @@ from pipelines.runtime.request import (
     harmless_of,
     request_of,
 )
-from pipelines.runtime.stage import running_stage
-from pipelines.runtime.training_config import TrainingConfig
+from pipelines.runtime.stage.stage import running_stage
+from pipelines.runtime.training.config import TrainingConfig
 
 
 def request(**config: object) -> dict[str, object]:
@@ -122,7 +122,7 @@ def test_where_and_how_a_run_happens_does_not_change_its_digest(tmp_path: Path) 
 
 def test_a_folder_in_use_is_refused_with_its_owners_name(tmp_path: Path) -> None:
     code = (
-        "import sys, time\nfrom data.commit import FolderLock\n"
+        "import sys, time\nfrom data.files import FolderLock\n"
         "FolderLock(sys.argv[1]).acquire(); print('locked', flush=True); time.sleep(60)\n"
     )
     folder = tmp_path / "corpus"
@@ -132,7 +132,7 @@ def test_a_folder_in_use_is_refused_with_its_owners_name(tmp_path: Path) -> None
     assert owner.stdout is not None
     owner.stdout.readline()
     try:
-        words = [sys.executable, "-c", "import pipelines.runtime.stage as s; s.LOCK_PATIENCE_SECONDS = 0.2\n"
+        words = [sys.executable, "-c", "import pipelines.runtime.stage.stage as s; s.LOCK_PATIENCE_SECONDS = 0.2\n"
                  "import pipelines.prepare_corpus as p; p.main()"]  # fmt: skip
         done = subprocess.run(
             [*words, "--config", str(SMOKE), "--run.root", str(tmp_path)],
@@ -212,8 +212,8 @@ def test_mended_samples_are_looked_at_again_and_a_changed_listing_is_refused(tmp
 
 
 def test_a_second_start_leaves_the_outcome_of_the_owner_alone(tmp_path: Path) -> None:
-    from data.commit import FolderLock
-    from pipelines.runtime.outcome import Ending, leave_outcome
+    from data.files import FolderLock
+    from pipelines.runtime.config.outcome import Ending, leave_outcome
 
     owner = FolderLock(tmp_path)
     owner.acquire()
@@ -272,8 +272,8 @@ def test_a_second_signal_ends_at_once_and_what_one_ctrl_c_sends_twice_does_not()
     code = (
         "import sys, time\n"
         "from pathlib import Path\n"
-        "from pipelines.config import RunConfig\n"
-        "from pipelines.runtime.launch import StopRequest, start_accelerator\n"
+        "from pipelines.runtime.config.experiment import RunConfig\n"
+        "from pipelines.runtime.stage.launch import StopRequest, start_accelerator\n"
         "stop = StopRequest(Path(sys.argv[1]), start_accelerator(RunConfig()))\n"
         "with stop.listening():\n"
         "    print('listening', flush=True)\n"

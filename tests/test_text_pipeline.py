@@ -16,12 +16,12 @@ from tiny_text import WIDTH, write_encoder
 from data.loading import LatentBatch, LatentShards
 from data.manifest import Manifest, write_manifest
 from data.samples import latent_members
-from data.shards import ShardWriter
+from data.shards.index import ShardWriter
 from models.conditioning import TextConditionerConfig
 from models.conditioning.text_encoder import MiniLMConfig
 from models.denoiser import DenoiserConfig
-from pipelines.captions import CaptionEncoder, CaptionFeatures, ComputedFeaturesConfig
-from pipelines.config import ConfigError
+from pipelines.model.captions import CaptionEncoder, CaptionFeatures, ComputedFeaturesConfig
+from pipelines.runtime.config.experiment import ConfigError
 
 EMOJI = REPOSITORY / "pipelines" / "configs" / "emoji.toml"
 NUM_DRAWINGS, MAX_TOKENS = 96, 12

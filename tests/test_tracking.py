@@ -19,11 +19,11 @@ import pytest
 from clocks import FOREVER_SECONDS, quietest_round, seconds_of
 from PIL import Image
 
-from pipelines.runtime.credentials import without_credentials
-from pipelines.runtime.run_identity import network_file_system, pipeline_identity, store_uri
-from pipelines.runtime.sender import points_of
-from pipelines.runtime.spool import EVENTS, FILES, METRICS, cut_torn_tail, entries, entries_backwards
-from pipelines.runtime.tracking import SilentTracker, Tracker, flattened, open_tracker
+from pipelines.runtime.config.redaction import without_credentials
+from pipelines.runtime.tracking.identity import network_file_system, pipeline_identity, store_uri
+from pipelines.runtime.tracking.sender import points_of
+from pipelines.runtime.tracking.spool import EVENTS, FILES, METRICS, cut_torn_tail, entries, entries_backwards
+from pipelines.runtime.tracking.tracker import SilentTracker, Tracker, flattened, open_tracker
 
 REPOSITORY = Path(__file__).parents[1]
 Opener = Callable[..., Tracker]
@@ -298,7 +298,7 @@ def test_network_folders_are_told_from_local_ones(path: str, kind: str) -> None:
 
 def test_an_sqlite_store_on_a_network_folder_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    monkeypatch.setattr("pipelines.runtime.run_identity.network_file_system", lambda path: "nfs4")
+    monkeypatch.setattr("pipelines.runtime.tracking.identity.network_file_system", lambda path: "nfs4")
     with pytest.raises(
         ValueError, match=r"mlflow.db would be an sqlite file on a network folder \(nfs4\).*mlflow server"
     ):
@@ -324,11 +324,13 @@ def test_credentials_reach_no_file_and_no_terminal(
     assert [path for path, text in texts.items() if "opensesame" in text] == []
     said = capfd.readouterr()
     assert "opensesame" not in said.out + said.err
-    assert re.search(r"\d+ entries are not sent yet to http://\*\*\*@127.0.0.1:9.*python -m pipelines.sync", said.err)
+    assert re.search(
+        r"\d+ entries are not sent yet to http://\*\*\*@127.0.0.1:9.*python -m pipelines.tools.sync", said.err
+    )
 
 
 def test_stages_do_not_import_mlflow() -> None:
-    code = "import sys, pipelines.runtime.tracking; sys.exit('mlflow' in sys.modules)"
+    code = "import sys, pipelines.runtime.tracking.tracker; sys.exit('mlflow' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY).returncode == 0
 
 

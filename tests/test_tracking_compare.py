@@ -1,4 +1,4 @@
-"""`python -m pipelines.compare` on folders as the stages leave them."""
+"""`python -m pipelines.tools.compare` on folders as the stages leave them."""
 
 import json
 from pathlib import Path
@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from data.manifest import write_manifest
-from pipelines import compare
-from pipelines.runtime.tracking import open_tracker
+from pipelines.runtime.tracking.tracker import open_tracker
+from pipelines.tools import compare
 
 
 def make_run(root: Path, *, peak_lr: float, loss: float, accuracy: float = 0.9, samples: int = 1000) -> None:

@@ -25,10 +25,10 @@ from PIL import Image
 from safetensors.numpy import save_file
 from tiny_training import Recipe, Tiny
 
-from pipelines import sync
-from pipelines.paired import Ratio
-from pipelines.runtime.spool import METRICS, SENT_FILE
-from pipelines.runtime.tracking import Tracker, open_tracker
+from pipelines.runtime.tracking.spool import METRICS, SENT_FILE
+from pipelines.runtime.tracking.tracker import Tracker, open_tracker
+from pipelines.tools import sync
+from pipelines.tools.paired_timing import Ratio
 
 FAULTS = ("refuse", "blackhole", "slow", "503")
 TURNS, TURN_STEPS = 320, 20
@@ -317,7 +317,7 @@ def check_restarts(root: Path, server: MlflowServer, proxy: FaultProxy, *, resta
 STAGE = """
 import time
 from pathlib import Path
-from pipelines.runtime.tracking import open_tracker
+from pipelines.runtime.tracking.tracker import open_tracker
 root = Path({root!r})
 tracker = open_tracker(
     folder=root / "unet", root=root, stage="train_unet", experiment="tests",

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from conftest import Run, run_stage, training_rows
 
-from data.commit import sha256_of
+from data.files import sha256_of
 
 UPDATES, EVERY, WINDOW, MIN_IMPROVEMENT = 16, 2, 2, 0.15
 WORDS = (

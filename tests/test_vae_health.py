@@ -7,13 +7,13 @@ import torch
 from conftest import Run
 from safetensors.torch import save_file
 
-import models.perceptual
-from data.latent_statistics import ChannelSums
-from models.discriminator import Discriminator
-from models.perceptual import Perceptual
-from models.vae import AutoencoderKL, Posterior, VAEConfig
-from models.vae_health import NoGradient, gradient_norms, latent_figures
-from models.vae_objective import LPIPSTerm, PatchAdversary, VAELoss, VAEObjective, VAEObjectiveConfig
+import models.autoencoder.perceptual
+from data.statistics import ChannelSums
+from models.autoencoder.discriminator import Discriminator
+from models.autoencoder.health import NoGradient, gradient_norms, latent_figures
+from models.autoencoder.objective import LPIPSTerm, PatchAdversary, VAELoss, VAEObjective, VAEObjectiveConfig
+from models.autoencoder.perceptual import Perceptual
+from models.autoencoder.vae import AutoencoderKL, Posterior, VAEConfig
 
 CONFIG = VAEConfig(latent_channels=3, channels=(8, 8), blocks_per_level=1, norm_groups=4)
 
@@ -21,7 +21,11 @@ CONFIG = VAEConfig(latent_channels=3, channels=(8, 8), blocks_per_level=1, norm_
 @pytest.fixture(autouse=True)
 def _narrow_vgg(monkeypatch: pytest.MonkeyPatch) -> None:
     """Eight channels a layer are enough to be seen, or not, by the terms' gradients."""
-    monkeypatch.setattr(models.perceptual, "STAGES", tuple((8,) * len(widths) for widths in models.perceptual.STAGES))
+    monkeypatch.setattr(
+        models.autoencoder.perceptual,
+        "STAGES",
+        tuple((8,) * len(widths) for widths in models.autoencoder.perceptual.STAGES),
+    )
 
 
 def perceptual_file(folder: Path, *, blind: bool) -> Path:

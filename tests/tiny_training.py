@@ -18,19 +18,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from data.commit import FolderLock
+from data.files import FolderLock
 from data.prefetch import Loaded
 from data.randomness import SampleDraws
-from pipelines.config import RunConfig
-from pipelines.runtime.checkpoint import Weights
-from pipelines.runtime.ema import Averages
-from pipelines.runtime.launch import StopRequest, joined, start_accelerator
-from pipelines.runtime.optim import Optimizer
-from pipelines.runtime.selftest import SelfTestError
-from pipelines.runtime.stage import Stage
-from pipelines.runtime.tracking import SilentTracker
-from pipelines.runtime.training import Training
-from pipelines.runtime.training_config import BatchShare, TrainingConfig
+from pipelines.runtime.config.experiment import RunConfig
+from pipelines.runtime.stage.launch import StopRequest, joined, start_accelerator
+from pipelines.runtime.stage.stage import Stage
+from pipelines.runtime.tracking.tracker import SilentTracker
+from pipelines.runtime.training.checkpoint import Weights
+from pipelines.runtime.training.config import BatchShare, TrainingConfig
+from pipelines.runtime.training.ema import Averages
+from pipelines.runtime.training.loop import Training
+from pipelines.runtime.training.optim import Optimizer
+from pipelines.runtime.training.replica_check import SelfTestError
 
 BASE: dict[str, Any] = {
     "updates": 40,

@@ -18,8 +18,6 @@ from typing import Annotated, Literal, TypeVar
 import numpy as np
 from pydantic import AfterValidator, BaseModel, Field
 
-from data.keys import later_occurrences
-from data.remote import check_address, is_remote, matches
 from data.samples import (
     IMAGE_SUFFIXES,
     MAX_CAPTION_BYTES,
@@ -32,8 +30,10 @@ from data.samples import (
     parse_label,
     parse_metadata,
 )
-from data.scan import RawSample, mapped, scan_shard
-from data.scanned import FoundShard, found_shards
+from data.shards.keys import later_occurrences
+from data.shards.remote import check_address, is_remote, matches
+from data.shards.scan import RawSample, mapped, scan_shard
+from data.sources.listing import FoundShard, found_shards
 from data.sources.source import safe_key
 
 MAX_SHARDS = 1_000_000

@@ -1,0 +1,329 @@
+"""Shards: deterministic tars that plain ``webdataset`` reads, and the index that makes any sample of one reachable.
+
+Writing: equal samples give equal bytes (fixed time, owner, mode, order), committed whole or not at all. Reading: a
+shard is scanned once, strictly; the index (offset and size of every member, labels, keys, layout of arrays) is kept in
+``index/SHARD.safetensors`` beside it. An index is a cache: it names the shard's size and sha256, and is made again when
+it does not fit.
+"""
+
+import contextlib
+import hashlib
+import json
+import math
+import mmap
+import tarfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import save
+
+from data.files import atomic_file, write_atomically
+from data.manifest import FileEntry
+from data.samples import BadSample, NpyLayout, check_key, parse_label, parse_npy_layout
+from data.shards.scan import RawSample, mapped, scan_shard
+from data.shards.tar import BLOCK
+
+INDEX_FOLDER, INDEX_FORMAT = "index", 1
+_TENSORS = {"offsets": "<i8", "sizes": "<i8", "labels": "<i8", "key_bytes": "|u1", "key_ends": "<i8"}
+RECORD_BYTES = 20 * BLOCK  # a tar's length is a multiple of this, as tar(1) has it
+
+
+class ShardWriter:
+    """Write one shard; nothing is visible under ``path`` until the ``with`` block ends without an exception.
+
+    ``entry`` describes the shard afterwards, and its index lies beside it.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.entry: FileEntry | None = None
+        self._keys: set[str] = set()
+        self._digest, self._bytes = hashlib.sha256(), 0
+        self._commit = contextlib.ExitStack()
+
+    def __enter__(self) -> "ShardWriter":
+        self._file = self._commit.enter_context(atomic_file(self.path, sha256=self._digest.hexdigest))
+        return self
+
+    def add(self, key: str, members: Mapping[str, bytes]) -> None:
+        """Append a sample. Members are stored sorted by suffix, next to each other.
+
+        Raises:
+            BadSample: ``bad_key`` or ``duplicate_key``.
+        """
+        check_key(key)
+        if key in self._keys:
+            raise BadSample("duplicate_key", "a key names one sample of a shard", shard=self.path.name, key=key)
+        self._keys.add(key)
+        for suffix in sorted(members):
+            header = tarfile.TarInfo(f"{key}.{suffix}")
+            header.size, header.mode, header.mtime = len(members[suffix]), 0o644, 0
+            self._write(header.tobuf(tarfile.USTAR_FORMAT))
+            self._write(members[suffix])
+            self._write(bytes(-len(members[suffix]) % BLOCK))
+
+    def _write(self, payload: bytes) -> None:
+        self._file.write(payload)
+        self._digest.update(payload)
+        self._bytes += len(payload)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is not None:
+            self._commit.__exit__(kind, error, trace)
+            return
+        with self._commit:
+            self._write(bytes(2 * BLOCK))
+            self._write(bytes(-self._bytes % RECORD_BYTES))
+            self._file.flush()
+            entry = FileEntry(
+                name=self.path.name, bytes=self._bytes, sha256=self._digest.hexdigest(), samples=len(self._keys)
+            )
+            # Scanned from the file, not remembered, and before it is committed: what was written is what is found.
+            index = ShardIndex.build(Path(self._file.name), entry=entry)
+        index.save(index_path(self.path))
+        self.entry = entry
+
+
+def index_path(shard: Path) -> Path:
+    """Return where the index of a shard is kept."""
+    return shard.parent / INDEX_FOLDER / f"{shard.name}.safetensors"
+
+
+@dataclass(frozen=True)
+class ShardIndex:
+    """Where everything in one shard lies.
+
+    Args:
+        shard: Name of the shard.
+        bytes: Its size.
+        sha256: Its hash.
+        suffixes: Columns of ``offsets`` and ``sizes``.
+        offsets: First byte of each member, int64 (samples, suffixes); -1 where there is none.
+        sizes: Bytes of each member, likewise; -1 where there is none.
+        labels: int64 (samples,); -1 without ``cls``.
+        key_bytes: The keys in ASCII, one after the other, uint8.
+        key_ends: End of each key in ``key_bytes``, int64 (samples,).
+        layouts: Array layout by suffix, for those ``npy`` members that are alike in all samples.
+    """
+
+    shard: str
+    bytes: int
+    sha256: str
+    suffixes: tuple[str, ...]
+    offsets: np.ndarray
+    sizes: np.ndarray
+    labels: np.ndarray
+    key_bytes: np.ndarray
+    key_ends: np.ndarray
+    layouts: Mapping[str, NpyLayout]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def key(self, row: int) -> str:
+        """Return the key of a sample."""
+        start = self.key_ends.item(row - 1) if row else 0
+        return self.key_bytes[start : self.key_ends.item(row)].tobytes().decode("ascii")
+
+    def keys(self) -> list[str]:
+        """Return the keys of all samples, in order."""
+        whole, ends = self.key_bytes.tobytes().decode("ascii"), self.key_ends.tolist()
+        return [whole[start:end] for start, end in zip([0, *ends], ends, strict=False)]
+
+    def _arrays(self) -> dict[str, np.ndarray]:
+        return {name: np.ascontiguousarray(getattr(self, name)) for name in _TENSORS}
+
+    @classmethod
+    def build(cls, path: Path, *, entry: FileEntry) -> "ShardIndex":
+        """Scan a shard of ours.
+
+        Raises:
+            BadSample: The first thing that is wrong with it, naming shard and member.
+        """
+        with mapped(path) as buffer:
+            samples = scan_shard(buffer, shard=entry.name)
+            for sample in samples:
+                for fault in sample.faults:
+                    raise fault
+                check_key(sample.key)
+            if len(samples) != entry.samples:
+                raise BadSample(
+                    "wrong_count", f"{len(samples)} samples, its manifest says {entry.samples}", shard=entry.name
+                )
+            labels = [_label(buffer, sample, shard=entry.name) for sample in samples]
+            layouts = {
+                suffix: layout
+                for suffix in {suffix for sample in samples for suffix in sample.members}
+                if suffix.endswith("npy") and (layout := _common_layout(buffer, samples, suffix, shard=entry.name))
+            }
+        return cls.of_samples(samples, labels=labels, layouts=layouts, entry=entry)
+
+    @classmethod
+    def of_samples(
+        cls,
+        samples: Sequence[RawSample],
+        *,
+        labels: Sequence[int],
+        layouts: Mapping[str, NpyLayout],
+        entry: FileEntry,
+    ) -> "ShardIndex":
+        """Make the index of these samples of a shard, be it all of them or some."""
+        suffixes = tuple(sorted({suffix for sample in samples for suffix in sample.members}))
+        table = np.full((2, len(samples), len(suffixes)), -1, dtype=np.int64)
+        for row, sample in enumerate(samples):
+            for column, suffix in enumerate(suffixes):
+                if member := sample.members.get(suffix):
+                    table[:, row, column] = member.offset, member.size
+        keys = [sample.key for sample in samples]
+        return cls(
+            shard=entry.name,
+            bytes=entry.bytes,
+            sha256=entry.sha256,
+            suffixes=suffixes,
+            offsets=table[0],
+            sizes=table[1],
+            labels=np.array(labels, dtype=np.int64),
+            key_bytes=np.frombuffer("".join(keys).encode("ascii"), dtype=np.uint8),
+            key_ends=np.cumsum([len(key) for key in keys], dtype=np.int64),
+            layouts=layouts,
+        )
+
+    def save(self, path: Path) -> None:
+        """Write the index, whole or not at all; equal indexes give equal bytes."""
+        about = {
+            "format": INDEX_FORMAT,
+            "shard": self.shard,
+            "bytes": self.bytes,
+            "sha256": self.sha256,
+            "suffixes": self.suffixes,
+            "layouts": {suffix: [x.dtype, list(x.shape), x.header] for suffix, x in self.layouts.items()},
+        }
+        arrays = self._arrays()
+        about["arrays_sha256"] = _sha256(arrays)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # One metadata entry: safetensors does not keep the order of several.
+        write_atomically(path, save(arrays, metadata={"index": json.dumps(about, sort_keys=True)}))
+
+    @classmethod
+    def load(cls, path: Path, *, trusted: bool = False) -> "ShardIndex":
+        """Map an index: its pages are read when they are used, and shared by all processes of a node.
+
+        Args:
+            path: An index that ``save`` wrote.
+            trusted: It was checked before; its hash is not computed again.
+
+        Raises:
+            ValueError: It is damaged or of another format.
+        """
+        try:
+            about, arrays = _map_safetensors(path)
+            if about["format"] != INDEX_FORMAT:
+                raise ValueError(f"format {about['format']}, expected {INDEX_FORMAT}")
+            # A reader goes where the index points without looking again, so not a bit of it may have changed.
+            if not trusted and _sha256(arrays) != about["arrays_sha256"]:
+                raise ValueError("its content has changed")
+            return cls(
+                shard=about["shard"],
+                bytes=about["bytes"],
+                sha256=about["sha256"],
+                suffixes=tuple(about["suffixes"]),
+                layouts={suffix: NpyLayout(v[0], tuple(v[1]), v[2]) for suffix, v in about["layouts"].items()},
+                **arrays,
+            )
+        except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+            raise ValueError(f"{path} is not a readable shard index ({error}). Delete it; it is made again.") from error
+
+    @classmethod
+    def of(cls, path: Path, *, entry: FileEntry, kept: Path | None = None, trusted: bool = False) -> "ShardIndex":
+        """Return the index of a shard: the kept one when it fits ``entry``, else one made now and kept if possible.
+
+        Args:
+            path: The shard.
+            entry: What its manifest says of it.
+            kept: Where its index is kept; default beside the shard.
+            trusted: The kept one was checked before.
+
+        Raises:
+            ValueError: The index of a shard that others wrote does not fit: only its stage knows which samples count.
+        """
+        kept = kept or index_path(path)
+        if kept.is_file():
+            with contextlib.suppress(ValueError):
+                index = cls.load(kept, trusted=trusted)
+                if (index.bytes, index.sha256, len(index)) == (entry.bytes, entry.sha256, entry.samples):
+                    return index
+        if entry.url:
+            raise ValueError(f"{kept} is missing or does not fit {entry.url}. Prepare the corpus again.")
+        index = cls.build(path, entry=entry)
+        # A read-only or full folder costs the next opening time, nothing else.
+        with contextlib.suppress(OSError):
+            index.save(kept)
+        return index
+
+
+def _sha256(arrays: Mapping[str, np.ndarray]) -> str:
+    digest = hashlib.sha256()
+    for name in _TENSORS:
+        digest.update(f"{name} {arrays[name].dtype.str} {arrays[name].shape};".encode())
+        digest.update(arrays[name].tobytes())
+    return digest.hexdigest()
+
+
+def _map_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Return the metadata and, as views of the mapped file, the arrays of an index.
+
+    The format: eight bytes of length, a JSON header of that length, then the arrays at the offsets it gives. The
+    library would copy them, which for ten thousand shards is gigabytes in every process.
+    """
+    with open(path, "rb") as file:
+        buffer = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    start = 8 + int.from_bytes(buffer[:8], "little")
+    header = json.loads(buffer[8:start])
+    arrays = {}
+    for name, dtype in _TENSORS.items():
+        shape, (first, _) = header[name]["shape"], header[name]["data_offsets"]
+        flat = np.frombuffer(buffer, dtype=dtype, count=math.prod(shape), offset=start + first)
+        arrays[name] = flat.reshape(shape)
+    return json.loads(header["__metadata__"]["index"]), arrays
+
+
+def _label(buffer: bytes | mmap.mmap, sample: RawSample, *, shard: str) -> int:
+    """Return the label of a sample, -1 without ``cls``."""
+    member = sample.members.get("cls")
+    if member is None:
+        return -1
+    try:
+        return parse_label(buffer[member.offset : member.offset + min(member.size, 64)])
+    except BadSample as error:
+        raise error.at(shard=shard, key=sample.key, member=member.name) from None
+
+
+def _common_layout(buffer: bytes | mmap.mmap, samples: list[RawSample], suffix: str, *, shard: str) -> NpyLayout | None:
+    """Return the layout that all arrays ``suffix`` share, or None when some sample has none or another."""
+    first: NpyLayout | None = None
+    head = b""
+    for sample in samples:
+        member = sample.members.get(suffix)
+        if member is None:
+            return None
+        if (
+            first
+            and member.size == first.header + first.payload_bytes
+            and buffer[member.offset : member.offset + first.header] == head
+        ):
+            continue
+        try:
+            layout = parse_npy_layout(buffer[member.offset : member.offset + min(member.size, 8192)], size=member.size)
+        except BadSample as error:
+            raise error.at(shard=shard, key=sample.key, member=member.name) from None
+        if first is None:
+            first, head = layout, buffer[member.offset : member.offset + layout.header]
+        elif layout != first:
+            return None
+    return first

@@ -1,0 +1,52 @@
+"""Shards that others wrote, used where they lie: only an index is made, of the samples that are good."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from data.files import sha256_of
+from data.manifest import FileEntry
+from data.samples import BadSample, ImageSample, Split
+from data.shards.index import ShardIndex, index_path
+from data.shards.remote import is_remote, local_path
+from data.shards.verification import mark_verified
+from data.sources.union import Corpus
+from data.sources.webdataset import WebDataset
+
+
+def index_in_place(
+    corpus: Corpus, number: int, split: Split, path: Path, *, is_good: Callable[[ImageSample | BadSample], bool]
+) -> FileEntry:
+    """Index the good samples of one shard that belong to ``split``, and return its entry.
+
+    Args:
+        corpus: The opened source, which is a ``WebDataset``.
+        number: Which of its shards.
+        split: Which of its samples.
+        path: What the shard is called in the corpus; its index is kept beside that, no file of this name is made.
+        is_good: Told of each sample, or of what is wrong with it.
+    """
+    source = corpus.source
+    assert isinstance(source, WebDataset)
+    good, labels = [], []
+    for raw, found in source.samples_of(number, split):
+        if is_good(found) and isinstance(found, ImageSample):
+            adopted = corpus.adopted(found)
+            good.append(replace(raw, key=adopted.key))
+            labels.append(adopted.label)
+    url = source.urls[number]
+    file = local_path(url)
+    seen = file.stat()
+    entry = FileEntry(
+        name=path.name,
+        bytes=seen.st_size,
+        sha256=sha256_of(file),
+        samples=len(good),
+        url=url,
+        corpus=corpus.name,
+    )
+    index = ShardIndex.of_samples(good, labels=labels, layouts={}, entry=entry)
+    index.save(index_path(path))
+    if not is_remote(url):
+        mark_verified(path.parent, entry, {"bytes": seen.st_size, "changed": seen.st_mtime_ns})
+    return entry

@@ -1,0 +1,67 @@
+"""What was found in a far shard, remembered beside the cache: a restart lists a corpus without fetching it again.
+
+Of each sample only the hash of its key is kept, in order. A shard that was replaced is scanned again.
+"""
+
+import hashlib
+import json
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from data.files import write_atomically
+from data.shards.remote import Cache, is_remote, local_path, properties_of
+
+ASKED_AT_ONCE = 16
+_VERSIONS = ("ETag", "etag", "generation", "LastModified", "Last-Modified", "Content-MD5", "md5Hash")
+
+
+@dataclass(frozen=True)
+class FoundShard:
+    """A shard as it is now: its size, and what tells this version of it from others ("" when nothing does)."""
+
+    url: str
+    bytes: int
+    version: str
+
+    @property
+    def path(self) -> Path:
+        """A local file with its content; fetched again when the cache has dropped it."""
+        return local_path(self.url, size=self.bytes)
+
+    def key_hashes(self) -> np.ndarray | None:
+        """Return what was remembered of this version, uint64 (samples,), or None."""
+        path = Cache.of_environment().note(self.url)
+        if not self.version or not path.is_file():
+            return None
+        head, _, payload = path.read_bytes().partition(b"\n")
+        whole = hashlib.sha256(payload).hexdigest()
+        return np.frombuffer(payload, dtype="<u8") if head.decode("latin-1") == f"{self.version} {whole}" else None
+
+    def remember(self, key_hashes: np.ndarray) -> None:
+        """Keep what was found, if this version can be told from others."""
+        if self.version:
+            payload = key_hashes.astype("<u8").tobytes()
+            head = f"{self.version} {hashlib.sha256(payload).hexdigest()}\n"
+            write_atomically(Cache.of_environment().note(self.url), head.encode() + payload)
+
+
+def found_shards(urls: list[str]) -> list[FoundShard]:
+    """Ask for all shards, those that are far away many at once.
+
+    Raises:
+        OSError: One is not there.
+    """
+    with ThreadPoolExecutor(ASKED_AT_ONCE) as pool:
+        return list(pool.map(_found, urls))
+
+
+def _found(url: str) -> FoundShard:
+    if not is_remote(url):
+        return FoundShard(url, local_path(url).stat().st_size, "")
+    about = properties_of(url)
+    known = {name: str(about[name]) for name in _VERSIONS if about.get(name)}
+    version = hashlib.sha256(json.dumps([about["size"], known], sort_keys=True).encode()).hexdigest() if known else ""
+    return FoundShard(url, int(about["size"]), version)

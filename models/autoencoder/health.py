@@ -1,0 +1,55 @@
+"""The health of an autoencoder in training: which terms of the loss pull on it, and which latent channels say anything.
+
+Figures are of one micro-batch on each rank, averaged over the ranks: all ranks get the same, and all must call.
+"""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from models.autoencoder.objective import VAELoss, rank_mean_gradient
+from models.autoencoder.vae import Posterior
+
+ACTIVE_FRACTION = 0.1  # a channel is active when its mean varies more than this share of its total spread
+
+
+class NoGradient(RuntimeError):
+    """A term of the loss is there, but nothing is learned from it."""
+
+
+def gradient_norms(loss: VAELoss, *, last_layer: Tensor) -> dict[str, Tensor]:
+    """Return the L2 norm of each term's gradient at the decoder's last layer, weighted as in the total. A collective.
+
+    The KL divergence is not among them: it does not reach the decoder.
+
+    Raises:
+        NoGradient: The perceptual term has none, so its weight would be an illusion.
+    """
+    norms = {name: rank_mean_gradient(term, last_layer).norm() for name, term in loss.pulls.items()}
+    if "perceptual" in norms and float(norms["perceptual"]) == 0:
+        raise NoGradient(
+            "The perceptual term has no gradient at the decoder's last layer: the network would learn nothing from it. "
+            "Its weights file holds a network that does not see the images, or its weight is 0. Make the file again "
+            "with models/autoencoder/perceptual_weights.py, or remove train_vae.objective.perceptual."
+        )
+    return norms
+
+
+def latent_figures(posterior: Posterior) -> dict[str, Tensor]:
+    """Return the KL divergence of each channel (nats a sample), and how many channels are active. A collective."""
+    mean, log_variance = posterior.mean.detach().float(), posterior.log_variance.detach().float()
+    per_channel = torch.stack(
+        [
+            posterior.kl_per_channel().detach().mean(dim=0),
+            mean.mean(dim=(0, 2, 3)),
+            mean.square().mean(dim=(0, 2, 3)),
+            log_variance.exp().mean(dim=(0, 2, 3)),
+        ]
+    )  # (4 c)
+    if dist.is_initialized():
+        dist.all_reduce(per_channel)
+        per_channel /= dist.get_world_size()
+    kl, first_moment, second_moment, variance = per_channel
+    of_means = (second_moment - first_moment.square()).clamp(min=0)
+    active = of_means.sqrt() > ACTIVE_FRACTION * (of_means + variance).sqrt()
+    return {"active_channels": active.sum(), **{f"kl_{channel}": value for channel, value in enumerate(kl)}}

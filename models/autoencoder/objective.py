@@ -1,0 +1,145 @@
+"""What the VAE minimises: reconstruction, compression, and, when asked for, perception and an adversary.
+
+Every term is a mean over image elements: sums over an image are divided by C H W, so that the weights are those of
+Rombach et al. 2022 (arXiv:2112.10752, appendix G) at any resolution.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+import torch.distributed as dist
+from pydantic import BaseModel, Field, NonNegativeFloat, PositiveFloat
+from torch import Tensor, nn
+
+from models.autoencoder.discriminator import (
+    Discriminator,
+    DiscriminatorConfig,
+    adaptive_weight,
+    discriminator_hinge_loss,
+    generator_hinge_loss,
+)
+from models.autoencoder.discriminator_start import AdversaryStartConfig, StartAtUpdate
+from models.autoencoder.perceptual import Perceptual
+from models.autoencoder.vae import Posterior
+
+
+class NoPerceptualTerm(BaseModel, frozen=True, extra="forbid"):
+    """Pixels alone."""
+
+    kind: Literal["none"] = "none"  # no further weights needed
+
+
+class LPIPSTerm(BaseModel, frozen=True, extra="forbid"):
+    """LPIPS with VGG16 (Zhang et al. 2018, arXiv:1801.03924)."""
+
+    kind: Literal["lpips"] = "lpips"  # needs a weights file
+    weights: Path  # safetensors file; models/autoencoder/perceptual_weights.py says how to make it
+    weight: PositiveFloat = 1.0  # of the term
+
+
+class NoAdversary(BaseModel, frozen=True, extra="forbid"):
+    """No discriminator."""
+
+    kind: Literal["none"] = "none"  # the autoencoder trains alone
+
+
+class PatchAdversary(BaseModel, frozen=True, extra="forbid"):
+    """A PatchGAN discriminator with hinge loss and adaptive weight."""
+
+    kind: Literal["patchgan"] = "patchgan"  # sharper textures, after the reconstruction has settled
+    weight: PositiveFloat = 0.5  # of the adversarial term, on top of the adaptive weight
+    start: AdversaryStartConfig = StartAtUpdate()  # when the autoencoder begins to hear of the discriminator
+    discriminator: DiscriminatorConfig = DiscriminatorConfig()  # the network
+
+
+PerceptualTerm = Annotated[NoPerceptualTerm | LPIPSTerm, Field(discriminator="kind")]
+Adversary = Annotated[NoAdversary | PatchAdversary, Field(discriminator="kind")]
+
+
+class VAEObjectiveConfig(BaseModel, frozen=True, extra="forbid"):
+    """L1 + KL, with optional perceptual and adversarial terms."""
+
+    kl_weight: NonNegativeFloat = 1e-6  # of the KL divergence in nats, per image element
+    perceptual: PerceptualTerm = NoPerceptualTerm()  # distance of deep features
+    adversary: Adversary = NoAdversary()  # discriminator
+
+
+@dataclass(frozen=True, kw_only=True)
+class VAELoss:
+    """The loss of one micro-batch; all scalars."""
+
+    total: Tensor  # what is minimised
+    reconstruction: Tensor  # L1 and perception, weighted as in the total
+    terms: dict[str, Tensor]  # its parts, unweighted
+    pulls: dict[str, Tensor]  # those that reach the decoder, weighted as in the total
+
+
+class VAEObjective(nn.Module):
+    """The loss of a reconstruction. Holds the frozen perceptual network; the discriminator is trained elsewhere."""
+
+    def __init__(self, config: VAEObjectiveConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.perceptual: Perceptual | None = None
+        if isinstance(config.perceptual, LPIPSTerm):
+            self.perceptual = Perceptual.from_file(config.perceptual.weights)
+
+    def forward(
+        self,
+        images: Tensor,
+        reconstruction: Tensor,
+        posterior: Posterior,
+        *,
+        last_layer: Tensor,
+        discriminator: Discriminator | None,
+    ) -> VAELoss:
+        """Judge a reconstruction.
+
+        Args:
+            images: In [-1, 1]; (b C H W).
+            reconstruction: Same shape.
+            posterior: Of the latents.
+            last_layer: Weight of the decoder's last layer, where gradients are compared.
+            discriminator: The bare network, or None as long as there is none to hear of; the same on every rank. Its
+                weights get no gradient here.
+        """
+        elements = images[0].numel()
+        terms = {"l1": (images - reconstruction).abs().mean(), "kl": posterior.kl().mean() / elements}
+        pulls = {"l1": terms["l1"]}
+        if self.perceptual is not None:
+            assert isinstance(self.config.perceptual, LPIPSTerm)
+            terms["perceptual"] = self.perceptual(reconstruction, images).mean()
+            pulls["perceptual"] = self.config.perceptual.weight * terms["perceptual"]
+        reconstruction_loss = sum(pulls.values(), start=torch.zeros_like(terms["l1"]))
+        total = reconstruction_loss + self.config.kl_weight * terms["kl"]
+        adversary = self.config.adversary
+        if isinstance(adversary, PatchAdversary) and discriminator is not None:
+            terms["adversarial"] = generator_hinge_loss(discriminator(reconstruction))
+            weight = adaptive_weight(
+                rank_mean_gradient(reconstruction_loss, last_layer),
+                rank_mean_gradient(terms["adversarial"], last_layer),
+            )
+            pulls["adversarial"] = adversary.weight * weight * terms["adversarial"]
+            total = total + pulls["adversarial"]
+            terms["adaptive_weight"] = weight
+        return VAELoss(total=total, reconstruction=reconstruction_loss, terms=terms, pulls=pulls)
+
+
+def discriminator_loss(discriminator: nn.Module, images: Tensor, reconstruction: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the discriminator's hinge loss and the gap of its mean logits, real minus fake; scalars.
+
+    One call for both halves: a wrapped network must be called once a backward.
+    """
+    real, fake = discriminator(torch.cat([images, reconstruction.detach()])).chunk(2)
+    return discriminator_hinge_loss(real, fake), (real.mean() - fake.mean()).detach()
+
+
+def rank_mean_gradient(loss: Tensor, weight: Tensor) -> Tensor:
+    """Return the gradient of ``loss`` with respect to ``weight``, averaged over the ranks, so that all agree on it."""
+    (gradient,) = torch.autograd.grad(loss, weight, retain_graph=True)
+    if dist.is_initialized():
+        dist.all_reduce(gradient)
+        gradient /= dist.get_world_size()
+    return gradient

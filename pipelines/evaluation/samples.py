@@ -1,0 +1,264 @@
+"""What an evaluation looks at: batches of samples, of reconstructions and of real images, each with its features.
+
+Every batch is a part that any rank can make on its own, a pure function of its name: sample i has class i mod K, or the
+caption and class of a validation image that i picks, and noise (seed, i); batches have a fixed size and are composed by
+sample index.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import torch
+from pydantic import BaseModel, NonNegativeFloat, NonNegativeInt, PositiveInt, model_validator
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from data.files import write_atomically
+from data.loading import ImageShards
+from data.order.order import FullShuffleConfig, Order
+from data.transforms import to_levels, to_unit_range
+from models.diffusion.guidance import GuidanceConfig
+from models.diffusion.samplers import DDIMConfig, SamplerConfig
+from models.features import FeatureExtractor, FeatureExtractorConfig, ScatteringConfig
+from models.metrics import psnr, ssim
+from pipelines.evaluation.likelihood import BoundConfig, BoundMeter, NoBoundConfig, VariationalBoundConfig
+from pipelines.model.captions import as_tensors, prompt_encoder
+from pipelines.model.device import placement_of
+from pipelines.model.sampling import ImageSampler
+from pipelines.model.weights import load_denoiser, load_vae
+from pipelines.runtime.config.experiment import StageConfig
+from pipelines.runtime.stage.fingerprint import blaming
+from pipelines.runtime.stage.launch import Precision
+from pipelines.runtime.stage.stage import Stage
+
+
+class EvaluateInputs(BaseModel, frozen=True, extra="forbid"):
+    """What is evaluated, and against what."""
+
+    corpus: str  # folder of the image shards; its validation images are the reference
+    vae: str  # folder of the autoencoder that made the U-Net's latents
+    unet: str  # folder of the U-Net
+
+
+class DrawConfig(StageConfig):
+    """Which images are drawn, from what, and what looks at them."""
+
+    inputs: EvaluateInputs  # where the stage reads
+    seed: NonNegativeInt = 0  # of the samples' noise
+    num_samples: PositiveInt = 1_000  # images at each guidance scale: classes, or validation captions, in turn
+    batch_size: PositiveInt = 50  # images drawn at once; images of a batch may depend on it in their last bits
+    sampler: SamplerConfig = DDIMConfig(num_steps=50)  # how samples are drawn
+    guidance: GuidanceConfig = GuidanceConfig(scale=2.0)  # the default guidance, which is shown and stored first
+    sweep: tuple[NonNegativeFloat, ...] = (1.0, 1.5, 2.0, 3.0)  # guidance scales compared; the default's is added
+    extractor: FeatureExtractorConfig = ScatteringConfig()  # what metrics look at images with
+    probe_images: PositiveInt = 10_000  # training images that the class probe is fitted on, at most
+    likelihood: BoundConfig = NoBoundConfig()  # how probable the model finds validation latents
+    precision: Precision = "float32"  # what the networks compute in
+
+    @model_validator(mode="after")
+    def _whole_batches(self) -> Self:
+        if self.num_samples % self.batch_size:
+            raise ValueError(
+                f"num_samples = {self.num_samples} is not a multiple of batch_size = {self.batch_size}: batches have "
+                f"one size, so that each image has the same bits on any number of processes"
+            )
+        return self
+
+    @property
+    def scales(self) -> tuple[float, ...]:
+        """All guidance scales, the default first."""
+        return (self.guidance.scale, *sorted(set(self.sweep) - {self.guidance.scale}))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """The names of all parts."""
+
+    reference: list[str]
+    reconstructions: list[str]
+    bounds: list[str]
+    samples: dict[float, list[str]]
+
+    @property
+    def own(self) -> list[str]:
+        """Parts that belong to this evaluation; those of the reference are shared by all of one corpus."""
+        return [*self.reconstructions, *self.bounds, *(name for names in self.samples.values() for name in names)]
+
+
+class PartMaker:
+    """Makes parts: a batch of images each, with their features; a pure function of the part's name."""
+
+    def __init__(self, config: DrawConfig, stage: Stage) -> None:
+        self.config, self.stage = config, stage
+        placed = placement_of(stage)
+        device = placed.device
+        with blaming("inputs.vae"):
+            self.vae = load_vae(config.inputs.vae, stage.parents["vae"], placed=placed).network
+        with blaming("inputs.unet"):
+            published = load_denoiser(config.inputs.unet, stage.parents["unet"], placed=placed)
+        self.sampler = ImageSampler(
+            published.network,
+            published.normalisation,
+            self.vae,
+            latent_shape=(published.latent_channels, published.latent_size, published.latent_size),
+            seed=config.seed,
+        )
+        corpus = stage.parents["corpus"]
+        with blaming("inputs.corpus"):
+            self.images: dict[str, ImageShards] = {
+                "train": ImageShards(config.inputs.corpus, split="train", manifest=corpus, scattered=True),
+                "val": ImageShards(config.inputs.corpus, split="val", manifest=corpus),
+            }
+        with blaming("inputs.unet"):
+            self.prompts = prompt_encoder(published.network.config, published.text, device=device)
+        with blaming("evaluate.extractor"):
+            self.extractor: FeatureExtractor = config.extractor.build().to(device)
+        # Which real images are looked at: all validation images, and a draw of training images for the probe.
+        order = Order(FullShuffleConfig(), num_samples=len(self.images["train"]), seed=0)
+        probed = np.sort(order.indices(0, min(config.probe_images, len(self.images["train"]))))
+        self.real_indices = {"train": probed, "val": np.arange(len(self.images["val"]))}
+        name = f"{corpus.digest[:16]}-{self.extractor.name}-{self.extractor.weights_sha256[:16]}"
+        shape = f"{len(probed)}-{config.batch_size}"
+        self.reference_folder = Path(config.run.root).parent / "cache" / "features" / f"{name}-{shape}"
+
+    def plan(self) -> Plan:
+        """Name every part: what it holds, and the number of its batch."""
+        size = self.config.batch_size
+        batches = {split: -(-len(indices) // size) for split, indices in self.real_indices.items()}
+        return Plan(
+            reference=[f"{split}-{number:06}" for split in ("train", "val") for number in range(batches[split])],
+            reconstructions=[f"reconstruction-{number:06}" for number in range(batches["val"])],
+            bounds=[f"bound-{number:06}" for number in range(-(-self._num_bounds() // size))],
+            samples={
+                scale: [f"{key_prefix(scale)}-{number:06}" for number in range(self.config.num_samples // size)]
+                for scale in self.config.scales
+            },
+        )
+
+    def make_reference(self, name: str) -> dict[str, Any]:
+        """Extract the features of one batch of real images."""
+        split, number = name.rsplit("-", 1)
+        images, labels = self._real(split, int(number))
+        write_atomically(
+            self.reference_folder / f"{name}.safetensors",
+            save({"features": self._features(images), "labels": labels}),
+        )
+        return {"samples": len(labels)}
+
+    def make_own(self, name: str) -> dict[str, Any]:
+        """Reconstruct one batch of validation images or measure its likelihood, or draw one batch of samples."""
+        kind, number = name.rsplit("-", 1)
+        match kind:
+            case "reconstruction":
+                tensors = self._reconstructions(int(number))
+            case "bound":
+                tensors = self._bounds(int(number))
+            case _:
+                tensors = self._samples(kind, int(number))
+        write_atomically(self.stage.folder / "parts" / f"{name}.safetensors", save(tensors))
+        return {"samples": len(next(iter(tensors.values())))}
+
+    def read(self, names: list[str], key: str, *, folder: Path | None = None) -> Tensor:
+        """Return one tensor of all named parts, concatenated."""
+        folder = folder or self.stage.folder / "parts"
+        return torch.cat([load_file(folder / f"{name}.safetensors")[key] for name in names])
+
+    def labels(self, indices: range) -> Tensor:
+        """Classes of samples: in turn, so that all are equally frequent, or the captions'; -1 for none."""
+        if self.prompts is not None:
+            return torch.from_numpy(self._subjects(indices)[0])
+        num_classes = len(self.stage.parents["unet"].classes)
+        return torch.tensor([index % num_classes if num_classes else -1 for index in indices])
+
+    def captions(self, indices: range) -> list[str]:
+        """Captions that samples are drawn for; "" where the model reads none."""
+        return self._subjects(indices)[1] if self.prompts is not None else [""] * len(indices)
+
+    def _subjects(self, indices: range) -> tuple[np.ndarray, list[str]]:
+        """Labels and captions of the validation images that samples are drawn for; each image once before any twice."""
+        order = Order(FullShuffleConfig(), num_samples=len(self.images["val"]), seed=0)
+        return self.images["val"].labels_and_captions(order.indices(indices.start, len(indices)))
+
+    def _conditions(self, indices: range) -> dict[str, Tensor]:
+        conditions = {"labels": self.labels(indices)}
+        if self.prompts is not None:
+            self.prompts.forget()  # A part depends on its name alone.
+            conditions |= as_tensors(self.prompts(self.captions(indices)))
+        return conditions
+
+    def _real(self, split: str, number: int) -> tuple[Tensor, Tensor]:
+        size = self.config.batch_size
+        batch = self.images[split].read(self.real_indices[split][number * size : (number + 1) * size])
+        return torch.from_numpy(batch.images), torch.from_numpy(batch.labels)
+
+    @torch.no_grad()
+    def _reconstructions(self, number: int) -> dict[str, Tensor]:
+        real, _ = self._real("val", number)
+        size = self.config.batch_size
+        whole = torch.cat([real] * -(-size // len(real)))[:size]
+        with self.stage.accelerator.autocast():
+            posterior = self.vae.encode(to_unit_range(whole).to(self.stage.accelerator.device))
+            levels = torch.from_numpy(to_levels(self.vae.decode(posterior.mode())))[: len(real)]
+        found, expected = levels.movedim(-1, 1), real.movedim(-1, 1)
+        return {
+            "images": levels,
+            "features": self._features(levels),
+            "psnr": psnr(found, expected),
+            "ssim": ssim(found, expected),
+        }
+
+    def _num_bounds(self) -> int:
+        likelihood = self.config.likelihood
+        if isinstance(likelihood, NoBoundConfig):
+            return 0
+        return min(likelihood.num_images, len(self.images["val"]))
+
+    def _bounds(self, number: int) -> dict[str, Tensor]:
+        """The likelihood of one batch of validation images with their own conditions."""
+        likelihood, size = self.config.likelihood, self.config.batch_size
+        assert isinstance(likelihood, VariationalBoundConfig)
+        first, last = number * size, min((number + 1) * size, self._num_bounds())
+        # Filled up by repetition: a batch has one size.
+        indices = np.resize(np.arange(first, last), size)
+        batch = self.images["val"].read(indices)
+        conditions = {"labels": torch.from_numpy(batch.labels)}
+        if self.prompts is not None:
+            self.prompts.forget()
+            conditions |= as_tensors(self.prompts(batch.captions))
+        meter = BoundMeter(
+            likelihood,
+            network=self.sampler.network,
+            normalisation=self.sampler.normalisation,
+            vae=self.vae,
+            seed=self.config.seed,
+        )
+        terms = meter.measure(
+            indices.tolist(),
+            to_unit_range(batch.images),
+            conditions,
+            autocast=self.stage.accelerator.autocast(),
+        )
+        return {name: values[: last - first].contiguous() for name, values in terms.items()}
+
+    def _samples(self, kind: str, number: int) -> dict[str, Tensor]:
+        scale = next(scale for scale in self.config.scales if key_prefix(scale) == kind)
+        indices = range(number * self.config.batch_size, (number + 1) * self.config.batch_size)
+        images = self.sampler.draw(
+            indices,
+            self._conditions(indices),
+            sampler=self.config.sampler,
+            guidance=self.config.guidance.model_copy(update={"scale": scale}),
+            autocast=self.stage.accelerator.autocast(),
+        )
+        levels = torch.from_numpy(images)
+        return {"images": levels, "features": self._features(levels)}
+
+    def _features(self, levels: Tensor) -> Tensor:
+        return self.extractor(levels.movedim(-1, 1).contiguous()).cpu()
+
+
+def key_prefix(scale: float) -> str:
+    """Return the part of a sample's key that names its guidance scale; keys hold no dot."""
+    return f"guidance_{scale:g}".replace(".", "p")

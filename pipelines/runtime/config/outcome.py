@@ -1,0 +1,84 @@
+"""How a run of a stage ended, for scripts: ``outcome.json`` in its folder.
+
+``accelerate launch`` makes 1 of every exit code, so this file holds the true one. Of the ranks of one run the first to
+end says why; those that it takes along do not write over it. Nobody writes into a folder that another run owns.
+"""
+
+import json
+import os
+import shlex
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from data.files import FolderLock, temporary_beside, write_json
+from pipelines.runtime.config.redaction import without_credentials
+
+OUTCOME_NAME = "outcome.json"
+EXIT_CODES = {"done": 0, "failed": 1, "stopped": 75}
+State = Literal["done", "failed", "stopped"]
+
+
+@dataclass
+class Ending:
+    """How this process sees the end of its run; failed until it is known to be better."""
+
+    state: State = "failed"
+    code: int = 1
+    working: bool = False  # past the checks, in a folder of its own
+
+    def reached(self, state: State, *, code: int | None = None) -> None:
+        """Say how it ended; ``code`` where it is not the state's own."""
+        self.state, self.code = state, EXIT_CODES[state] if code is None else code
+
+    def tell(self, folder: Path, *, speaks: bool) -> None:
+        """Leave ``outcome.json``; learn from it when another rank of this run has ended first.
+
+        Args:
+            folder: The run's folder, whose outcome of an earlier run was removed when the work began.
+            speaks: True on the main process; the others only tell of failures in the work.
+        """
+        if not self.working:
+            if speaks:
+                leave_outcome(folder, state=self.state, code=self.code)
+            return
+        if not speaks and self.state != "failed":
+            return
+        temporary = temporary_beside(folder / OUTCOME_NAME)
+        temporary.write_text(_text(self.state, self.code))
+        try:
+            os.link(temporary, folder / OUTCOME_NAME)  # fails when the name is taken, and never shows half a file
+        except FileExistsError:
+            if self.state != "failed":
+                self.reached("failed")
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def leave_outcome(folder: Path, *, state: State, code: int) -> None:
+    """Write the outcome of a run that ended before its work began, unless another run owns the folder."""
+    lock = FolderLock(folder)
+    try:
+        lock.acquire()
+    except BlockingIOError:
+        return
+    try:
+        write_json(folder / OUTCOME_NAME, json.loads(_text(state, code)))
+    finally:
+        lock.release()
+
+
+def _text(state: State, code: int) -> str:
+    outcome = {"state": state, "exit_code": code, "resume_command": resume_command()}
+    return json.dumps(outcome, indent=2) + "\n"
+
+
+def resume_command() -> str:
+    """Return the command that started this process, without passwords, for messages and outcome.json."""
+    main = sys.modules.get("__main__")
+    module = getattr(getattr(main, "__spec__", None), "name", None)
+    words = ["python", "-m", module] if module else ["python", sys.argv[0]]
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        words = ["accelerate", "launch", "[launcher flags]", "-m", str(module)]
+    return without_credentials(" ".join([*words, *(shlex.quote(word) for word in sys.argv[1:])]), queries=True)

@@ -1,0 +1,174 @@
+"""What a stage is asked to do: its inputs, its configuration, and whether that very thing is done already."""
+
+import json
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from functools import reduce
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from data.files import write_json
+from data.manifest import MANIFEST_NAME, Manifest, read_manifest
+from pipelines.runtime.config.experiment import ConfigError, StageConfig
+
+StandIns = Mapping[str, Callable[[Path], Manifest | None]]
+
+
+def read_parents(
+    config: StageConfig, wanted: Mapping[str, str], *, stand_ins: StandIns = MappingProxyType({})
+) -> dict[str, Manifest]:
+    """Read the manifests of a stage's inputs.
+
+    Args:
+        config: Says where the inputs are.
+        wanted: Input name -> stage that makes it.
+        stand_ins: Input name -> what makes a manifest of a folder that another program wrote, None where it did not.
+
+    Raises:
+        ConfigError: Naming every input that is missing or unreadable.
+    """
+    parents, mistakes = {}, []
+    for name, maker in wanted.items():
+        folder = getattr(config.inputs, name)  # type: ignore[attr-defined]
+        try:
+            stand_in = stand_ins[name](Path(folder)) if name in stand_ins else None
+            parents[name] = stand_in or read_manifest(folder)
+        except (FileNotFoundError, NotADirectoryError):
+            mistakes.append(
+                f"inputs.{name} = {folder!r} holds no {MANIFEST_NAME}: it is not there or not finished. "
+                f"Run pipelines.{maker} first, or point inputs.{name} at a finished folder."
+            )
+        except ValueError as error:
+            mistakes.append(f"inputs.{name} = {folder!r}: {error}")
+    if mistakes:
+        raise ConfigError("\n  ".join(mistakes))
+    return parents
+
+
+def request_of(name: str, config: StageConfig, parents: Mapping[str, Manifest]) -> dict[str, Any]:
+    """Return what the stage is asked to do: its configuration without places, and its parents' digests.
+
+    Places (``run.*``, ``inputs.*``) and the keys a configuration calls harmless do not change the result, so equal work
+    has an equal digest wherever it was done.
+    """
+    whole = config.model_dump(mode="json", exclude={"run", "inputs"})
+    for key in config.harmless:
+        *tables, last = key.split(".")
+        reduce(lambda table, name: table[name], tables, whole).pop(last)
+    return {"stage": name, "config": whole, "parents": {key: parent.digest for key, parent in sorted(parents.items())}}
+
+
+def harmless_of(config: StageConfig) -> dict[str, Any]:
+    """Return the values of a configuration's harmless keys, by dotted key."""
+    leaves = flattened(config.model_dump(mode="json", exclude={"run", "inputs"}))
+    return {key: value for key, value in leaves.items() if _is_among(key, config.harmless)}
+
+
+def begin_request(folder: Path, request: Mapping[str, Any], *, harmless: Mapping[str, Any]) -> list[str]:
+    """Write down what the stage now does, and return what of it has changed since its last start, line by line."""
+    path, lines = folder / "request.json", []
+    if path.is_file():
+        before = json.loads(path.read_bytes())
+        lines = [line for _, line in differing_keys(before, request)]
+        lines += [line for _, line in _differences(before.get("harmless", harmless), harmless)]
+    write_json(path, {**request, "harmless": dict(harmless)})
+    return lines
+
+
+def ancestors(parents: Mapping[str, Manifest]) -> dict[str, str]:
+    """Return the digests of the inputs and of what those were made from, as far as the manifests tell."""
+    older = {key: digest for parent in parents.values() for key, digest in parent.content.get("parents", {}).items()}
+    return {**older, **{key: parent.digest for key, parent in parents.items()}}
+
+
+def already_done(
+    folder: Path,
+    request: Mapping[str, Any],
+    *,
+    allowed: tuple[str, ...],
+    harmless: Collection[str] = (),
+    trains: bool = True,
+) -> bool:
+    """Return whether the stage has finished this very request; False when it has yet to start or to continue.
+
+    Args:
+        folder: Of the stage.
+        request: What it is asked to do.
+        allowed: Keys whose change the user accepts while it is unfinished.
+        harmless: Keys that do not matter, though an older version may have written them down.
+        trains: Whether a change can be accepted at all.
+
+    Raises:
+        ConfigError: The folder holds another request's work; the message shows each difference.
+    """
+    finished = (folder / MANIFEST_NAME).is_file()
+    if finished:
+        try:
+            before: Mapping[str, Any] = read_manifest(folder).content
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
+    elif (folder / "request.json").is_file():
+        before = json.loads((folder / "request.json").read_bytes())
+    else:
+        return False
+    differences = [
+        line for key, line in differing_keys(before, request, harmless=harmless) if key not in allowed or finished
+    ]
+    if not differences:
+        return finished
+    what = "finished with" if finished else "begun with"
+    advice = ", or accept the change with --allow-changed KEY" if trains and not finished else ""
+    raise ConfigError(
+        f"{folder} was {what} another request:\n    "
+        + "\n    ".join(differences)
+        + "\n  Change it back, choose another "
+        f"run.root, or move the folder away{advice}."
+    )
+
+
+def differing_keys(
+    before: Mapping[str, Any], now: Mapping[str, Any], *, harmless: Collection[str] = ()
+) -> list[tuple[str, str]]:
+    """Return (key, "key: was X, is now Y") for each difference between two requests that matters."""
+    old, new = (flattened({"parents": each["parents"], **each["config"]}) for each in (before, now))
+    return [(key, line) for key, line in _differences(old, new) if not _is_among(key, harmless)]
+
+
+def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[tuple[str, str]]:
+    return [
+        (key, f"{key}: was {_show(old.get(key))}, is now {_show(new.get(key))}")
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key)
+    ]
+
+
+@contextmanager
+def blaming(key: str) -> Iterator[None]:
+    """Turn a ValueError or OSError of the layers below into a ConfigError about ``key``: the user can mend it there."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        raise ConfigError(f"{key}: {error}") from error
+
+
+def flattened(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """Return the leaves of nested tables by dotted name."""
+    if isinstance(tree, Mapping) and tree:
+        return {
+            k: v
+            for key, value in tree.items()
+            for k, v in flattened(value, f"{prefix}.{key}" if prefix else str(key)).items()
+        }
+    if isinstance(tree, list) and any(isinstance(item, Mapping) for item in tree):
+        return flattened({str(index): item for index, item in enumerate(tree)}, prefix)
+    return {prefix: tree}
+
+
+def _is_among(key: str, names: Collection[str]) -> bool:
+    """Return whether a dotted key is one of ``names`` or lies in one of their tables."""
+    return any(key == name or key.startswith(f"{name}.") for name in names)
+
+
+def _show(value: Any) -> str:
+    return "absent" if value is None else str(value)

@@ -1,0 +1,116 @@
+"""Who is making which part: hints that keep processes from making one part twice.
+
+A claim is a file made exclusively, touched again and again while its owner lives. It is a hint and no lock: a part that
+is made twice has equal bytes, and the first to publish wins. So nothing breaks when a file server is slow to show a
+claim, or when an owner was only asleep. Ages are by the file server's clock, since machines disagree about the time.
+"""
+
+import contextlib
+import json
+import os
+import secrets
+import socket
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+
+from data.files import sweep_temporaries
+
+HEARTBEAT_SECONDS = 5.0
+STALE_SECONDS = 30.0  # without a heartbeat a claim's owner counts as dead
+
+
+def sweep_after_the_dead(folder: Path) -> bool:
+    """Remove claims and temporary files of killed processes in ``folder``; False when somebody is still at work."""
+    with Claims(folder) as claims:
+        if any(not claims.is_dead(path) for path in folder.glob("*.claim")):
+            return False
+        for path in folder.glob("*.claim"):
+            path.unlink(missing_ok=True)
+    sweep_temporaries(folder)
+    return True
+
+
+class Claims:
+    """The claims of one process in a folder; close it when the work ends."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder, self._held = folder, set[Path]()
+        self._clock = folder / f".clock-{os.getpid()}-{secrets.token_hex(6)}"
+        self._lock, self._stop = threading.Lock(), threading.Event()
+        self._heart = threading.Thread(target=self._beat, name="claims", daemon=True)
+        self._heart.start()
+
+    def __enter__(self) -> "Claims":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._stop.set()
+        self._heart.join()
+        for path in self._held.copy():
+            self._release(path)
+        self._clock.unlink(missing_ok=True)
+
+    @contextlib.contextmanager
+    def claim(self, name: str) -> Iterator[bool]:
+        """Claim a part for the time of the block; yields False when somebody else is making it."""
+        path = self._folder / f"{name}.claim"
+        taken = self._take(path)
+        try:
+            yield taken
+        finally:
+            if taken:
+                self._release(path)
+
+    def _take(self, path: Path) -> bool:
+        with self._lock:
+            if path in self._held:  # by another thread of this process
+                return False
+            try:
+                descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+            except FileExistsError:
+                if not self.is_dead(path):
+                    return False
+                # Two may take over at once; then the part is made twice, which harms nothing.
+                descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+            with os.fdopen(descriptor, "w") as file:
+                json.dump({"host": socket.gethostname(), "pid": os.getpid(), "began": _began(os.getpid())}, file)
+            self._held.add(path)
+            return True
+
+    def _release(self, path: Path) -> None:
+        with self._lock:
+            self._held.discard(path)
+            path.unlink(missing_ok=True)
+
+    def is_dead(self, path: Path) -> bool:
+        """Say whether a claim's owner is gone: its process is not there any more, or its heartbeat has stopped."""
+        try:
+            owner = json.loads(path.read_bytes())
+            if owner["host"] == socket.gethostname() and _began(owner["pid"]) != owner["began"]:
+                return True
+        except FileNotFoundError:
+            return True
+        except (ValueError, KeyError, TypeError):
+            pass  # Its owner has just made it and not yet written; its age decides.
+        with contextlib.suppress(FileNotFoundError):
+            self._clock.write_bytes(b"")
+            return self._clock.stat().st_mtime - path.stat().st_mtime > STALE_SECONDS
+        return True
+
+    def _beat(self) -> None:
+        while not self._stop.wait(HEARTBEAT_SECONDS):
+            with self._lock:
+                for path in self._held:
+                    with contextlib.suppress(OSError):
+                        os.utime(path)
+
+
+def _began(pid: int) -> float:
+    """Return when a process of this machine began, 0 when there is none of that number."""
+    try:
+        return psutil.Process(pid).create_time()
+    except psutil.Error:
+        return 0.0

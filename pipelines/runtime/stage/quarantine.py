@@ -1,0 +1,43 @@
+"""Samples that were set aside: counted by reason, listed in a report, and held to a budget."""
+
+import json
+from collections import Counter
+from collections.abc import Collection, Sequence
+from typing import Literal
+
+from data.files import write_atomically
+from pipelines.runtime.config.experiment import ConfigError
+from pipelines.runtime.stage.stage import Stage
+from pipelines.runtime.stage.work_items import Record
+
+BadSamplePolicy = Literal["strict", "quarantine"]
+REPORTED = ("shard", "key", "member", "reason")  # what a report says of a sample
+REPORT_NAME = "quarantine.jsonl"
+
+
+def settle_quarantine(
+    stage: Stage, records: Sequence[Record], *, num_in: int, max_bad_fraction: float, free: Collection[str] = ()
+) -> Counter[str]:
+    """Write the report of all parts' quarantined samples and return their number by reason.
+
+    Samples with a reason in ``free`` were dropped by choice, not because they are bad: the budget does not count them.
+
+    Raises:
+        ConfigError: There are more than the budget allows; the report is written all the same.
+    """
+    reports = [report for record in records for report in record["quarantined"]]
+    counts = Counter(report["reason"] for report in reports)
+    if stage.is_main and reports:
+        lines = "".join(json.dumps(report, ensure_ascii=False) + "\n" for report in reports)
+        write_atomically(stage.folder / REPORT_NAME, lines.encode())
+        stage.tracker.log_artifact(stage.folder / REPORT_NAME)
+    bad = sum(count for reason, count in counts.items() if reason not in free)
+    if bad > max_bad_fraction * num_in:
+        for record in records if stage.is_main else ():
+            if record["quarantined"]:  # looked at again by the next start, when the samples may have been mended
+                (stage.folder / "parts" / f"{record['entry']['name']}.json").unlink(missing_ok=True)
+        raise ConfigError(
+            f"{bad} of {num_in} samples are bad ({dict(counts)}), more than {stage.name}.max_bad_fraction = "
+            f"{max_bad_fraction} allows. {stage.folder / REPORT_NAME} lists them; mend the corpus or raise the budget."
+        )
+    return counts

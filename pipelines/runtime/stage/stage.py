@@ -1,0 +1,327 @@
+"""What every stage shares: from the request, over the question whether it is done already, to manifest and outcome.
+
+``running_stage`` is the frame of each stage: it refuses what cannot work before any work, takes the folder's lock,
+starts the accelerator and the tracker, and leaves an outcome for scripts however the stage ends.
+"""
+
+import json
+import os
+import platform
+import secrets
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+
+from data.files import FolderLock, sweep_temporaries, write_atomically
+from data.manifest import MANIFEST_NAME, FileEntry, Manifest, digest_of, write_manifest
+from pipelines.runtime.config.experiment import STAGE_FOLDERS, ConfigError, StageConfig, config_as_toml
+from pipelines.runtime.config.outcome import OUTCOME_NAME, Ending, resume_command
+from pipelines.runtime.config.redaction import without_credentials
+from pipelines.runtime.stage.fingerprint import (
+    StandIns,
+    already_done,
+    ancestors,
+    begin_request,
+    blaming,
+    flattened,
+    harmless_of,
+    read_parents,
+    request_of,
+)
+from pipelines.runtime.stage.launch import Precision, StopRequest, agree_on, any_rank, start_accelerator
+from pipelines.runtime.stage.leases import sweep_after_the_dead
+from pipelines.runtime.stage.provenance import code_version, hardware
+from pipelines.runtime.stage.watchdog import Watch
+from pipelines.runtime.tracking.tracker import SilentTracker, Tracker, open_tracker
+
+RUN_STATUSES: dict[str, Literal["FINISHED", "FAILED", "KILLED"]] = {
+    "done": "FINISHED",
+    "failed": "FAILED",
+    "stopped": "KILLED",
+}
+POLL_SECONDS = 0.2
+JOIN_PATIENCE_SECONDS = 2.0
+SHARED_PATIENCE_SECONDS = 30.0  # a network file system may show a new file late
+LOCK_PATIENCE_SECONDS = 10.0  # a killed launcher's last worker takes a moment to die
+
+
+class Stopped(Exception):
+    """The stage was asked to stop and has committed what it did."""
+
+
+@dataclass(kw_only=True)
+class Stage:
+    """One running stage: its folder, its parents, and its ways to speak to the outside."""
+
+    name: str
+    folder: Path
+    config: StageConfig
+    parents: Mapping[str, Manifest]
+    accelerator: Accelerator
+    tracker: Tracker | SilentTracker
+    stop: StopRequest
+    lock: FolderLock
+    watch: Watch | None = None  # where it reports from when it fails; training stages have one
+    began: float = field(default_factory=time.time)
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes and speaks for all."""
+        return bool(self.accelerator.is_main_process)
+
+    def say(self, text: str) -> None:
+        """Print a line on the main process."""
+        if self.is_main:
+            print(f"{self.name}: {text}", flush=True)
+
+    def finish(self, *, files: list[FileEntry], content: Mapping[str, Any]) -> None:
+        """Commit the manifest on the main process; every rank waits for it.
+
+        Of several runs on one folder, the one that holds its lock does this; the others wait for it, or take over.
+        """
+        if not self.is_main:
+            self._wait_for_the_manifest()
+        elif self._holds_the_lock_before_it_is_done():
+            whole = {**request_of(self.name, self.config, self.parents), **content}
+            manifest = write_manifest(self.folder, content=whole, files=files, provenance=self._provenance())
+            self.tracker.set_tags({f"digest.{STAGE_FOLDERS[self.name]}": manifest.digest})
+            self.tracker.log_artifact(self.folder / MANIFEST_NAME)
+        self.accelerator.wait_for_everyone()
+
+    def _wait_for_the_manifest(self) -> None:
+        # Not in a collective, whose time is limited: the main process may have hours of measuring and storing to do.
+        while not (self.folder / MANIFEST_NAME).is_file():
+            if self.stop.asked():
+                raise Stopped(f"{self.stop.reason}; the main process was still at work")
+            time.sleep(POLL_SECONDS)
+
+    def _holds_the_lock_before_it_is_done(self) -> bool:
+        while not (self.folder / MANIFEST_NAME).is_file():
+            try:
+                self.lock.acquire()
+            except BlockingIOError:
+                if self.stop.asked():
+                    raise Stopped(f"{self.stop.reason}; another run finishes {self.folder}") from None
+                time.sleep(POLL_SECONDS)
+            else:
+                return True
+        return self.lock.held
+
+    def _provenance(self) -> dict[str, Any]:
+        return {
+            "local_run_id": self.tracker.run_id,
+            "host": socket.gethostname(),
+            "began": self.began,
+            "ended": time.time(),
+            "code_version": code_version(),
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "hardware": hardware(),
+            "world_size": self.accelerator.num_processes,
+            "threads": torch.get_num_threads(),
+            "run": json.loads(without_credentials(self.config.run.model_dump_json())),
+            "inputs": self.config.model_dump(mode="json").get("inputs", {}),
+        }
+
+
+@contextmanager
+def running_stage(
+    config: StageConfig,
+    *,
+    name: Literal["prepare_corpus", "train_vae", "encode_latents", "train_unet", "evaluate"],
+    parents: Mapping[str, str],
+    precision: Precision = "float32",
+    check: Callable[[Mapping[str, Manifest]], None] = lambda parents: None,
+    folder_name: str | None = None,
+    stand_ins: StandIns = MappingProxyType({}),
+    joinable: bool = False,
+) -> Iterator[Stage]:
+    """Run one stage: see the module's docstring.
+
+    Args:
+        config: The resolved configuration.
+        name: Name of the stage and of its table.
+        parents: Input name -> stage that makes it.
+        precision: What the networks compute in.
+        check: Raises ConfigError when the request cannot work; called with the parents' manifests before any work.
+        joinable: Several runs may work on the folder at once: its work falls into parts. Each has its own MLflow run;
+            those that come later keep theirs in ``runs/HOST-PID`` below the folder.
+        folder_name: Folder below ``run.root`` when it is not the stage's usual one.
+        stand_ins: Inputs that may be folders of another program; see ``read_parents``.
+
+    Raises:
+        SystemExit: When the stage does not end by finishing: 0 already done, 2 a user's mistake, 75 stopped, 1 failed.
+    """
+    speaks = os.environ.get("RANK", "0") == "0"
+    folder = Path(config.run.root) / (folder_name or STAGE_FOLDERS[name])
+    lock, own, ending = FolderLock(folder), folder, Ending()
+    tracker: Tracker | SilentTracker = SilentTracker()
+    stage: Stage | None = None
+    try:
+        manifests = read_parents(config, parents, stand_ins=stand_ins)
+        request = request_of(name, config, manifests)
+        # Finished parts stay as they are: where work falls into parts, a changed request would mix with the old one.
+        allowed = config.run.allow_changed if name.startswith("train_") else ()
+        if already_done(folder, request, allowed=allowed, harmless=config.harmless, trains=name.startswith("train_")):
+            ending.reached("done")
+            if speaks:
+                print(f"{name}: already finished in {folder}; nothing to do.", flush=True)
+            raise SystemExit(0)
+        check(manifests)  # what a finished stage was made from may be gone
+        accelerator = start_accelerator(config.run, precision=precision)
+        own = meet(folder, lock, accelerator, joinable=joinable)
+        if accelerator.is_main_process:
+            if lock.held and (changes := begin_request(folder, request, harmless=harmless_of(config))):
+                print(f"{name}: changed since the last start:\n  " + "\n  ".join(changes), flush=True)
+            shown = without_credentials(config_as_toml(config, table=name))
+            write_atomically(own / "config.toml", shown.encode())
+            tracker = track(config, name=name, folder=own, parents=manifests, accelerator=accelerator)
+        stop = StopRequest(folder, accelerator)
+        stage = Stage(
+            name=name,
+            folder=folder,
+            config=config,
+            parents=manifests,
+            accelerator=accelerator,
+            tracker=tracker,
+            stop=stop,
+            lock=lock,
+        )
+        threads = f"{torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)}"
+        stage.say(f"{accelerator.num_processes} process(es) x {threads} on {accelerator.device}, {precision}, {folder}")
+        with stop.listening():
+            ending.working = True
+            yield stage
+        ending.reached("done")
+    except Stopped as reason:
+        ending.reached("stopped")
+        if speaks:
+            print(f"{name}: stopped ({reason}). Continue with: {resume_command()}", flush=True)
+    except (ConfigError, BlockingIOError) as error:
+        ending.reached("failed", code=2)
+        # Before the work all ranks of a machine find the same; in the work one may be alone with it.
+        if ending.working or os.environ.get("LOCAL_RANK", "0") == "0":
+            print(f"{name}: {error}", file=sys.stderr, flush=True)
+    except KeyboardInterrupt:
+        ending.reached("stopped")
+    except Exception as error:
+        traceback.print_exc()
+        if stage is not None and stage.watch is not None:
+            with suppress(OSError):
+                stage.watch.report(f"{type(error).__name__}: {error}")
+    finally:
+        ending.tell(own, speaks=speaks)
+        tracker.close(RUN_STATUSES[ending.state])
+        if stage is not None and ending.state != "failed":
+            leave_together(stage)
+        if speaks and ending.working:
+            (folder / "stop").unlink(missing_ok=True)  # answered; one made before the start is still to be heard
+        lock.release()
+    if ending.code:
+        raise SystemExit(ending.code)
+
+
+def meet(folder: Path, lock: FolderLock, accelerator: Accelerator, *, joinable: bool) -> Path:
+    """Take the folder's lock or join its owner; make sure that all ranks see one folder. A collective.
+
+    Returns:
+        Where this run keeps its own records: ``folder`` for its owner.
+
+    Raises:
+        BlockingIOError: Another run owns the folder, and it cannot be joined.
+        ConfigError: A rank does not see the folder that the main process writes to.
+    """
+    token = 1 + secrets.randbelow(1 << 62) if accelerator.is_main_process else 0
+    busy: BlockingIOError | None = None
+    if accelerator.is_main_process:
+        try:
+            lock.acquire(patience_seconds=JOIN_PATIENCE_SECONDS if joinable else LOCK_PATIENCE_SECONDS)
+        except BlockingIOError as error:
+            busy, token = error, -token if joinable else 0
+        else:
+            sweep_joined(folder) if joinable else sweep_temporaries(folder)
+    token = agree_on(token, accelerator)
+    if token == 0:
+        raise busy or BlockingIOError(f"{folder} is in use by another run")
+    own = folder if token > 0 else folder / "runs" / f"{-token:016x}"
+    if accelerator.is_main_process:
+        own.mkdir(parents=True, exist_ok=True)
+        (own / OUTCOME_NAME).unlink(missing_ok=True)
+        if busy is not None:
+            print(f"{str(busy).partition('.')[0]}; joining it, with {own} for this run's records", flush=True)
+    if accelerator.num_processes > 1:
+        _all_see(own / f".{abs(token):016x}.tmp", accelerator)
+    return own
+
+
+def _all_see(mark: Path, accelerator: Accelerator) -> None:
+    if accelerator.is_main_process:
+        mark.touch()
+    deadline = time.monotonic() + SHARED_PATIENCE_SECONDS
+    while not (seen := mark.exists()) and time.monotonic() < deadline:
+        time.sleep(POLL_SECONDS)
+    everybody = not any_rank(not seen, accelerator)
+    if accelerator.is_main_process:
+        mark.unlink(missing_ok=True)
+    if not everybody:
+        who = "" if seen else f" {socket.gethostname()} does not see what the main process writes there."
+        raise ConfigError(
+            f"{mark.parent.resolve()} is not one folder for all processes.{who} All machines need run.root on a shared "
+            "file system, under the same path."
+        )
+
+
+def leave_together(stage: Stage) -> None:
+    """Wait for the other ranks: the launcher ends all when one has gone, and a slow one must still find ``stop``."""
+    if dist.is_initialized():
+        # Not all come where one of them fails after all; its launcher then ends the rest.
+        with suppress(RuntimeError):
+            dist.barrier(group=stage.stop.group)
+            dist.destroy_process_group()
+
+
+def sweep_joined(folder: Path) -> None:
+    """Remove what killed runs left in a folder that several share, unless one of them is still at work."""
+    if not (folder / "parts").is_dir() or sweep_after_the_dead(folder / "parts"):
+        sweep_temporaries(folder)
+
+
+def track(
+    config: StageConfig, *, name: str, folder: Path, parents: Mapping[str, Manifest], accelerator: Accelerator
+) -> Tracker:
+    """Open the tracker of the main process and tell it what the stage is and what it reads."""
+    request = request_of(name, config, parents)
+    tags = {
+        "stage": name,
+        "digest.config": digest_of(request["config"]),
+        "code_version": code_version(),
+        "world_size": str(accelerator.num_processes),
+        "host": socket.gethostname(),
+        "hardware": hardware(),
+        **{f"upstream.{key}": digest for key, digest in ancestors(parents).items()},
+    }
+    with blaming("run.tracking_uri"):
+        tracker = open_tracker(
+            folder=folder,
+            root=Path(config.run.root),
+            stage=name,
+            experiment=config.run.experiment,
+            tracking_uri=config.run.tracking_uri,
+            params=flattened(config.model_dump(mode="json")),
+            tags=tags,
+            config_file=folder / "config.toml",
+        )
+    for key, parent in parents.items():
+        tracker.log_input(key, digest=parent.digest, source=str(getattr(config.inputs, key)), context=name)  # type: ignore[attr-defined]
+    return tracker

@@ -1,0 +1,170 @@
+"""Which run a stage's folder is, which pipeline it belongs to, and which store it is sent to."""
+
+import contextlib
+import fcntl
+import json
+import os
+import re
+import time
+import uuid
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from data.files import temporary_beside, write_json
+from pipelines.runtime.config.redaction import without_credentials
+
+RUN_FILE = "run.json"
+PIPELINE_FILE = "pipeline.json"
+AUTO = "auto"
+OFFLINE = "offline"
+NETWORK_FILE_SYSTEMS = re.compile(r"nfs|cifs|smb|lustre|gpfs|beegfs|ceph|gluster|9p|afs|fuse\.|wekafs|pvfs|orangefs")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunIdentity:
+    """Which run a stage's folder is; kept in ``run.json`` from the first start over all restarts.
+
+    ``tracking_uri`` holds no credentials. ``mlflow_run_id`` is empty until the sender has made or found the run.
+    """
+
+    run_id: str
+    stage: str
+    name: str
+    experiment: str
+    tracking_uri: str
+    pipeline_id: str
+    pipeline_name: str
+    pipeline_started: float  # Unix seconds
+    started: float  # Unix seconds
+    mlflow_run_id: str = ""
+
+    def write(self, folder: Path) -> None:
+        """Commit ``run.json`` in ``folder``."""
+        write_json(folder / RUN_FILE, asdict(self))
+
+    @classmethod
+    def read(cls, folder: Path) -> "RunIdentity":
+        """Return the identity of the run in ``folder``.
+
+        Raises:
+            FileNotFoundError: No run was ever started there.
+            ValueError: ``run.json`` is damaged.
+        """
+        try:
+            return cls(**json.loads((folder / RUN_FILE).read_text()))
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"{folder / RUN_FILE} is damaged ({error}). Remove it, and the stage starts a new MLflow run."
+            ) from None
+
+
+def run_identity(folder: Path, *, root: Path, stage: str, experiment: str, uri: str) -> RunIdentity:
+    """Return the identity of the run in ``folder``, made at its first start and continued at every other."""
+    pipeline_id, pipeline_started = pipeline_identity(root)
+    name = Path(os.path.abspath(root)).name
+    uri = without_credentials(uri)
+    try:
+        old = RunIdentity.read(folder)
+        identity = replace(old, experiment=experiment, tracking_uri=uri)
+    except FileNotFoundError:
+        old = None
+        identity = RunIdentity(
+            run_id=uuid.uuid4().hex,
+            stage=stage,
+            name=f"{name}/{folder.name}",
+            experiment=experiment,
+            tracking_uri=uri,
+            pipeline_id=pipeline_id,
+            pipeline_name=name,
+            pipeline_started=pipeline_started,
+            started=round(time.time(), 3),
+        )
+    if identity != old:
+        identity.write(folder)
+    return identity
+
+
+def pipeline_identity(root: Path) -> tuple[str, float]:
+    """Return id and start (Unix seconds) of ``root/pipeline.json``, made by the first stage; by one of several."""
+    path = root / PIPELINE_FILE
+    root.mkdir(parents=True, exist_ok=True)
+    if not path.exists():
+        proposal = temporary_beside(path)
+        write_json(proposal, {"pipeline_id": uuid.uuid4().hex, "created": round(time.time(), 3)})
+        # A link fails when the name is taken, and the name never shows half a file.
+        with contextlib.suppress(FileExistsError):
+            os.link(proposal, path)
+        proposal.unlink()
+    try:
+        pipeline = json.loads(path.read_text())
+        return str(pipeline["pipeline_id"]), float(pipeline["created"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path} is damaged ({error!r}). Remove it, and the next stage starts a new pipeline in MLflow."
+        ) from None
+
+
+@contextlib.contextmanager
+def pipeline_lock(root: Path) -> Iterator[None]:
+    """Let one of a pipeline's stages at a time look for their parent run, so that they make one and not two."""
+    try:
+        descriptor = os.open(root / PIPELINE_FILE, os.O_RDWR)
+    except OSError:  # a stage's folder that was copied alone
+        yield
+        return
+    try:
+        with contextlib.suppress(OSError):  # a file system without locks; two parents are ugly, not wrong
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def store_uri(tracking_uri: str, *, root: Path) -> str:
+    """Return the URI of the store: as given, else from MLFLOW_TRACKING_URI, else sqlite beside ``root``.
+
+    Raises:
+        ValueError: It is no store that MLflow has, or an sqlite file on a network folder, which such folders corrupt.
+    """
+    uri = os.environ.get("MLFLOW_TRACKING_URI", "") if tracking_uri == AUTO else tracking_uri
+    if not uri:
+        uri = f"sqlite:///{Path(os.path.abspath(root)).parent / 'mlflow.db'}"
+    if uri != OFFLINE and (uri.startswith("file:") or "://" not in uri) and not uri.startswith("databricks"):
+        raise ValueError(
+            f"run.tracking_uri = {uri!r} names no store: MLflow keeps no runs in plain folders. Give the address of a "
+            f"server (http://HOST:5000), a database (sqlite:///PATH/mlflow.db), {AUTO!r} or {OFFLINE!r}."
+        )
+    if (database := sqlite_file(uri)) is not None and (kind := network_file_system(database)):
+        raise ValueError(
+            f"The MLflow store {database} would be an sqlite file on a network folder ({kind}), where sqlite corrupts. "
+            "Start `mlflow server` and name it by run.tracking_uri or MLFLOW_TRACKING_URI, or name an sqlite file "
+            f"on a local disk, or set run.tracking_uri = {OFFLINE!r} and send later with `python -m pipelines.tools.sync`."
+        )
+    return uri
+
+
+def sqlite_file(uri: str) -> Path | None:
+    """Return the file of an sqlite URI; None for other stores."""
+    match = re.fullmatch(r"sqlite(?:\+\w+)?:///([^?]+)(?:\?.*)?", uri)
+    return Path(match[1]) if match else None
+
+
+def network_file_system(path: Path, *, mounts: str = "") -> str:
+    """Return the type of the network file system that ``path`` lies on (``nfs4``, ``lustre``); empty when it is local.
+
+    Args:
+        path: A file or folder that need not be there yet.
+        mounts: A text as in /proc/self/mounts; empty reads that file (where there is none, nothing is refused).
+    """
+    if not mounts:
+        with contextlib.suppress(OSError):
+            mounts = Path("/proc/self/mounts").read_text()
+    resolved = os.path.realpath(path)
+    best, kind = "", ""
+    for line in mounts.splitlines():
+        _, point, type_, *_ = line.split(" ")
+        point = re.sub(r"\\(\d{3})", lambda octal: chr(int(octal[1], 8)), point)
+        if os.path.commonpath([point, resolved]) == point and len(point) >= len(best):
+            best, kind = point, type_  # the later of two mounts on one point hides the earlier
+    return kind if NETWORK_FILE_SYSTEMS.match(kind) else ""

@@ -1,0 +1,320 @@
+"""Checkpoints: committed whole, verified before use, written while training goes on.
+
+A checkpoint is a folder ``update-00000060`` with one safetensors file a part (model, optimizer, averages, ...),
+``state.json`` and ``manifest.json`` with each file's size and sha256. It is written under a temporary name and renamed;
+an older one is retired only after that. The step pays for one copy to host memory; a thread does the rest.
+"""
+
+import json
+import math
+import shutil
+import sys
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+from pydantic import BaseModel, Field, NonNegativeInt, PositiveInt
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from data.files import atomic_folder, sha256_of, sweep_temporaries, write_json
+from pipelines.runtime.config.experiment import ConfigError
+
+PREFIX = "update-"
+RETRIES = 8  # of a failed save, spread over grace_updates
+
+
+class NoBest(BaseModel, frozen=True, extra="forbid"):
+    """Checkpoints stay by age alone."""
+
+    kind: Literal["none"] = "none"  # no metric is asked
+
+
+class BestBy(BaseModel, frozen=True, extra="forbid"):
+    """The checkpoint with the best value of a metric stays, besides those that stay by age."""
+
+    kind: Literal["metric"] = "metric"  # looked at every panel_every updates; a new best is saved at once
+    metric: str = "val/loss"  # one of those logged with the panels
+    better: Literal["lower", "higher"] = "lower"  # which value is better
+
+
+class CheckpointConfig(BaseModel, frozen=True, extra="forbid"):
+    """When checkpoints are written and which ones stay."""
+
+    every_updates: PositiveInt = 1_000  # updates from one checkpoint to the next
+    keep_last: PositiveInt = 2  # newest ones that stay; a damaged newest one needs another behind it
+    keep_every: NonNegativeInt = 0  # of every so many updates one stays for good; 0 keeps none of them
+    best: NoBest | BestBy = Field(default=NoBest(), discriminator="kind")  # one more that stays
+    grace_updates: NonNegativeInt = 0  # updates that training goes on while no checkpoint can be written
+
+
+class DamagedCheckpoint(ValueError):
+    """A checkpoint whose files are not what its manifest says; the message names the file."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """A checkpoint as read: ``parts[name]`` are tensors on the CPU, ``state`` is JSON."""
+
+    update: int
+    parts: Mapping[str, dict[str, Tensor]]
+    state: Mapping[str, Any]
+
+
+class Stateful(Protocol):
+    """A part of a checkpoint."""
+
+    def tensors(self) -> dict[str, Tensor]: ...
+
+    def load(self, tensors: dict[str, Tensor]) -> None: ...
+
+
+class Weights:
+    """The weights of a network as a part of a checkpoint."""
+
+    def __init__(self, network: nn.Module) -> None:
+        self.network = network
+
+    def tensors(self) -> dict[str, Tensor]:
+        return dict(self.network.state_dict())
+
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        self.network.load_state_dict(tensors)
+
+
+class Best:
+    """The best value of a metric so far; ``found`` is kept in the checkpoint's state."""
+
+    def __init__(self, config: NoBest | BestBy) -> None:
+        self.config = config
+        self.found: dict[str, Any] = {}  # update, metric, value
+
+    def check(self, figures: Mapping[str, float]) -> None:
+        """Refuse figures that do not hold the metric; they are empty on all ranks but one.
+
+        Raises:
+            ConfigError: Naming those that are measured.
+        """
+        if isinstance(self.config, BestBy) and figures and self.config.metric not in figures:
+            raise ConfigError(
+                f"checkpoint.best.metric = {self.config.metric!r} is not measured here; measured are "
+                f"{', '.join(figures)}."
+            )
+
+    def beaten_by(self, figures: Mapping[str, float], *, update: int) -> bool:
+        """Return whether ``figures`` hold a new best, and remember it; errors as ``check``."""
+        self.check(figures)
+        if not isinstance(self.config, BestBy) or not figures:
+            return False
+        value, sign = figures[self.config.metric], 1 if self.config.better == "higher" else -1
+        if not math.isfinite(value) or (self.found and sign * value <= sign * self.found["value"]):
+            return False
+        self.found = {"update": update, "metric": self.config.metric, "value": value}
+        return True
+
+
+class Checkpoints:
+    """The checkpoints of one stage.
+
+    Args:
+        folder: ``checkpoints`` in the stage's folder.
+        config: When to write, what to keep.
+        writes: True on the main process alone; the others only read.
+    """
+
+    def __init__(self, folder: Path, config: CheckpointConfig, *, writes: bool) -> None:
+        self.folder, self.config, self.writes = folder, config, writes
+        self._writer: threading.Thread | None = None
+        self._failure: BaseException | None = None
+        self._failing_since: int | None = None
+        self._retry_at = 0
+        if writes:
+            folder.mkdir(parents=True, exist_ok=True)
+            sweep_temporaries(folder)
+
+    def due(self, update: int) -> bool:
+        """Return whether a checkpoint is to be written after this update."""
+        return update % self.config.every_updates == 0
+
+    def updates(self) -> list[int]:
+        """Return the updates of all committed checkpoints, oldest first."""
+        return sorted(int(path.name.removeprefix(PREFIX)) for path in self.folder.glob(f"{PREFIX}*") if path.is_dir())
+
+    def newest_intact(self) -> int:
+        """Return the update of the newest checkpoint that is what its manifest says; 0 when there is none.
+
+        A damaged one is named on standard error, set aside under ``damaged-...``, and the one before it is taken.
+        """
+        for update in reversed(self.updates()):
+            try:
+                verify(self._path(update))
+            except DamagedCheckpoint as error:
+                print(f"warning: {error} The checkpoint before it is used.", file=sys.stderr, flush=True)
+                if self.writes:
+                    self._path(update).rename(self._unused_name(f"damaged-{self._path(update).name}"))
+                continue
+            return update
+        return 0
+
+    def read(self, update: int) -> Checkpoint:
+        """Read a verified checkpoint."""
+        path = self._path(update)
+        parts = {file.stem: load_file(file) for file in sorted(path.glob("*.safetensors"))}
+        return Checkpoint(update=update, parts=parts, state=json.loads((path / "state.json").read_bytes()))
+
+    def save(
+        self,
+        update: int,
+        parts: Mapping[str, Mapping[str, Tensor]],
+        state: Mapping[str, Any],
+        *,
+        best: int | None = None,
+        after: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Copy ``parts`` to host memory and commit them in the background. Call on every rank; only one writes.
+
+        Args:
+            update: The update that was just made.
+            parts: Tensors by part and name.
+            state: JSON.
+            best: Update of the checkpoint that stays for its metric.
+            after: Makes durable what must be so before the checkpoint is; called in the background, too.
+
+        Raises:
+            OSError: The save before this one failed, and ``grace_updates`` are over.
+        """
+        if not self.writes:
+            return
+        self._join()
+        self.check(update)
+        if self._path(update).exists():
+            return
+        copies = {name: {key: _host_copy(value) for key, value in tensors.items()} for name, tensors in parts.items()}
+        self._writer = threading.Thread(
+            target=self._commit, args=(update, copies, dict(state), best, after), name="checkpoint writer", daemon=False
+        )
+        self._writer.start()
+
+    def check(self, update: int) -> None:
+        """Look whether the last save has failed; say so, or end the training when there is no more grace.
+
+        Raises:
+            OSError: It failed, and ``grace_updates`` are over.
+        """
+        if self._writer is not None and not self._writer.is_alive():
+            self._join()
+        failure, self._failure = self._failure, None
+        if failure is None:
+            return
+        self._failing_since = update if self._failing_since is None else self._failing_since
+        left = self._failing_since + self.config.grace_updates - update
+        if left <= 0 or not isinstance(failure, OSError):
+            raise self._unwritable(failure)
+        self._retry_at = update + max(1, min(left, self.config.grace_updates // RETRIES))
+        print(f"warning: {self._unwritable(failure)} Training goes on for {left} updates.", file=sys.stderr, flush=True)
+
+    def retry_due(self, update: int) -> bool:
+        """Return whether a save that failed is to be tried again after this update; on the writing process only."""
+        return self._failing_since is not None and self._writer is None and update >= self._retry_at
+
+    def wait(self) -> None:
+        """Wait until the last save is durable.
+
+        Raises:
+            OSError: It failed; the checkpoints before it are untouched.
+        """
+        self._join()
+        failure, self._failure = self._failure, None
+        if failure is not None:
+            raise self._unwritable(failure)
+
+    def _join(self) -> None:
+        if self._writer is not None:
+            self._writer.join()
+            self._writer = None
+            if self._failure is None:
+                self._failing_since = None
+
+    def _unwritable(self, failure: BaseException) -> OSError:
+        newest = f"the newest is of update {self.updates()[-1]}" if self.updates() else "there is none yet"
+        error = OSError(
+            f"A checkpoint could not be written to {self.folder}: {failure}. Those before it are intact ({newest}): "
+            "make room or mend the disk, then run the same command again."
+        )
+        error.__cause__ = failure
+        return error
+
+    def _commit(
+        self,
+        update: int,
+        parts: Mapping[str, dict[str, Tensor]],
+        state: dict[str, Any],
+        best: int | None,
+        after: Callable[[], None],
+    ) -> None:
+        try:
+            after()
+            for part, tensors in parts.items():
+                for name, tensor in tensors.items():
+                    if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+                        raise ValueError(f"{part}, {name} is not finite, and such a checkpoint helps nobody")
+            with atomic_folder(self._path(update)) as folder:
+                for name, tensors in parts.items():
+                    _write_tensors(tensors, folder / f"{name}.safetensors")
+                write_json(folder / "state.json", state)
+                files = sorted(path for path in folder.iterdir())
+                listed = [{"name": f.name, "bytes": f.stat().st_size, "sha256": sha256_of(f)} for f in files]
+                write_json(folder / "manifest.json", {"update": update, "files": listed})
+            self._retire(best)
+        except BaseException as error:
+            self._failure = error
+
+    def _retire(self, best: int | None) -> None:
+        for update in self.updates()[: -self.config.keep_last]:
+            if update == best or (self.config.keep_every and update % self.config.keep_every == 0):
+                continue
+            # Renamed first: a folder that is half removed must not look like a checkpoint.
+            doomed = self._unused_name(f".{self._path(update).name}.retired.tmp")
+            self._path(update).rename(doomed)
+            shutil.rmtree(doomed, ignore_errors=True)
+
+    def _path(self, update: int) -> Path:
+        return self.folder / f"{PREFIX}{update:08}"
+
+    def _unused_name(self, name: str) -> Path:
+        candidates = (self.folder / (name if index == 0 else f"{name}.{index}") for index in range(1_000_000))
+        return next(path for path in candidates if not path.exists())
+
+
+def verify(path: Path) -> None:
+    """Compare every file of a checkpoint with its manifest.
+
+    Raises:
+        DamagedCheckpoint: A file is missing, or its size or sha256 differs.
+    """
+    try:
+        listed = json.loads((path / "manifest.json").read_bytes())["files"]
+        for entry in listed:
+            file = path / entry["name"]
+            if file.stat().st_size != entry["bytes"] or sha256_of(file) != entry["sha256"]:
+                raise DamagedCheckpoint(f"{file} is damaged: its size or sha256 is not what its manifest says.")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        if isinstance(error, DamagedCheckpoint):
+            raise
+        raise DamagedCheckpoint(f"{path} is damaged: {error!r}.") from error
+
+
+def _write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    try:
+        save_file(tensors, path)
+    except SafetensorError as error:  # It wraps what the disk said.
+        raise OSError(str(error)) from error
+
+
+def _host_copy(tensor: Tensor) -> Tensor:
+    # safetensors wants contiguous tensors; channels_last comes back when the tensors are loaded into the network.
+    return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)

@@ -1,0 +1,84 @@
+"""What every training stage's configuration has, and how a global batch is split by it."""
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+
+from pipelines.runtime.config.experiment import ConfigError, StageConfig
+from pipelines.runtime.stage.launch import Precision
+from pipelines.runtime.training.anomalies import BadUpdateConfig
+from pipelines.runtime.training.checkpoint import CheckpointConfig
+from pipelines.runtime.training.ema import AverageConfig, ExponentialAverage
+from pipelines.runtime.training.optim import OptimConfig
+
+
+class TrainingConfig(StageConfig):
+    """What every training stage's configuration has. Counts are optimizer updates."""
+
+    harmless: ClassVar[frozenset[str]] = frozenset(
+        {
+            *("log_every", "panel_every", "checkpoint", "prefetch_batches", "self_test_every", "hang_seconds"),
+            *("on_bad_update.policy", "on_bad_update.limit"),
+        }
+    )
+
+    seed: NonNegativeInt = 0  # of order, noise, drops and initial weights
+    updates: PositiveInt  # length of the training
+    global_batch: PositiveInt  # images an update, over all processes
+    images_per_device: NonNegativeInt = 0  # images of one forward pass; 0 takes a process's whole share at once
+    precision: Precision = "float32"  # what the network computes in; weights stay float32
+    compile: bool = False  # by torch.compile: slow to start, faster updates; on a CPU it needs a C++ compiler
+    optim: OptimConfig = OptimConfig()  # how the weights move
+    averages: tuple[AverageConfig, ...] = Field(default=(ExponentialAverage(),), min_length=1)  # the first is published
+    checkpoint: CheckpointConfig = CheckpointConfig()  # when and how many
+    log_every: PositiveInt = 50  # updates between two looks at the losses; each look waits for the device
+    panel_every: PositiveInt = 1_000  # updates between two pictures and validations
+    prefetch_batches: PositiveInt = 4  # batches made ahead of the network
+    on_bad_update: BadUpdateConfig = BadUpdateConfig()  # what happens to NaN, infinity and spikes
+    self_test_every: NonNegativeInt = 1_000  # updates between two comparisons of the ranks; 0 only when starting
+    hang_seconds: PositiveFloat = 1_200.0  # without a new update, until a process reports where it is and ends
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchShare:
+    """The slice of every global batch that one rank trains on, cut into equal micro-batches."""
+
+    start: int
+    stop: int
+    num_micro_batches: int
+
+    @classmethod
+    def of(cls, config: TrainingConfig, *, table: str, rank: int, world_size: int) -> "BatchShare":
+        """Split ``config.global_batch``.
+
+        Raises:
+            ConfigError: It does not split into whole micro-batches; the message gives the nearest values that do.
+        """
+        per_device = config.images_per_device or 1
+        unit = world_size * per_device
+        if config.global_batch % unit:
+            below, above = config.global_batch // unit * unit, math.ceil(config.global_batch / unit) * unit
+            nearest = f"{below} or {above}" if below else f"{above}"
+            images = f" x {per_device} images = {unit}" if config.images_per_device else ""
+            raise ConfigError(
+                f"{table}.global_batch = {config.global_batch} cannot be split into whole micro-batches: {world_size} "
+                f"processes{images}. Use {nearest}, or change {table}.images_per_device or --num_processes."
+            )
+        share = config.global_batch // world_size
+        return cls(
+            start=rank * share,
+            stop=(rank + 1) * share,
+            num_micro_batches=share // config.images_per_device if config.images_per_device else 1,
+        )
+
+    @property
+    def positions(self) -> range:
+        """Positions in the global batch."""
+        return range(self.start, self.stop)
+
+    def micro_batches(self) -> list[slice]:
+        """Slices of this rank's share, one a forward pass."""
+        size = (self.stop - self.start) // self.num_micro_batches
+        return [slice(index * size, (index + 1) * size) for index in range(self.num_micro_batches)]

@@ -1,0 +1,199 @@
+"""Whether the ranks still train one and the same network: compared bit by bit now and then, before each checkpoint too.
+
+A flipped bit, ranks that read the same samples, a loss term without a gradient, an average that stands still: with any
+of them training goes on for weeks, and its losses look right.
+"""
+
+from collections.abc import Iterator, Mapping
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from pipelines.runtime.training.checkpoint import Stateful, Weights
+from pipelines.runtime.training.ema import Averages
+
+WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+CHUNK_WORDS = 1 << 22
+
+
+class SelfTestError(RuntimeError):
+    """The ranks do not train one network; the message names rank and parameter."""
+
+
+@torch.no_grad()
+def fingerprint(tensor: Tensor) -> Tensor:
+    """Return two 64-bit sums over the bits of a tensor: the plain one, and one weighted by position; int64 (2,).
+
+    Any single flipped bit changes both, an exchange of two values the second.
+    """
+    words = tensor.detach().contiguous().view(-1).view(WORDS[tensor.element_size()])
+    total = torch.zeros(2, dtype=torch.int64, device=tensor.device)
+    for start in range(0, words.numel(), CHUNK_WORDS):
+        part = words[start : start + CHUNK_WORDS].long()
+        places = torch.arange(start, start + part.numel(), device=part.device) * 2 + 1
+        total += torch.stack([part.sum(), (part * places).sum()])
+    return total
+
+
+class SelfTest:
+    """The self-test of one rank.
+
+    Args:
+        parts: What a checkpoint holds: the same on every rank.
+        every: Updates between two tests; 0 tests the first update of a process only.
+        world_size: Number of processes.
+        device: Where fingerprints meet.
+    """
+
+    def __init__(self, parts: Mapping[str, Stateful], *, every: int, world_size: int, device: torch.device) -> None:
+        self.parts, self.every, self.world_size, self.device = parts, every, world_size, device
+        self.active = False
+        self._passed = False
+        self._before: dict[str, Tensor] = {}
+        self._networks: list[nn.Module] = []
+        self._local: dict[str, Tensor] = {}
+        self._reduced: dict[str, Tensor] = {}
+        self._handles: list[RemovableHandle] = []
+        self._silent_terms: list[str] = []
+
+    def begin(self, update: int) -> None:
+        """Begin with ``update`` when it is to be tested: compare what the ranks hold. A collective then."""
+        self.active = not self._passed or bool(self.every and update % self.every == 0)
+        self._networks, self._local, self._reduced, self._silent_terms = [], {}, {}, []
+        if self.active:
+            self._before = self.compare(f"before update {update}")
+
+    def compare(self, when: str) -> dict[str, Tensor]:
+        """Compare every tensor of every part over the ranks, and return the fingerprints. A collective.
+
+        Raises:
+            SelfTestError: On every rank, naming the rank and the parameter that differ.
+        """
+        prints = {
+            f"{part}, {name}": fingerprint(tensor.to(self.device))
+            for part, held in self.parts.items()
+            for name, tensor in held.tensors().items()
+        }
+        self._must_agree(prints, what="holds other bits than the other ranks", when=when)
+        return prints
+
+    def listen(self, network: nn.Module) -> None:
+        """Take down the gradients of ``network`` as this rank has them, before they meet those of the others."""
+        if not self.active or any(network is known for known in self._networks):
+            return
+        number = len(self._networks)
+        self._networks.append(network)
+        for name, parameter in _trained(network):
+            key = f"{number}, {name}"
+
+            def take(gradient: Tensor, key: str = key) -> None:
+                seen = self._local.get(key)
+                self._local[key] = fingerprint(gradient) + (0 if seen is None else seen)
+
+            self._handles.append(parameter.register_hook(take))
+
+    def check_terms(self, terms: Mapping[str, Tensor]) -> None:
+        """Take note of loss terms that move no parameter of the network that was listened to last."""
+        if not self.active or not self._networks:
+            return
+        parameters = [parameter for _, parameter in _trained(self._networks[-1])]
+        for name, term in terms.items():
+            if name in self._silent_terms:
+                continue
+            gradients = (
+                torch.autograd.grad(term, parameters, retain_graph=True, allow_unused=True)
+                if term.requires_grad
+                else ()
+            )
+            if not any(gradient is not None and bool(gradient.any()) for gradient in gradients):
+                self._silent_terms.append(name)
+        number = len(self._networks) - 1
+        for key in [key for key in self._local if key.startswith(f"{number}, ")]:
+            del self._local[key]  # the terms' gradients came past the hooks, too
+
+    def take_reduced(self) -> None:
+        """Take down the gradients as they are applied."""
+        if not self.active:
+            return
+        while self._handles:
+            self._handles.pop().remove()
+        for number, network in enumerate(self._networks):
+            for name, parameter in _trained(network):
+                if parameter.grad is None:
+                    raise SelfTestError(f"The parameter {name} has no gradient: the loss does not depend on it.")
+                self._reduced[f"{number}, {name}"] = fingerprint(parameter.grad)
+
+    def end(self, update: int, *, moves: bool) -> None:
+        """Judge the update that was tested. A collective.
+
+        Args:
+            update: Its number.
+            moves: Whether the learning rate lets anything move.
+
+        Raises:
+            SelfTestError: On every rank.
+        """
+        if not self.active:
+            return
+        self.active, self._passed = False, True
+        when = f"in update {update}"
+        self._must_agree(self._reduced, what="applies other gradients than the other ranks", when=when)
+        self._local_must_differ(when)
+        if self._silent_terms:
+            raise SelfTestError(f"No gradient comes from the loss term {', '.join(self._silent_terms)} {when}.")
+        after = self.compare(f"after update {update}")
+        if not moves:
+            return
+        trained = [getattr(network, "module", network) for network in self._networks]
+        for part, held in self.parts.items():
+            if isinstance(held, Averages) or (isinstance(held, Weights) and held.network in trained):
+                names = [name for name in after if name.startswith(f"{part}, ")]
+                if all(self._before[name].equal(after[name]) for name in names):
+                    raise SelfTestError(f"Nothing of {part} has moved {when}.")
+
+    def _local_must_differ(self, when: str) -> None:
+        if self.world_size == 1 or not self._local:
+            return
+        mine = torch.stack(list(self._local.values()))
+        everyone = self._gathered(mine)
+        for rank in range(1, self.world_size):
+            for other in range(rank):
+                if everyone[rank].equal(everyone[other]):
+                    raise SelfTestError(
+                        f"Ranks {other} and {rank} have the same gradients {when}, before they are averaged: they "
+                        "train on the same samples."
+                    )
+
+    def _must_agree(self, prints: Mapping[str, Tensor], *, what: str, when: str) -> None:
+        if self.world_size == 1 or not prints:
+            return
+        everyone = self._gathered(torch.stack(list(prints.values())))  # (rank, tensor, 2)
+        for number, name in enumerate(prints):
+            column = [tuple(values) for values in everyone[:, number].tolist()]
+            usual = max(column, key=column.count)  # with two ranks nobody can tell who is right: rank 0 is believed
+            for rank in _odd_ones(column, usual):
+                raise SelfTestError(
+                    f"Rank {rank} {what} {when}: {name}. Memory or network of that machine may be failing. Nothing "
+                    "was saved since all ranks agreed; leave the machine out and run the same command again."
+                )
+
+    def _gathered(self, prints: Tensor) -> Tensor:
+        everyone = torch.empty(self.world_size, *prints.shape, dtype=prints.dtype, device=prints.device)
+        dist.all_gather_into_tensor(everyone, prints) if prints.is_cuda else dist.all_gather(
+            list(everyone.unbind()), prints
+        )
+        return everyone
+
+
+def _odd_ones(column: list[tuple[int, ...]], usual: tuple[int, ...]) -> Iterator[int]:
+    return (rank for rank, value in enumerate(column) if value != usual)
+
+
+def _trained(network: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    return (
+        (name.removeprefix("module."), parameter)
+        for name, parameter in network.named_parameters()
+        if parameter.requires_grad
+    )

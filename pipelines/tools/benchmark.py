@@ -1,0 +1,74 @@
+"""Measure this machine: how fast the data plane is, next to what others would use.
+
+    python -m pipelines.tools.benchmark data [--json FILE] [--rounds 11]
+
+Reads nothing and downloads nothing: it makes its own shards in a temporary folder. Every pair is checked to read the
+same samples before it is timed. The exit code is 1 when a figure misses its goal or its control does not hold 1.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from pipelines.runtime.stage.provenance import hardware
+from pipelines.tools import benchmark_data
+from pipelines.tools.paired_timing import Comparison
+
+CONTROL_SLACK = 0.05  # how far from 1 the control's median may lie when its interval misses 1
+
+
+@dataclass(frozen=True)
+class Goal:
+    """A comparison and the least it must reach."""
+
+    title: str
+    measure: Callable[[Path, int], Comparison]
+    least: float
+    unit: str
+
+
+GOALS = {
+    "data": (
+        Goal("latents of 16 KB, shuffled, against webdataset", benchmark_data.latents, 10.0, "samples/CPU-s"),
+        Goal("latents of 64 KB, shuffled, against a plain copy", benchmark_data.copying, 0.4, "GB/CPU-s"),
+        Goal("JPEG 512 to 256, against webdataset + Pillow", benchmark_data.jpegs, 1.3, "images/CPU-s"),
+        Goal("JPEG 512 to 256 in two threads, against two processes", benchmark_data.threads, 0.9, "images/s"),
+        Goal("encoding to shards, against the bare network", benchmark_data.encoding, 0.85, "images/s"),
+    ),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("subject", choices=sorted(GOALS))
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
+    parser.add_argument("--rounds", type=int, default=11, help="rounds of each pair (default 11)")
+    given = parser.parse_args()
+    torch.set_num_threads(1)  # CPU seconds of one core are compared
+    rows, missed = [], False
+    for goal in GOALS[given.subject]:
+        with tempfile.TemporaryDirectory() as folder:
+            found = goal.measure(Path(folder), given.rounds)
+        steady = found.control.low <= 1 <= found.control.high or abs(found.control.median - 1) <= CONTROL_SLACK
+        reached = steady and found.faster.median >= goal.least
+        missed |= not reached
+        rows.append({"title": goal.title, "least": goal.least, "unit": goal.unit, "reached": reached} | asdict(found))
+        print(
+            f"{'reached' if reached else 'MISSED ' if steady else 'unsteady'}  {goal.title}: {found.faster} times "
+            f"(goal {goal.least:g}), control {found.control}; "
+            f"{found.ours_per_second:,.4g} and {found.theirs_per_second:,.4g} {goal.unit}",
+            flush=True,
+        )
+    if given.json:
+        given.json.write_text(json.dumps({"hardware": hardware(), "rounds": given.rounds, "figures": rows}, indent=2))
+    sys.exit(missed)
+
+
+if __name__ == "__main__":
+    main()

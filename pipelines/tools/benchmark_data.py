@@ -1,0 +1,274 @@
+"""The pairs of ``python -m pipelines.tools.benchmark data``: each makes its shards, checks that both sides agree, times."""
+
+import functools
+import itertools
+import multiprocessing
+from io import BytesIO
+from multiprocessing.shared_memory import SharedMemory
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+import numpy as np
+import torch
+import webdataset
+from PIL import Image
+
+from data.files import FolderLock
+from data.loading import COLD_READS, ImageShards, LatentShards
+from data.manifest import FileEntry, Manifest, write_manifest
+from data.order.order import FullShuffleConfig, Order
+from data.prefetch import prefetch
+from data.samples import image_members, latent_members
+from data.shards.index import ShardWriter
+from data.transforms import ImageViewConfig, to_unit_range
+from models.autoencoder.vae import AutoencoderKL, VAEConfig
+from pipelines.encode_latents import SHARDS_AT_ONCE, EncodeLatentsConfig, EncodeLatentsInputs, encode_shard
+from pipelines.runtime.config.experiment import RunConfig
+from pipelines.runtime.stage.launch import StopRequest, start_accelerator
+from pipelines.runtime.stage.stage import Stage
+from pipelines.runtime.stage.work_items import make_parts
+from pipelines.runtime.tracking.tracker import SilentTracker
+from pipelines.tools.paired_timing import Comparison, compare
+
+BATCH = 256
+DECODE_BATCH = 8
+NUM_SHARDS = 4
+
+
+def latents(folder: Path, rounds: int) -> Comparison:
+    """Moments of 16 KB in shuffled batches of 256, against plain webdataset, which reads them in order."""
+    entries = _latent_shards(folder, per_shard=512, side=32)
+    urls = [str(folder / entry.name) for entry in entries]
+    total, passes = sum(entry.samples for entry in entries), 8  # many passes: ours alone would be over too soon
+    reader = LatentShards(folder, split="train")
+    order = Order(FullShuffleConfig(), num_samples=total, seed=0)
+
+    def theirs() -> dict[str, np.ndarray]:
+        stream = webdataset.WebDataset(urls, shardshuffle=False).decode()
+        batches = stream.to_tuple("__key__", "latent.npy", "cls").batched(BATCH)
+        return {key: row for keys, rows, _ in batches for key, row in zip(keys, rows, strict=True)}
+
+    def ours(num_passes: int = passes) -> dict[str, np.ndarray]:
+        found: dict[str, np.ndarray] = {}
+        for first in range(0, num_passes * total, BATCH):
+            batch = reader.read(order.indices(first, BATCH))
+            found = {} if num_passes > 1 else found
+            found.update(zip(batch.keys, batch.moments, strict=True))
+        return found
+
+    check_same(ours(1), theirs())
+    return compare(ours, theirs, units=(passes * total, total), rounds=rounds, clock="cpu")
+
+
+def copying(folder: Path, rounds: int) -> Comparison:
+    """Moments of 64 KB in shuffled batches, against one copy of as many bytes from array to array; GB/s."""
+    entries = _latent_shards(folder, per_shard=512, side=64)
+    total = sum(entry.samples for entry in entries)
+    reader = LatentShards(folder, split="train")
+    order = Order(FullShuffleConfig(), num_samples=total, seed=0)
+    source = np.ones((total, *reader.moments_shape), dtype=np.float16)
+    target = np.empty_like(source)
+
+    def ours() -> None:
+        for first in range(0, total, BATCH):
+            reader.read(order.indices(first, BATCH))
+
+    def theirs() -> None:
+        np.copyto(target, source)
+
+    for _ in range(COLD_READS * BATCH // total):  # until the reader knows that all is in memory
+        ours()
+    gigabytes = source.nbytes / 1e9
+    return compare(ours, theirs, units=(gigabytes, gigabytes), rounds=rounds, clock="cpu")
+
+
+def jpegs(folder: Path, rounds: int) -> Comparison:
+    """JPEGs of 512 pixels as squares of 256, against webdataset's decoder and Pillow's resize."""
+    entries = _jpeg_shards(folder, per_shard=32)
+    urls = [str(folder / entry.name) for entry in entries]
+    total = sum(entry.samples for entry in entries)
+    view = ImageViewConfig(resolution=256)
+    reader = ImageShards(folder, split="train", view=view, cache_bytes=0)
+    order = Order(FullShuffleConfig(), num_samples=total, seed=0)
+
+    def square(image: Image.Image) -> np.ndarray:
+        short = min(image.size)
+        left, top = (image.width - short) / 2, (image.height - short) / 2
+        box = (left, top, left + short, top + short)
+        return np.asarray(image.resize((256, 256), Image.Resampling.LANCZOS, box=box))
+
+    def theirs() -> dict[str, np.ndarray]:
+        stream = webdataset.WebDataset(urls, shardshuffle=False).decode("pil").to_tuple("__key__", "jpg")
+        return {key: square(image) for key, image in stream}
+
+    def ours() -> dict[str, np.ndarray]:
+        batch = reader.read(order.indices(0, total))
+        return dict(zip(batch.keys, batch.images, strict=True))
+
+    # Scaled decoding averages in the frequency domain: near to Lanczos in every image, not equal.
+    check_same(ours(), theirs(), within=4.0)
+    return compare(ours, theirs, units=(total, total), rounds=rounds, clock="cpu")
+
+
+def threads(folder: Path, rounds: int) -> Comparison:
+    """JPEGs of 512 pixels as squares of 256 in two threads, as training has it, against two processes.
+
+    Nothing is held against the processes: they have been started, and write their pixels to shared memory.
+    """
+    total = sum(entry.samples for entry in _jpeg_shards(folder, per_shard=32))
+    num_batches = total // DECODE_BATCH
+    reader = _jpeg_reader(folder)
+    shape = (total, 256, 256, 3)
+
+    def ours() -> dict[str, np.ndarray]:
+        with prefetch(lambda number: _decoded(reader, number), depth=4, threads=2, pin=False) as batches:
+            found = [next(batches).batch for _ in range(num_batches)]
+        return {str(number): batch for number, batch in enumerate(found)}
+
+    shared = SharedMemory(create=True, size=int(np.prod(shape)))
+    workers = multiprocessing.get_context("spawn").Pool(2, _start_worker, (folder, shared.name, shape))
+    try:
+        pixels = np.ndarray(shape, dtype=np.uint8, buffer=shared.buf)
+
+        def theirs() -> dict[str, np.ndarray]:
+            workers.map(_decode_in_worker, range(num_batches), chunksize=1)
+            return {str(number): pixels[_rows(number)] for number in range(num_batches)}
+
+        check_same(ours(), theirs())
+        return compare(ours, theirs, units=(total, total), rounds=rounds, clock="wall")
+    finally:
+        workers.terminate()
+        workers.join()
+        pixels = None  # type: ignore[assignment]  # the memory cannot be closed while an array looks at it
+        shared.unlink()
+
+
+def _jpeg_reader(folder: Path) -> ImageShards:
+    return ImageShards(folder, split="train", view=ImageViewConfig(resolution=256), cache_bytes=0)
+
+
+def _rows(number: int) -> slice:
+    return slice(number * DECODE_BATCH, (number + 1) * DECODE_BATCH)
+
+
+def _decoded(reader: ImageShards, number: int) -> np.ndarray:
+    return reader.read(np.arange(len(reader))[_rows(number)]).images
+
+
+_worker: dict[str, Any] = {}  # what a worker process has opened
+
+
+def _start_worker(folder: Path, name: str, shape: tuple[int, ...]) -> None:
+    memory = SharedMemory(name)
+    pixels = np.ndarray(shape, dtype=np.uint8, buffer=memory.buf)
+    _worker.update(reader=_jpeg_reader(folder), memory=memory, pixels=pixels)
+
+
+def _decode_in_worker(number: int) -> None:
+    _worker["pixels"][_rows(number)] = _decoded(_worker["reader"], number)
+
+
+def encoding(folder: Path, rounds: int) -> Comparison:
+    """Image shards to latent shards on disk, against the encoder alone on the same batches in memory."""
+    corpus = folder / "corpus"
+    entries = _png_shards(corpus, per_shard=32, side=64)
+    images = ImageShards(corpus, split="train", cache_bytes=0)
+    vae = AutoencoderKL(VAEConfig(channels=(32, 64, 64), norm_groups=8), image_channels=3).eval()
+    inputs = EncodeLatentsInputs(corpus=str(corpus), vae="")
+    config = EncodeLatentsConfig(run=RunConfig(root=str(folder)), inputs=inputs, batch_size=32)
+    stage = _stage(config, folder / "latents")
+    total = sum(entry.samples for entry in entries)
+    batches = [images.read(np.arange(first, first + config.batch_size)) for first in range(0, total, config.batch_size)]
+    tensors = [to_unit_range(batch.images) for batch in batches]
+
+    @torch.no_grad()
+    def theirs() -> None:
+        for tensor in tensors:
+            vae.encode(tensor)
+
+    shards, turn, runs = {part.entry.name: part for part in images.shards}, Lock(), itertools.count()
+
+    def ours() -> None:
+        make_parts(
+            stage,
+            list(shards),
+            lambda name: encode_shard(config, stage, vae, None, images, shards[name], turn),
+            folder=folder / f"records-{next(runs)}",
+            at_once=SHARDS_AT_ONCE,
+        )
+
+    return compare(ours, theirs, units=(total, total), rounds=rounds, clock="wall")
+
+
+def _stage(config: EncodeLatentsConfig, folder: Path) -> Stage:
+    folder.mkdir()
+    accelerator = start_accelerator(config.run.model_copy(update={"threads": 1}), precision=config.precision)
+    return Stage(
+        name="encode_latents",
+        folder=folder,
+        config=config,
+        parents={"corpus": Manifest(content={}), "vae": Manifest(content={})},
+        accelerator=accelerator,
+        tracker=SilentTracker(),
+        stop=StopRequest(folder, accelerator),
+        lock=FolderLock(folder),
+    )
+
+
+def _latent_shards(folder: Path, *, per_shard: int, side: int) -> list[FileEntry]:
+    rng = np.random.default_rng(0)
+
+    def members(number: int) -> dict[str, bytes]:
+        moments = rng.standard_normal((2, 4, side, side), dtype=np.float32)
+        return latent_members(f"k{number}", moments, carried={"cls": b"%d" % (number % 10)})
+
+    return _shards(folder, per_shard, members)
+
+
+def _jpeg_shards(folder: Path, *, per_shard: int) -> list[FileEntry]:
+    def members(number: int) -> dict[str, bytes]:
+        buffer = BytesIO()
+        Image.fromarray(_picture(number, 512)).save(buffer, "JPEG", quality=90)
+        return {"jpg": buffer.getvalue(), "cls": b"1"}
+
+    return _shards(folder, per_shard, members)
+
+
+def _png_shards(folder: Path, *, per_shard: int, side: int) -> list[FileEntry]:
+    folder.mkdir()
+    members = functools.partial(image_members, label=1, caption="a picture", metadata={})
+    return _shards(folder, per_shard, lambda number: members(f"k{number}", _picture(number, side)))
+
+
+def _picture(number: int, side: int) -> np.ndarray:
+    """Smooth colours with some noise, about as compressible as a photograph; uint8 (side side 3)."""
+    rng = np.random.default_rng(number)
+    coarse = Image.fromarray(rng.integers(0, 256, (side // 16, side // 16, 3), dtype=np.uint8))
+    smooth = np.asarray(coarse.resize((side, side), Image.Resampling.BICUBIC), dtype=np.float32)
+    return np.clip(smooth + rng.normal(0, 6, smooth.shape), 0, 255).astype(np.uint8)
+
+
+def _shards(folder: Path, per_shard: int, members: object) -> list[FileEntry]:
+    assert callable(members)
+    entries = []
+    for shard in range(NUM_SHARDS):
+        with ShardWriter(folder / f"train-{shard:06d}.tar") as writer:
+            for number in range(shard * per_shard, (shard + 1) * per_shard):
+                writer.add(f"k{number}", members(number))
+        assert writer.entry is not None
+        entries.append(writer.entry)
+    write_manifest(folder, content={}, files=entries, provenance={})
+    return entries
+
+
+def check_same(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray], *, within: float = 0.0) -> None:
+    """Refuse to time two sides that did not read the same; ``within`` is the mean difference allowed, in levels."""
+    if ours.keys() != theirs.keys():
+        raise ValueError(f"The two sides read different samples: {len(ours)} and {len(theirs)}.")
+    for key, value in ours.items():
+        if value.shape != theirs[key].shape:
+            raise ValueError(f"{key} differs: {value.shape} and {theirs[key].shape}.")
+        apart = np.abs(value.astype(np.float32) - theirs[key].astype(np.float32)).mean()
+        if apart > within:
+            raise ValueError(f"{key} differs by {apart:.3g} on average, at most {within:g} is allowed.")

@@ -1,0 +1,230 @@
+"""Export a trained run for diffusers: VAE, U-Net, scheduler, and an example by which anyone can check them.
+
+    python -m pipelines.tools.export --config pipelines/configs/demo.toml --format diffusers --output exports/demo
+
+Reads: ``runs/NAME/vae/``, ``runs/NAME/unet/``, and ``runs/NAME/evaluation/samples.png`` where it is there. Writes to
+``OUTPUT``: ``vae/``, ``unet/`` and ``scheduler/`` as diffusers loads them, ``example.safetensors``, ``grid.png`` and a
+model card ``README.md``, whose few lines reproduce the example. There is no ``model_index.json``: no stock pipeline
+normalises latents channel by channel, so none would draw our images.
+"""
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, NonNegativeFloat, NonNegativeInt, PositiveInt
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from data.files import write_atomically, write_json
+from data.randomness import SampleDraws
+from data.transforms import to_levels
+from models.autoencoder.vae import AutoencoderKL
+from models.conditioning import ClassConditioner, TextConditioner
+from models.denoiser import Denoiser
+from models.diffusers.config import scheduler_config_to_diffusers, unet_config_to_diffusers, vae_config_to_diffusers
+from models.diffusers.weights import denoiser_to_diffusers, vae_to_diffusers
+from models.diffusion.guidance import GuidanceConfig
+from models.diffusion.samplers import DDIMConfig
+from pipelines.model.captions import as_tensors, prompt_encoder
+from pipelines.model.device import Placement
+from pipelines.model.diffusers_weights import STAND_INS
+from pipelines.model.grids import panel_png
+from pipelines.model.weights import PublishedDenoiser, check_same_vae, denoiser_config, load_denoiser, load_vae
+from pipelines.runtime.config.experiment import ConfigError, StageConfig, config_from_command_line
+from pipelines.runtime.stage.fingerprint import blaming, read_parents
+from pipelines.tools.model_card import model_card
+
+EXAMPLE_SAMPLES = 4
+ON_CPU = Placement(torch.device("cpu"))  # in float32, so that the example is the same for whoever checks it
+
+
+class ExportInputs(BaseModel, frozen=True, extra="forbid"):
+    """The trained model."""
+
+    vae: str  # folder of the autoencoder
+    unet: str  # folder of the U-Net
+
+
+class ExportConfig(StageConfig):
+    """What is exported, and where to."""
+
+    inputs: ExportInputs  # where the weights are
+    format: Literal["diffusers"] = "diffusers"  # whose files are written
+    output: str = "export"  # folder to write to
+    prompts: tuple[str, ...] = ()  # captions of the example's samples, for a model that reads text; none: class names
+    guidance_scale: NonNegativeFloat = 2.0  # of the example
+    num_inference_steps: PositiveInt = 50  # DDIM steps of the example; divides the schedule's steps
+    spacing: Literal["trailing", "leading"] = "trailing"  # of those steps, as the scheduler will have it
+    seed: NonNegativeInt = 0  # of the example's noise
+
+
+def main() -> None:
+    config = config_from_command_line(ExportConfig, table="export", about=__doc__)
+    try:
+        export(config)
+    except ConfigError as error:
+        print(f"export: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def export(config: ExportConfig) -> None:
+    """Write the folder; the card comes last."""
+    parents = read_parents(config, {"vae": "train_vae", "unet": "train_unet"}, stand_ins=STAND_INS)
+    output = Path(config.output)
+    if output.is_dir() and any(output.iterdir()) and not (output / "example.safetensors").is_file():
+        raise ConfigError(f"output = {config.output!r} is a folder with other things in it. Give a new one.")
+    unet_manifest = parents["unet"]
+    with blaming("inputs"):
+        check_same_vae(
+            unet_manifest.content["vae"], given=parents["vae"], given_at=config.inputs.vae, user=config.inputs.unet
+        )
+        # What cannot be exported is refused before any weight is read.
+        described = denoiser_config(config.inputs.unet)
+        sampler = DDIMConfig(num_steps=config.num_inference_steps, spacing=config.spacing)
+        scheduler = scheduler_config_to_diffusers(described, sampler)
+        vae = load_vae(config.inputs.vae, parents["vae"], placed=ON_CPU).network
+        published = load_denoiser(config.inputs.unet, unet_manifest, placed=ON_CPU)
+        configs = network_configs(published, vae, num_classes=len(unet_manifest.classes))
+        conditions = example_conditions(config, published, unet_manifest.classes)
+    example = compute_example(config, published, vae, sampler=sampler, conditions=conditions)
+
+    networks = {"vae": vae, "unet": published.network}
+    write_export(output, networks=networks, configs=configs, scheduler=scheduler, example=example)
+    write_atomically(output / "grid.png", grid_of(config, example))
+    card = model_card(
+        unet_class=configs["unet"]["_class_name"],
+        example=example,
+        classes=unet_manifest.classes,
+        digests={"VAE": parents["vae"].content["weights"], "U-Net": unet_manifest.content["weights"]},
+        experiment=config.run.experiment,
+    )
+    write_atomically(output / "README.md", card.encode())
+    print(f"export: {output} holds vae/, unet/, scheduler/, example.safetensors and README.md, which shows its use")
+
+
+def write_export(
+    output: Path,
+    *,
+    networks: Mapping[str, nn.Module],
+    configs: Mapping[str, Any],
+    scheduler: Mapping[str, Any],
+    example: Mapping[str, Tensor],
+) -> None:
+    """Write the folders that diffusers loads, and the example."""
+    for name, network in networks.items():
+        weights = network.state_dict()
+        if isinstance(network, Denoiser):
+            renamed = denoiser_to_diffusers(weights, network.config)
+        else:
+            assert isinstance(network, AutoencoderKL)
+            renamed = vae_to_diffusers(weights, network.config)
+        (output / name).mkdir(parents=True, exist_ok=True)
+        contiguous = {key: tensor.contiguous() for key, tensor in renamed.items()}
+        write_atomically(output / name / "diffusion_pytorch_model.safetensors", save(contiguous, {"format": "pt"}))
+        write_json(output / name / "config.json", configs[name])
+    (output / "scheduler").mkdir(exist_ok=True)
+    write_json(output / "scheduler" / "scheduler_config.json", scheduler)
+    write_atomically(output / "example.safetensors", save(dict(example)))
+
+
+def network_configs(published: PublishedDenoiser, vae: AutoencoderKL, *, num_classes: int) -> dict[str, Any]:
+    """Return ``config.json`` of both networks.
+
+    Raises:
+        ValueError: The model has parts that diffusers lacks.
+    """
+    latent_size, normalisation = published.latent_size, published.normalisation
+    return {
+        "unet": unet_config_to_diffusers(
+            published.network.config,
+            latent_channels=published.latent_channels,
+            latent_size=latent_size,
+            num_classes=num_classes,
+        ),
+        "vae": vae_config_to_diffusers(
+            vae.config,
+            image_channels=vae.image_channels,
+            sample_size=latent_size * vae.factor,
+            latents_mean=normalisation.mean.flatten().tolist(),
+            latents_std=normalisation.std.flatten().tolist(),
+        ),
+    }
+
+
+def example_conditions(
+    config: ExportConfig, published: PublishedDenoiser, classes: tuple[str, ...]
+) -> dict[str, Tensor]:
+    """Return the fields that the example's samples are conditioned on: classes, and prompts, in turn."""
+    numbers = range(EXAMPLE_SAMPLES)
+    conditions = {"labels": torch.tensor([index % len(classes) if classes else -1 for index in numbers])}
+    encoder = prompt_encoder(published.network.config, published.text, device=ON_CPU.device)
+    if encoder is None:
+        if config.prompts:
+            raise ValueError("the model reads no text, so prompts cannot be drawn. Remove export.prompts.")
+        return conditions
+    prompts = config.prompts or classes or ("",)
+    return conditions | as_tensors(encoder([prompts[index % len(prompts)] for index in numbers]))
+
+
+@torch.no_grad()
+def compute_example(
+    config: ExportConfig,
+    published: PublishedDenoiser,
+    vae: AutoencoderKL,
+    *,
+    sampler: DDIMConfig,
+    conditions: Mapping[str, Tensor],
+) -> dict[str, Tensor]:
+    """Draw a few samples by our own code, in float32; with all that another program needs to draw them again."""
+    network = published.network
+    shape = (published.latent_channels, published.latent_size, published.latent_size)
+    noise = torch.from_numpy(SampleDraws(config.seed, 0, range(EXAMPLE_SAMPLES)).normals("sample", shape))
+    latents = network.sample(
+        noise,
+        conditions,
+        sampler=sampler,
+        guidance=GuidanceConfig(scale=config.guidance_scale),
+        fresh_noise=lambda step: torch.zeros_like(noise),
+    )
+    nothing = torch.zeros(EXAMPLE_SAMPLES, dtype=torch.bool)
+    told, untold = (arguments_in_diffusers(network, conditions, dropped) for dropped in (nothing, ~nothing))
+    example = {
+        "noise": noise,
+        **told,
+        **{f"null_{name}": argument for name, argument in untold.items()},
+        "guidance_scale": torch.tensor(config.guidance_scale),
+        "num_inference_steps": torch.tensor(config.num_inference_steps),
+        "latents": latents,
+        "images": vae.decode(published.normalisation.restore(latents)),
+    }
+    return {name: tensor.contiguous() for name, tensor in example.items()}
+
+
+def arguments_in_diffusers(network: Denoiser, conditions: Mapping[str, Tensor], dropped: Tensor) -> dict[str, Tensor]:
+    """Return what the exported U-Net is called with for these conditions: its keyword arguments, each (n ...)."""
+    arguments: dict[str, Tensor] = {}
+    for conditioner in network.conditioners:
+        if isinstance(conditioner, ClassConditioner):
+            arguments["class_labels"] = conditioner.rows(conditions, dropped)
+        elif isinstance(conditioner, TextConditioner):
+            told = conditioner(conditions, dropped)
+            if conditioner.uses_pooled:
+                arguments["class_labels"] = conditioner.pooled(conditions, dropped)
+            if told.tokens is not None and told.token_mask is not None:
+                arguments |= {"encoder_hidden_states": told.tokens, "encoder_attention_mask": told.token_mask}
+    return arguments
+
+
+def grid_of(config: ExportConfig, example: Mapping[str, Tensor]) -> bytes:
+    """Return the evaluation's samples where they are there, else the example's; PNG."""
+    evaluated = Path(config.run.root) / "evaluation" / "samples.png"
+    if evaluated.is_file() and Path(config.inputs.unet).resolve() == (Path(config.run.root) / "unet").resolve():
+        return evaluated.read_bytes()
+    return panel_png(to_levels(example["images"])[None])
+
+
+if __name__ == "__main__":
+    main()

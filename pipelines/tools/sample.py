@@ -1,0 +1,165 @@
+"""Draw images from a trained run: for a class or a prompt, a number, a guidance scale, steps and a seed.
+
+    python -m pipelines.tools.sample --config pipelines/configs/demo.toml --class_name sneaker --number 16 --guidance.scale 3
+    python -m pipelines.tools.sample --config pipelines/configs/demo.toml --class_name bag --interpolate true --number 8
+    python -m pipelines.tools.sample --config pipelines/configs/emoji.toml --prompt "grinning cat face with smiling eyes"
+
+Reads: ``runs/NAME/vae/``, ``runs/NAME/unet/``. Writes: ``OUTPUT/KEY.png`` for each image, and ``OUTPUT/grid.png``.
+"""
+
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from pydantic import BaseModel, NonNegativeInt, PositiveInt
+from torch import Tensor
+
+from data.files import write_atomically
+from data.samples import encode_png
+from models.diffusion.guidance import GuidanceConfig
+from models.diffusion.samplers import DDIMConfig, SamplerConfig, slerp
+from pipelines.model.captions import as_tensors, prompt_encoder
+from pipelines.model.device import Placement, attention_on
+from pipelines.model.diffusers_weights import STAND_INS
+from pipelines.model.grids import panel_png
+from pipelines.model.sampling import ImageSampler
+from pipelines.model.weights import check_same_vae, check_sampler_suits, denoiser_config, load_denoiser, load_vae
+from pipelines.runtime.config.experiment import ConfigError, StageConfig, config_from_command_line
+from pipelines.runtime.stage.fingerprint import blaming, read_parents
+from pipelines.runtime.stage.progress import progress_line
+
+GRID_COLUMNS = 8
+
+
+class SampleInputs(BaseModel, frozen=True, extra="forbid"):
+    """The trained model."""
+
+    vae: str  # folder of the autoencoder
+    unet: str  # folder of the U-Net
+
+
+class SampleConfig(StageConfig):
+    """Which images to draw, and how."""
+
+    inputs: SampleInputs  # where the weights are
+    prompt: str = ""  # what to draw, in words, for a model with a text condition; empty for anything
+    class_name: str = "all"  # a class of the corpus by name or number, "all" in turn, or "none" for any
+    number: PositiveInt = 16  # images
+    seed: NonNegativeInt = 0  # image i depends on (seed, i) only
+    sampler: SamplerConfig = DDIMConfig(num_steps=50)  # how they are drawn; --sampler.num_steps N
+    guidance: GuidanceConfig = GuidanceConfig(scale=2.0)  # how strongly class and prompt pull; --guidance.scale S
+    interpolate: bool = False  # images on the arc from the first one's noise to the last one's, both included
+    batch_size: PositiveInt = 50  # images drawn at once
+    tile: NonNegativeInt = 0  # decode in tiles of so many latent pixels a side, for large images; 0 decodes at once
+    output: str = "samples"  # folder to write to
+
+
+def main() -> None:
+    config = config_from_command_line(SampleConfig, table="sample", about=__doc__)
+    try:
+        draw(config)
+    except ConfigError as error:
+        print(f"sample: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def draw(config: SampleConfig) -> None:
+    """Draw the images and write them."""
+    parents = read_parents(config, {"vae": "train_vae", "unet": "train_unet"}, stand_ins=STAND_INS)
+    unet = parents["unet"]
+    with blaming("inputs"):
+        check_same_vae(unet.content["vae"], given=parents["vae"], given_at=config.inputs.vae, user=config.inputs.unet)
+        check_sampler_suits(config.sampler, denoiser_config(config.inputs.unet))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    attention = attention_on(device, config.run)
+    print(f"sample: on {device}, attention by {attention.name}: {attention.reason}")
+    placed = Placement(device, attention.name)
+    with blaming("inputs"):
+        vae = load_vae(config.inputs.vae, parents["vae"], placed=placed)
+        published = load_denoiser(config.inputs.unet, unet, placed=placed)
+    reads = published.network.config.fields
+    labels = labels_of(config, unet.classes if "labels" in reads else ())
+    with blaming("inputs.unet"):
+        encoder = prompt_encoder(published.network.config, published.text, device=device)
+    if config.prompt and encoder is None:
+        raise ConfigError(f"prompt = {config.prompt!r}, but {config.inputs.unet} was not trained on captions.")
+    # A caption is encoded once: all images have the same.
+    prompt = as_tensors(encoder([config.prompt])) if encoder is not None else {}
+    sampler = ImageSampler(
+        published.network,
+        published.normalisation,
+        vae.network,
+        latent_shape=(published.latent_channels, published.latent_size, published.latent_size),
+        seed=config.seed,
+        tile=config.tile,
+    )
+
+    images: list[np.ndarray] = []
+    with progress_line("sample", total=config.number, unit="images") as line:
+        for first in range(0, config.number, config.batch_size):
+            indices = range(first, min(first + config.batch_size, config.number))
+            conditions = {"labels": torch.tensor([labels[index] for index in indices])}
+            conditions |= {name: torch.cat([field] * len(indices)) for name, field in prompt.items()}
+            drawn = sampler.draw(
+                indices,
+                conditions,
+                sampler=config.sampler,
+                guidance=config.guidance,
+                noise=start_of(config, sampler, indices),
+            )
+            images.extend(drawn)
+            line.advance_to(len(images))
+    write_images(config, images, [unet.classes[label] if label >= 0 else "" for label in labels])
+
+
+def start_of(config: SampleConfig, sampler: ImageSampler, indices: range) -> Tensor:
+    """Return the noise that the images start from; (n c h w)."""
+    if not config.interpolate or config.number == 1:
+        return sampler.noise(indices)
+    last = config.number - 1
+    first, end = (sampler.noise([index]) for index in (0, last))
+    return torch.cat([slerp(first, end, index / last) for index in indices])
+
+
+def write_images(config: SampleConfig, images: Sequence[np.ndarray], names: Sequence[str]) -> None:
+    """Write each image, and a grid of all; ``names`` are their classes, "" for none."""
+    output = Path(config.output)
+    output.mkdir(parents=True, exist_ok=True)
+    for index, (image, name) in enumerate(zip(images, names, strict=True)):
+        readable = re.sub(r"[^A-Za-z0-9_-]+", "_", name or config.prompt)[:40].strip("_") or "image"
+        write_atomically(output / f"{index:06}-{readable}-seed{config.seed}.png", encode_png(image))
+    heads = list(dict.fromkeys(names)) if config.class_name == "all" and any(names) else []
+    columns = min(len(heads) or GRID_COLUMNS, len(images), 12)
+    rows = max(1, len(images) // columns)
+    shown = np.stack(images[: rows * columns]).reshape(rows, columns, *images[0].shape)
+    what = ", ".join(part for part in (config.prompt, config.class_name if any(names) else "") if part) or "any"
+    title = f"{what}, guidance {config.guidance.scale:g}, {config.sampler.num_steps} steps, seed {config.seed}"
+    write_atomically(output / "grid.png", panel_png(shown, column_labels=heads[:columns], title=title))
+    print(f"sample: {len(images)} images and grid.png in {output}")
+
+
+def labels_of(config: SampleConfig, classes: tuple[str, ...]) -> list[int]:
+    """Return the class of each image.
+
+    Raises:
+        ConfigError: There is no such class.
+    """
+    if not classes or config.class_name == "none":
+        return [-1] * config.number
+    if config.class_name == "all":
+        return [index % len(classes) for index in range(config.number)]
+    if config.class_name in classes:
+        return [classes.index(config.class_name)] * config.number
+    if config.class_name.isdigit() and int(config.class_name) < len(classes):
+        return [int(config.class_name)] * config.number
+    raise ConfigError(
+        f"class_name = {config.class_name!r} is no class of {config.inputs.unet}. Classes are "
+        f"{', '.join(classes)}, their numbers from 0, 'all' or 'none'."
+    )
+
+
+if __name__ == "__main__":
+    main()
