@@ -100,7 +100,7 @@ class ChannelSums:
             "active": [float(value) for value in self.active],
         }
 
-    def figures(self, prefix: str) -> dict[str, float]:
+    def metrics(self, prefix: str) -> dict[str, float]:
         """Return the same as flat metrics."""
         return {
             f"{prefix}/active_channels": float(self.active.sum()),

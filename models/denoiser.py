@@ -184,9 +184,9 @@ class Denoiser(nn.Module):
         """
         x = add_noise(x0, noise, self.process.level(times, like=x0))
         nothing_dropped = torch.zeros(len(x), len(self.conditioners), dtype=torch.bool, device=x.device)
-        told = self.output(x, times, conditions, nothing_dropped).flatten(1)
-        untold = self.output(x, times, conditions, ~nothing_dropped).flatten(1)
-        return torch.linalg.vector_norm(told - untold, dim=1) / torch.linalg.vector_norm(told, dim=1).clamp(min=1e-12)
+        cond = self.output(x, times, conditions, nothing_dropped).flatten(1)
+        uncond = self.output(x, times, conditions, ~nothing_dropped).flatten(1)
+        return torch.linalg.vector_norm(cond - uncond, dim=1) / torch.linalg.vector_norm(cond, dim=1).clamp(min=1e-12)
 
     def _condition(self, conditions: Mapping[str, Tensor], dropped: Tensor) -> Conditioning:
         return combine(

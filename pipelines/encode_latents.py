@@ -27,19 +27,19 @@ from data.statistics import ChannelSums
 from data.transforms import to_unit_range
 from models.autoencoder.vae import AutoencoderKL
 from pipelines.model.captions import CaptionEncoder, CaptionFeaturesConfig, NoTextConfig
-from pipelines.model.device import placement_of
-from pipelines.model.diffusers_weights import STAND_INS
+from pipelines.model.device import device_of
+from pipelines.model.diffusers_weights import DIFFUSERS_READERS
 from pipelines.model.encoding_progress import EncodingProgress
 from pipelines.model.inputs import verify_shards
 from pipelines.model.latent_audit import alarms, audit_keys, statistics_plot
 from pipelines.model.weights import load_vae
 from pipelines.runtime.config.experiment import ConfigError, StageConfig, config_from_command_line
-from pipelines.runtime.stage.fingerprint import blaming
+from pipelines.runtime.stage.fingerprint import config_error_at
 from pipelines.runtime.stage.launch import Precision
 from pipelines.runtime.stage.progress import progress_line
 from pipelines.runtime.stage.quarantine import REPORTED, BadSamplePolicy, settle_quarantine
 from pipelines.runtime.stage.stage import Stage, running_stage
-from pipelines.runtime.stage.work_items import finished_parts, make_parts
+from pipelines.runtime.stage.work_items import finished_items, make_items
 
 SHARDS_AT_ONCE = 2
 
@@ -54,7 +54,7 @@ class EncodeLatentsInputs(BaseModel, frozen=True, extra="forbid"):
 class EncodeLatentsConfig(StageConfig):
     """How images become stored moments."""
 
-    harmless = frozenset({"bad_samples", "max_bad_fraction"})
+    fingerprint_ignores = frozenset({"bad_samples", "max_bad_fraction"})
 
     inputs: EncodeLatentsInputs  # where the stage reads
     batch_size: PositiveInt = 64  # images of one forward pass; batches never cross a shard's border
@@ -74,7 +74,7 @@ def main() -> None:
         name="encode_latents",
         parents=parents,
         precision=config.precision,
-        stand_ins=STAND_INS,
+        manifest_readers=DIFFUSERS_READERS,
         joinable=True,
     ) as stage:
         encode(config, stage)
@@ -82,11 +82,11 @@ def main() -> None:
 
 def encode(config: EncodeLatentsConfig, stage: Stage) -> None:
     """Encode every shard that is missing, then account for every sample and measure the whole."""
-    placed = placement_of(stage)
+    device = device_of(stage)
     verify_shards(stage, "corpus")
-    with blaming("inputs.vae"):
-        vae = load_vae(config.inputs.vae, stage.parents["vae"], placed=placed).network
-    with blaming("encode_latents.captions"):
+    with config_error_at("inputs.vae"):
+        vae = load_vae(config.inputs.vae, stage.parents["vae"], device=device).network
+    with config_error_at("encode_latents.captions"):
         captions = caption_encoder(config, stage)
     corpus = stage.parents["corpus"]
     shards = {part.entry.name: (images, part) for images in open_splits(config, corpus) for part in images.shards}
@@ -94,11 +94,11 @@ def encode(config: EncodeLatentsConfig, stage: Stage) -> None:
 
     sizes = {name: part.entry.samples for name, (_, part) in shards.items()}
     num_images, turn = sum(sizes.values()), Lock()
-    start = sum(sizes[name] for name in finished_parts(stage, list(shards)))
-    with progress_line("encode_latents", total=num_images, unit="images", start=start, speaks=stage.is_main) as line:
+    start = sum(sizes[name] for name in finished_items(stage, list(shards)))
+    with progress_line("encode_latents", total=num_images, unit="images", start=start, is_main=stage.is_main) as line:
         progress = EncodingProgress(stage, line, num_shards=len(shards), done_before=start)
         # While one shard is read or committed, the other's batches keep the network busy.
-        records = make_parts(
+        records = make_items(
             stage,
             list(shards),
             lambda name: encode_shard(config, stage, vae, captions, *shards[name], turn),
@@ -116,7 +116,7 @@ def encode(config: EncodeLatentsConfig, stage: Stage) -> None:
         ChannelSums.from_json(record["sums"]) for record in records if record["entry"]["name"].startswith("train")
     )
     if stage.is_main:
-        with blaming("inputs.corpus"):
+        with config_error_at("inputs.corpus"):
             audit_keys(stage.folder, shards, records)
         write_atomically(stage.folder / "statistics.png", statistics_plot(statistics))
     stage.tracker.log_image("latents/statistics", stage.folder / "statistics.png", step=0)
@@ -124,7 +124,7 @@ def encode(config: EncodeLatentsConfig, stage: Stage) -> None:
     for alarm in found:
         stage.say(f"warning: {alarm}")
     stage.tracker.set_tags({"latents.alarms": "; ".join(found) or "none"})
-    stage.tracker.log_metrics({"latents/samples": kept, **statistics.figures("latents")}, step=0)
+    stage.tracker.log_metrics({"latents/samples": kept, **statistics.metrics("latents")}, step=0)
     stage.finish(
         files=files,
         content={
@@ -141,8 +141,8 @@ def encode(config: EncodeLatentsConfig, stage: Stage) -> None:
             **({"alarms": found} if found else {}),
         },
     )
-    figures = ", ".join(f"{value:.3g}" for value in statistics.std)
-    stage.say(f"{kept} latents in {len(files)} shards, {bad.total()} quarantined; std of the channels: {figures}")
+    metrics = ", ".join(f"{value:.3g}" for value in statistics.std)
+    stage.say(f"{kept} latents in {len(files)} shards, {bad.total()} quarantined; std of the channels: {metrics}")
 
 
 def normalised_by(statistics: ChannelSums, vae: Manifest) -> dict[str, Any]:
@@ -167,7 +167,7 @@ def open_splits(config: EncodeLatentsConfig, corpus: Manifest) -> Iterator[Image
     """Yield the splits of the corpus that hold samples."""
     for split in get_args(Split):
         if corpus.content["splits"][split]:
-            with blaming("inputs.corpus"):
+            with config_error_at("inputs.corpus"):
                 yield ImageShards(config.inputs.corpus, split=split, manifest=corpus, cache_bytes=0)
 
 

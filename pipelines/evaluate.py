@@ -22,26 +22,26 @@ from data.files import write_atomically, write_json
 from data.manifest import FileEntry, Manifest, digest_of
 from data.samples import Split, image_members
 from data.shards.index import ShardWriter
-from pipelines.evaluation.likelihood import TERMS, bound_figures, check_bound
-from pipelines.evaluation.metrics import Reference, distribution_figures, fidelity_figures, sweep_plot
+from pipelines.evaluation.likelihood import TERMS, bound_metrics, check_bound
+from pipelines.evaluation.metrics import Reference, distribution_metrics, fidelity_metrics, sweep_plot
 from pipelines.evaluation.samples import DrawConfig, PartMaker, Plan, key_prefix
-from pipelines.model.diffusers_weights import STAND_INS
-from pipelines.model.grids import panel_png
+from pipelines.model.diffusers_weights import DIFFUSERS_READERS
+from pipelines.model.grids import grid_png
 from pipelines.model.weights import check_same_vae, check_sampler_suits, denoiser_config
 from pipelines.runtime.config.experiment import ConfigError, config_from_command_line
-from pipelines.runtime.stage.fingerprint import blaming
+from pipelines.runtime.stage.fingerprint import config_error_at
 from pipelines.runtime.stage.progress import progress_line
 from pipelines.runtime.stage.stage import Stage, running_stage
-from pipelines.runtime.stage.work_items import make_parts
+from pipelines.runtime.stage.work_items import make_items
 
-PANEL_ROWS = 8
-MAX_PANEL_COLUMNS = 12
+GRID_ROWS = 8
+MAX_GRID_COLUMNS = 12
 
 
 class EvaluateConfig(DrawConfig):
     """How samples are drawn, judged and stored."""
 
-    harmless = frozenset({"name"})
+    fingerprint_ignores = frozenset({"name"})
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]*$")] = ""  # NAME writes evaluation-NAME/; empty evaluation/
     samples_per_shard: PositiveInt = 1_000  # samples of one tar
@@ -56,7 +56,7 @@ def main() -> None:
         precision=config.precision,
         check=lambda parents: check_request(config, parents),
         folder_name=f"evaluation-{config.name}" if config.name else None,
-        stand_ins=STAND_INS,
+        manifest_readers=DIFFUSERS_READERS,
     ) as stage:
         evaluate(config, stage)
 
@@ -67,16 +67,16 @@ def check_request(config: EvaluateConfig, parents: Mapping[str, Manifest]) -> No
     Raises:
         ConfigError: Another VAE than the U-Net's, other classes, or no validation images.
     """
-    with blaming("inputs.vae"):
+    with config_error_at("inputs.vae"):
         check_same_vae(
             parents["unet"].content["vae"],
             given=parents["vae"],
             given_at=config.inputs.vae,
             user=f"inputs.unet = {config.inputs.unet!r}",
         )
-    with blaming("evaluate.sampler"):
+    with config_error_at("evaluate.sampler"):
         check_sampler_suits(config.sampler, denoiser_config(config.inputs.unet))
-    with blaming("evaluate.likelihood"):
+    with config_error_at("evaluate.likelihood"):
         check_bound(config.likelihood, denoiser_config(config.inputs.unet))
     corpus, unet = parents["corpus"], parents["unet"]
     if corpus.classes != unet.classes:
@@ -92,9 +92,9 @@ def evaluate(config: EvaluateConfig, stage: Stage) -> None:
     """Draw every sample that is missing, then judge them all."""
     maker = PartMaker(config, stage)
     parts = maker.plan()
-    with progress_line("evaluate", total=len(parts.own), unit="batches", speaks=stage.is_main) as line:
-        make_parts(stage, parts.reference, maker.make_reference, folder=maker.reference_folder)
-        make_parts(
+    with progress_line("evaluate", total=len(parts.own), unit="batches", is_main=stage.is_main) as line:
+        make_items(stage, parts.reference, maker.make_reference, folder=maker.reference_folder)
+        make_items(
             stage,
             parts.own,
             maker.make_own,
@@ -134,12 +134,12 @@ def judge(config: EvaluateConfig, stage: Stage, maker: PartMaker, parts: Plan) -
     reference = Reference.of(train=real("train"), validation=real("val"), num_classes=len(classes))
     labels = maker.labels(range(config.num_samples))
     by_scale = {
-        scale: distribution_figures(maker.read(names, "features"), labels, reference)
+        scale: distribution_metrics(maker.read(names, "features"), labels, reference)
         for scale, names in parts.samples.items()
     }
-    floor = distribution_figures(maker.read(parts.reconstructions, "features"), reference.labels, reference)
-    vae = fidelity_figures(*(maker.read(parts.reconstructions, name) for name in ("psnr", "ssim")))
-    likelihood = bound_figures({name: maker.read(parts.bounds, name) for name in TERMS}) if parts.bounds else {}
+    floor = distribution_metrics(maker.read(parts.reconstructions, "features"), reference.labels, reference)
+    vae = fidelity_metrics(*(maker.read(parts.reconstructions, name) for name in ("psnr", "ssim")))
+    likelihood = bound_metrics({name: maker.read(parts.bounds, name) for name in TERMS}) if parts.bounds else {}
     contract = contract_of(config, stage, maker, reference)
     write_json(
         folder / "metrics.json",
@@ -155,24 +155,24 @@ def judge(config: EvaluateConfig, stage: Stage, maker: PartMaker, parts: Plan) -
     draw_pictures(config, stage, maker, parts, by_scale, floor)
     store_samples(config, stage, maker, parts)
 
-    flat = {f"eval/{name}": figure["value"] for name, figure in by_scale[config.guidance.scale].items()}
-    flat |= {f"eval/floor/{name}": figure["value"] for name, figure in floor.items()}
-    flat |= {f"eval/vae/{name}": figure["value"] for name, figure in vae.items()}
-    flat |= {f"eval/likelihood/{name}": figure["value"] for name, figure in likelihood.items()}
+    flat = {f"eval/{name}": metric["value"] for name, metric in by_scale[config.guidance.scale].items()}
+    flat |= {f"eval/floor/{name}": metric["value"] for name, metric in floor.items()}
+    flat |= {f"eval/vae/{name}": metric["value"] for name, metric in vae.items()}
+    flat |= {f"eval/likelihood/{name}": metric["value"] for name, metric in likelihood.items()}
     stage.tracker.log_metrics(flat, step=0)
-    for scale, figures in by_scale.items():
-        sweep = {f"eval/sweep/{name}": figure["value"] for name, figure in figures.items()}
+    for scale, metrics in by_scale.items():
+        sweep = {f"eval/sweep/{name}": metric["value"] for name, metric in metrics.items()}
         stage.tracker.log_metrics(sweep, step=round(100 * scale))
     stage.tracker.set_tags({"digest.evaluation_contract": digest_of(contract)})
     for name in ("metrics.json", "sweep.png"):
         stage.tracker.log_artifact(folder / name)
     shown = {**by_scale[config.guidance.scale], **vae, **likelihood}
-    stage.say(", ".join(f"{name} {figure['value']:.4g}" for name, figure in shown.items()))
+    stage.say(", ".join(f"{name} {metric['value']:.4g}" for name, metric in shown.items()))
     stage.say(f"{folder / 'samples.png'}, {folder / 'metrics.json'}")
 
 
 def contract_of(config: EvaluateConfig, stage: Stage, maker: PartMaker, reference: Reference) -> dict[str, Any]:
-    """Return everything two evaluations must share for their figures to be comparable."""
+    """Return everything two evaluations must share for their metrics to be comparable."""
     corpus, extractor = stage.parents["corpus"], maker.extractor
     return {
         "num_samples": config.num_samples,
@@ -205,10 +205,10 @@ def draw_pictures(
     """Draw the sample grid, the same samples at every guidance, and the metrics over guidance."""
     folder, classes, default = stage.folder, stage.parents["unet"].classes, config.guidance.scale
     in_turn = classes if maker.prompts is None else ()
-    columns = min(len(in_turn), MAX_PANEL_COLUMNS) if in_turn else min(10, config.num_samples)
+    columns = min(len(in_turn), MAX_GRID_COLUMNS) if in_turn else min(10, config.num_samples)
     stride = len(in_turn) or columns
     heads = in_turn[:columns] if maker.prompts is None else maker.captions(range(columns))
-    rows = max(1, min(PANEL_ROWS, config.num_samples // stride))
+    rows = max(1, min(GRID_ROWS, config.num_samples // stride))
     needed = -(-rows * stride // config.batch_size)
 
     def grid(scale: float, num_rows: int) -> np.ndarray:
@@ -219,12 +219,12 @@ def draw_pictures(
     steps = config.sampler.num_steps
     title = f"guidance {default:g}, {config.sampler.kind} with {steps} steps, seed {config.seed}"
     write_atomically(
-        folder / "samples.png", panel_png(grid(default, rows), column_labels=in_turn[:columns], title=title)
+        folder / "samples.png", grid_png(grid(default, rows), column_labels=in_turn[:columns], title=title)
     )
     scales = sorted(by_scale)
     across = np.concatenate([grid(scale, 1) for scale in scales])
     labels = [f"guidance {scale:g}" for scale in scales]
-    write_atomically(folder / "guidance.png", panel_png(across, column_labels=heads, row_labels=labels))
+    write_atomically(folder / "guidance.png", grid_png(across, column_labels=heads, row_labels=labels))
     write_atomically(folder / "sweep.png", sweep_plot(by_scale, floor))
     stage.tracker.log_image("eval/samples", folder / "samples.png", step=0)
     stage.tracker.log_image("eval/guidance", folder / "guidance.png", step=0)

@@ -24,13 +24,13 @@ from data.shards.keys import check_unique
 from data.sources import Corpus, FashionMNISTConfig, Source, SourceConfig, WebDataset, corpora_of, listing_digest
 from data.sources.in_place import index_in_place
 from data.transforms import DEFAULT_MAX_PIXELS, FILTER_REASONS, ImageViewConfig, MaxPixels, view_sample
-from pipelines.model.grids import panel_png
+from pipelines.model.grids import grid_png
 from pipelines.runtime.config.experiment import ConfigError, StageConfig, config_from_command_line
-from pipelines.runtime.stage.fingerprint import blaming
+from pipelines.runtime.stage.fingerprint import config_error_at
 from pipelines.runtime.stage.progress import progress_line
 from pipelines.runtime.stage.quarantine import REPORTED, BadSamplePolicy, settle_quarantine
 from pipelines.runtime.stage.stage import Stage, running_stage
-from pipelines.runtime.stage.work_items import finished_parts, make_parts
+from pipelines.runtime.stage.work_items import finished_items, make_items
 
 EXAMPLE_ROWS = 4
 MAX_EXAMPLE_COLUMNS = 12
@@ -39,7 +39,7 @@ MAX_EXAMPLE_COLUMNS = 12
 class PrepareCorpusConfig(StageConfig):
     """The source, what becomes of each image, and how many share a shard."""
 
-    harmless = frozenset({"bad_samples", "max_bad_fraction"})
+    fingerprint_ignores = frozenset({"bad_samples", "max_bad_fraction"})
 
     source: SourceConfig = FashionMNISTConfig()  # where the images come from
     view: ImageViewConfig = ImageViewConfig()  # how they become squares of one size
@@ -57,16 +57,16 @@ def main() -> None:
 
 def prepare(config: PrepareCorpusConfig, stage: Stage) -> None:
     """Write every shard that is missing, then account for every sample."""
-    with blaming("prepare_corpus.source"):
+    with config_error_at("prepare_corpus.source"):
         source = config.source.open()
     if not source.count("train"):
         raise ConfigError("prepare_corpus.source: it holds no training image. Look at its path and its split.")
 
     check_listing(source, stage)
     make = shard_makers(config, source, stage.folder)
-    start = len(finished_parts(stage, list(make)))
-    with progress_line("prepare_corpus", total=len(make), unit="shards", start=start, speaks=stage.is_main) as line:
-        records = make_parts(
+    start = len(finished_items(stage, list(make)))
+    with progress_line("prepare_corpus", total=len(make), unit="shards", start=start, is_main=stage.is_main) as line:
+        records = make_items(
             stage, list(make), lambda name: make[name](), after_each=lambda done, _, __: line.advance_to(done)
         )
 
@@ -76,9 +76,9 @@ def prepare(config: PrepareCorpusConfig, stage: Stage) -> None:
     kept = sum(entry.samples for entry in files)
     assert given == kept + bad.total(), "a sample was lost without being counted"
     if stage.is_main:
-        with blaming("prepare_corpus.source"):
+        with config_error_at("prepare_corpus.source"):
             check_unique(stage.folder, files)
-        write_atomically(stage.folder / "examples.png", example_panel(config, source))
+        write_atomically(stage.folder / "examples.png", example_grid(config, source))
     stage.tracker.log_image("corpus/examples", stage.folder / "examples.png", step=0)
     stage.tracker.log_metrics({"corpus/samples": kept, "corpus/quarantined": bad.total()}, step=0)
     stage.finish(
@@ -215,7 +215,7 @@ def stored_members(config: PrepareCorpusConfig, sample: ImageSample) -> dict[str
     return image_members(sample.key, image, label=sample.label, caption=sample.caption, metadata=sample.metadata)
 
 
-def example_panel(config: PrepareCorpusConfig, source: Source) -> bytes:
+def example_grid(config: PrepareCorpusConfig, source: Source) -> bytes:
     """Draw the first training images of each class, as the corpus has them; PNG."""
     columns: dict[int, list[np.ndarray]] = {}
     num_columns = min(max(len(source.classes), 1), MAX_EXAMPLE_COLUMNS)
@@ -232,7 +232,7 @@ def example_panel(config: PrepareCorpusConfig, source: Source) -> bytes:
             column.append(image)
     blank = np.full((config.view.resolution, config.view.resolution, config.view.channels), 255, dtype=np.uint8)
     cells = [(columns.get(label, []) + [blank] * EXAMPLE_ROWS)[:EXAMPLE_ROWS] for label in range(num_columns)]
-    return panel_png(
+    return grid_png(
         np.stack([np.stack(column) for column in cells], axis=1), column_labels=source.classes[:num_columns]
     )
 

@@ -4,7 +4,7 @@
 
 Reads: ``runs/NAME/latents/``, and ``runs/NAME/vae/`` to show samples. Writes: ``runs/NAME/unet/`` with
 ``unet.safetensors`` (averaged weights), ``config.json``, ``metrics.jsonl``, ``checkpoints/`` and sample
-grids in ``panels/``.
+grids in ``grids/``.
 
 Shapes: b latents of a process's share, c channels, h and w latent size, k conditioners.
 """
@@ -26,13 +26,13 @@ from data.samples import Split
 from models.autoencoder.vae import Posterior
 from models.denoiser import Denoiser, DenoiserConfig
 from pipelines.model.captions import CaptionFeatures, FeatureSourceConfig, StoredFeaturesConfig
-from pipelines.model.device import placement_of
-from pipelines.model.diffusers_weights import STAND_INS, RandomStart, StartConfig, check_start, load_start
+from pipelines.model.device import device_of
+from pipelines.model.diffusers_weights import DIFFUSERS_READERS, RandomStart, StartConfig, check_start, load_start
 from pipelines.model.inputs import verify_shards
-from pipelines.model.validation import Observer, PanelConfig
+from pipelines.model.validation import GridConfig, UNetValidation
 from pipelines.model.weights import Normalisation, check_same_vae, check_sampler_suits, publish
 from pipelines.runtime.config.experiment import ConfigError, config_from_command_line
-from pipelines.runtime.stage.fingerprint import blaming
+from pipelines.runtime.stage.fingerprint import config_error_at
 from pipelines.runtime.stage.launch import joined, launched_world_size
 from pipelines.runtime.stage.stage import Stage, running_stage
 from pipelines.runtime.training.checkpoint import Stateful, Weights
@@ -52,7 +52,7 @@ class TrainUNetInputs(BaseModel, frozen=True, extra="forbid"):
 class TrainUNetConfig(TrainingConfig):
     """The denoiser and its training."""
 
-    harmless = TrainingConfig.harmless | {"panel"}
+    fingerprint_ignores = TrainingConfig.fingerprint_ignores | {"grid"}
 
     inputs: TrainUNetInputs  # where the stage reads
     denoiser: DenoiserConfig = DenoiserConfig()  # network, conditions, process and objective
@@ -60,7 +60,7 @@ class TrainUNetConfig(TrainingConfig):
     order: OrderConfig = FullShuffleConfig()  # order of the training latents
     captions: FeatureSourceConfig = StoredFeaturesConfig()  # where the features of captions come from
     flip_probability: Annotated[float, Field(ge=0, le=1)] = 0.0  # of a mirrored image; needs encode_latents.flipped
-    panel: PanelConfig = PanelConfig()  # sample grid during training
+    grid: GridConfig = GridConfig()  # sample grid during training
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def main() -> None:
         parents={"latents": "encode_latents", "vae": "train_vae"},
         precision=config.precision,
         check=lambda parents: check_request(config, parents),
-        stand_ins=STAND_INS,
+        manifest_readers=DIFFUSERS_READERS,
     ) as stage:
         train(config, stage)
 
@@ -95,7 +95,7 @@ def check_request(config: TrainUNetConfig, parents: Mapping[str, Manifest]) -> N
     """
     BatchShare.of(config, table="train_unet", rank=0, world_size=launched_world_size())
     latents = parents["latents"].content
-    with blaming("inputs.vae"):
+    with config_error_at("inputs.vae"):
         check_same_vae(
             latents["vae"],
             given=parents["vae"],
@@ -107,14 +107,14 @@ def check_request(config: TrainUNetConfig, parents: Mapping[str, Manifest]) -> N
             f"train_unet.flip_probability = {config.flip_probability}, but {config.inputs.latents} holds no mirrored "
             "latents. Encode with encode_latents.flipped = true, or set the probability to 0."
         )
-    with blaming("train_unet.denoiser"):
+    with config_error_at("train_unet.denoiser"):
         caption_features(config, parents["latents"], device=torch.device("cpu"))
         with torch.device("meta"):
             build_denoiser(config, parents["latents"])
-    with blaming("train_unet.start"):
+    with config_error_at("train_unet.start"):
         check_start(config.start, config.denoiser, latent_channels=latents["latent"]["channels"])
-    with blaming("train_unet.panel.sampler"):
-        check_sampler_suits(config.panel.sampler, config.denoiser)
+    with config_error_at("train_unet.grid.sampler"):
+        check_sampler_suits(config.grid.sampler, config.denoiser)
 
 
 def caption_features(config: TrainUNetConfig, latents: Manifest, *, device: torch.device) -> CaptionFeatures:
@@ -136,16 +136,16 @@ def build_denoiser(config: TrainUNetConfig, latents: Manifest) -> Denoiser:
 def train(config: TrainUNetConfig, stage: Stage) -> None:
     """Train to the last update and publish the averaged weights."""
     # What to learn, and from what.
-    placed = placement_of(stage)
+    device = device_of(stage)
     verify_shards(stage, "latents")
     latents = stage.parents["latents"]
     torch.manual_seed(config.seed)
     denoiser = build_denoiser(config, latents)
-    with blaming("train_unet.start"):
+    with config_error_at("train_unet.start"):
         start = load_start(config.start, denoiser)
-    denoiser = placed(denoiser)
-    with blaming("train_unet.captions"):
-        captions = caption_features(config, latents, device=placed.device)
+    denoiser = device.place(denoiser)
+    with config_error_at("train_unet.captions"):
+        captions = caption_features(config, latents, device=device.torch)
     batches = BatchMaker(config, stage, denoiser, captions, split="train")
 
     # How to learn it.
@@ -162,29 +162,31 @@ def train(config: TrainUNetConfig, stage: Stage) -> None:
         keys=batches.keys,
         parts=parts,
         flops_per_image=flops_per_image(denoiser, batches.make(0)),
-        peak_flops=known_peak_flops(str(placed.device), config.precision),
+        peak_flops=known_peak_flops(str(device.torch), config.precision),
     )
-    with blaming("inputs"):
-        observer = Observer(
+    with config_error_at("inputs"):
+        validation = UNetValidation(
             stage,
-            config.panel,
+            config.grid,
             latents_folder=config.inputs.latents,
             vae_folder=config.inputs.vae,
-            placed=placed,
+            device=device,
             captions=captions,
         )
 
     # Where we stopped last time.
     training.resume()
     if training.update == 0:
-        training.expect(observer.look(averages.first, update=0))  # what cannot be drawn fails now, not after hours
+        training.expect(
+            validation.validate(averages.first, update=0)
+        )  # what cannot be drawn fails now, not after hours
 
     # The loop.
     for batch in training.updates(batches.from_index):
         one_update(training, wrapped, optimizer, batch)
         averages.update(denoiser, update=training.update, refused=training.refused)
-        if training.look_is_due():
-            training.report(observer.look(averages.first, update=training.update))
+        if training.validation_is_due():
+            training.report(validation.validate(averages.first, update=training.update))
 
     shape = latents.content["latent"]
     files, weights = publish(
@@ -226,11 +228,11 @@ def one_update(training: Training, wrapped: nn.Module, optimizer: Optimizer, bat
         conditions = {name: field[part].to(device, non_blocking=True) for name, field in batch.conditions.items()}
         losses = wrapped(x0, noise, times, conditions, dropped)
         training.backward(losses.loss.mean())
-        training.note({"train/loss": losses.loss.mean(), "train/error": losses.error.mean()})
+        training.log({"train/loss": losses.loss.mean(), "train/error": losses.error.mean()})
         if losses.bound is not None:
-            training.note({"train/bound": losses.bound.mean()})
+            training.log({"train/bound": losses.bound.mean()})
         rates = dropped.float().mean(dim=0).unbind()  # of each conditioner
-        training.note({f"train/dropped_fraction_{index}": rate for index, rate in enumerate(rates)})
+        training.log({f"train/dropped_fraction_{index}": rate for index, rate in enumerate(rates)})
     training.step({"train/grad_norm": optimizer})
 
 
@@ -241,7 +243,7 @@ class BatchMaker:
         self, config: TrainUNetConfig, stage: Stage, denoiser: Denoiser, captions: CaptionFeatures, *, split: Split
     ) -> None:
         accelerator, manifest = stage.accelerator, stage.parents["latents"]
-        with blaming("inputs.latents"):
+        with config_error_at("inputs.latents"):
             self.latents = LatentShards(
                 config.inputs.latents,
                 split=split,
@@ -257,7 +259,7 @@ class BatchMaker:
         self.share = BatchShare.of(
             config, table="train_unet", rank=accelerator.process_index, world_size=accelerator.num_processes
         )
-        with blaming("train_unet.order"):
+        with config_error_at("train_unet.order"):
             self.order = self.latents.order(config.order, seed=config.seed, global_batch=config.global_batch)
         self.normalisation = Normalisation(manifest.content["statistics"])
         self.drop_probabilities = np.array(config.denoiser.drop_probabilities)
@@ -269,7 +271,7 @@ class BatchMaker:
         samples = self.order.indices(index * config.global_batch + positions.start, len(positions))
         draws = SampleDraws(config.seed, index, positions)
         mirrored = draws.uniforms("flip") < config.flip_probability
-        with blaming("inputs.latents"):
+        with config_error_at("inputs.latents"):
             stored = self.latents.read(samples, flipped=mirrored if config.flip_probability else None)
         moments = torch.from_numpy(stored.moments).float()
         shape = tuple(moments.shape[2:])

@@ -3,7 +3,7 @@
     accelerate launch -m pipelines.train_vae --config pipelines/configs/demo.toml
 
 Reads: ``runs/NAME/corpus/``. Writes: ``runs/NAME/vae/`` with ``vae.safetensors`` (averaged weights), ``config.json``,
-``metrics.jsonl``, ``checkpoints/`` and reconstruction grids in ``panels/``.
+``metrics.jsonl``, ``checkpoints/`` and reconstruction grids in ``grids/``.
 
 Shapes: b images of a process's micro-batch, C channels, H and W pixels; c channels, h and w size of a latent.
 """
@@ -25,16 +25,16 @@ from data.randomness import SampleDraws
 from data.transforms import to_levels, to_unit_range
 from models.autoencoder.discriminator import Discriminator
 from models.autoencoder.discriminator_start import AdversaryStart
-from models.autoencoder.health import gradient_norms, latent_figures
+from models.autoencoder.health import gradient_norms, latent_metrics
 from models.autoencoder.objective import PatchAdversary, VAELoss, VAEObjective, VAEObjectiveConfig, discriminator_loss
 from models.autoencoder.vae import AutoencoderKL, Posterior, VAEConfig
 from models.metrics import psnr
-from pipelines.model.device import Placement, placement_of
-from pipelines.model.grids import panel_png
+from pipelines.model.device import Device, device_of
+from pipelines.model.grids import grid_png
 from pipelines.model.inputs import verify_shards
 from pipelines.model.weights import publish
 from pipelines.runtime.config.experiment import ConfigError, config_from_command_line
-from pipelines.runtime.stage.fingerprint import blaming
+from pipelines.runtime.stage.fingerprint import config_error_at
 from pipelines.runtime.stage.launch import joined, launched_world_size
 from pipelines.runtime.stage.stage import Stage, running_stage
 from pipelines.runtime.training.checkpoint import Stateful, Weights
@@ -44,7 +44,7 @@ from pipelines.runtime.training.loop import BatchShare, Training, TrainingConfig
 from pipelines.runtime.training.optim import Optimizer
 
 NUM_VALIDATION_IMAGES = 256
-NUM_PANEL_COLUMNS = 10
+NUM_GRID_COLUMNS = 10
 
 
 class TrainVAEInputs(BaseModel, frozen=True, extra="forbid"):
@@ -56,7 +56,7 @@ class TrainVAEInputs(BaseModel, frozen=True, extra="forbid"):
 class TrainVAEConfig(TrainingConfig):
     """The autoencoder, its objective and its training."""
 
-    harmless = TrainingConfig.harmless | {"decode_threads"}
+    fingerprint_ignores = TrainingConfig.fingerprint_ignores | {"decode_threads"}
 
     inputs: TrainVAEInputs  # where the stage reads
     network: VAEConfig = VAEConfig()  # the autoencoder
@@ -78,7 +78,7 @@ Network = TypeVar("Network", bound=nn.Module)
 
 
 @dataclass(kw_only=True)
-class Player(Generic[Network]):
+class Trainable(Generic[Network]):
     """A network in training: bare, as wrapped for the ranks, and its optimizer."""
 
     network: Network
@@ -86,9 +86,9 @@ class Player(Generic[Network]):
     optimizer: Optimizer
 
     @classmethod
-    def join(cls, network: Network, config: TrainVAEConfig, stage: Stage, placed: Placement) -> "Player[Network]":
+    def join(cls, network: Network, config: TrainVAEConfig, stage: Stage, device: Device) -> "Trainable[Network]":
         """Move a network to the device and wrap it, so that its gradients are averaged over the ranks."""
-        network = placed(network)
+        network = device.place(network)
         optimizer = Optimizer(network, config.optim, accelerator=stage.accelerator)
         wrapped = joined(network, stage.accelerator, compiles=config.compile)
         return cls(network=network, wrapped=wrapped, optimizer=optimizer)
@@ -110,27 +110,29 @@ def main() -> None:
 def train(config: TrainVAEConfig, stage: Stage) -> None:
     """Train to the last update and publish the averaged weights."""
     # What to learn, and from what.
-    placed = placement_of(stage)
+    device = device_of(stage)
     verify_shards(stage, "corpus")
     corpus = stage.parents["corpus"]
     channels = corpus.content["image"]["channels"]
     torch.manual_seed(config.seed)
-    vae = Player.join(AutoencoderKL(config.network, image_channels=channels), config, stage, placed)
+    vae = Trainable.join(AutoencoderKL(config.network, image_channels=channels), config, stage, device)
     adversary = config.objective.adversary
-    judge: Player[Discriminator] | None = None
+    discriminator: Trainable[Discriminator] | None = None
     start: AdversaryStart | None = None
     if isinstance(adversary, PatchAdversary):
-        judge = Player.join(Discriminator(adversary.discriminator, image_channels=channels), config, stage, placed)
-        start = AdversaryStart(adversary.start, device=placed.device)
+        discriminator = Trainable.join(
+            Discriminator(adversary.discriminator, image_channels=channels), config, stage, device
+        )
+        start = AdversaryStart(adversary.start, device=device.torch)
     batches = BatchMaker(config, stage)
 
     # How to learn it.
-    with blaming("train_vae.objective"):
+    with config_error_at("train_vae.objective"):
         objective = VAEObjective(config.objective).to(stage.accelerator.device)
     averages = Averages(vae.network, config.averages)
     parts: dict[str, Stateful] = {"vae": Weights(vae.network), "vae_optimizer": vae.optimizer, "vae_averages": averages}
-    if judge is not None and start is not None:
-        parts |= {"discriminator": Weights(judge.network), "discriminator_optimizer": judge.optimizer}
+    if discriminator is not None and start is not None:
+        parts |= {"discriminator": Weights(discriminator.network), "discriminator_optimizer": discriminator.optimizer}
         parts |= {"discriminator_start": start}
     training = Training(
         stage,
@@ -146,17 +148,17 @@ def train(config: TrainVAEConfig, stage: Stage) -> None:
     training.resume()
     if training.update == 0:
         # What cannot be drawn fails now, not after hours.
-        training.expect(look(config, stage, averages.first, update=0))
+        training.expect(validate(config, stage, averages.first, update=0))
 
     # The loop.
     for batch in training.updates(batches.from_index):
-        speaks = start is not None and start.has_started(training.update)
-        reconstruction_loss = one_update(training, objective, vae, judge, batch, judge_speaks=speaks)
+        is_main = start is not None and start.has_started(training.update)
+        reconstruction_loss = one_update(training, objective, vae, discriminator, batch, adversarial=is_main)
         averages.update(vae.network, update=training.update, refused=training.refused)
         if start is not None and start.watch(reconstruction_loss, update=training.update, refused=training.refused):
             stage.say(f"update {training.update}: reconstruction has stopped improving; the discriminator joins in")
-        if training.look_is_due():
-            training.report(look(config, stage, averages.first, update=training.update))
+        if training.validation_is_due():
+            training.report(validate(config, stage, averages.first, update=training.update))
 
     files, weights = publish(
         stage,
@@ -182,11 +184,11 @@ def train(config: TrainVAEConfig, stage: Stage) -> None:
 def one_update(
     training: Training,
     objective: VAEObjective,
-    vae: Player[AutoencoderKL],
-    judge: Player[Discriminator] | None,
+    vae: Trainable[AutoencoderKL],
+    discriminator: Trainable[Discriminator] | None,
     batch: VAEBatch,
     *,
-    judge_speaks: bool,
+    adversarial: bool,
 ) -> Tensor:
     """Move the autoencoder and the discriminator by one global batch, both or none.
 
@@ -194,9 +196,9 @@ def one_update(
         training: Counts, micro-batches and steps.
         objective: What the autoencoder minimises.
         vae: The autoencoder.
-        judge: The discriminator, if there is one.
+        discriminator: The discriminator, if there is one.
         batch: This rank's share.
-        judge_speaks: Whether the autoencoder hears of the discriminator, which learns in any case.
+        adversarial: Whether the autoencoder hears of the discriminator, which learns in any case.
 
     Returns:
         The mean reconstruction loss of this rank's share; a scalar.
@@ -204,8 +206,8 @@ def one_update(
     device = training.stage.accelerator.device
     reconstructions: list[tuple[Tensor, Tensor]] = []
     losses: list[Tensor] = []
-    if judge is not None:
-        judge.network.requires_grad_(False)
+    if discriminator is not None:
+        discriminator.network.requires_grad_(False)
     for part in training.micro_batches(vae.wrapped):
         images = batch.images[part].to(device, non_blocking=True, memory_format=torch.channels_last)
         noise = batch.noise[part].to(device, non_blocking=True, memory_format=torch.channels_last)
@@ -215,34 +217,34 @@ def one_update(
             reconstruction,
             posterior,
             last_layer=vae.network.last_layer,
-            discriminator=judge.network if judge is not None and judge_speaks else None,
+            discriminator=discriminator.network if discriminator is not None and adversarial else None,
         )
         if training.is_due(training.config.log_every) and not reconstructions:
             log_health(training, loss, posterior, last_layer=vae.network.last_layer)
         training.backward(loss.total, terms={k: v for k, v in loss.terms.items() if k != "adaptive_weight"})
-        training.note({"train/loss": loss.total} | {f"train/{name}": value for name, value in loss.terms.items()})
+        training.log({"train/loss": loss.total} | {f"train/{name}": value for name, value in loss.terms.items()})
         reconstructions.append((images, reconstruction.detach()))
         losses.append(loss.reconstruction.detach())
     mean_loss = torch.stack(losses).mean()
 
-    if judge is None:
+    if discriminator is None:
         training.step({"train/grad_norm": vae.optimizer})
         return mean_loss
-    judge.network.requires_grad_(True)
-    for _, (images, reconstruction) in zip(training.micro_batches(judge.wrapped), reconstructions, strict=True):
-        hinge, gap = discriminator_loss(judge.wrapped, images, reconstruction)
+    discriminator.network.requires_grad_(True)
+    for _, (images, reconstruction) in zip(training.micro_batches(discriminator.wrapped), reconstructions, strict=True):
+        hinge, gap = discriminator_loss(discriminator.wrapped, images, reconstruction)
         training.backward(hinge)
-        training.note({"train/discriminator_loss": hinge, "train/logit_gap": gap})
-    training.step({"train/grad_norm": vae.optimizer, "train/discriminator_grad_norm": judge.optimizer})
+        training.log({"train/discriminator_loss": hinge, "train/logit_gap": gap})
+    training.step({"train/grad_norm": vae.optimizer, "train/discriminator_grad_norm": discriminator.optimizer})
     return mean_loss
 
 
 def log_health(training: Training, loss: VAELoss, posterior: Posterior, *, last_layer: Tensor) -> None:
     """Note which terms pull on the decoder and which latent channels carry something, by the first micro-batch."""
     pulls = gradient_norms(loss, last_layer=last_layer)
-    figures = {f"health/grad_norm_{name}": value for name, value in pulls.items()}
-    figures |= {f"health/{name}": value for name, value in latent_figures(posterior).items()}
-    training.note_once(figures)
+    metrics = {f"health/grad_norm_{name}": value for name, value in pulls.items()}
+    metrics |= {f"health/{name}": value for name, value in latent_metrics(posterior).items()}
+    training.log_once(metrics)
 
 
 class BatchMaker:
@@ -250,7 +252,7 @@ class BatchMaker:
 
     def __init__(self, config: TrainVAEConfig, stage: Stage) -> None:
         accelerator = stage.accelerator
-        with blaming("inputs.corpus"):
+        with config_error_at("inputs.corpus"):
             scattered = config.order.kind in ("full", "weighted")
             self.images = ImageShards(
                 config.inputs.corpus, split="train", manifest=stage.parents["corpus"], scattered=scattered
@@ -258,7 +260,7 @@ class BatchMaker:
         self.share = BatchShare.of(
             config, table="train_vae", rank=accelerator.process_index, world_size=accelerator.num_processes
         )
-        with blaming("train_vae.order"):
+        with config_error_at("train_vae.order"):
             self.order = self.images.order(config.order, seed=config.seed, global_batch=config.global_batch)
         self.config = config
         height, width, _ = self.images.image_shape
@@ -270,7 +272,7 @@ class BatchMaker:
         positions = self.share.positions
         samples = self.order.indices(index * self.config.global_batch + positions.start, len(positions))
         draws = SampleDraws(self.config.seed, index, positions)
-        with blaming("inputs.corpus"):
+        with config_error_at("inputs.corpus"):
             images = to_unit_range(self.images.read(samples).images)
         mirrored = torch.from_numpy(draws.uniforms("flip") < self.config.flip_probability)
         images = torch.where(mirrored[:, None, None, None], images.flip(-1), images)
@@ -287,7 +289,7 @@ class BatchMaker:
 
 
 @torch.no_grad()
-def look(config: TrainVAEConfig, stage: Stage, network: nn.Module, *, update: int) -> dict[str, float]:
+def validate(config: TrainVAEConfig, stage: Stage, network: nn.Module, *, update: int) -> dict[str, float]:
     """Measure the averaged weights on validation images and draw the first ones; on the main process."""
     corpus = stage.parents["corpus"]
     if not stage.is_main or not corpus.content["splits"]["val"]:
@@ -302,20 +304,20 @@ def look(config: TrainVAEConfig, stage: Stage, network: nn.Module, *, update: in
         scales.append(posterior.mean.std())
     restored = np.concatenate(outputs)
     decibels = psnr(torch.from_numpy(restored).movedim(-1, 1), torch.from_numpy(batch.images).movedim(-1, 1))
-    figures = {"val/psnr": float(decibels.mean()), "val/latent_std": float(torch.stack(scales).mean())}
-    shown = slice(0, NUM_PANEL_COLUMNS)
-    panel = panel_png(
+    metrics = {"val/psnr": float(decibels.mean()), "val/latent_std": float(torch.stack(scales).mean())}
+    shown = slice(0, NUM_GRID_COLUMNS)
+    grid = grid_png(
         np.stack([batch.images[shown], restored[shown]]),
         column_labels=[corpus.classes[label] if label >= 0 else "" for label in batch.labels[shown]],
         row_labels=("image", "reconstruction"),
-        title=f"update {update}: {figures['val/psnr']:.2f} dB on {len(restored)} validation images",
+        title=f"update {update}: {metrics['val/psnr']:.2f} dB on {len(restored)} validation images",
     )
-    path = stage.folder / "panels" / f"reconstructions-{update:08}.png"
+    path = stage.folder / "grids" / f"reconstructions-{update:08}.png"
     path.parent.mkdir(exist_ok=True)
-    write_atomically(path, panel)
+    write_atomically(path, grid)
     stage.tracker.log_image("val/reconstructions", path, step=update)
-    stage.say(f"update {update}: PSNR {figures['val/psnr']:.2f} dB, {path}")
-    return figures
+    stage.say(f"update {update}: PSNR {metrics['val/psnr']:.2f} dB, {path}")
+    return metrics
 
 
 def check_images(config: TrainVAEConfig, corpus: Manifest) -> None:

@@ -25,7 +25,7 @@ def seconds_of(call: Callable[[], object]) -> float:
 
 
 def quietest_round(measure: Callable[[], Sequence[float]], *, limit: float, rounds: int = 20) -> Sequence[float]:
-    """Repeat a measurement until all its figures keep the limit, at most ``rounds`` times; return the best round."""
+    """Repeat a measurement until all its metrics keep the limit, at most ``rounds`` times; return the best round."""
     best = measure()
     for _ in range(rounds - 1):
         if max(best) < limit:

@@ -44,7 +44,7 @@ def environment(**extra: str) -> dict[str, str]:
 def stage_command(stage: str, *words: str, processes: int = 1, config: Path = SMOKE) -> list[str]:
     """The command line of a stage: plain ``python -m`` for one process, ``accelerate launch`` for more.
 
-    Its figures stay in the stage's folder unless ``words`` names a store: most tests are not about MLflow.
+    Its metrics stay in the stage's folder unless ``words`` names a store: most tests are not about MLflow.
     """
     launcher = [sys.executable, "-m"]
     if processes > 1:

@@ -1,7 +1,7 @@
 """Our training step against a plain loop with torch's DDP: the same network, batches and optimizer, in turns.
 
 A program: one rank of two, started by a test. The plain loop is what one writes who trusts every machine: forward,
-backward, clipped and fused AdamW, averaged weights. Ours also agrees on bad updates and on stopping, takes figures,
+backward, clipped and fused AdamW, averaged weights. Ours also agrees on bad updates and on stopping, takes metrics,
 writes them out and compares the ranks when that is due. DDP has the same settings in both.
 """
 
@@ -23,9 +23,9 @@ from data.manifest import Manifest
 from data.prefetch import Loaded
 from data.randomness import SampleDraws
 from models.denoiser import Denoiser
-from pipelines.model.device import placement_of
+from pipelines.model.device import device_of
 from pipelines.runtime.config.experiment import RunConfig, load_config
-from pipelines.runtime.stage.launch import StopRequest, joined, start_accelerator
+from pipelines.runtime.stage.launch import StopSignal, joined, start_accelerator
 from pipelines.runtime.stage.stage import Stage
 from pipelines.runtime.tracking.tracker import SilentTracker
 from pipelines.runtime.training.checkpoint import Weights
@@ -41,7 +41,7 @@ UPDATES_A_TURN = 5
 WORDS = (
     *("--config", str(SMOKE), "--run.root", "-", "--inputs.latents", "-", "--inputs.vae", "-"),
     *("--updates", "1000000", "--global_batch", "16", "--images_per_device", "8", "--denoiser.network.channels"),
-    *("[64, 128]", "--log_every", str(UPDATES_A_TURN), "--panel_every", "1000000"),
+    *("[64, 128]", "--log_every", str(UPDATES_A_TURN), "--validate_every", "1000000"),
     *("--checkpoint.every_updates", "1000000"),
 )
 
@@ -149,29 +149,29 @@ def main() -> None:
         parents={},
         accelerator=accelerator,
         tracker=SilentTracker(),
-        stop=StopRequest(folder, accelerator),
+        stop=StopSignal(folder, accelerator),
         lock=FolderLock(folder),
     )
     latent = {"channels": CHANNELS, "size": SIZE}
     manifest = Manifest(content={"latent": latent, "classes": [str(number) for number in range(CLASSES)]})
-    placed, networks = placement_of(stage), []
+    device, networks = device_of(stage), []
     for _ in range(2):
         torch.manual_seed(0)
-        networks.append(placed(build_denoiser(config, manifest)))
+        networks.append(device.place(build_denoiser(config, manifest)))
     batches = list(draws(networks[0], accelerator.process_index))
     ours = Ours(config, stage, networks[0], batches)
     plain = Plain(config, joined(networks[1], accelerator, compiles=False), networks[1], batches)
     asked = [calls_of_a_turn(job) for _ in range(2) for job in (ours.turn, plain.turn)][-2:]  # the first ones warm up
     found = compare(ours.turn, plain.turn, units=(UPDATES_A_TURN, UPDATES_A_TURN), rounds=rounds, clock="wall")
     if accelerator.is_main_process:
-        figures = {
+        metrics = {
             "ours/plain": asdict(found.faster),
             "control": asdict(found.control),
             "updates per second": [found.ours_per_second, found.theirs_per_second],
             "collectives an update beside DDP": [(calls - 1) / UPDATES_A_TURN for calls in asked],
             "parameters": sum(parameter.numel() for parameter in networks[0].parameters()),
         }
-        report.write_text(json.dumps(figures))
+        report.write_text(json.dumps(metrics))
     dist.barrier()
     dist.destroy_process_group()
 

@@ -17,11 +17,11 @@ from torch import Tensor
 
 from data.prefetch import Loaded, Prefetch
 from pipelines import train_unet, train_vae
-from pipelines.runtime.training.anomalies import Judged
+from pipelines.runtime.training.anomalies import CheckedUpdate
 from pipelines.runtime.training.loop import Training
 from pipelines.runtime.training.replica_check import fingerprint
 
-JUDGING = ("verdicts", "loss_scale")  # parts of a checkpoint that a refused update may change
+JUDGING = ("anomalies", "loss_scale")  # parts of a checkpoint that a refused update may change
 
 
 class FaultyTraining(Training):
@@ -58,12 +58,12 @@ class FaultyTraining(Training):
             loss.register_hook(lambda gradient: gradient * math.nan)
         super().backward(loss * (math.nan if self.fault("loss") else 1.0), **more)
 
-    def note(self, figures: Any) -> None:
+    def log(self, metrics: Any) -> None:
         if self.fault("loss"):
-            figures = {name: value * math.nan for name, value in figures.items()}
-        super().note(figures)
+            metrics = {name: value * math.nan for name, value in metrics.items()}
+        super().note(metrics)
 
-    def _record(self) -> Judged | None:
+    def _record(self) -> CheckedUpdate | None:
         held = {
             f"{part}, {name}": tensor
             for part, holder in self.parts.items()
@@ -71,7 +71,7 @@ class FaultyTraining(Training):
             for name, tensor in holder.tensors().items()
         }
         prints = {name: fingerprint(tensor) for name, tensor in held.items()}
-        refused = self._verdicts.present_is_refused()
+        refused = self._anomalies.present_is_refused()
         if not self.fault("weights"):
             assert all(torch.isfinite(tensor).all() for tensor in held.values()), "something bad was taken up"
             assert not refused or all(prints[name].equal(before) for name, before in self.healthy.items())
@@ -79,7 +79,7 @@ class FaultyTraining(Training):
             self.healthy = prints
         return super()._record()
 
-    def _answer(self, bad: Judged) -> None:
+    def _answer(self, bad: CheckedUpdate) -> None:
         with open(Path(self.plan["records"]) / f"rank-{self.stage.accelerator.process_index}.jsonl", "a") as file:
             file.write(json.dumps([bad.update, bad.batch]) + "\n")
         self.healthy = {}  # it may go back to a checkpoint

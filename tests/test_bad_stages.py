@@ -11,7 +11,7 @@ from conftest import REPOSITORY, STAGES, TIMEOUT_SECONDS, Run, environment, stag
 
 from data.files import sha256_of
 
-# The discriminator speaks from update 10 on, so that faults fall before and after.
+# The discriminator is_main from update 10 on, so that faults fall before and after.
 DISCRIMINATOR = (
     *("--objective.adversary.kind", "patchgan", "--objective.adversary.start_update", "10"),
     *("--objective.adversary.discriminator.channels", "8", "--objective.adversary.discriminator.downsamplings", "1"),

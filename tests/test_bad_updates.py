@@ -10,7 +10,7 @@ import torch
 from tiny_training import Recipe, Tiny
 from torch import Tensor
 
-from pipelines.runtime.training.anomalies import BadUpdateConfig, Verdicts
+from pipelines.runtime.training.anomalies import AnomalyDetector, BadUpdateConfig
 from pipelines.runtime.training.optim import LossScale
 
 
@@ -107,21 +107,21 @@ def test_a_factor_that_would_call_everything_a_spike_is_refused() -> None:
 def test_an_overflow_of_fp16_is_refused_but_no_fault_until_the_scale_is_spent() -> None:
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
     scaler.scale(torch.ones(1))  # makes the scale
-    verdicts = Verdicts(BadUpdateConfig(), device=torch.device("cpu"), world_size=1)
-    figures, norms = {"train/loss": torch.tensor(1.0)}, {"train/grad_norm": torch.tensor(float("inf"))}
-    verdicts.judge(figures, norms, scaler=scaler)
-    verdicts.remember(update=1, batch=0, figures=figures)
+    verdicts = AnomalyDetector(BadUpdateConfig(), device=torch.device("cpu"), world_size=1)
+    metrics, norms = {"train/loss": torch.tensor(1.0)}, {"train/grad_norm": torch.tensor(float("inf"))}
+    verdicts.check(metrics, norms, scaler=scaler)
+    verdicts.remember(update=1, batch=0, metrics=metrics)
     assert verdicts.present_is_refused()
     assert verdicts.first_bad(wait=True) is None
-    verdicts.judge(figures, {"train/grad_norm": torch.tensor(1.0)}, scaler=scaler)
+    verdicts.check(metrics, {"train/grad_norm": torch.tensor(1.0)}, scaler=scaler)
     assert not verdicts.present_is_refused()
     twin = torch.amp.GradScaler("cpu")
     twin.scale(torch.ones(1))
     LossScale(twin).load(LossScale(scaler).tensors())
     assert twin.get_scale() == 4.0
     scaler.load_state_dict({**scaler.state_dict(), "scale": 0.5})
-    verdicts.judge(figures, norms, scaler=scaler)
-    verdicts.remember(update=3, batch=2, figures=figures)
+    verdicts.check(metrics, norms, scaler=scaler)
+    verdicts.remember(update=3, batch=2, metrics=metrics)
     bad = verdicts.first_bad(wait=True)
     assert bad is not None
     assert bad.update == 3
@@ -130,7 +130,7 @@ def test_an_overflow_of_fp16_is_refused_but_no_fault_until_the_scale_is_spent() 
 def test_a_compiled_training_is_the_plain_one_to_rounding(tmp_path: Path) -> None:
     if shutil.which("g++") is None:
         pytest.skip("no C++ compiler")
-    config = {"updates": 6, "self_test_every": 2, "global_batch": 8, "images_per_device": 8}
+    config = {"updates": 6, "replica_check_every": 2, "global_batch": 8, "images_per_device": 8}
     plain = Tiny(tmp_path / "a", Recipe(config=config, dropout=0.0)).run()
     compiled = Tiny(tmp_path / "b", Recipe(config={**config, "compile": True}, dropout=0.0)).run()
     assert compiled.first._compiled_call_impl is not None

@@ -97,7 +97,7 @@ def test_a_checkpoint_with_a_number_that_is_not_finite_is_never_committed(tmp_pa
 
 def test_the_best_by_a_metric_stays_and_is_saved_between_the_others(tmp_path: Path) -> None:
     config = {
-        "panel_every": 4,
+        "validate_every": 4,
         "checkpoint": {"every_updates": 15, "keep_last": 1, "best": {"kind": "metric", "metric": "val/loss"}},
     }
     tiny = Tiny(tmp_path, Recipe(config=config)).run()  # its val/loss is (update - 20)^2

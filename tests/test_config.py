@@ -36,7 +36,7 @@ class Inputs(BaseModel, frozen=True, extra="forbid"):
 
 
 class Config(StageConfig):
-    harmless: ClassVar[frozenset[str]] = frozenset()
+    fingerprint_ignores: ClassVar[frozenset[str]] = frozenset()
 
     inputs: Inputs  # where
     shape: Shape = Circle(radius=5.0)  # what is drawn

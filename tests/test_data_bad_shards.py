@@ -212,7 +212,7 @@ def raw_name(place: int, name: bytes, reason: str) -> Bad:
 
 
 def bomb(width: int, height: int) -> bytes:
-    """A PNG that claims to be huge, with sound checksums."""
+    """A PNG that leases to be huge, with sound checksums."""
     import zlib
 
     def chunk(name: bytes, data: bytes) -> bytes:
@@ -486,7 +486,7 @@ def test_a_shard_that_changes_during_the_run_is_named(change: str, tmp_path: Pat
 def test_bad_input_costs_little_memory(tmp_path: Path) -> None:
     for number, kind in enumerate(KINDS):
         (tmp_path / f"{number}.tar").write_bytes(KINDS[kind](PLACES["middle"])[0])
-    # The size of what is claimed, not of what is there.
+    # The size of what is leased, not of what is there.
     samples = clean_samples()
     samples[2][0] = samples[2][0]._replace(payload=bomb(20_000, 20_000))
     (tmp_path / "large.tar").write_bytes(tar_of(samples))

@@ -213,7 +213,7 @@ def gs(payloads: dict[str, bytes], folder: Path) -> Iterator[Service]:
         address = f"http://127.0.0.1:{port}/upload/storage/v1/b/corpora/o?uploadType=media&name={quote(name, safe='')}"
         with urlopen(Request(address, payload, {"Content-Type": "application/octet-stream"}), timeout=30) as answer:
             assert answer.status == 200
-    # The emulator speaks JSON over HTTP, not gRPC.
+    # The emulator is_main JSON over HTTP, not gRPC.
     environment = {
         "STORAGE_EMULATOR_HOST": f"http://127.0.0.1:{proxy.port}",
         "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",

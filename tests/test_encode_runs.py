@@ -1,4 +1,4 @@
-"""Many hands on one set of latents: claims, publication, several runs, kills, and the checks of the whole."""
+"""Many hands on one set of latents: leases, publication, several runs, kills, and the checks of the whole."""
 
 import json
 import os
@@ -25,8 +25,8 @@ from data.shards.index import ShardWriter
 from data.statistics import ChannelSums
 from pipelines.model.encoding_progress import EncodingProgress
 from pipelines.model.latent_audit import alarms, audit_keys, scale_in_validation, scale_of, statistics_plot
-from pipelines.runtime.stage import leases as claims_module
-from pipelines.runtime.stage.leases import Claims
+from pipelines.runtime.stage import leases as leases_module
+from pipelines.runtime.stage.leases import Leases
 from pipelines.runtime.stage.progress import progress_line
 
 KILLS = int(os.environ.get("LATENTLINE_KILLS", "50"))
@@ -74,7 +74,7 @@ def test_runs_that_join_share_the_work_and_one_of_them_finishes_it(two_process_r
     check_same_latents(two_process_run, tmp_path)
     identities = {json.loads(path.read_bytes())["run_id"] for path in folder.glob("runs/*/run.json")}
     assert len(identities) == 2
-    assert not list(folder.glob("parts/*.claim"))
+    assert not list(folder.glob("parts/*.lease"))
 
 
 def test_a_bad_image_stops_encoding_by_its_name_whichever_thread_finds_it(two_process_run: Run, tmp_path: Path) -> None:
@@ -147,51 +147,51 @@ def test_fifty_kills_change_no_byte(two_process_run: Run, tmp_path: Path) -> Non
     print(f"{kills.total()} kills, by place and processes: {dict(sorted(kills.items()))}")
 
 
-# --- claims and publication
+# --- leases and publication
 
 
 def test_a_part_is_claimed_by_one_and_free_again_afterwards(tmp_path: Path) -> None:
-    with Claims(tmp_path) as one, Claims(tmp_path) as other:
-        with one.claim("a") as mine, other.claim("a") as theirs, one.claim("a") as again, other.claim("b") as another:
+    with Leases(tmp_path) as one, Leases(tmp_path) as other:
+        with one.lease("a") as mine, other.lease("a") as theirs, one.lease("a") as again, other.lease("b") as another:
             assert (mine, theirs, again, another) == (True, False, False, True)
-        with other.claim("a") as theirs:
+        with other.lease("a") as theirs:
             assert theirs
     assert not list(tmp_path.iterdir())
 
 
 def test_a_killed_owners_claim_is_taken_over_at_once(tmp_path: Path) -> None:
     program = (
-        "import sys, time; from pathlib import Path; from pipelines.runtime.stage.leases import Claims\n"
-        "with Claims(Path(sys.argv[1])) as claims, claims.claim('a'): print('claimed', flush=True); time.sleep(60)\n"
+        "import sys, time; from pathlib import Path; from pipelines.runtime.stage.leases import Leases\n"
+        "with Leases(Path(sys.argv[1])) as leases, leases.lease('a'): print('leased', flush=True); time.sleep(60)\n"
     )
     owner = subprocess.Popen(
         [sys.executable, "-c", program, str(tmp_path)], env=environment(), cwd=REPOSITORY, stdout=subprocess.PIPE
     )
     assert owner.stdout is not None
-    assert owner.stdout.readline() == b"claimed\n"
-    with Claims(tmp_path) as claims:
-        with claims.claim("a") as mine:
+    assert owner.stdout.readline() == b"leased\n"
+    with Leases(tmp_path) as leases:
+        with leases.lease("a") as mine:
             assert not mine
         owner.kill()
         owner.wait()
-        with claims.claim("a") as mine:
+        with leases.lease("a") as mine:
             assert mine
 
 
 def test_a_claim_of_another_machine_lasts_as_long_as_its_heartbeat(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = tmp_path / "a.claim"
+    path = tmp_path / "a.lease"
     path.write_text(json.dumps({"host": "elsewhere", "pid": 1, "began": 0.0}))
-    with Claims(tmp_path) as claims:
-        with claims.claim("a") as mine:
+    with Leases(tmp_path) as leases:
+        with leases.lease("a") as mine:
             assert not mine
-        old = time.time() - claims_module.STALE_SECONDS - 5
+        old = time.time() - leases_module.STALE_SECONDS - 5
         os.utime(path, (old, old))
-        with claims.claim("a") as mine:
+        with leases.lease("a") as mine:
             assert mine
-    monkeypatch.setattr(claims_module, "HEARTBEAT_SECONDS", 0.05)
-    with Claims(tmp_path) as claims, claims.claim("a"):
+    monkeypatch.setattr(leases_module, "HEARTBEAT_SECONDS", 0.05)
+    with Leases(tmp_path) as leases, leases.lease("a"):
         os.utime(path, (old, old))
         wait_until(lambda: path.stat().st_mtime > old + 1, seconds=60, what="a heartbeat")
 
@@ -224,7 +224,7 @@ def test_progress_counts_images_of_all_and_its_rate_leaves_out_what_was_done_bef
     clock = [100.0]
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
     logged: list[tuple[int, dict[str, float]]] = []
-    tracker = SimpleNamespace(log_metrics=lambda figures, step: logged.append((step, figures)))
+    tracker = SimpleNamespace(log_metrics=lambda metrics, step: logged.append((step, metrics)))
     with progress_line("encode_latents", total=1000, unit="images", start=400) as line:
         progress = EncodingProgress(SimpleNamespace(tracker=tracker), line, num_shards=10, done_before=400)
         for shards, done in ((5, 500), (7, 700)):  # another rank made the sixth

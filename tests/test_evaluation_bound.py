@@ -14,7 +14,7 @@ from models.autoencoder.vae import AutoencoderKL, Posterior, VAEConfig
 from models.denoiser import Denoiser, DenoiserConfig
 from models.diffusion.posterior import Variance
 from models.unet import UNetConfig
-from pipelines.evaluation.likelihood import BoundMeter, VariationalBoundConfig, bound_figures
+from pipelines.evaluation.likelihood import BoundMeter, VariationalBoundConfig, bound_metrics
 from pipelines.model.weights import Normalisation
 
 NETWORK = UNetConfig(
@@ -53,10 +53,10 @@ def test_the_bound_of_an_ideal_model_is_the_entropy_of_its_data() -> None:
         variance: meter_of(20, variance=variance).measure(range(200), images, {}, autocast=contextlib.nullcontext())
         for variance in ("step", "posterior")
     }
-    figures = {variance: bound_figures(terms[variance])["bits_per_dimension"] for variance in terms}
-    assert figures["step"]["value"] == pytest.approx(entropy, abs=4 * figures["step"]["error"])
-    assert figures["step"]["error"] < 0.05
-    assert figures["posterior"]["value"] > entropy + 0.5  # a chain of another variance is a looser bound
+    metrics = {variance: bound_metrics(terms[variance])["bits_per_dimension"] for variance in terms}
+    assert metrics["step"]["value"] == pytest.approx(entropy, abs=4 * metrics["step"]["error"])
+    assert metrics["step"]["error"] < 0.05
+    assert metrics["posterior"]["value"] > entropy + 0.5  # a chain of another variance is a looser bound
     for each in terms.values():
         parts = each["prior"] + each["moves"] + each["reconstruction"]
         torch.testing.assert_close(parts, each["bits_per_dimension"], rtol=1e-5, atol=1e-5)
@@ -77,7 +77,7 @@ def test_an_evaluation_reports_bits_per_dimension(two_process_run: Run, tmp_path
     assert done.returncode == 0, done.stderr
     metrics = json.loads((tmp_path / "evaluation" / "metrics.json").read_bytes())
     assert set(metrics["likelihood"]) == {"bits_per_dimension", "prior", "moves", "reconstruction"}
-    assert all(math.isfinite(figure["value"]) for figure in metrics["likelihood"].values())
+    assert all(math.isfinite(metric["value"]) for metric in metrics["likelihood"].values())
     assert metrics["contract"]["likelihood"]["num_steps"] == 4
     assert "bits_per_dimension" in done.stdout
 

@@ -21,7 +21,7 @@ from models.conditioning.text_encoder import MiniLMConfig
 from models.denoiser import Denoiser, DenoiserConfig
 from models.diffusion.samplers import DDIMConfig
 from models.unet import UNetConfig
-from pipelines.model.device import Placement
+from pipelines.model.device import Device
 from pipelines.model.weights import Normalisation, PublishedDenoiser, load_denoiser, load_vae
 from pipelines.tools.export import ExportConfig, ExportInputs, compute_example
 from pipelines.tools.model_card import model_card
@@ -54,17 +54,17 @@ def test_the_lines_of_the_model_card_reproduce_our_samples(exported: Path) -> No
         [sys.executable, "-c", lines_of_card(exported)], cwd=exported, env=bare, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    figures = figures_in(done.stdout)
-    assert set(figures) == {"latents", "images"}
-    assert max(figures.values()) < 1e-3
+    metrics = figures_in(done.stdout)
+    assert set(metrics) == {"latents", "images"}
+    assert max(metrics.values()) < 1e-3
 
 
 def test_each_call_of_the_exported_networks_is_ours(exported: Path, two_process_run: Run) -> None:
     unet = diffusers.UNet2DModel.from_pretrained(exported / "unet")
     vae = diffusers.AutoencoderKL.from_pretrained(exported / "vae")
-    placed = Placement(torch.device("cpu"))
-    ours = load_denoiser(two_process_run.root / "unet", read_manifest(two_process_run.root / "unet"), placed=placed)
-    our_vae = load_vae(two_process_run.root / "vae", read_manifest(two_process_run.root / "vae"), placed=placed).network
+    device = Device(torch.device("cpu"))
+    ours = load_denoiser(two_process_run.root / "unet", read_manifest(two_process_run.root / "unet"), device=device)
+    our_vae = load_vae(two_process_run.root / "vae", read_manifest(two_process_run.root / "vae"), device=device).network
     example = load_file(exported / "example.safetensors")
     times = torch.tensor([0, 250, 700, 999])
     with torch.no_grad():

@@ -200,9 +200,9 @@ def test_the_training_runtime_has_what_the_api_requires() -> None:
     assert container["name"] == "node"
     assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
     assert (ROOT / container["command"][-1]).is_file()
-    claims = {document["metadata"]["name"] for document in kubernetes_documents("PersistentVolumeClaim")}
+    leases = {document["metadata"]["name"] for document in kubernetes_documents("PersistentVolumeClaim")}
     used = {v["persistentVolumeClaim"]["claimName"] for v in pod["volumes"] if "persistentVolumeClaim" in v}
-    assert used == claims
+    assert used == leases
     assert pod["terminationGracePeriodSeconds"] > 30  # A stage may take 30 s to commit its checkpoint.
 
 

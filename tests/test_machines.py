@@ -133,7 +133,7 @@ def test_our_step_between_two_machines_is_as_fast_as_plain_ddp_s_on_a_slow_cable
             racer.kill()
     found = json.loads(report.read_text())
     print(json.dumps(found, indent=2))
-    # One to agree, and two to write out the figures of these five.
+    # One to agree, and two to write out the metrics of these five.
     assert found["collectives an update beside DDP"] == [1.4, 0.0]
     control = found["control"]
     if not (control["low"] <= 1 <= control["high"] and control["high"] - control["low"] < RESTLESS):

@@ -12,7 +12,7 @@ from models import attention
 from models.attention import RequestedBackend, SelfAttention
 from models.autoencoder.vae import AutoencoderKL, VAEConfig
 from models.unet import UNet, UNetConfig
-from pipelines.model.device import Placement, attention_on, placement_of
+from pipelines.model.device import Device, attention_on, device_of
 from pipelines.runtime.config.experiment import ConfigError, RunConfig
 from pipelines.tools import sample
 
@@ -28,12 +28,12 @@ def test_the_command_line_knows_the_backends_that_there_are() -> None:
 
 
 def test_every_network_that_is_placed_attends_by_the_chosen_backend() -> None:
-    placed = Placement(CPU, "math")
+    device = Device(CPU, "math")
     unet = UNetConfig(channels=(8,), blocks=(1,), attention=(True,), heads=(1,), transformer_depth=(1,), norm_groups=4)
     vae = VAEConfig(channels=(8, 8), blocks_per_level=1, norm_groups=4, mid_attention=True)
     for network in (UNet(unet, in_channels=4, out_channels=4), AutoencoderKL(vae, image_channels=3)):
         assert backends_of(network) == {"sdpa"}
-        assert backends_of(placed(network)) == {"math"}
+        assert backends_of(device.place(network)) == {"math"}
 
 
 @pytest.mark.parametrize(
@@ -63,7 +63,7 @@ def test_a_stage_says_what_it_picked_and_why_and_tags_its_run() -> None:
         say=said.append,
         tracker=types.SimpleNamespace(set_tags=tags.update),
     )
-    assert placement_of(stage) == Placement(CPU, "math")
+    assert device_of(stage) == Device(CPU, "math")
     assert said == ["attention by math: asked for; forward and backward ran"]
     assert tags == {"attention": "math"}
 

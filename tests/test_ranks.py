@@ -41,11 +41,11 @@ def start(folder: Path, *recipes: dict[str, Any], world_size: int = 2) -> list[s
     ]
 
 
-SELF_TEST = {"updates": 20, "self_test_every": K}
+SELF_TEST = {"updates": 20, "replica_check_every": K}
 RECIPES: dict[str, dict[str, Any]] = {
     "healthy": {"config": SELF_TEST},
     "flipped bit": {"flip_after": 7, "on_rank": 1, "config": SELF_TEST},
-    "flipped bit before a save": {"flip_after": 6, "on_rank": 1, "config": {"self_test_every": 0}},
+    "flipped bit before a save": {"flip_after": 6, "on_rank": 1, "config": {"replica_check_every": 0}},
     "same samples": {"same_samples": True, "dropout": 0.0, "config": SELF_TEST},
     "silent term": {"silent_term": True, "config": SELF_TEST},
     "still average": {"still_average": True, "config": SELF_TEST},
@@ -113,7 +113,7 @@ def test_a_healthy_training_passes_its_self_tests(ended: dict[str, Any]) -> None
 )
 def test_the_self_test_names_what_has_gone_astray(name: str, message: str, latest: int, ended: dict[str, Any]) -> None:
     for rank in ended[name]:
-        assert rank["ended"].startswith(f"SelfTestError: {message}"), rank["ended"]
+        assert rank["ended"].startswith(f"ReplicaError: {message}"), rank["ended"]
         assert rank["update"] <= latest
 
 
@@ -137,10 +137,10 @@ def test_a_hanging_rank_is_reported_by_all_and_ends_them(tmp_path: Path) -> None
     printed = [process.communicate(timeout=200) for process in ranks]
     assert all(process.returncode not in (0, None) for process in ranks), printed
     for rank in range(2):
-        report = (tmp_path / f"0/watch/rank-{rank:04}.report.txt").read_text()
+        report = (tmp_path / f"0/watchdog/rank-{rank:04}.report.txt").read_text()
         assert "in update 4 (batch 3)" in report
         assert "sample-3-" in report
-    stack = (tmp_path / "0/watch/rank-0001.report.txt").read_text()
+    stack = (tmp_path / "0/watchdog/rank-0001.report.txt").read_text()
     assert "one_update" in stack
     assert "tiny_training.py" in stack
     assert json.loads((tmp_path / "0/outcome.json").read_bytes())["state"] == "failed"
@@ -152,7 +152,7 @@ def test_a_rank_that_hangs_in_native_code_ends_too(tmp_path: Path) -> None:
     printed = [process.communicate(timeout=200) for process in ranks]
     assert all(process.returncode not in (0, None) for process in ranks), printed
     assert "one_update" in printed[1][1]
-    assert "in update 14 (batch 13)" in (tmp_path / "0/watch/rank-0000.report.txt").read_text()
+    assert "in update 14 (batch 13)" in (tmp_path / "0/watchdog/rank-0000.report.txt").read_text()
     ranks = start(tmp_path, {})  # and the same command continues
     printed = [process.communicate(timeout=200) for process in ranks]
     assert [process.returncode for process in ranks] == [0, 0], printed
@@ -165,14 +165,14 @@ def test_a_frozen_rank_is_named_by_the_others(tmp_path: Path) -> None:
     ranks = start(tmp_path, {"config": config})
     try:
         deadline = time.monotonic() + 120
-        while not (tmp_path / "0/watch/rank-0001.json").exists():
+        while not (tmp_path / "0/watchdog/rank-0001.json").exists():
             assert time.monotonic() < deadline
             time.sleep(0.05)
         time.sleep(1)
         os.kill(ranks[1].pid, signal.SIGSTOP)
         out, err = ranks[0].communicate(timeout=120)
         assert ranks[0].returncode == 1, (out, err)
-        report = (tmp_path / "0/watch/rank-0000.report.txt").read_text()
+        report = (tmp_path / "0/watchdog/rank-0000.report.txt").read_text()
         assert f"process {ranks[1].pid}: in update" in report
         assert "all_reduce" in report or "backward" in report
     finally:
@@ -186,8 +186,8 @@ def test_a_rank_whose_launcher_died_while_it_was_importing_ends_too(launcher_liv
     rank = (
         "import os, sys, time\n"
         "while sys.argv[1] == 'False' and os.getppid() == int(sys.argv[2]): time.sleep(0.01)\n"
-        "from pipelines.runtime.stage.launch import die_with_the_launcher\n"
-        "die_with_the_launcher(); print('lives')\n"
+        "from pipelines.runtime.stage.launch import exit_with_launcher\n"
+        "exit_with_launcher(); print('lives')\n"
     )
     launcher = (
         "import os, subprocess, sys\n"

@@ -85,7 +85,7 @@ def test_a_unet_is_reconstructed_from_its_checkpoints_and_draws(two_process_run:
     lengths = [
         "--updates",
         "40",
-        "--panel_every",
+        "--validate_every",
         "40",
         "--checkpoint.every_updates",
         "5",

@@ -168,7 +168,7 @@ def slurm() -> Iterator[Slurm]:
     assert not names, f"the jobs have ended, and this is left: {names}"
 
 
-UPDATES = ("--updates", "120", "--checkpoint.every_updates", "10", "--panel_every", "1000")
+UPDATES = ("--updates", "120", "--checkpoint.every_updates", "10", "--validate_every", "1000")
 
 
 def training_words(inputs: Run, root: Path) -> list[str]:

@@ -26,7 +26,7 @@ pytestmark = [pytest.mark.soak, pytest.mark.timeout(7200)]
 
 KILLS = int(os.environ.get("LATENTLINE_KILLS", "100"))
 CASES = [(stage, processes) for stage in ("train_unet", "train_vae") for processes in (1, 2, 4)]
-# The discriminator speaks from update 10 on, so that kills fall before and after.
+# The discriminator is_main from update 10 on, so that kills fall before and after.
 DISCRIMINATOR = (
     *("--objective.adversary.kind", "patchgan", "--objective.adversary.start.update", "10"),
     *("--objective.adversary.discriminator.channels", "8", "--objective.adversary.discriminator.downsamplings", "1"),
@@ -172,16 +172,16 @@ def test_elastic_from_one_to_two_to_four_to_two_ranks_the_losses_stay(
 
 def test_ten_thousand_updates_need_no_more_memory_files_or_threads(tmp_path: Path) -> None:
     tiny = Tiny(
-        tmp_path, Recipe(config={"updates": 10_000, "checkpoint": {"every_updates": 200}, "self_test_every": 500})
+        tmp_path, Recipe(config={"updates": 10_000, "checkpoint": {"every_updates": 200}, "replica_check_every": 500})
     )
     process, seen = psutil.Process(), {}
 
-    def look(update: int) -> None:
+    def validate(update: int) -> None:
         if update in (2_000, 10_000):
             seen[update] = (process.memory_info().rss, process.num_fds(), threading.active_count())
 
-    tiny.tracker.log_rows = lambda rows: None  # type: ignore[method-assign]
-    tiny.after_update = look
+    tiny.tracker.log_records = lambda rows: None  # type: ignore[method-assign]
+    tiny.after_update = validate
     tiny.run()
     (memory, files, threads), (memory_after, files_after, threads_after) = seen[2_000], seen[10_000]
     assert memory_after < memory + 20e6

@@ -11,15 +11,15 @@ import numpy as np
 import pytest
 from conftest import REPOSITORY, SMOKE, environment, kill_tree, run_stage
 
-from pipelines.model.grids import panel_png
+from pipelines.model.grids import grid_png
 from pipelines.runtime.config.experiment import ConfigError
 from pipelines.runtime.stage.fingerprint import (
     already_done,
-    begin_request,
-    blaming,
+    begin,
+    config_error_at,
     differing_keys,
-    harmless_of,
-    request_of,
+    fingerprint_of,
+    ignored_values,
 )
 from pipelines.runtime.stage.stage import running_stage
 from pipelines.runtime.training.config import TrainingConfig
@@ -65,35 +65,39 @@ def test_a_harmless_change_is_accepted_on_resume_and_told(tmp_path: Path) -> Non
         training_config(tmp_path),
         training_config(tmp_path, log_every=7, on_bad_update={"policy": "skip"}, seed=3),
     ]
-    requests = [request_of("train_unet", config, {}) for config in configs]
-    assert begin_request(tmp_path, requests[0], harmless=harmless_of(configs[0])) == []
-    assert not already_done(tmp_path, requests[1], allowed=("seed",), harmless=TrainingConfig.harmless)
-    assert begin_request(tmp_path, requests[1], harmless=harmless_of(configs[1])) == [
+    requests = [fingerprint_of("train_unet", config, {}) for config in configs]
+    assert begin(tmp_path, requests[0], fingerprint_ignores=ignored_values(configs[0])) == []
+    assert not already_done(
+        tmp_path, requests[1], allowed=("seed",), fingerprint_ignores=TrainingConfig.fingerprint_ignores
+    )
+    assert begin(tmp_path, requests[1], fingerprint_ignores=ignored_values(configs[1])) == [
         "seed: was 0, is now 3",
         "log_every: was 50, is now 7",
         "on_bad_update.policy: was stop, is now skip",
     ]
-    assert begin_request(tmp_path, requests[1], harmless=harmless_of(configs[1])) == []
+    assert begin(tmp_path, requests[1], fingerprint_ignores=ignored_values(configs[1])) == []
     spiky = training_config(tmp_path, seed=3, on_bad_update={"spike_factor": 5.0})
     with pytest.raises(ConfigError, match=r"on_bad_update.spike_factor: was 0.0, is now 5.0\n  Change it back"):
-        already_done(tmp_path, request_of("train_unet", spiky, {}), allowed=("seed",))
+        already_done(tmp_path, fingerprint_of("train_unet", spiky, {}), allowed=("seed",))
 
 
 def test_what_an_older_version_took_for_a_difference_is_none(tmp_path: Path) -> None:
     config = training_config(tmp_path)
-    older = request_of("train_unet", config, {})
+    older = fingerprint_of("train_unet", config, {})
     older["config"]["on_bad_update"]["policy"] = "stop"
     (tmp_path / "manifest.json").write_text(
         json.dumps({"content": {"format_version": 1, "files": [], **older}, "provenance": {}})
     )
-    assert already_done(tmp_path, request_of("train_unet", config, {}), allowed=(), harmless=config.harmless)
+    assert already_done(
+        tmp_path, fingerprint_of("train_unet", config, {}), allowed=(), fingerprint_ignores=config.fingerprint_ignores
+    )
 
 
 def test_a_finished_stage_is_done_though_what_it_started_from_is_gone(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = training_config(tmp_path)
-    content = {"format_version": 1, "files": [], **request_of("train_unet", config, {})}
+    content = {"format_version": 1, "files": [], **fingerprint_of("train_unet", config, {})}
     (tmp_path / "unet").mkdir()
     (tmp_path / "unet/manifest.json").write_text(json.dumps({"content": content, "provenance": {}}))
 
@@ -107,7 +111,7 @@ def test_a_finished_stage_is_done_though_what_it_started_from_is_gone(
 
 
 def test_a_mistake_below_is_blamed_on_the_key_that_mends_it() -> None:
-    with pytest.raises(ConfigError, match=r"^inputs\.corpus: no such shard$"), blaming("inputs.corpus"):
+    with pytest.raises(ConfigError, match=r"^inputs\.corpus: no such shard$"), config_error_at("inputs.corpus"):
         raise ValueError("no such shard")
 
 
@@ -168,7 +172,7 @@ def test_a_panel_shows_every_cell_in_its_place() -> None:
     from PIL import Image
 
     cells = np.arange(6, dtype=np.uint8).reshape(2, 3, 1, 1, 1) * 40 + np.zeros((2, 3, 16, 16, 1), dtype=np.uint8)
-    picture = np.asarray(Image.open(BytesIO(panel_png(cells, column_labels=("a", "b", "c"), title="t"))).convert("L"))
+    picture = np.asarray(Image.open(BytesIO(grid_png(cells, column_labels=("a", "b", "c"), title="t"))).convert("L"))
     for row in range(2):
         for column in range(3):
             patch = picture[44 + 2 + row * 66 : 44 + 66 + row * 66, 2 + column * 66 : 66 + column * 66]
@@ -213,7 +217,7 @@ def test_mended_samples_are_looked_at_again_and_a_changed_listing_is_refused(tmp
 
 def test_a_second_start_leaves_the_outcome_of_the_owner_alone(tmp_path: Path) -> None:
     from data.files import FolderLock
-    from pipelines.runtime.config.outcome import Ending, leave_outcome
+    from pipelines.runtime.config.outcome import Outcome, leave_outcome
 
     owner = FolderLock(tmp_path)
     owner.acquire()
@@ -221,11 +225,11 @@ def test_a_second_start_leaves_the_outcome_of_the_owner_alone(tmp_path: Path) ->
     assert not (tmp_path / "outcome.json").exists()
     owner.release()
 
-    first, second = Ending(working=True), Ending(working=True)
+    first, second = Outcome(working=True), Outcome(working=True)
     first.reached("failed", code=2)
-    first.tell(tmp_path, speaks=False)
+    first.tell(tmp_path, is_main=False)
     second.reached("stopped")
-    second.tell(tmp_path, speaks=True)
+    second.tell(tmp_path, is_main=True)
     assert json.loads((tmp_path / "outcome.json").read_bytes())["exit_code"] == 2
     assert (second.state, second.code) == ("failed", 1)
 
@@ -273,8 +277,8 @@ def test_a_second_signal_ends_at_once_and_what_one_ctrl_c_sends_twice_does_not()
         "import sys, time\n"
         "from pathlib import Path\n"
         "from pipelines.runtime.config.experiment import RunConfig\n"
-        "from pipelines.runtime.stage.launch import StopRequest, start_accelerator\n"
-        "stop = StopRequest(Path(sys.argv[1]), start_accelerator(RunConfig()))\n"
+        "from pipelines.runtime.stage.launch import StopSignal, start_accelerator\n"
+        "stop = StopSignal(Path(sys.argv[1]), start_accelerator(RunConfig()))\n"
         "with stop.listening():\n"
         "    print('listening', flush=True)\n"
         "    while not stop.heard(): time.sleep(0.01)\n"

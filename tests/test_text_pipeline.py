@@ -57,15 +57,15 @@ def emoji(tmp_path_factory: pytest.TempPathFactory, encoder: MiniLMConfig) -> tu
     whole["run"]["root"] = str(folder / "run")
     whole["prepare_corpus"]["source"] |= {"drawings": str(folder / "drawings"), "val_fraction": 0.3}
     whole["prepare_corpus"]["view"]["resolution"] = 16
-    whole["train_vae"] |= {"updates": 20, "global_batch": 8, "panel_every": 20, "log_every": 10}
+    whole["train_vae"] |= {"updates": 20, "global_batch": 8, "validate_every": 20, "log_every": 10}
     whole["train_vae"]["network"] |= {"channels": [16, 32], "blocks_per_level": 1, "norm_groups": 8}
     whole["train_vae"]["averages"] = [{"kind": "exponential", "decay": 0.9}]
     whole["encode_latents"] |= {"batch_size": 16, "captions": encoder.model_dump(mode="json")}
     whole["train_unet"]["denoiser"]["conditioners"][0] |= {"encoder": encoder.model_dump(mode="json"), "width": WIDTH}
     for stage in ("train_vae", "train_unet"):
         whole[stage]["precision"] = "float32"
-    whole["train_unet"] |= {"updates": 20, "global_batch": 8, "panel_every": 10, "log_every": 10}
-    whole["train_unet"]["panel"] |= {"max_columns": 3, "sampler": {"kind": "ddim", "num_steps": 3}}
+    whole["train_unet"] |= {"updates": 20, "global_batch": 8, "validate_every": 10, "log_every": 10}
+    whole["train_unet"]["grid"] |= {"max_columns": 3, "sampler": {"kind": "ddim", "num_steps": 3}}
     whole["train_unet"]["averages"] = [{"kind": "exponential", "decay": 0.9}]
     whole["train_unet"]["denoiser"]["network"] |= {
         **{"channels": [16, 32], "blocks": [1, 1], "attention": [False, True], "heads": [1, 2]},
@@ -153,7 +153,7 @@ def combined(two_process_run: Run, encoder: MiniLMConfig, tmp_path_factory: pyte
         f' {{ kind = "text", use = "tokens", width = {WIDTH}, encoder = {as_toml(encoder)}, null = "empty_caption",'
         " drop_probability = 0.5 }]"
     )
-    short = ["--updates", "30", "--panel_every", "30", "--log_every", "10", "--denoiser.conditioners", conditioners]
+    short = ["--updates", "30", "--validate_every", "30", "--log_every", "10", "--denoiser.conditioners", conditioners]
     # The latents of the other run hold captions, and no features.
     more = {"stored": [], "computed": [inputs["latents"], "--captions.kind", "computed"]}
     for kind, root in roots.items():

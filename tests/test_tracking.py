@@ -59,7 +59,7 @@ def test_rows_are_written_as_they_are_and_in_full_precision(tmp_path: Path, star
         {"update": 51, "batch": 51, "time": 5.5, "train/loss": np.float64(0.1) + 0.2, "n": np.int64(3)},
     ]
     tracker = start()
-    tracker.log_rows(given)
+    tracker.log_records(given)
     given[0]["train/loss"] = -1.0  # what the caller does afterwards with his dictionaries is his own affair
     tracker.flush()
     assert metrics(tmp_path) == [*rows(1, 50), {**given[-1], "train/loss": 0.1 + 0.2}]
@@ -94,7 +94,7 @@ def test_reading_backwards_gives_the_lines_of_reading_forwards_reversed(tmp_path
 
 def test_updates_that_are_there_already_are_not_written_again(tmp_path: Path, start: Opener) -> None:
     first = start()
-    first.log_rows(rows(1, 30))
+    first.log_records(rows(1, 30))
     first.log_metrics({"val/loss": 0.5}, step=20)
     first.close("KILLED")
     with open(tmp_path / "runs/demo/unet" / METRICS, "a") as file:
@@ -103,7 +103,7 @@ def test_updates_that_are_there_already_are_not_written_again(tmp_path: Path, st
     again = start()
     assert again.last_update == 30
     again.resume_after(15)
-    again.log_rows(rows(16, 40))
+    again.log_records(rows(16, 40))
     again.log_metrics({"val/loss": 0.5, "val/new": 1.0}, step=20)
     again.log_metrics({"val/loss": 0.25}, step=40)
     again.flush()
@@ -115,13 +115,13 @@ def test_updates_that_are_there_already_are_not_written_again(tmp_path: Path, st
 
 def test_a_rewind_adds_lines_and_its_replay_does_not(tmp_path: Path, start: Opener) -> None:
     first = start()
-    first.log_rows(rows(1, 80))
-    first.log_rows(rows(61, 75, attempt=2))
+    first.log_records(rows(1, 80))
+    first.log_records(rows(61, 75, attempt=2))
     first.close("KILLED")
     again = start()
     again.resume_after(60)  # the checkpoint is older than the rewind: both attempts are gone through again
-    again.log_rows(rows(61, 80))
-    again.log_rows(rows(61, 90, attempt=2))
+    again.log_records(rows(61, 80))
+    again.log_records(rows(61, 90, attempt=2))
     again.flush()
     assert metrics(tmp_path) == [*rows(1, 80), *rows(61, 90, attempt=2)]
 
@@ -135,7 +135,7 @@ def test_resuming_reads_only_what_is_replayed(tmp_path: Path, start: Opener) -> 
     tracker = start()
     tracker.resume_after(995)
     assert tracker.last_update == 1000
-    tracker.log_rows(rows(996, 1001))
+    tracker.log_records(rows(996, 1001))
     tracker.flush()
     with open(path, "rb") as file:
         file.seek(1 << 40)
@@ -145,14 +145,14 @@ def test_resuming_reads_only_what_is_replayed(tmp_path: Path, start: Opener) -> 
 def test_logging_takes_microseconds_even_when_the_disk_hangs(tmp_path: Path, start: Opener) -> None:
     folder = tmp_path / "runs/demo/unet"
     tracker = start()
-    tracker.log_rows(rows(1, 1))
+    tracker.log_records(rows(1, 1))
     tracker.flush()
     (folder / METRICS).unlink()
     os.mkfifo(folder / METRICS)  # opening a pipe that nobody reads takes for ever
     numbers = itertools.count(2)
 
     def logging() -> list[float]:
-        return [seconds_of(lambda n=n: tracker.log_rows(rows(n, n))) for n in itertools.islice(numbers, 2000)]
+        return [seconds_of(lambda n=n: tracker.log_records(rows(n, n))) for n in itertools.islice(numbers, 2000)]
 
     seconds = quietest_round(logging, limit=5e-3)
     assert np.median(seconds) < 50e-6
@@ -169,12 +169,14 @@ def test_many_lines_at_once_do_not_take_the_interpreter_from_the_step(start: Ope
     [writer] = set(threading.enumerate()) - before
     assert writer.ident is not None
     clock = time.pthread_getcpuclockid(writer.ident)  # on a busy machine it stands still with the writer
-    figures = {f"train/term_{number}": 1 / (3 + number) for number in range(20)}
+    metrics = {f"train/term_{number}": 1 / (3 + number) for number in range(20)}
     numbers = itertools.count(1)
 
     def steps() -> list[float]:
         """What the writer worked during each of many short steps, seconds."""
-        tracker.log_rows([{"update": n, "batch": n, "time": 1e9, **figures} for n in itertools.islice(numbers, 5000)])
+        tracker.log_records(
+            [{"update": n, "batch": n, "time": 1e9, **metrics} for n in itertools.islice(numbers, 5000)]
+        )
         end, marks = time.monotonic() + 0.15, [time.clock_gettime(clock)]
         while time.monotonic() < end:
             sum(number for number in range(300))
@@ -190,17 +192,17 @@ def test_what_a_full_disk_refuses_is_written_whole_when_there_is_room(
     tmp_path: Path, start: Opener, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tracker = start()
-    tracker.log_rows(rows(1, 20))
+    tracker.log_records(rows(1, 20))
     tracker.flush()
     path = tmp_path / "runs/demo/unet" / METRICS
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 100, hard))  # room for a line and a half
     try:
-        tracker.log_rows(rows(21, 40))
+        tracker.log_records(rows(21, 40))
         with pytest.raises(OSError, match=os.strerror(errno.EFBIG)):
             tracker.flush()
         assert metrics(tmp_path) == rows(1, 20)
-        tracker.log_rows(rows(41, 60))
+        tracker.log_records(rows(41, 60))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     tracker.flush()

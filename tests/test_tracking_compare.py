@@ -18,7 +18,7 @@ def make_run(root: Path, *, peak_lr: float, loss: float, accuracy: float = 0.9, 
             folder=folder, root=root, stage=stage, experiment="e", tracking_uri="offline", params={}, tags={}
         )
         if stage == "train_unet":
-            tracker.log_rows([{"update": n, "train/loss": loss / n} for n in range(1, 101)])
+            tracker.log_records([{"update": n, "train/loss": loss / n} for n in range(1, 101)])
             tracker.log_metrics({"val/loss": loss}, step=50)
         tracker.close("FINISHED")
         table = f"[{stage}]\nseed = 3\n[{stage}.optim]\npeak_lr = {peak_lr}\n"

@@ -142,7 +142,9 @@ def start(root: Path, uri: str, *, stage: str = "train_unet", params: dict | Non
 
 
 def log_updates(tracker: Tracker, first: int, last: int) -> None:
-    tracker.log_rows([{"update": n, "batch": n, "time": 1e9 + n, "train/loss": 1 / n} for n in range(first, last + 1)])
+    tracker.log_records(
+        [{"update": n, "batch": n, "time": 1e9 + n, "train/loss": 1 / n} for n in range(first, last + 1)]
+    )
 
 
 def mlflow_run(root: Path, uri: str, stage: str = "unet"):
@@ -271,19 +273,19 @@ def test_steps_take_as_long_with_a_sick_server_as_with_a_healthy_one(tmp_path: P
     """One training, its server sick and healthy by turns; the control compares healthy turns with healthy ones."""
     proxy, root = FaultProxy(server.port), tmp_path / "demo"
     config = {
-        **{"updates": TURNS * TURN_STEPS, "log_every": 5, "images_per_device": 1, "self_test_every": 0},
-        **{"panel_every": 1_000_000, "checkpoint": {"every_updates": 1_000_000}},
+        **{"updates": TURNS * TURN_STEPS, "log_every": 5, "images_per_device": 1, "replica_check_every": 0},
+        **{"validate_every": 1_000_000, "checkpoint": {"every_updates": 1_000_000}},
     }
     tracker = start(root, proxy.uri)
     tiny = Tiny(root / "unet", Recipe(config=config), tracker=tracker)
     modes = [mode for turn in range(TURNS // 4) for mode in ("pass", FAULTS[turn % len(FAULTS)], "pass", "pass")]
     marks = [time.perf_counter()]
 
-    def look(update: int) -> None:
+    def validate(update: int) -> None:
         marks.append(time.perf_counter())
         proxy.mode = modes[min(update // TURN_STEPS, TURNS - 1)]
 
-    tiny.after_update = look
+    tiny.after_update = validate
     tiny.run()
     proxy.mode = "blackhole"
     began = time.monotonic()
@@ -324,7 +326,9 @@ tracker = open_tracker(
     tracking_uri={uri!r}, params={{}}, tags={{}},
 )
 tracker.resume_after({checkpoint})
-tracker.log_rows([{{"update": n, "time": 1e9 + n, "train/loss": 1 / n}} for n in range({checkpoint} + 1, {last} + 1)])
+tracker.log_records(
+    [{{"update": n, "time": 1e9 + n, "train/loss": 1 / n}} for n in range({checkpoint} + 1, {last} + 1)]
+)
 tracker.flush()
 if {ends}:
     tracker.close("FINISHED")

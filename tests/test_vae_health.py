@@ -1,4 +1,4 @@
-"""Health figures of an autoencoder: against gradients and moments computed plainly."""
+"""Health metrics of an autoencoder: against gradients and moments computed plainly."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 import models.autoencoder.perceptual
 from data.statistics import ChannelSums
 from models.autoencoder.discriminator import Discriminator
-from models.autoencoder.health import NoGradient, gradient_norms, latent_figures
+from models.autoencoder.health import NoGradient, gradient_norms, latent_metrics
 from models.autoencoder.objective import LPIPSTerm, PatchAdversary, VAELoss, VAEObjective, VAEObjectiveConfig
 from models.autoencoder.perceptual import Perceptual
 from models.autoencoder.vae import AutoencoderKL, Posterior, VAEConfig
@@ -86,10 +86,10 @@ def test_a_channel_without_information_is_not_active() -> None:
     torch.manual_seed(0)
     mean, log_variance = torch.randn(8, 3, 4, 4), torch.full((8, 3, 4, 4), -4.0)
     mean[:, 1], log_variance[:, 1] = 0.01 * torch.randn(8, 4, 4), 0.0  # a collapsed channel: the prior
-    figures = latent_figures(Posterior(mean, log_variance))
-    assert figures["active_channels"] == 2
-    assert figures["kl_1"] < 0.01 < figures["kl_0"]
-    total = sum(figures[f"kl_{channel}"] for channel in range(3))
+    metrics = latent_metrics(Posterior(mean, log_variance))
+    assert metrics["active_channels"] == 2
+    assert metrics["kl_1"] < 0.01 < metrics["kl_0"]
+    total = sum(metrics[f"kl_{channel}"] for channel in range(3))
     torch.testing.assert_close(total, Posterior(mean, log_variance).kl().mean())
     # The same channels as the statistics of encoded latents call active.
     sums = ChannelSums.empty(3)

@@ -22,7 +22,7 @@ from data.files import FolderLock
 from data.prefetch import Loaded
 from data.randomness import SampleDraws
 from pipelines.runtime.config.experiment import RunConfig
-from pipelines.runtime.stage.launch import StopRequest, joined, start_accelerator
+from pipelines.runtime.stage.launch import StopSignal, joined, start_accelerator
 from pipelines.runtime.stage.stage import Stage
 from pipelines.runtime.tracking.tracker import SilentTracker
 from pipelines.runtime.training.checkpoint import Weights
@@ -30,14 +30,14 @@ from pipelines.runtime.training.config import BatchShare, TrainingConfig
 from pipelines.runtime.training.ema import Averages
 from pipelines.runtime.training.loop import Training
 from pipelines.runtime.training.optim import Optimizer
-from pipelines.runtime.training.replica_check import SelfTestError
+from pipelines.runtime.training.replica_check import ReplicaError
 
 BASE: dict[str, Any] = {
     "updates": 40,
     "global_batch": 8,
     "images_per_device": 2,
     "log_every": 7,
-    "panel_every": 10,
+    "validate_every": 10,
     "checkpoint": {"every_updates": 10},
     "optim": {"peak_lr": 1e-2, "warmup_updates": 0},
     "averages": [{"kind": "exponential", "decay": 0.9}],
@@ -50,7 +50,7 @@ class Rows(SilentTracker):
     def __init__(self) -> None:
         self.rows: list[dict[str, Any]] = []
 
-    def log_rows(self, rows: Any) -> None:
+    def log_records(self, rows: Any) -> None:
         self.rows += [dict(row) for row in rows]
 
 
@@ -92,7 +92,7 @@ class Tiny:
             parents={},
             accelerator=self.accelerator,
             tracker=tracker or self.tracker,
-            stop=StopRequest(folder, self.accelerator),
+            stop=StopSignal(folder, self.accelerator),
             lock=FolderLock(folder),
         )
         torch.manual_seed(0)
@@ -145,7 +145,7 @@ class Tiny:
             self.one_update(x)
             if not self.recipe.still_average:
                 self.averages.update(self.first, update=self.training.update, refused=self.training.refused)
-            if self.training.look_is_due():
+            if self.training.validation_is_due():
                 self.training.report({"val/loss": (self.training.update - 20.0) ** 2})
             self.disturb()
         return self
@@ -179,13 +179,13 @@ class Tiny:
             loss = loss + 0.1 * terms["size"]
             loss = loss * (math.nan if self.fault("loss") else 1e4 if self.fault("spike") else 1.0)
             training.backward(loss, terms=terms)
-            training.note({"train/loss": loss})
+            training.log({"train/loss": loss})
             seen.append((x[part], out.detach()))
         for _, (real, fake) in zip(training.micro_batches(self.wrapped[1]), seen, strict=True):
             gap = (1 - self.wrapped[1](real)).relu().mean() + (1 + self.wrapped[1](fake)).relu().mean()
             gap = gap * (math.inf if self.fault("second") else 1.0)
             training.backward(gap)
-            training.note({"train/second_loss": gap})
+            training.log({"train/second_loss": gap})
         training.step({"train/grad_norm": self.optimizers[0], "train/second_grad_norm": self.optimizers[1]})
 
     def tensors(self) -> dict[str, Tensor]:
@@ -203,7 +203,7 @@ def main() -> None:
         tiny, ended = Tiny(folder / str(number), Recipe(**words), accelerator=accelerator), "done"
         try:
             tiny.run()
-        except (SelfTestError, FloatingPointError, InterruptedError) as error:
+        except (ReplicaError, FloatingPointError, InterruptedError) as error:
             ended = f"{type(error).__name__}: {error}"
         total = sum(float(tensor.double().sum()) for tensor in tiny.tensors().values())
         found = {"ended": ended, "update": tiny.training.update, "sum": total, "rows": tiny.tracker.rows}

@@ -1,7 +1,8 @@
 """The order of training data: one endless stream of sample indices, any position of which is computed on its own.
 
 The stream depends on the seed, the corpus and the configuration alone: not on ranks, workers or restarts. So resuming
-at any step costs nothing, and a full shuffle of a hundred million samples needs no table (see ``data.order.permutation``).
+at any step costs nothing, and a full shuffle of a hundred million samples needs no table (see
+``data.order.permutation``).
 """
 
 from collections.abc import Mapping, Sequence

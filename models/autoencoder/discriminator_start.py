@@ -1,6 +1,6 @@
 """When the autoencoder starts to hear of its discriminator: at a set update, or when reconstruction stops improving.
 
-A discriminator that speaks too early drowns a reconstruction that still has much to learn from pixels alone. Both kinds
+A discriminator that joins too early drowns a reconstruction that still has much to learn from pixels alone. Both kinds
 are functions of the configuration and of losses that are averaged over the ranks, so that all ranks start together, any
 number of them at the same update, and a restart changes nothing.
 """
@@ -34,7 +34,7 @@ AdversaryStartConfig = Annotated[StartAtUpdate | StartOnPlateau, Field(discrimin
 
 
 class AdversaryStart:
-    """Whether the discriminator speaks; a part of the checkpoint, the same on every rank.
+    """Whether the discriminator is_main; a part of the checkpoint, the same on every rank.
 
     Args:
         config: What is waited for.

@@ -1,6 +1,6 @@
 """The health of an autoencoder in training: which terms of the loss pull on it, and which latent channels say anything.
 
-Figures are of one micro-batch on each rank, averaged over the ranks: all ranks get the same, and all must call.
+Metrics are of one micro-batch on each rank, averaged over the ranks: all ranks get the same, and all must call.
 """
 
 import torch
@@ -35,7 +35,7 @@ def gradient_norms(loss: VAELoss, *, last_layer: Tensor) -> dict[str, Tensor]:
     return norms
 
 
-def latent_figures(posterior: Posterior) -> dict[str, Tensor]:
+def latent_metrics(posterior: Posterior) -> dict[str, Tensor]:
     """Return the KL divergence of each channel (nats a sample), and how many channels are active. A collective."""
     mean, log_variance = posterior.mean.detach().float(), posterior.log_variance.detach().float()
     per_channel = torch.stack(

@@ -3,7 +3,8 @@
 Zhang et al. 2018 (arXiv:1801.03924), eq. 1, version 0.1 with VGG16: unit-length features of five layers, squared
 differences weighed by channel, averaged over space, summed over layers.
 
-The weights come from a local file that ``python -m models.autoencoder.perceptual_weights`` makes; nothing is downloaded here.
+The weights come from a local file that ``python -m models.autoencoder.perceptual_weights`` makes; nothing is
+downloaded here.
 """
 
 from pathlib import Path
@@ -50,8 +51,8 @@ class Perceptual(nn.Module):
             ValueError: There is no such file, or it holds something else.
         """
         advice = (
-            "Make it with `python -m models.autoencoder.perceptual_weights VGG16.ckpt OUTPUT.safetensors` (whose docstring says "
-            "where the weights come from), or leave the perceptual term out."
+            "Make it with `python -m models.autoencoder.perceptual_weights VGG16.ckpt OUTPUT.safetensors` "
+            "(whose docstring says where the weights come from), or leave the perceptual term out."
         )
         if not path.is_file():
             raise ValueError(f"The weights of the perceptual loss, {path}, do not exist. {advice}")

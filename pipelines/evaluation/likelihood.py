@@ -133,7 +133,7 @@ def terms_in_bits(bound: VariationalBound) -> dict[str, Tensor]:
     return {name: values[name].double().cpu() for name in TERMS}
 
 
-def bound_figures(terms: Mapping[str, Tensor]) -> dict[str, dict[str, float]]:
+def bound_metrics(terms: Mapping[str, Tensor]) -> dict[str, dict[str, float]]:
     """Average the terms over images, with standard errors."""
     estimates: dict[str, Estimate] = {name: mean_estimate(values) for name, values in terms.items()}
     return {name: {"value": float(e.value), "error": float(e.error)} for name, e in estimates.items()}

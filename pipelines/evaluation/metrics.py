@@ -1,4 +1,4 @@
-"""The figures of an evaluation: distances to real images, a probe's opinion, and their plot over guidance."""
+"""The metrics of an evaluation: distances to real images, a probe's opinion, and their plot over guidance."""
 
 import io
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ from models.metrics import (
     precision_recall,
 )
 
-Figures = dict[str, dict[str, float]]
+Metrics = dict[str, dict[str, float]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,11 +52,11 @@ class Reference:
         return {
             "kind": "linear",
             "num_images": self.num_probe_images,
-            "validation_accuracy": _figure(self.probe_accuracy),
+            "validation_accuracy": _metric(self.probe_accuracy),
         }
 
 
-def distribution_figures(features: Tensor, labels: Tensor, reference: Reference) -> Figures:
+def distribution_metrics(features: Tensor, labels: Tensor, reference: Reference) -> Metrics:
     """Compare images with the reference's.
 
     Args:
@@ -65,24 +65,24 @@ def distribution_figures(features: Tensor, labels: Tensor, reference: Reference)
         reference: Real images.
     """
     neighbours = precision_recall(features, reference.features)
-    figures = {
-        "frechet_distance": _figure(frechet_distance(features, reference.features)),
-        "kernel_distance": _figure(kernel_distance(features, reference.features)),
-        "precision": _figure(neighbours.precision),
-        "recall": _figure(neighbours.recall),
+    metrics = {
+        "frechet_distance": _metric(frechet_distance(features, reference.features)),
+        "kernel_distance": _metric(kernel_distance(features, reference.features)),
+        "precision": _metric(neighbours.precision),
+        "recall": _metric(neighbours.recall),
     }
     if reference.probe is not None:
         right = (reference.probe.predict(features) == labels).double()
-        figures["class_accuracy"] = _figure(mean_estimate(right))
+        metrics["class_accuracy"] = _metric(mean_estimate(right))
         by_class = [mean_estimate(right[labels == label]) for label in labels.unique() if (labels == label).sum() > 1]
         if by_class:
-            figures["worst_class_accuracy"] = _figure(min(by_class))
-    return figures
+            metrics["worst_class_accuracy"] = _metric(min(by_class))
+    return metrics
 
 
-def fidelity_figures(decibels: Tensor, similarity: Tensor) -> Figures:
+def fidelity_metrics(decibels: Tensor, similarity: Tensor) -> Metrics:
     """Average the PSNR (dB) and the SSIM of single images; (n,) each."""
-    return {"psnr": _figure(mean_estimate(decibels)), "ssim": _figure(mean_estimate(similarity))}
+    return {"psnr": _metric(mean_estimate(decibels)), "ssim": _metric(mean_estimate(similarity))}
 
 
 def sweep_plot(by_scale: Mapping[float, Mapping[str, Any]], floor: Mapping[str, Any]) -> bytes:
@@ -109,5 +109,5 @@ def sweep_plot(by_scale: Mapping[float, Mapping[str, Any]], floor: Mapping[str, 
     return buffer.getvalue()
 
 
-def _figure(estimate: Estimate) -> dict[str, float]:
+def _metric(estimate: Estimate) -> dict[str, float]:
     return {"value": float(estimate.value), "error": float(estimate.error)}

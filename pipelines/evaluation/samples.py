@@ -25,11 +25,11 @@ from models.features import FeatureExtractor, FeatureExtractorConfig, Scattering
 from models.metrics import psnr, ssim
 from pipelines.evaluation.likelihood import BoundConfig, BoundMeter, NoBoundConfig, VariationalBoundConfig
 from pipelines.model.captions import as_tensors, prompt_encoder
-from pipelines.model.device import placement_of
+from pipelines.model.device import device_of
 from pipelines.model.sampling import ImageSampler
 from pipelines.model.weights import load_denoiser, load_vae
 from pipelines.runtime.config.experiment import StageConfig
-from pipelines.runtime.stage.fingerprint import blaming
+from pipelines.runtime.stage.fingerprint import config_error_at
 from pipelines.runtime.stage.launch import Precision
 from pipelines.runtime.stage.stage import Stage
 
@@ -92,12 +92,11 @@ class PartMaker:
 
     def __init__(self, config: DrawConfig, stage: Stage) -> None:
         self.config, self.stage = config, stage
-        placed = placement_of(stage)
-        device = placed.device
-        with blaming("inputs.vae"):
-            self.vae = load_vae(config.inputs.vae, stage.parents["vae"], placed=placed).network
-        with blaming("inputs.unet"):
-            published = load_denoiser(config.inputs.unet, stage.parents["unet"], placed=placed)
+        device = device_of(stage)
+        with config_error_at("inputs.vae"):
+            self.vae = load_vae(config.inputs.vae, stage.parents["vae"], device=device).network
+        with config_error_at("inputs.unet"):
+            published = load_denoiser(config.inputs.unet, stage.parents["unet"], device=device)
         self.sampler = ImageSampler(
             published.network,
             published.normalisation,
@@ -106,15 +105,15 @@ class PartMaker:
             seed=config.seed,
         )
         corpus = stage.parents["corpus"]
-        with blaming("inputs.corpus"):
+        with config_error_at("inputs.corpus"):
             self.images: dict[str, ImageShards] = {
                 "train": ImageShards(config.inputs.corpus, split="train", manifest=corpus, scattered=True),
                 "val": ImageShards(config.inputs.corpus, split="val", manifest=corpus),
             }
-        with blaming("inputs.unet"):
-            self.prompts = prompt_encoder(published.network.config, published.text, device=device)
-        with blaming("evaluate.extractor"):
-            self.extractor: FeatureExtractor = config.extractor.build().to(device)
+        with config_error_at("inputs.unet"):
+            self.prompts = prompt_encoder(published.network.config, published.text, device=device.torch)
+        with config_error_at("evaluate.extractor"):
+            self.extractor: FeatureExtractor = config.extractor.build().to(device.torch)
         # Which real images are looked at: all validation images, and a draw of training images for the probe.
         order = Order(FullShuffleConfig(), num_samples=len(self.images["train"]), seed=0)
         probed = np.sort(order.indices(0, min(config.probe_images, len(self.images["train"]))))

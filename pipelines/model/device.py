@@ -1,6 +1,6 @@
 """Where networks lie: on which device, in which memory format, and by what their attention is computed there.
 
-A stage or tool asks once for its ``Placement`` and puts every network there; ``run.attention`` is honoured here alone.
+A stage or tool asks once for its ``Device`` and puts every network there; ``run.attention`` is honoured here alone.
 """
 
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from torch import nn
 
 from models.attention import Backend, ChosenBackend, choose_attention_backend, use_attention_backend
 from pipelines.runtime.config.experiment import RunConfig
-from pipelines.runtime.stage.fingerprint import blaming
+from pipelines.runtime.stage.fingerprint import config_error_at
 from pipelines.runtime.stage.stage import Stage
 
 Network = TypeVar("Network", bound=nn.Module)
@@ -21,19 +21,19 @@ _DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
-class Placement:
-    """A device, and the attention backend of the networks on it."""
+class Device:
+    """A torch device, and the attention backend of the networks on it."""
 
-    device: torch.device
+    torch: torch.device
     attention: Backend = "sdpa"
 
-    def __call__(self, network: Network) -> Network:
+    def place(self, network: Network) -> Network:
         """Move a network there, channels last: what convolutions are fastest in, on CPUs as on GPUs."""
         use_attention_backend(network, self.attention)
-        return network.to(self.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        return network.to(self.torch).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
-def placement_of(stage: Stage) -> Placement:
+def device_of(stage: Stage) -> Device:
     """Choose where the networks of a stage lie, say why, and tag the MLflow run with it. Before any work.
 
     Raises:
@@ -43,7 +43,7 @@ def placement_of(stage: Stage) -> Placement:
     choice = attention_on(accelerator.device, stage.config.run, precision=accelerator.mixed_precision)
     stage.say(f"attention by {choice.name}: {choice.reason}")
     stage.tracker.set_tags({"attention": choice.name})
-    return Placement(accelerator.device, choice.name)
+    return Device(accelerator.device, choice.name)
 
 
 def attention_on(device: torch.device, run: RunConfig, *, precision: str = "no") -> ChosenBackend:
@@ -59,5 +59,5 @@ def attention_on(device: torch.device, run: RunConfig, *, precision: str = "no")
         ConfigError: It does not run there.
     """
     dtypes = tuple(dict.fromkeys((_DTYPES[precision], torch.float32)))
-    with blaming("run.attention"):
+    with config_error_at("run.attention"):
         return choose_attention_backend(run.attention, device=device, dtypes=dtypes)

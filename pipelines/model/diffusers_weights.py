@@ -65,7 +65,7 @@ def foreign_vae(folder: Path) -> Manifest | None:
 
 
 #: Which inputs may be a folder of another program, and what makes a manifest of it.
-STAND_INS: Mapping[str, Callable[[Path], Manifest | None]] = {"vae": foreign_vae}
+DIFFUSERS_READERS: Mapping[str, Callable[[Path], Manifest | None]] = {"vae": foreign_vae}
 
 
 def _normalisation(theirs: Mapping[str, Any]) -> dict[str, list[float]]:

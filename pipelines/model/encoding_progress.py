@@ -1,4 +1,4 @@
-"""How far encoding is, and how fast: a line for people, and the same figures for MLflow."""
+"""How far encoding is, and how fast: a line for people, and the same metrics for MLflow."""
 
 import time
 from typing import Any
@@ -8,7 +8,7 @@ from pipelines.runtime.stage.stage import Stage
 
 
 class EncodingProgress:
-    """Figures over all ranks and runs, as far as this process sees their work.
+    """Metrics over all ranks and runs, as far as this process sees their work.
 
     Args:
         stage: The running stage.
@@ -27,17 +27,17 @@ class EncodingProgress:
         """Take note of a shard that this process made, when ``done`` images in ``shards`` shards are encoded in all."""
         self._bytes += record["entry"]["bytes"]
         self._images += record["entry"]["samples"]
-        figures = self._figures(shards, done)
-        self._line.advance_to(done, {"shards": shards, "MB/s": figures["progress/mb_per_s"]})
+        metrics = self._metrics(shards, done)
+        self._line.advance_to(done, {"shards": shards, "MB/s": metrics["progress/mb_per_s"]})
         if time.monotonic() - self._logged >= PLAIN_LINE_EVERY_SECONDS:
             self._logged = time.monotonic()
-            self._stage.tracker.log_metrics(figures, step=done)
+            self._stage.tracker.log_metrics(metrics, step=done)
 
     def finish(self) -> None:
-        """Log the figures of the whole."""
-        self._stage.tracker.log_metrics(self._figures(self._num_shards, self._line.total), step=self._line.total)
+        """Log the metrics of the whole."""
+        self._stage.tracker.log_metrics(self._metrics(self._num_shards, self._line.total), step=self._line.total)
 
-    def _figures(self, shards: int, done: int) -> dict[str, float]:
+    def _metrics(self, shards: int, done: int) -> dict[str, float]:
         images_per_s = (done - self._before) / max(time.monotonic() - self._began, 1e-9)
         return {
             "progress/shards": float(shards),

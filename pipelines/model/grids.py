@@ -11,7 +11,7 @@ LABEL_HEIGHT = 22
 MIN_CELL = 64  # small images are enlarged to at least this
 
 
-def panel_png(
+def grid_png(
     images: np.ndarray, *, column_labels: Sequence[str] = (), row_labels: Sequence[str] = (), title: str = ""
 ) -> bytes:
     """Return a grid of images as PNG.

@@ -1,4 +1,4 @@
-"""From noise to images: what evaluation, the sample tool and the training panels share."""
+"""From noise to images: what evaluation, the sample tool and the training grids share."""
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext

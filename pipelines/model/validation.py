@@ -14,8 +14,8 @@ from models.denoiser import Denoiser
 from models.diffusion.guidance import GuidanceConfig
 from models.diffusion.samplers import DDIMConfig, SamplerConfig
 from pipelines.model.captions import CaptionFeatures
-from pipelines.model.device import Placement
-from pipelines.model.grids import panel_png
+from pipelines.model.device import Device
+from pipelines.model.grids import grid_png
 from pipelines.model.weights import Normalisation, load_vae
 from pipelines.runtime.stage.stage import Stage
 
@@ -23,7 +23,7 @@ NUM_VALIDATION_LATENTS = 256
 NUM_VALIDATION_TIMES = 8
 
 
-class PanelConfig(BaseModel, frozen=True, extra="forbid"):
+class GridConfig(BaseModel, frozen=True, extra="forbid"):
     """The sample grid that is drawn during training: one column a class or caption, the same noise in every run."""
 
     rows: PositiveInt = 4  # samples of each class or caption
@@ -32,12 +32,12 @@ class PanelConfig(BaseModel, frozen=True, extra="forbid"):
     guidance: GuidanceConfig = GuidanceConfig(scale=2.0)  # how strongly the condition pulls
 
 
-class Observer:
+class UNetValidation:
     """Looks at the averaged weights now and then, on the main process.
 
     Args:
         stage: The running training.
-        panel: The grid.
+        grid: The grid.
         latents_folder: Latents that it trains on; those of the validation split are looked at.
         vae_folder: Folder of the autoencoder.
         placed: Where networks lie.
@@ -50,18 +50,18 @@ class Observer:
     def __init__(
         self,
         stage: Stage,
-        panel: PanelConfig,
+        grid: GridConfig,
         *,
         latents_folder: str,
         vae_folder: str,
-        placed: Placement,
+        device: Device,
         captions: CaptionFeatures,
     ) -> None:
-        self.stage, self.panel, self.captions = stage, panel, captions
-        self.device = placed.device
+        self.stage, self.grid, self.captions = stage, grid, captions
+        self.device = device.torch
         self.manifest = stage.parents["latents"]
         self.normalisation = Normalisation(self.manifest.content["statistics"]).to(self.device)
-        self.vae = load_vae(vae_folder, stage.parents["vae"], placed=placed).network
+        self.vae = load_vae(vae_folder, stage.parents["vae"], device=device).network
         has_validation = bool(self.manifest.content["splits"]["val"])
         split: Split = "val" if has_validation else "train"
         shards = LatentShards(
@@ -75,19 +75,19 @@ class Observer:
         self.validation = self._validation(stored) if has_validation else None
         self.heads, self.conditions = self._columns(stored)
 
-    def look(self, network: nn.Module, *, update: int) -> dict[str, float]:
-        """Return the validation loss and draw the panel; on the main process."""
+    def validate(self, network: nn.Module, *, update: int) -> dict[str, float]:
+        """Return the validation loss and draw the grid; on the main process."""
         if not self.stage.is_main:
             return {}
         assert isinstance(network, Denoiser)
-        figures = self._figures(network)
-        path = self.stage.folder / "panels" / f"samples-{update:08}.png"
+        metrics = self._metrics(network)
+        path = self.stage.folder / "grids" / f"samples-{update:08}.png"
         path.parent.mkdir(exist_ok=True)
-        write_atomically(path, self._picture(network, title=f"update {update}, guidance {self.panel.guidance.scale:g}"))
+        write_atomically(path, self._picture(network, title=f"update {update}, guidance {self.grid.guidance.scale:g}"))
         self.stage.tracker.log_image("val/samples", path, step=update)
-        shown = ", ".join(f"{name} {value:.4f}" for name, value in figures.items())
+        shown = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
         self.stage.say(f"update {update}: {shown}, {path}")
-        return figures
+        return metrics
 
     def _conditions(self, stored: LatentBatch) -> dict[str, Tensor]:
         fields = {"labels": torch.from_numpy(stored.labels), **self.captions.of(stored)}
@@ -98,20 +98,20 @@ class Observer:
         return self.normalisation.normalise(means), self._conditions(stored)
 
     def _columns(self, stored: LatentBatch) -> tuple[list[str], dict[str, Tensor]]:
-        """Return the columns of the panel, and their conditions: the classes or, with captions, different captions."""
+        """Return the columns of the grid, and their conditions: the classes or, with captions, different captions."""
         if not stored.captions:
-            classes = list(self.manifest.classes[: self.panel.max_columns])
+            classes = list(self.manifest.classes[: self.grid.max_columns])
             return classes, {"labels": torch.arange(max(len(classes), 1), device=self.device)}
         first_of = {caption: row for row, caption in reversed(list(enumerate(stored.captions)))}
         rows = sorted(first_of.values())
         # Spread over what there is: neighbours in a corpus are often alike.
-        chosen = [rows[len(rows) * column // self.panel.max_columns] for column in range(self.panel.max_columns)]
+        chosen = [rows[len(rows) * column // self.grid.max_columns] for column in range(self.grid.max_columns)]
         chosen = sorted(set(chosen))
         conditions = {name: field[chosen] for name, field in self._conditions(stored).items()}
         return [stored.captions[row] for row in chosen], conditions
 
     @torch.no_grad()
-    def _figures(self, network: Denoiser) -> dict[str, float]:
+    def _metrics(self, network: Denoiser) -> dict[str, float]:
         """Return the loss on validation latents with fixed noise, at stratified times, and the condition's pull."""
         if self.validation is None:
             return {}
@@ -122,15 +122,15 @@ class Observer:
         times = network.process.time(strata.double()).to(self.device)
         nothing_dropped = torch.zeros(len(x0), len(network.conditioners), dtype=torch.bool, device=self.device)
         losses = network(x0, noise, times, conditions, nothing_dropped)
-        figures = {"val/loss": float(losses.loss.mean())}
+        metrics = {"val/loss": float(losses.loss.mean())}
         if len(network.conditioners):
-            figures["val/condition_gap"] = float(network.condition_gap(x0, noise, times, conditions).mean())
-        return figures
+            metrics["val/condition_gap"] = float(network.condition_gap(x0, noise, times, conditions).mean())
+        return metrics
 
     @torch.no_grad()
     def _picture(self, network: Denoiser, *, title: str) -> bytes:
         """Draw samples of every column from the same noise in every run; PNG."""
-        rows, columns = self.panel.rows, len(self.conditions["labels"])
+        rows, columns = self.grid.rows, len(self.conditions["labels"])
         shape = self.manifest.content["latent"]
         draws = SampleDraws(0, 0, range(rows * columns))
 
@@ -139,12 +139,12 @@ class Observer:
             return torch.from_numpy(drawn).to(self.device)
 
         latents = network.sample(
-            normals("panel"),
+            normals("grid"),
             {name: torch.cat([field] * rows) for name, field in self.conditions.items()},
-            sampler=self.panel.sampler,
-            guidance=self.panel.guidance,
-            fresh_noise=lambda step: normals(f"panel/{step}"),
+            sampler=self.grid.sampler,
+            guidance=self.grid.guidance,
+            fresh_noise=lambda step: normals(f"grid/{step}"),
         )
         images = to_levels(self.vae.decode(self.normalisation.restore(latents)))
         grid = images.reshape(rows, columns, *images.shape[1:])
-        return panel_png(grid, column_labels=self.heads, title=title)
+        return grid_png(grid, column_labels=self.heads, title=title)

@@ -19,7 +19,7 @@ from data.manifest import FileEntry, Manifest
 from models.autoencoder.vae import AutoencoderKL, VAEConfig
 from models.denoiser import Denoiser, DenoiserConfig
 from models.diffusion.samplers import SamplerConfig, check_sampler
-from pipelines.model.device import Placement
+from pipelines.model.device import Device
 from pipelines.model.diffusers_weights import FOREIGN_STAGE, read_foreign_vae
 from pipelines.runtime.stage.stage import Stage
 
@@ -83,7 +83,7 @@ def publish(stage: Stage, *, name: str, network: nn.Module, config: Mapping[str,
     return [FileEntry.of(path), FileEntry.of(folder / "config.json")], sha256_of(path)
 
 
-def load_vae(folder: str | Path, manifest: Manifest, *, placed: Placement) -> PublishedVAE:
+def load_vae(folder: str | Path, manifest: Manifest, *, device: Device) -> PublishedVAE:
     """Build a published VAE, ours or that of a diffusers folder, frozen.
 
     Raises:
@@ -92,14 +92,14 @@ def load_vae(folder: str | Path, manifest: Manifest, *, placed: Placement) -> Pu
     if manifest.content.get("stage") == FOREIGN_STAGE:
         theirs = read_foreign_vae(Path(folder), manifest)
         weights = manifest.content["weights"]
-        return PublishedVAE(network=placed(theirs.requires_grad_(False).eval()), weights=weights)
+        return PublishedVAE(network=device.place(theirs.requires_grad_(False).eval()), weights=weights)
     config, weights = _read(Path(folder), manifest, name="vae")
     network = AutoencoderKL(VAEConfig(**config["network"]), image_channels=config["image_channels"])
     network.load_state_dict(load_file(Path(folder) / "vae.safetensors"))
-    return PublishedVAE(network=placed(network.requires_grad_(False).eval()), weights=weights)
+    return PublishedVAE(network=device.place(network.requires_grad_(False).eval()), weights=weights)
 
 
-def load_denoiser(folder: str | Path, manifest: Manifest, *, placed: Placement) -> PublishedDenoiser:
+def load_denoiser(folder: str | Path, manifest: Manifest, *, device: Device) -> PublishedDenoiser:
     """Build a published U-Net with its process, frozen.
 
     Raises:
@@ -114,8 +114,8 @@ def load_denoiser(folder: str | Path, manifest: Manifest, *, placed: Placement) 
     )
     network.load_state_dict(load_file(Path(folder) / "unet.safetensors"))
     return PublishedDenoiser(
-        network=placed(network.requires_grad_(False).eval()),
-        normalisation=Normalisation(config["statistics"]).to(placed.device),
+        network=device.place(network.requires_grad_(False).eval()),
+        normalisation=Normalisation(config["statistics"]).to(device.torch),
         latent_channels=config["latent_channels"],
         latent_size=config["latent_size"],
         vae_weights=manifest.content["vae"],

@@ -1,4 +1,5 @@
-"""The pairs of ``python -m pipelines.tools.benchmark data``: each makes its shards, checks that both sides agree, times."""
+"""The pairs of ``python -m pipelines.tools.benchmark data``: each makes its shards, checks that both sides agree,
+and times them."""
 
 import functools
 import itertools
@@ -25,9 +26,9 @@ from data.transforms import ImageViewConfig, to_unit_range
 from models.autoencoder.vae import AutoencoderKL, VAEConfig
 from pipelines.encode_latents import SHARDS_AT_ONCE, EncodeLatentsConfig, EncodeLatentsInputs, encode_shard
 from pipelines.runtime.config.experiment import RunConfig
-from pipelines.runtime.stage.launch import StopRequest, start_accelerator
+from pipelines.runtime.stage.launch import StopSignal, start_accelerator
 from pipelines.runtime.stage.stage import Stage
-from pipelines.runtime.stage.work_items import make_parts
+from pipelines.runtime.stage.work_items import make_items
 from pipelines.runtime.tracking.tracker import SilentTracker
 from pipelines.tools.paired_timing import Comparison, compare
 
@@ -190,7 +191,7 @@ def encoding(folder: Path, rounds: int) -> Comparison:
     shards, turn, runs = {part.entry.name: part for part in images.shards}, Lock(), itertools.count()
 
     def ours() -> None:
-        make_parts(
+        make_items(
             stage,
             list(shards),
             lambda name: encode_shard(config, stage, vae, None, images, shards[name], turn),
@@ -211,7 +212,7 @@ def _stage(config: EncodeLatentsConfig, folder: Path) -> Stage:
         parents={"corpus": Manifest(content={}), "vae": Manifest(content={})},
         accelerator=accelerator,
         tracker=SilentTracker(),
-        stop=StopRequest(folder, accelerator),
+        stop=StopSignal(folder, accelerator),
         lock=FolderLock(folder),
     )
 

@@ -29,16 +29,16 @@ from models.diffusers.weights import denoiser_to_diffusers, vae_to_diffusers
 from models.diffusion.guidance import GuidanceConfig
 from models.diffusion.samplers import DDIMConfig
 from pipelines.model.captions import as_tensors, prompt_encoder
-from pipelines.model.device import Placement
-from pipelines.model.diffusers_weights import STAND_INS
-from pipelines.model.grids import panel_png
+from pipelines.model.device import Device
+from pipelines.model.diffusers_weights import DIFFUSERS_READERS
+from pipelines.model.grids import grid_png
 from pipelines.model.weights import PublishedDenoiser, check_same_vae, denoiser_config, load_denoiser, load_vae
 from pipelines.runtime.config.experiment import ConfigError, StageConfig, config_from_command_line
-from pipelines.runtime.stage.fingerprint import blaming, read_parents
+from pipelines.runtime.stage.fingerprint import config_error_at, read_parents
 from pipelines.tools.model_card import model_card
 
 EXAMPLE_SAMPLES = 4
-ON_CPU = Placement(torch.device("cpu"))  # in float32, so that the example is the same for whoever checks it
+ON_CPU = Device(torch.device("cpu"))  # in float32, so that the example is the same for whoever checks it
 
 
 class ExportInputs(BaseModel, frozen=True, extra="forbid"):
@@ -72,12 +72,12 @@ def main() -> None:
 
 def export(config: ExportConfig) -> None:
     """Write the folder; the card comes last."""
-    parents = read_parents(config, {"vae": "train_vae", "unet": "train_unet"}, stand_ins=STAND_INS)
+    parents = read_parents(config, {"vae": "train_vae", "unet": "train_unet"}, manifest_readers=DIFFUSERS_READERS)
     output = Path(config.output)
     if output.is_dir() and any(output.iterdir()) and not (output / "example.safetensors").is_file():
         raise ConfigError(f"output = {config.output!r} is a folder with other things in it. Give a new one.")
     unet_manifest = parents["unet"]
-    with blaming("inputs"):
+    with config_error_at("inputs"):
         check_same_vae(
             unet_manifest.content["vae"], given=parents["vae"], given_at=config.inputs.vae, user=config.inputs.unet
         )
@@ -85,8 +85,8 @@ def export(config: ExportConfig) -> None:
         described = denoiser_config(config.inputs.unet)
         sampler = DDIMConfig(num_steps=config.num_inference_steps, spacing=config.spacing)
         scheduler = scheduler_config_to_diffusers(described, sampler)
-        vae = load_vae(config.inputs.vae, parents["vae"], placed=ON_CPU).network
-        published = load_denoiser(config.inputs.unet, unet_manifest, placed=ON_CPU)
+        vae = load_vae(config.inputs.vae, parents["vae"], device=ON_CPU).network
+        published = load_denoiser(config.inputs.unet, unet_manifest, device=ON_CPU)
         configs = network_configs(published, vae, num_classes=len(unet_manifest.classes))
         conditions = example_conditions(config, published, unet_manifest.classes)
     example = compute_example(config, published, vae, sampler=sampler, conditions=conditions)
@@ -160,7 +160,7 @@ def example_conditions(
     """Return the fields that the example's samples are conditioned on: classes, and prompts, in turn."""
     numbers = range(EXAMPLE_SAMPLES)
     conditions = {"labels": torch.tensor([index % len(classes) if classes else -1 for index in numbers])}
-    encoder = prompt_encoder(published.network.config, published.text, device=ON_CPU.device)
+    encoder = prompt_encoder(published.network.config, published.text, device=ON_CPU.torch)
     if encoder is None:
         if config.prompts:
             raise ValueError("the model reads no text, so prompts cannot be drawn. Remove export.prompts.")
@@ -190,11 +190,11 @@ def compute_example(
         fresh_noise=lambda step: torch.zeros_like(noise),
     )
     nothing = torch.zeros(EXAMPLE_SAMPLES, dtype=torch.bool)
-    told, untold = (arguments_in_diffusers(network, conditions, dropped) for dropped in (nothing, ~nothing))
+    cond, uncond = (arguments_in_diffusers(network, conditions, dropped) for dropped in (nothing, ~nothing))
     example = {
         "noise": noise,
-        **told,
-        **{f"null_{name}": argument for name, argument in untold.items()},
+        **cond,
+        **{f"null_{name}": argument for name, argument in uncond.items()},
         "guidance_scale": torch.tensor(config.guidance_scale),
         "num_inference_steps": torch.tensor(config.num_inference_steps),
         "latents": latents,
@@ -210,11 +210,11 @@ def arguments_in_diffusers(network: Denoiser, conditions: Mapping[str, Tensor], 
         if isinstance(conditioner, ClassConditioner):
             arguments["class_labels"] = conditioner.rows(conditions, dropped)
         elif isinstance(conditioner, TextConditioner):
-            told = conditioner(conditions, dropped)
+            cond = conditioner(conditions, dropped)
             if conditioner.uses_pooled:
                 arguments["class_labels"] = conditioner.pooled(conditions, dropped)
-            if told.tokens is not None and told.token_mask is not None:
-                arguments |= {"encoder_hidden_states": told.tokens, "encoder_attention_mask": told.token_mask}
+            if cond.tokens is not None and cond.token_mask is not None:
+                arguments |= {"encoder_hidden_states": cond.tokens, "encoder_attention_mask": cond.token_mask}
     return arguments
 
 
@@ -223,7 +223,7 @@ def grid_of(config: ExportConfig, example: Mapping[str, Tensor]) -> bytes:
     evaluated = Path(config.run.root) / "evaluation" / "samples.png"
     if evaluated.is_file() and Path(config.inputs.unet).resolve() == (Path(config.run.root) / "unet").resolve():
         return evaluated.read_bytes()
-    return panel_png(to_levels(example["images"])[None])
+    return grid_png(to_levels(example["images"])[None])
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ lines draw the example, run in this folder:
 {code}
 ```
 
-Both figures are rounding: below 1e-3 of the latents' and the images' deviation.
+Both metrics are rounding: below 1e-3 of the latents' and the images' deviation.
 
 {conditions}
 
@@ -89,11 +89,11 @@ def _step(example: Mapping[str, Tensor]) -> str:
     given = [name for name in ARGUMENTS if name in example]
     if not given:
         return "        output = unet(latents, t).sample"
-    told, untold = (", ".join(f'{name}=example["{prefix}{name}"]' for name in given) for prefix in ("", "null_"))
+    cond, uncond = (", ".join(f'{name}=example["{prefix}{name}"]' for name in given) for prefix in ("", "null_"))
     return (
-        f"        told = unet(latents, t, {told}).sample\n"
-        f"        untold = unet(latents, t, {untold}).sample\n"
-        f"        output = untold + scale * (told - untold)"
+        f"        cond = unet(latents, t, {cond}).sample\n"
+        f"        uncond = unet(latents, t, {uncond}).sample\n"
+        f"        output = uncond + scale * (cond - uncond)"
     )
 
 

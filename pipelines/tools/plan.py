@@ -31,7 +31,7 @@ from models.autoencoder.vae import AutoencoderKL
 from models.denoiser import DenoiserConfig
 from pipelines import encode_latents, evaluate, prepare_corpus, train_unet, train_vae
 from pipelines.model.captions import NoTextConfig, blank_features
-from pipelines.model.diffusers_weights import STAND_INS
+from pipelines.model.diffusers_weights import DIFFUSERS_READERS
 from pipelines.runtime.config.experiment import (
     STAGE_FOLDERS,
     ConfigError,
@@ -40,7 +40,7 @@ from pipelines.runtime.config.experiment import (
     config_from_command_line,
     load_config,
 )
-from pipelines.runtime.stage.fingerprint import differing_keys, request_of
+from pipelines.runtime.stage.fingerprint import differing_keys, fingerprint_of
 from pipelines.runtime.stage.progress import duration
 from pipelines.runtime.training.config import TrainingConfig
 from pipelines.runtime.training.flops import peak_flops
@@ -160,7 +160,7 @@ def state_of(stage: str, config: StageConfig, before: Mapping[str, StagePlan]) -
     why = []
     for name, place in inputs_of(config).items():
         try:
-            stand_in = STAND_INS[name](Path(place)) if name in STAND_INS else None
+            stand_in = DIFFUSERS_READERS[name](Path(place)) if name in DIFFUSERS_READERS else None
             parents[name] = stand_in or read_manifest(place)
         except (OSError, ValueError):
             why.append(f"waits for {place}")
@@ -171,9 +171,9 @@ def state_of(stage: str, config: StageConfig, before: Mapping[str, StagePlan]) -
     if not finished and not (folder / "request.json").is_file():
         return StagePlan(stage=stage, state="absent", why=why)
     if not why:
-        request = request_of(stage, config, parents)
+        request = fingerprint_of(stage, config, parents)
         held = read_manifest(folder).content if finished else json.loads((folder / "request.json").read_bytes())
-        why = [line for _, line in differing_keys(held, request, harmless=config.harmless)]
+        why = [line for _, line in differing_keys(held, request, fingerprint_ignores=config.fingerprint_ignores)]
     return StagePlan(stage=stage, state="stale" if why else "done" if finished else "begun", why=why)
 
 
@@ -202,13 +202,15 @@ def forecast(configs: Mapping[str, StageConfig], plans: Mapping[str, StagePlan],
     image = corpus.content["image"] if corpus else corpus_config.view.model_dump()
     with torch.device("meta"):
         vae = AutoencoderKL(vae_config.network, image_channels=image["channels"])
-        judge: nn.Module | None = None
+        discriminator: nn.Module | None = None
         if isinstance(vae_config.objective.adversary, PatchAdversary):
-            judge = Discriminator(vae_config.objective.adversary.discriminator, image_channels=image["channels"])
+            discriminator = Discriminator(
+                vae_config.objective.adversary.discriminator, image_channels=image["channels"]
+            )
     _costs(
         plans["train_vae"],
         vae_config,
-        [vae, *([judge] if judge is not None else [])],
+        [vae, *([discriminator] if discriminator is not None else [])],
         flops=lambda: train_vae.flops_per_image(vae, resolution=image["resolution"]),
         devices=devices,
     )
@@ -298,7 +300,7 @@ def try_out(stage: str, config: TrainingConfig, path: str, *, run: RunConfig, de
             *("--run.tracking_uri", "offline", "--run.num_processes", "1", "--run.threads", str(run.threads)),
             *("--run.deterministic", str(run.deterministic).lower(), "--run.attention", run.attention),
             *("--updates", str(TRIAL_UPDATES)),
-            *("--global_batch", str(share), "--log_every", "1", "--panel_every", "1000000"),
+            *("--global_batch", str(share), "--log_every", "1", "--validate_every", "1000000"),
         ]
         for expected in (75, 0):
             done = subprocess.run(

@@ -21,7 +21,7 @@ from torch import Tensor
 from data.files import sha256_of, write_atomically, write_json
 from data.manifest import MANIFEST_NAME, FileEntry, Manifest, write_manifest
 from pipelines.runtime.config.experiment import ConfigError, StageConfig, config_from_command_line
-from pipelines.runtime.stage.fingerprint import blaming, read_parents
+from pipelines.runtime.stage.fingerprint import config_error_at, read_parents
 from pipelines.runtime.stage.provenance import code_version
 from pipelines.runtime.training.checkpoint import PREFIX, verify
 from pipelines.runtime.training.power_averages import Combination, Snapshot, combine_snapshots
@@ -62,7 +62,7 @@ def reconstruct(config: ReconstructConfig) -> None:
     stored = snapshots_in(source, unet)
     last = max((snapshot.update for snapshot, _, _ in stored), default=0)
     wanted = Snapshot(config.update or last, config.relative_std)
-    with blaming("inputs.unet"):
+    with config_error_at("inputs.unet"):
         combination = combine_snapshots([snapshot for snapshot, _, _ in stored], wanted)
         weights = combined_weights(source, stored, combination)
 
@@ -103,7 +103,7 @@ def snapshots_in(folder: Path, unet: Manifest) -> list[tuple[Snapshot, Path, int
         )
     found = []
     for path in sorted((folder / "checkpoints").glob(f"{PREFIX}*")):
-        with blaming("inputs.unet"):
+        with config_error_at("inputs.unet"):
             verify(path)
         update = int(path.name.removeprefix(PREFIX))
         found += [(Snapshot(update, relative_std), path, number) for number, relative_std in powers]

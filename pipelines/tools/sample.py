@@ -1,8 +1,8 @@
 """Draw images from a trained run: for a class or a prompt, a number, a guidance scale, steps and a seed.
 
-    python -m pipelines.tools.sample --config pipelines/configs/demo.toml --class_name sneaker --number 16 --guidance.scale 3
+    python -m pipelines.tools.sample --config pipelines/configs/demo.toml --class_name sneaker --guidance.scale 3
     python -m pipelines.tools.sample --config pipelines/configs/demo.toml --class_name bag --interpolate true --number 8
-    python -m pipelines.tools.sample --config pipelines/configs/emoji.toml --prompt "grinning cat face with smiling eyes"
+    python -m pipelines.tools.sample --config pipelines/configs/emoji.toml --prompt "grinning cat face"
 
 Reads: ``runs/NAME/vae/``, ``runs/NAME/unet/``. Writes: ``OUTPUT/KEY.png`` for each image, and ``OUTPUT/grid.png``.
 """
@@ -22,13 +22,13 @@ from data.samples import encode_png
 from models.diffusion.guidance import GuidanceConfig
 from models.diffusion.samplers import DDIMConfig, SamplerConfig, slerp
 from pipelines.model.captions import as_tensors, prompt_encoder
-from pipelines.model.device import Placement, attention_on
-from pipelines.model.diffusers_weights import STAND_INS
-from pipelines.model.grids import panel_png
+from pipelines.model.device import Device, attention_on
+from pipelines.model.diffusers_weights import DIFFUSERS_READERS
+from pipelines.model.grids import grid_png
 from pipelines.model.sampling import ImageSampler
 from pipelines.model.weights import check_same_vae, check_sampler_suits, denoiser_config, load_denoiser, load_vae
 from pipelines.runtime.config.experiment import ConfigError, StageConfig, config_from_command_line
-from pipelines.runtime.stage.fingerprint import blaming, read_parents
+from pipelines.runtime.stage.fingerprint import config_error_at, read_parents
 from pipelines.runtime.stage.progress import progress_line
 
 GRID_COLUMNS = 8
@@ -68,21 +68,21 @@ def main() -> None:
 
 def draw(config: SampleConfig) -> None:
     """Draw the images and write them."""
-    parents = read_parents(config, {"vae": "train_vae", "unet": "train_unet"}, stand_ins=STAND_INS)
+    parents = read_parents(config, {"vae": "train_vae", "unet": "train_unet"}, manifest_readers=DIFFUSERS_READERS)
     unet = parents["unet"]
-    with blaming("inputs"):
+    with config_error_at("inputs"):
         check_same_vae(unet.content["vae"], given=parents["vae"], given_at=config.inputs.vae, user=config.inputs.unet)
         check_sampler_suits(config.sampler, denoiser_config(config.inputs.unet))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     attention = attention_on(device, config.run)
     print(f"sample: on {device}, attention by {attention.name}: {attention.reason}")
-    placed = Placement(device, attention.name)
-    with blaming("inputs"):
-        vae = load_vae(config.inputs.vae, parents["vae"], placed=placed)
-        published = load_denoiser(config.inputs.unet, unet, placed=placed)
+    placed = Device(device, attention.name)
+    with config_error_at("inputs"):
+        vae = load_vae(config.inputs.vae, parents["vae"], device=placed)
+        published = load_denoiser(config.inputs.unet, unet, device=placed)
     reads = published.network.config.fields
     labels = labels_of(config, unet.classes if "labels" in reads else ())
-    with blaming("inputs.unet"):
+    with config_error_at("inputs.unet"):
         encoder = prompt_encoder(published.network.config, published.text, device=device)
     if config.prompt and encoder is None:
         raise ConfigError(f"prompt = {config.prompt!r}, but {config.inputs.unet} was not trained on captions.")
@@ -137,7 +137,7 @@ def write_images(config: SampleConfig, images: Sequence[np.ndarray], names: Sequ
     shown = np.stack(images[: rows * columns]).reshape(rows, columns, *images[0].shape)
     what = ", ".join(part for part in (config.prompt, config.class_name if any(names) else "") if part) or "any"
     title = f"{what}, guidance {config.guidance.scale:g}, {config.sampler.num_steps} steps, seed {config.seed}"
-    write_atomically(output / "grid.png", panel_png(shown, column_labels=heads[:columns], title=title))
+    write_atomically(output / "grid.png", grid_png(shown, column_labels=heads[:columns], title=title))
     print(f"sample: {len(images)} images and grid.png in {output}")
 
 

@@ -3,8 +3,8 @@
     python -m pipelines.tools.sync runs/demo                 every stage of a pipeline
     python -m pipelines.tools.sync runs/demo/unet --follow   go on sending until that run ends
 
-Reads a stage's spools (pipelines/runtime/tracking/spool.py) from where the last sender came, and writes ``tracking/sent.json``
-and the MLflow run's id into ``run.json``. A run whose process is gone without a word is closed as KILLED. Sending
+Reads a stage's spools (``pipelines.runtime.tracking.spool``) from where the last sender came, and writes
+``tracking/sent.json`` and the MLflow run's id into ``run.json``. A run whose process is gone without a word is closed as KILLED. Sending
 something again stores nothing twice, so a sender may die at any moment. A running stage has a sender of its own.
 Exit code 0: everything is sent. 1: something is left, since the store does not answer. 2: there is nothing to send.
 """
@@ -34,7 +34,7 @@ from pipelines.runtime.tracking.identity import (
 )
 from pipelines.runtime.tracking.sender import (
     ORPHAN_SECONDS,
-    Point,
+    Metric,
     RefusedError,
     Sender,
     StoreSilentError,
@@ -123,7 +123,7 @@ class MlflowStore:
             else:
                 self._client.set_terminated(run_id, status, milliseconds)
 
-    def log_points(self, points: Sequence[Point]) -> None:
+    def log_metrics_batch(self, points: Sequence[Metric]) -> None:
         """Send at most 1000 points; MLflow knows those again that it has, by their time, step and value."""
         from mlflow.entities import Metric
 

@@ -52,7 +52,9 @@ class RunConfig(BaseModel, frozen=True, extra="forbid"):
 class StageConfig(BaseModel, frozen=True, extra="forbid"):
     """What every stage's configuration has. ``inputs.NAME`` defaults to the folder NAME below ``run.root``."""
 
-    harmless: ClassVar[frozenset[str]] = frozenset()  # dotted keys that may change without changing the result
+    fingerprint_ignores: ClassVar[frozenset[str]] = (
+        frozenset()
+    )  # dotted keys that may change without changing the result
 
     run: RunConfig = RunConfig()
 
@@ -65,20 +67,20 @@ def config_from_command_line(
 ) -> Config:
     """Read the configuration of one stage, or end the process: 0 after --help and --print-config, 2 on a mistake."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    speaks = os.environ.get("RANK", "0") == "0"
+    is_main = os.environ.get("RANK", "0") == "0"
     if "--help" in argv or "-h" in argv:
-        if speaks:
+        if is_main:
             print(help_text(model, table=table, about=about))
         raise SystemExit(0)
     try:
         config = load_config(model, table=table, argv=[word for word in argv if word != "--print-config"])
     except ConfigError as error:
-        if speaks:
+        if is_main:
             print(f"{table}: {error}", file=sys.stderr)
             write_early_outcome(argv, table=table)
         raise SystemExit(2) from None
     if "--print-config" in argv:
-        if speaks:
+        if is_main:
             print(config_as_toml(config, table=table), end="")
         raise SystemExit(0)
     return config

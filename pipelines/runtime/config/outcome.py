@@ -21,7 +21,7 @@ State = Literal["done", "failed", "stopped"]
 
 
 @dataclass
-class Ending:
+class Outcome:
     """How this process sees the end of its run; failed until it is known to be better."""
 
     state: State = "failed"
@@ -32,18 +32,18 @@ class Ending:
         """Say how it ended; ``code`` where it is not the state's own."""
         self.state, self.code = state, EXIT_CODES[state] if code is None else code
 
-    def tell(self, folder: Path, *, speaks: bool) -> None:
+    def tell(self, folder: Path, *, is_main: bool) -> None:
         """Leave ``outcome.json``; learn from it when another rank of this run has ended first.
 
         Args:
             folder: The run's folder, whose outcome of an earlier run was removed when the work began.
-            speaks: True on the main process; the others only tell of failures in the work.
+            is_main: True on the main process; the others only tell of failures in the work.
         """
         if not self.working:
-            if speaks:
+            if is_main:
                 leave_outcome(folder, state=self.state, code=self.code)
             return
-        if not speaks and self.state != "failed":
+        if not is_main and self.state != "failed":
             return
         temporary = temporary_beside(folder / OUTCOME_NAME)
         temporary.write_text(_text(self.state, self.code))

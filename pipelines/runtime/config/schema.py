@@ -38,7 +38,7 @@ def kind_of(variant: type[BaseModel]) -> str | None:
 
 
 def _chosen(annotation: Any, tree: Any, default: Any) -> type[BaseModel] | None:
-    """Return the variant that ``tree`` speaks of: the one of its ``kind``, else the default's, else the only one."""
+    """Return the variant that ``tree`` is_main of: the one of its ``kind``, else the default's, else the only one."""
     variants = variants_of(annotation)
     if len(variants) == 1:
         return variants[0]

@@ -12,18 +12,18 @@ from data.files import write_json
 from data.manifest import MANIFEST_NAME, Manifest, read_manifest
 from pipelines.runtime.config.experiment import ConfigError, StageConfig
 
-StandIns = Mapping[str, Callable[[Path], Manifest | None]]
+ManifestReaders = Mapping[str, Callable[[Path], Manifest | None]]
 
 
 def read_parents(
-    config: StageConfig, wanted: Mapping[str, str], *, stand_ins: StandIns = MappingProxyType({})
+    config: StageConfig, wanted: Mapping[str, str], *, manifest_readers: ManifestReaders = MappingProxyType({})
 ) -> dict[str, Manifest]:
     """Read the manifests of a stage's inputs.
 
     Args:
         config: Says where the inputs are.
         wanted: Input name -> stage that makes it.
-        stand_ins: Input name -> what makes a manifest of a folder that another program wrote, None where it did not.
+        manifest_readers: Input name -> reader of folders that another program wrote; None where it did not.
 
     Raises:
         ConfigError: Naming every input that is missing or unreadable.
@@ -32,7 +32,7 @@ def read_parents(
     for name, maker in wanted.items():
         folder = getattr(config.inputs, name)  # type: ignore[attr-defined]
         try:
-            stand_in = stand_ins[name](Path(folder)) if name in stand_ins else None
+            stand_in = manifest_readers[name](Path(folder)) if name in manifest_readers else None
             parents[name] = stand_in or read_manifest(folder)
         except (FileNotFoundError, NotADirectoryError):
             mistakes.append(
@@ -46,33 +46,36 @@ def read_parents(
     return parents
 
 
-def request_of(name: str, config: StageConfig, parents: Mapping[str, Manifest]) -> dict[str, Any]:
+def fingerprint_of(name: str, config: StageConfig, parents: Mapping[str, Manifest]) -> dict[str, Any]:
     """Return what the stage is asked to do: its configuration without places, and its parents' digests.
 
-    Places (``run.*``, ``inputs.*``) and the keys a configuration calls harmless do not change the result, so equal work
+    Places (``run.*``, ``inputs.*``) and the keys in ``fingerprint_ignores`` do not change the result, so equal work
     has an equal digest wherever it was done.
     """
     whole = config.model_dump(mode="json", exclude={"run", "inputs"})
-    for key in config.harmless:
+    for key in config.fingerprint_ignores:
         *tables, last = key.split(".")
         reduce(lambda table, name: table[name], tables, whole).pop(last)
     return {"stage": name, "config": whole, "parents": {key: parent.digest for key, parent in sorted(parents.items())}}
 
 
-def harmless_of(config: StageConfig) -> dict[str, Any]:
-    """Return the values of a configuration's harmless keys, by dotted key."""
+def ignored_values(config: StageConfig) -> dict[str, Any]:
+    """Return the values of a configuration's fingerprint_ignores keys, by dotted key."""
     leaves = flattened(config.model_dump(mode="json", exclude={"run", "inputs"}))
-    return {key: value for key, value in leaves.items() if _is_among(key, config.harmless)}
+    return {key: value for key, value in leaves.items() if _is_among(key, config.fingerprint_ignores)}
 
 
-def begin_request(folder: Path, request: Mapping[str, Any], *, harmless: Mapping[str, Any]) -> list[str]:
+def begin(folder: Path, request: Mapping[str, Any], *, fingerprint_ignores: Mapping[str, Any]) -> list[str]:
     """Write down what the stage now does, and return what of it has changed since its last start, line by line."""
     path, lines = folder / "request.json", []
     if path.is_file():
         before = json.loads(path.read_bytes())
         lines = [line for _, line in differing_keys(before, request)]
-        lines += [line for _, line in _differences(before.get("harmless", harmless), harmless)]
-    write_json(path, {**request, "harmless": dict(harmless)})
+        lines += [
+            line
+            for _, line in _differences(before.get("fingerprint_ignores", fingerprint_ignores), fingerprint_ignores)
+        ]
+    write_json(path, {**request, "fingerprint_ignores": dict(fingerprint_ignores)})
     return lines
 
 
@@ -87,7 +90,7 @@ def already_done(
     request: Mapping[str, Any],
     *,
     allowed: tuple[str, ...],
-    harmless: Collection[str] = (),
+    fingerprint_ignores: Collection[str] = (),
     trains: bool = True,
 ) -> bool:
     """Return whether the stage has finished this very request; False when it has yet to start or to continue.
@@ -96,7 +99,7 @@ def already_done(
         folder: Of the stage.
         request: What it is asked to do.
         allowed: Keys whose change the user accepts while it is unfinished.
-        harmless: Keys that do not matter, though an older version may have written them down.
+        fingerprint_ignores: Keys that do not matter, though an older version may have written them down.
         trains: Whether a change can be accepted at all.
 
     Raises:
@@ -113,7 +116,9 @@ def already_done(
     else:
         return False
     differences = [
-        line for key, line in differing_keys(before, request, harmless=harmless) if key not in allowed or finished
+        line
+        for key, line in differing_keys(before, request, fingerprint_ignores=fingerprint_ignores)
+        if key not in allowed or finished
     ]
     if not differences:
         return finished
@@ -128,11 +133,11 @@ def already_done(
 
 
 def differing_keys(
-    before: Mapping[str, Any], now: Mapping[str, Any], *, harmless: Collection[str] = ()
+    before: Mapping[str, Any], now: Mapping[str, Any], *, fingerprint_ignores: Collection[str] = ()
 ) -> list[tuple[str, str]]:
     """Return (key, "key: was X, is now Y") for each difference between two requests that matters."""
     old, new = (flattened({"parents": each["parents"], **each["config"]}) for each in (before, now))
-    return [(key, line) for key, line in _differences(old, new) if not _is_among(key, harmless)]
+    return [(key, line) for key, line in _differences(old, new) if not _is_among(key, fingerprint_ignores)]
 
 
 def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -144,7 +149,7 @@ def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[tuple[s
 
 
 @contextmanager
-def blaming(key: str) -> Iterator[None]:
+def config_error_at(key: str) -> Iterator[None]:
     """Turn a ValueError or OSError of the layers below into a ConfigError about ``key``: the user can mend it there."""
     try:
         yield

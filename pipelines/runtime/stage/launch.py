@@ -39,7 +39,7 @@ def start_accelerator(run: RunConfig, *, precision: Precision = "float32") -> Ac
     Raises:
         ConfigError: The world size is not ``run.num_processes``.
     """
-    die_with_the_launcher()
+    exit_with_launcher()
     world_size = launched_world_size()
     if run.num_processes and run.num_processes != world_size:
         raise ConfigError(
@@ -93,7 +93,7 @@ def threads_per_process(run: RunConfig) -> int:
     return max(1, len(os.sched_getaffinity(0)) // local)
 
 
-def die_with_the_launcher() -> None:
+def exit_with_launcher() -> None:
     """Ask the kernel to kill this process when its launcher dies: an orphan would hold the device and the folder.
 
     Only under a launcher (it sets LOCAL_RANK or ACCELERATE_*): a process started by hand may outlive its shell.
@@ -119,7 +119,7 @@ def _runs_our_program(process: int) -> bool:
         return False
 
 
-class StopRequest:
+class StopSignal:
     """A wish to stop, by SIGTERM, Ctrl-C or the file ``stop`` in the stage's folder. Training agrees on it by verdict.
 
     A second signal ends the process at once; what is committed stays good.
@@ -134,7 +134,7 @@ class StopRequest:
         self.group = dist.new_group(backend="gloo") if accelerator.num_processes > 1 else None
 
     @contextmanager
-    def listening(self) -> Iterator["StopRequest"]:
+    def listening(self) -> Iterator["StopSignal"]:
         """Take over SIGTERM and SIGINT for the duration of the block."""
         before = {number: signal.signal(number, self._hear) for number in (signal.SIGTERM, signal.SIGINT)}
         try:

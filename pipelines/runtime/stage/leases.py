@@ -1,8 +1,8 @@
 """Who is making which part: hints that keep processes from making one part twice.
 
-A claim is a file made exclusively, touched again and again while its owner lives. It is a hint and no lock: a part that
+A lease is a file made exclusively, touched again and again while its owner lives. It is a hint and no lock: a part that
 is made twice has equal bytes, and the first to publish wins. So nothing breaks when a file server is slow to show a
-claim, or when an owner was only asleep. Ages are by the file server's clock, since machines disagree about the time.
+lease, or when an owner was only asleep. Ages are by the file server's clock, since machines disagree about the time.
 """
 
 import contextlib
@@ -19,31 +19,31 @@ import psutil
 from data.files import sweep_temporaries
 
 HEARTBEAT_SECONDS = 5.0
-STALE_SECONDS = 30.0  # without a heartbeat a claim's owner counts as dead
+STALE_SECONDS = 30.0  # without a heartbeat a lease's owner counts as dead
 
 
-def sweep_after_the_dead(folder: Path) -> bool:
-    """Remove claims and temporary files of killed processes in ``folder``; False when somebody is still at work."""
-    with Claims(folder) as claims:
-        if any(not claims.is_dead(path) for path in folder.glob("*.claim")):
+def sweep_expired_leases(folder: Path) -> bool:
+    """Remove leases and temporary files of killed processes in ``folder``; False when somebody is still at work."""
+    with Leases(folder) as leases:
+        if any(not leases.is_dead(path) for path in folder.glob("*.lease")):
             return False
-        for path in folder.glob("*.claim"):
+        for path in folder.glob("*.lease"):
             path.unlink(missing_ok=True)
     sweep_temporaries(folder)
     return True
 
 
-class Claims:
-    """The claims of one process in a folder; close it when the work ends."""
+class Leases:
+    """The leases of one process in a folder; close it when the work ends."""
 
     def __init__(self, folder: Path) -> None:
         self._folder, self._held = folder, set[Path]()
         self._clock = folder / f".clock-{os.getpid()}-{secrets.token_hex(6)}"
         self._lock, self._stop = threading.Lock(), threading.Event()
-        self._heart = threading.Thread(target=self._beat, name="claims", daemon=True)
+        self._heart = threading.Thread(target=self._beat, name="leases", daemon=True)
         self._heart.start()
 
-    def __enter__(self) -> "Claims":
+    def __enter__(self) -> "Leases":
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -54,9 +54,9 @@ class Claims:
         self._clock.unlink(missing_ok=True)
 
     @contextlib.contextmanager
-    def claim(self, name: str) -> Iterator[bool]:
+    def lease(self, name: str) -> Iterator[bool]:
         """Claim a part for the time of the block; yields False when somebody else is making it."""
-        path = self._folder / f"{name}.claim"
+        path = self._folder / f"{name}.lease"
         taken = self._take(path)
         try:
             yield taken
@@ -86,7 +86,7 @@ class Claims:
             path.unlink(missing_ok=True)
 
     def is_dead(self, path: Path) -> bool:
-        """Say whether a claim's owner is gone: its process is not there any more, or its heartbeat has stopped."""
+        """Say whether a lease's owner is gone: its process is not there any more, or its heartbeat has stopped."""
         try:
             owner = json.loads(path.read_bytes())
             if owner["host"] == socket.gethostname() and _began(owner["pid"]) != owner["began"]:

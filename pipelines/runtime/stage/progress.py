@@ -14,34 +14,34 @@ PLAIN_LINE_EVERY_SECONDS = 10.0
 class ProgressLine:
     """Progress of one pass over ``total`` units of work. Silent on all ranks but the main one."""
 
-    def __init__(self, label: str, *, total: int, unit: str, start: int, speaks: bool) -> None:
-        self.label, self.total, self.unit, self.done, self.speaks = label, total, unit, start, speaks
+    def __init__(self, label: str, *, total: int, unit: str, start: int, is_main: bool) -> None:
+        self.label, self.total, self.unit, self.done, self.is_main = label, total, unit, start, is_main
         self._start, self._began, self._last_line = start, time.monotonic(), time.monotonic()
         self._bar: Progress | None = None
-        if speaks and sys.stdout.isatty():
+        if is_main and sys.stdout.isatty():
             self._bar = Progress(
                 TextColumn("{task.description:>16}"),
                 BarColumn(bar_width=None),
                 MofNCompleteColumn(),
-                TextColumn(f"{unit} {{task.fields[figures]}}"),
+                TextColumn(f"{unit} {{task.fields[metrics]}}"),
                 TimeElapsedColumn(),
                 TextColumn("ETA"),
                 TimeRemainingColumn(),
                 console=Console(file=sys.stdout),
             )
-            self._task = self._bar.add_task(label, total=total, completed=start, figures="")
+            self._task = self._bar.add_task(label, total=total, completed=start, metrics="")
             self._bar.start()
 
-    def advance_to(self, done: int, figures: Mapping[str, float] | None = None) -> None:
-        """Show that ``done`` units are finished; ``figures`` are shown beside, in the order given."""
+    def advance_to(self, done: int, metrics: Mapping[str, float] | None = None) -> None:
+        """Show that ``done`` units are finished; ``metrics`` are shown beside, in the order given."""
         self.done = done
-        shown = "  ".join(f"{name} {value:.4g}" for name, value in (figures or {}).items())
+        shown = "  ".join(f"{name} {value:.4g}" for name, value in (metrics or {}).items())
         now = time.monotonic()
         rate = (done - self._start) / max(now - self._began, 1e-9)
         if self._bar is not None:
-            self._bar.update(self._task, completed=done, figures=f"{rate:.3g}/s  {shown}".rstrip())
+            self._bar.update(self._task, completed=done, metrics=f"{rate:.3g}/s  {shown}".rstrip())
             return
-        if self.speaks and (now - self._last_line >= PLAIN_LINE_EVERY_SECONDS or done == self.total):
+        if self.is_main and (now - self._last_line >= PLAIN_LINE_EVERY_SECONDS or done == self.total):
             self._last_line = now
             eta = (self.total - done) / rate if rate > 0 else float("inf")
             line = f"{self.label}: {done}/{self.total} {self.unit}  {rate:.3g}/s  ETA {duration(eta)}  {shown}"
@@ -63,9 +63,9 @@ def duration(seconds: float) -> str:
 
 
 @contextmanager
-def progress_line(label: str, *, total: int, unit: str, start: int = 0, speaks: bool = True) -> Iterator[ProgressLine]:
+def progress_line(label: str, *, total: int, unit: str, start: int = 0, is_main: bool = True) -> Iterator[ProgressLine]:
     """Open a progress line and close it however the block ends."""
-    line = ProgressLine(label, total=total, unit=unit, start=start, speaks=speaks)
+    line = ProgressLine(label, total=total, unit=unit, start=start, is_main=is_main)
     try:
         yield line
     finally:

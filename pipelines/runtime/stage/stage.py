@@ -26,23 +26,23 @@ from accelerate import Accelerator
 from data.files import FolderLock, sweep_temporaries, write_atomically
 from data.manifest import MANIFEST_NAME, FileEntry, Manifest, digest_of, write_manifest
 from pipelines.runtime.config.experiment import STAGE_FOLDERS, ConfigError, StageConfig, config_as_toml
-from pipelines.runtime.config.outcome import OUTCOME_NAME, Ending, resume_command
+from pipelines.runtime.config.outcome import OUTCOME_NAME, Outcome, resume_command
 from pipelines.runtime.config.redaction import without_credentials
 from pipelines.runtime.stage.fingerprint import (
-    StandIns,
+    ManifestReaders,
     already_done,
     ancestors,
-    begin_request,
-    blaming,
+    begin,
+    config_error_at,
+    fingerprint_of,
     flattened,
-    harmless_of,
+    ignored_values,
     read_parents,
-    request_of,
 )
-from pipelines.runtime.stage.launch import Precision, StopRequest, agree_on, any_rank, start_accelerator
-from pipelines.runtime.stage.leases import sweep_after_the_dead
+from pipelines.runtime.stage.launch import Precision, StopSignal, agree_on, any_rank, start_accelerator
+from pipelines.runtime.stage.leases import sweep_expired_leases
 from pipelines.runtime.stage.provenance import code_version, hardware
-from pipelines.runtime.stage.watchdog import Watch
+from pipelines.runtime.stage.watchdog import Watchdog
 from pipelines.runtime.tracking.tracker import SilentTracker, Tracker, open_tracker
 
 RUN_STATUSES: dict[str, Literal["FINISHED", "FAILED", "KILLED"]] = {
@@ -70,14 +70,14 @@ class Stage:
     parents: Mapping[str, Manifest]
     accelerator: Accelerator
     tracker: Tracker | SilentTracker
-    stop: StopRequest
+    stop: StopSignal
     lock: FolderLock
-    watch: Watch | None = None  # where it reports from when it fails; training stages have one
+    watchdog: Watchdog | None = None  # where it reports from when it fails; training stages have one
     began: float = field(default_factory=time.time)
 
     @property
     def is_main(self) -> bool:
-        """Whether this process writes and speaks for all."""
+        """Whether this process writes and is_main for all."""
         return bool(self.accelerator.is_main_process)
 
     def say(self, text: str) -> None:
@@ -93,7 +93,7 @@ class Stage:
         if not self.is_main:
             self._wait_for_the_manifest()
         elif self._holds_the_lock_before_it_is_done():
-            whole = {**request_of(self.name, self.config, self.parents), **content}
+            whole = {**fingerprint_of(self.name, self.config, self.parents), **content}
             manifest = write_manifest(self.folder, content=whole, files=files, provenance=self._provenance())
             self.tracker.set_tags({f"digest.{STAGE_FOLDERS[self.name]}": manifest.digest})
             self.tracker.log_artifact(self.folder / MANIFEST_NAME)
@@ -144,7 +144,7 @@ def running_stage(
     precision: Precision = "float32",
     check: Callable[[Mapping[str, Manifest]], None] = lambda parents: None,
     folder_name: str | None = None,
-    stand_ins: StandIns = MappingProxyType({}),
+    manifest_readers: ManifestReaders = MappingProxyType({}),
     joinable: bool = False,
 ) -> Iterator[Stage]:
     """Run one stage: see the module's docstring.
@@ -158,36 +158,42 @@ def running_stage(
         joinable: Several runs may work on the folder at once: its work falls into parts. Each has its own MLflow run;
             those that come later keep theirs in ``runs/HOST-PID`` below the folder.
         folder_name: Folder below ``run.root`` when it is not the stage's usual one.
-        stand_ins: Inputs that may be folders of another program; see ``read_parents``.
+        manifest_readers: Inputs that may be folders of another program; see ``read_parents``.
 
     Raises:
         SystemExit: When the stage does not end by finishing: 0 already done, 2 a user's mistake, 75 stopped, 1 failed.
     """
-    speaks = os.environ.get("RANK", "0") == "0"
+    is_main = os.environ.get("RANK", "0") == "0"
     folder = Path(config.run.root) / (folder_name or STAGE_FOLDERS[name])
-    lock, own, ending = FolderLock(folder), folder, Ending()
+    lock, own, outcome = FolderLock(folder), folder, Outcome()
     tracker: Tracker | SilentTracker = SilentTracker()
     stage: Stage | None = None
     try:
-        manifests = read_parents(config, parents, stand_ins=stand_ins)
-        request = request_of(name, config, manifests)
+        manifests = read_parents(config, parents, manifest_readers=manifest_readers)
+        request = fingerprint_of(name, config, manifests)
         # Finished parts stay as they are: where work falls into parts, a changed request would mix with the old one.
         allowed = config.run.allow_changed if name.startswith("train_") else ()
-        if already_done(folder, request, allowed=allowed, harmless=config.harmless, trains=name.startswith("train_")):
-            ending.reached("done")
-            if speaks:
+        if already_done(
+            folder,
+            request,
+            allowed=allowed,
+            fingerprint_ignores=config.fingerprint_ignores,
+            trains=name.startswith("train_"),
+        ):
+            outcome.reached("done")
+            if is_main:
                 print(f"{name}: already finished in {folder}; nothing to do.", flush=True)
             raise SystemExit(0)
         check(manifests)  # what a finished stage was made from may be gone
         accelerator = start_accelerator(config.run, precision=precision)
         own = meet(folder, lock, accelerator, joinable=joinable)
         if accelerator.is_main_process:
-            if lock.held and (changes := begin_request(folder, request, harmless=harmless_of(config))):
+            if lock.held and (changes := begin(folder, request, fingerprint_ignores=ignored_values(config))):
                 print(f"{name}: changed since the last start:\n  " + "\n  ".join(changes), flush=True)
             shown = without_credentials(config_as_toml(config, table=name))
             write_atomically(own / "config.toml", shown.encode())
             tracker = track(config, name=name, folder=own, parents=manifests, accelerator=accelerator)
-        stop = StopRequest(folder, accelerator)
+        stop = StopSignal(folder, accelerator)
         stage = Stage(
             name=name,
             folder=folder,
@@ -201,35 +207,35 @@ def running_stage(
         threads = f"{torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)}"
         stage.say(f"{accelerator.num_processes} process(es) x {threads} on {accelerator.device}, {precision}, {folder}")
         with stop.listening():
-            ending.working = True
+            outcome.working = True
             yield stage
-        ending.reached("done")
+        outcome.reached("done")
     except Stopped as reason:
-        ending.reached("stopped")
-        if speaks:
+        outcome.reached("stopped")
+        if is_main:
             print(f"{name}: stopped ({reason}). Continue with: {resume_command()}", flush=True)
     except (ConfigError, BlockingIOError) as error:
-        ending.reached("failed", code=2)
+        outcome.reached("failed", code=2)
         # Before the work all ranks of a machine find the same; in the work one may be alone with it.
-        if ending.working or os.environ.get("LOCAL_RANK", "0") == "0":
+        if outcome.working or os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"{name}: {error}", file=sys.stderr, flush=True)
     except KeyboardInterrupt:
-        ending.reached("stopped")
+        outcome.reached("stopped")
     except Exception as error:
         traceback.print_exc()
-        if stage is not None and stage.watch is not None:
+        if stage is not None and stage.watchdog is not None:
             with suppress(OSError):
-                stage.watch.report(f"{type(error).__name__}: {error}")
+                stage.watchdog.report(f"{type(error).__name__}: {error}")
     finally:
-        ending.tell(own, speaks=speaks)
-        tracker.close(RUN_STATUSES[ending.state])
-        if stage is not None and ending.state != "failed":
+        outcome.tell(own, is_main=is_main)
+        tracker.close(RUN_STATUSES[outcome.state])
+        if stage is not None and outcome.state != "failed":
             leave_together(stage)
-        if speaks and ending.working:
+        if is_main and outcome.working:
             (folder / "stop").unlink(missing_ok=True)  # answered; one made before the start is still to be heard
         lock.release()
-    if ending.code:
-        raise SystemExit(ending.code)
+    if outcome.code:
+        raise SystemExit(outcome.code)
 
 
 def meet(folder: Path, lock: FolderLock, accelerator: Accelerator, *, joinable: bool) -> Path:
@@ -293,7 +299,7 @@ def leave_together(stage: Stage) -> None:
 
 def sweep_joined(folder: Path) -> None:
     """Remove what killed runs left in a folder that several share, unless one of them is still at work."""
-    if not (folder / "parts").is_dir() or sweep_after_the_dead(folder / "parts"):
+    if not (folder / "parts").is_dir() or sweep_expired_leases(folder / "parts"):
         sweep_temporaries(folder)
 
 
@@ -301,7 +307,7 @@ def track(
     config: StageConfig, *, name: str, folder: Path, parents: Mapping[str, Manifest], accelerator: Accelerator
 ) -> Tracker:
     """Open the tracker of the main process and tell it what the stage is and what it reads."""
-    request = request_of(name, config, parents)
+    request = fingerprint_of(name, config, parents)
     tags = {
         "stage": name,
         "digest.config": digest_of(request["config"]),
@@ -311,7 +317,7 @@ def track(
         "hardware": hardware(),
         **{f"upstream.{key}": digest for key, digest in ancestors(parents).items()},
     }
-    with blaming("run.tracking_uri"):
+    with config_error_at("run.tracking_uri"):
         tracker = open_tracker(
             folder=folder,
             root=Path(config.run.root),

@@ -1,8 +1,8 @@
 """A watchdog in each rank: when updates stop coming, it says where, and ends the process.
 
-Each rank leaves ``watch/rank-0003.json`` (host, last update, batch, time) every few seconds, so that the living can
+Each rank leaves ``watchdog/rank-0003.json`` (host, last update, batch, time) every few seconds, so that the living can
 tell where a dead one was. When no update has begun for ``hang_seconds``, each rank that can still run Python writes
-``watch/rank-0003.report.txt`` with its update, its sample keys, every thread's stack and what is known of the other
+``watchdog/rank-0003.report.txt`` with its update, its sample keys, every thread's stack and what is known of the other
 ranks, and exits with code 1: the launcher then ends the rest, and a restart continues. One that is stuck in native code
 is ended by the C library's timer, which needs no Python.
 """
@@ -25,7 +25,7 @@ KEY_SECONDS = 10.0  # the folder of the samples may be what hangs
 NATIVE_GRACE = 1.5  # of hang_seconds, after which the timer outside of Python ends the process
 
 
-class Watch:
+class Watchdog:
     """The watchdog of one rank.
 
     Args:
@@ -34,7 +34,7 @@ class Watch:
         world_size: Number of processes.
         hang_seconds: Time without a new update after which the process ends.
         keys: Gives this rank's sample keys of a batch; asked only when something is wrong.
-        last_words: Called before this process ends itself.
+        on_exit: Called before this process ends itself.
     """
 
     def __init__(
@@ -45,18 +45,18 @@ class Watch:
         world_size: int,
         hang_seconds: float,
         keys: Callable[[int], list[str]],
-        last_words: Callable[[], None],
+        on_exit: Callable[[], None],
     ) -> None:
         self.folder, self.rank, self.world_size, self.hang_seconds = folder, rank, world_size, hang_seconds
-        self._keys, self._last_words = keys, last_words
+        self._keys, self._last_words = keys, on_exit
         self._tick = min(5.0, hang_seconds / 10)
         self._update, self._batch, self._beat = 0, 0, time.monotonic()
         self._end = threading.Event()
         self._stderr = 2  # the descriptor: sys.stderr may be anything
 
     @contextmanager
-    def watching(self) -> Iterator["Watch"]:
-        """Watch for the duration of the block."""
+    def watching(self) -> Iterator["Watchdog"]:
+        """Watchdog for the duration of the block."""
         self.folder.mkdir(parents=True, exist_ok=True)
         self._end.clear()
         self._report_path(self.rank).unlink(missing_ok=True)

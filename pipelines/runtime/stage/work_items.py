@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from data.files import write_json
-from pipelines.runtime.stage.leases import Claims, sweep_after_the_dead
+from pipelines.runtime.stage.leases import Leases, sweep_expired_leases
 from pipelines.runtime.stage.stage import Stage, Stopped
 
 POLL_SECONDS = 0.05
@@ -21,7 +21,7 @@ POLL_SECONDS = 0.05
 Record = Mapping[str, Any]
 
 
-def make_parts(
+def make_items(
     stage: Stage,
     names: Sequence[str],
     make: Callable[[str], Record],
@@ -54,19 +54,19 @@ def make_parts(
     if stage.is_main and 0 < (num_done := work.num_done()) < len(names):
         stage.say(f"continuing: {num_done} of {len(names)} parts are done")
     if stage.is_main and folder.is_relative_to(stage.folder):
-        sweep_after_the_dead(folder)
+        sweep_expired_leases(folder)
     order = sorted(names, key=lambda name: -sizes[name])
-    with Claims(folder) as claims:
+    with Leases(folder) as leases:
         if at_once == 1:
-            work.go_through(order, claims)
+            work.go_through(order, leases)
         else:
             with ThreadPoolExecutor(at_once, thread_name_prefix="parts") as pool:
-                for job in [pool.submit(work.go_through, order, claims) for _ in range(at_once)]:
+                for job in [pool.submit(work.go_through, order, leases) for _ in range(at_once)]:
                     job.result()
     return [json.loads((folder / f"{name}.json").read_bytes()) for name in names]
 
 
-def finished_parts(stage: Stage, names: Sequence[str]) -> list[str]:
+def finished_items(stage: Stage, names: Sequence[str]) -> list[str]:
     """Return those parts that are made already."""
     return [name for name in names if (stage.folder / "parts" / f"{name}.json").exists()]
 
@@ -94,7 +94,7 @@ class _Work:
         """Return the size of those parts together."""
         return sum(self._sizes.values()) - sum(self._sizes[name] for name in self._missing)
 
-    def go_through(self, order: Sequence[str], claims: Claims) -> None:
+    def go_through(self, order: Sequence[str], leases: Leases) -> None:
         """Make what is free until everything is made, here or elsewhere."""
         try:
             while self._missing and not self._failed:
@@ -102,7 +102,7 @@ class _Work:
                 for name in order:
                     # What another thread raised is raised by it alone, so that nothing hides it.
                     if name in self._missing and not self._failed:
-                        made |= self._try(name, claims)
+                        made |= self._try(name, leases)
                 if not made and not self._failed:
                     self._stop_if_asked()
                     time.sleep(POLL_SECONDS)
@@ -110,10 +110,10 @@ class _Work:
             self._failed = True
             raise
 
-    def _try(self, name: str, claims: Claims) -> bool:
-        """Make a part unless it is made or claimed; returns whether it was made here."""
+    def _try(self, name: str, leases: Leases) -> bool:
+        """Make a part unless it is made or leased; returns whether it was made here."""
         self._stop_if_asked()
-        with claims.claim(name) as mine:
+        with leases.lease(name) as mine:
             made = mine and not self._record(name).exists()
             if made:
                 record = self._make(name)

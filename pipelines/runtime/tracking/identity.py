@@ -139,7 +139,8 @@ def store_uri(tracking_uri: str, *, root: Path) -> str:
         raise ValueError(
             f"The MLflow store {database} would be an sqlite file on a network folder ({kind}), where sqlite corrupts. "
             "Start `mlflow server` and name it by run.tracking_uri or MLFLOW_TRACKING_URI, or name an sqlite file "
-            f"on a local disk, or set run.tracking_uri = {OFFLINE!r} and send later with `python -m pipelines.tools.sync`."
+            f"on a local disk, or set run.tracking_uri = {OFFLINE!r} and send later with "
+            "`python -m pipelines.tools.sync`."
         )
     return uri
 

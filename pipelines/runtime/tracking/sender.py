@@ -43,7 +43,7 @@ ORPHAN_SECONDS = 3.0  # what a sender may still take after its stage was killed
 LOG_BYTES = 1 << 20
 
 
-class Point(NamedTuple):
+class Metric(NamedTuple):
     """One measured number."""
 
     key: str
@@ -70,7 +70,7 @@ class Store(Protocol):
 
     def connect(self, identity: RunIdentity) -> str: ...  # finds or makes the run; returns its id in the store
     def set_status(self, status: str, *, since: float) -> None: ...  # Unix seconds
-    def log_points(self, points: Sequence[Point]) -> None: ...
+    def log_metrics_batch(self, points: Sequence[Metric]) -> None: ...
     def log_tags(self, tags: Mapping[str, str]) -> None: ...
     def log_params(self, params: Mapping[str, str]) -> None: ...
     def log_input(self, name: str, *, digest: str, source: str, context: str) -> None: ...
@@ -143,7 +143,7 @@ class Sender:
 
     def _send_numbers(self) -> None:
         for spool in (METRICS, SYSTEM):
-            points: list[Point] = []
+            points: list[Metric] = []
             place = start = self.sent.offsets.get(spool, 0)
             for place, line in entries(self.folder / spool, start=start):
                 try:
@@ -158,12 +158,12 @@ class Sender:
                 self._log_points(spool, points)
                 self._reached(spool, place)
 
-    def _log_points(self, spool: str, points: Sequence[Point]) -> None:
+    def _log_points(self, spool: str, points: Sequence[Metric]) -> None:
         """Send points; when a request is refused, halve it until the one that is to blame stands alone."""
         for start in range(0, len(points), POINTS_PER_REQUEST):
             some = points[start : start + POINTS_PER_REQUEST]
             try:
-                self.store.log_points(some)
+                self.store.log_metrics_batch(some)
             except RefusedError as error:
                 if len(some) == 1:
                     self._refuse(spool, f"{error}: {some[0]}")
@@ -230,7 +230,7 @@ class Sender:
             log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {without_credentials(text)}")
 
 
-def points_of(line: Mapping[str, Any] | None) -> list[Point]:
+def points_of(line: Mapping[str, Any] | None) -> list[Metric]:
     """Return the numbers of a line of a metrics spool, at its update or step.
 
     Raises:
@@ -239,7 +239,7 @@ def points_of(line: Mapping[str, Any] | None) -> list[Point]:
     try:
         assert line is not None
         step, milliseconds = int(line["update"] if "update" in line else line["step"]), int(1000 * line["time"])
-        return [Point(key, float(value), milliseconds, step) for key, value in line.items() if key not in NOT_METRICS]
+        return [Metric(key, float(value), milliseconds, step) for key, value in line.items() if key not in NOT_METRICS]
     except (AssertionError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"no measurement ({error!r}): {line}") from None
 

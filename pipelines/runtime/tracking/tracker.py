@@ -1,7 +1,7 @@
 """What a stage says about itself while it runs, at no cost to the step.
 
-A stage talks to a ``Tracker``; the tracker appends to spools on the disk (pipelines/runtime/tracking/spool.py); a process of its
-own, ``python -m pipelines.tools.sync --follow``, sends them to MLflow. A process and not a thread, since the client's work
+A stage calls a ``Tracker``; the tracker appends to spools on the disk (``pipelines.runtime.tracking.spool``); a process
+of its own sends them to MLflow. A process and not a thread, since the client's work
 (importing, building requests, SQL) would hold the interpreter's lock that the training step needs. A server that is
 dead, slow or wrong is therefore nothing that a stage could notice, and what was not sent is sent by
 ``python -m pipelines.tools.sync``.
@@ -52,7 +52,7 @@ class SilentTracker:
     last_update = 0
 
     def resume_after(self, update: int) -> None: ...
-    def log_rows(self, rows: Sequence[Mapping[str, float | int]]) -> None: ...
+    def log_records(self, rows: Sequence[Mapping[str, float | int]]) -> None: ...
     def log_metrics(self, metrics: Mapping[str, float], *, step: int, attempt: int = 1) -> None: ...
     def log_image(self, key: str, path: Path, *, step: int) -> None: ...
     def log_artifact(self, path: Path, folder: str = "") -> None: ...
@@ -150,7 +150,7 @@ class Tracker:
         """
         self._known = _Known.behind(self._folder / METRICS, update=update)
 
-    def log_rows(self, rows: Sequence[Mapping[str, float | int]]) -> None:
+    def log_records(self, rows: Sequence[Mapping[str, float | int]]) -> None:
         """Append training lines ``{"update", "batch", "time", "train/loss", ...}`` to ``metrics.jsonl`` as they are.
 
         ``time`` is in Unix seconds and added when absent. A row may hold ``attempt`` (1 when absent), which counts

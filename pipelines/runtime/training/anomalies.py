@@ -35,12 +35,12 @@ class BadUpdateConfig(BaseModel, frozen=True, extra="forbid"):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Judged:
-    """An update whose verdict the host has not read yet. Figures are of this rank alone."""
+class CheckedUpdate:
+    """An update whose verdict the host has not read yet. Metrics are of this rank alone."""
 
     update: int
     batch: int
-    figures: Mapping[str, Tensor]
+    metrics: Mapping[str, Tensor]
     said: Tensor  # whether it is refused, and whether a rank wants to stop (2,); readable once `ready` is reached
     ready: Any  # CUDA event, or None when it is ready
 
@@ -52,35 +52,35 @@ class Judged:
         return bool(refused), bool(stops)
 
 
-class Verdicts:
+class AnomalyDetector:
     """Judges updates; a part of the checkpoint, since the running mean of the loss goes on over restarts."""
 
     def __init__(self, config: BadUpdateConfig, *, device: torch.device, world_size: int) -> None:
         self.config, self.device, self.world_size = config, device, world_size
         #: 1 where the present update does not count; scalar float32 on the device.
         self.refused = torch.zeros((), device=device)
-        self._standstill = torch.zeros((), device=device)
+        self._frozen = torch.zeros((), device=device)
         self._mean = torch.zeros((), device=device)
         self._count = torch.zeros((), device=device)
         self._stops = torch.zeros((), device=device)
-        self._unread: deque[Judged] = deque()
+        self._unread: deque[CheckedUpdate] = deque()
         #: Whether a rank wanted to stop in an update that the host has looked at; the same on every rank.
         self.stop_agreed = False
 
     @torch.no_grad()
-    def judge(
-        self, figures: Mapping[str, Tensor], norms: Mapping[str, Tensor], *, scaler: Any = None, stops: bool = False
+    def check(
+        self, metrics: Mapping[str, Tensor], norms: Mapping[str, Tensor], *, scaler: Any = None, stops: bool = False
     ) -> None:
         """Judge an update before it is applied. A collective, the only one beside the gradients': four numbers.
 
         Args:
-            figures: This rank's means, ``train/loss`` among them.
+            metrics: This rank's means, ``train/loss`` among them.
             norms: Of the gradients, which are reduced already.
             scaler: The fp16 loss scaler; with it a gradient may overflow, which is refused but no fault.
             stops: Whether this rank was asked to stop.
         """
-        loss = figures["train/loss"].float()
-        measured, gradients = (torch.stack([value.float() for value in group.values()]) for group in (figures, norms))
+        loss = metrics["train/loss"].float()
+        measured, gradients = (torch.stack([value.float() for value in group.values()]) for group in (metrics, norms))
         overflow = (~torch.isfinite(gradients)).any()
         bad = (~torch.isfinite(measured)).any()
         if scaler is None:
@@ -94,24 +94,24 @@ class Verdicts:
         loss, wrong = shared[0], shared[1] > 0
         if self.config.spike_factor:
             wrong = wrong | ((self._count >= self.config.spike_span) & (loss > self.config.spike_factor * self._mean))
-        self._standstill = torch.maximum(self._standstill, wrong.float())
-        counts = self._standstill == 0
+        self._frozen = torch.maximum(self._frozen, wrong.float())
+        counts = self._frozen == 0
         pace = 1.0 / (self._count + 1).clamp(max=self.config.spike_span)
         self._mean = torch.where(counts, self._mean + pace * (loss.abs() - self._mean), self._mean)
         self._count = self._count + counts.float()
-        self.refused = torch.maximum(self._standstill, (shared[2] > 0).float())
+        self.refused = torch.maximum(self._frozen, (shared[2] > 0).float())
         self._stops = shared[3]
 
-    def remember(self, *, update: int, batch: int, figures: Mapping[str, Tensor]) -> None:
+    def remember(self, *, update: int, batch: int, metrics: Mapping[str, Tensor]) -> None:
         """Send the verdict on the update just made on its way to the host."""
-        said, ready = torch.stack([self._standstill, self._stops]), None
+        said, ready = torch.stack([self._frozen, self._stops]), None
         if self.device.type == "cuda":
             said = torch.empty(2, pin_memory=True).copy_(said, non_blocking=True)
             ready = torch.cuda.Event()
             ready.record()
-        self._unread.append(Judged(update=update, batch=batch, figures=figures, said=said, ready=ready))
+        self._unread.append(CheckedUpdate(update=update, batch=batch, metrics=metrics, said=said, ready=ready))
 
-    def first_bad(self, *, wait: bool) -> Judged | None:
+    def first_bad(self, *, wait: bool) -> CheckedUpdate | None:
         """Return the first bad update that the host has not answered; the same on every rank.
 
         Args:
@@ -131,14 +131,14 @@ class Verdicts:
         """Return whether the present update does not count; waits for the device."""
         return bool(self.refused)
 
-    def stand_still(self) -> None:
-        """Let no update count until ``forgive``."""
-        self._standstill = torch.ones_like(self._standstill)
+    def freeze(self) -> None:
+        """Let no update count until ``unfreeze``."""
+        self._frozen = torch.ones_like(self._frozen)
         self.refused = torch.ones_like(self.refused)
 
-    def forgive(self) -> None:
+    def unfreeze(self) -> None:
         """Let updates count again."""
-        self._standstill = torch.zeros_like(self._standstill)
+        self._frozen = torch.zeros_like(self._frozen)
         self.refused = torch.zeros_like(self.refused)
         self._unread.clear()
 

@@ -37,8 +37,8 @@ class NoBest(BaseModel, frozen=True, extra="forbid"):
 class BestBy(BaseModel, frozen=True, extra="forbid"):
     """The checkpoint with the best value of a metric stays, besides those that stay by age."""
 
-    kind: Literal["metric"] = "metric"  # looked at every panel_every updates; a new best is saved at once
-    metric: str = "val/loss"  # one of those logged with the panels
+    kind: Literal["metric"] = "metric"  # looked at every validate_every updates; a new best is saved at once
+    metric: str = "val/loss"  # one of those logged with the grids
     better: Literal["lower", "higher"] = "lower"  # which value is better
 
 
@@ -93,24 +93,24 @@ class Best:
         self.config = config
         self.found: dict[str, Any] = {}  # update, metric, value
 
-    def check(self, figures: Mapping[str, float]) -> None:
-        """Refuse figures that do not hold the metric; they are empty on all ranks but one.
+    def check(self, metrics: Mapping[str, float]) -> None:
+        """Refuse metrics that do not hold the metric; they are empty on all ranks but one.
 
         Raises:
             ConfigError: Naming those that are measured.
         """
-        if isinstance(self.config, BestBy) and figures and self.config.metric not in figures:
+        if isinstance(self.config, BestBy) and metrics and self.config.metric not in metrics:
             raise ConfigError(
                 f"checkpoint.best.metric = {self.config.metric!r} is not measured here; measured are "
-                f"{', '.join(figures)}."
+                f"{', '.join(metrics)}."
             )
 
-    def beaten_by(self, figures: Mapping[str, float], *, update: int) -> bool:
-        """Return whether ``figures`` hold a new best, and remember it; errors as ``check``."""
-        self.check(figures)
-        if not isinstance(self.config, BestBy) or not figures:
+    def beaten_by(self, metrics: Mapping[str, float], *, update: int) -> bool:
+        """Return whether ``metrics`` hold a new best, and remember it; errors as ``check``."""
+        self.check(metrics)
+        if not isinstance(self.config, BestBy) or not metrics:
             return False
-        value, sign = figures[self.config.metric], 1 if self.config.better == "higher" else -1
+        value, sign = metrics[self.config.metric], 1 if self.config.better == "higher" else -1
         if not math.isfinite(value) or (self.found and sign * value <= sign * self.found["value"]):
             return False
         self.found = {"update": update, "metric": self.config.metric, "value": value}

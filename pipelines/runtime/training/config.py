@@ -17,9 +17,9 @@ from pipelines.runtime.training.optim import OptimConfig
 class TrainingConfig(StageConfig):
     """What every training stage's configuration has. Counts are optimizer updates."""
 
-    harmless: ClassVar[frozenset[str]] = frozenset(
+    fingerprint_ignores: ClassVar[frozenset[str]] = frozenset(
         {
-            *("log_every", "panel_every", "checkpoint", "prefetch_batches", "self_test_every", "hang_seconds"),
+            *("log_every", "validate_every", "checkpoint", "prefetch_batches", "replica_check_every", "hang_seconds"),
             *("on_bad_update.policy", "on_bad_update.limit"),
         }
     )
@@ -34,10 +34,10 @@ class TrainingConfig(StageConfig):
     averages: tuple[AverageConfig, ...] = Field(default=(ExponentialAverage(),), min_length=1)  # the first is published
     checkpoint: CheckpointConfig = CheckpointConfig()  # when and how many
     log_every: PositiveInt = 50  # updates between two looks at the losses; each look waits for the device
-    panel_every: PositiveInt = 1_000  # updates between two pictures and validations
+    validate_every: PositiveInt = 1_000  # updates between two pictures and validations
     prefetch_batches: PositiveInt = 4  # batches made ahead of the network
     on_bad_update: BadUpdateConfig = BadUpdateConfig()  # what happens to NaN, infinity and spikes
-    self_test_every: NonNegativeInt = 1_000  # updates between two comparisons of the ranks; 0 only when starting
+    replica_check_every: NonNegativeInt = 1_000  # updates between two comparisons of the ranks; 0 only when starting
     hang_seconds: PositiveFloat = 1_200.0  # without a new update, until a process reports where it is and ends
 
 

@@ -1,4 +1,4 @@
-"""What is written down about an update that does not count: which samples, on which rank, with which figures."""
+"""What is written down about an update that does not count: which samples, on which rank, with which metrics."""
 
 import math
 from collections.abc import Callable
@@ -9,11 +9,11 @@ import torch.distributed as dist
 
 from data.files import write_json
 from pipelines.runtime.stage.stage import Stage
-from pipelines.runtime.training.anomalies import Judged
+from pipelines.runtime.training.anomalies import CheckedUpdate
 
 
 def write_evidence(
-    bad: Judged, stage: Stage, *, attempt: int, global_batch: int, keys: Callable[[int, range], list[str]]
+    bad: CheckedUpdate, stage: Stage, *, attempt: int, global_batch: int, keys: Callable[[int, range], list[str]]
 ) -> tuple[Path, str]:
     """Write ``bad_updates/update-U-batch-B.json`` and return its path and what was wrong. A collective.
 
@@ -25,12 +25,12 @@ def write_evidence(
         keys: Names the samples at given positions of a batch.
     """
     world_size, rank = stage.accelerator.num_processes, stage.accelerator.process_index
-    figures = {name: float(value) for name, value in bad.figures.items()}
+    metrics = {name: float(value) for name, value in bad.metrics.items()}
     # Norms are of gradients that have met those of the other ranks: they accuse nobody.
-    own = [value for name, value in figures.items() if not name.endswith("grad_norm")]
-    norms = [value for name, value in figures.items() if name.endswith("grad_norm")]
+    own = [value for name, value in metrics.items() if not name.endswith("grad_norm")]
+    norms = [value for name, value in metrics.items() if name.endswith("grad_norm")]
     table = torch.zeros(world_size, 2, device=stage.accelerator.device)
-    table[rank] = torch.tensor([figures["train/loss"], float(not all(map(math.isfinite, own)))])
+    table[rank] = torch.tensor([metrics["train/loss"], float(not all(map(math.isfinite, own)))])
     if world_size > 1:
         dist.all_reduce(table)
     losses, guilty = table.T.tolist()
@@ -52,7 +52,7 @@ def write_evidence(
             "what": what,
             "ranks": ranks,
             "loss_by_rank": [_json_number(value) for value in losses],
-            "figures_of_rank_0": {name: _json_number(value) for name, value in figures.items()},
+            "figures_of_rank_0": {name: _json_number(value) for name, value in metrics.items()},
             "keys_by_rank": [keys(bad.batch, range(n * share, (n + 1) * share)) for n in range(world_size)],
         }
         write_json(path, found)

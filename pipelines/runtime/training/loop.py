@@ -12,21 +12,21 @@ import torch
 from torch import Tensor, nn
 
 from data.randomness import key_of
-from pipelines.runtime.config.outcome import Ending
-from pipelines.runtime.stage.fingerprint import request_of
+from pipelines.runtime.config.outcome import Outcome
+from pipelines.runtime.stage.fingerprint import fingerprint_of
 from pipelines.runtime.stage.launch import agree_on, any_rank
 from pipelines.runtime.stage.progress import progress_line
 from pipelines.runtime.stage.provenance import exactness, made_by
 from pipelines.runtime.stage.stage import Stage, Stopped
-from pipelines.runtime.stage.watchdog import Watch
-from pipelines.runtime.training.anomalies import Judged, Verdicts, first_not_finite
+from pipelines.runtime.stage.watchdog import Watchdog
+from pipelines.runtime.training.anomalies import AnomalyDetector, CheckedUpdate, first_not_finite
 from pipelines.runtime.training.checkpoint import Best, Checkpoints, Stateful
 from pipelines.runtime.training.config import BatchShare, TrainingConfig
 from pipelines.runtime.training.evidence import write_evidence
-from pipelines.runtime.training.metrics import Measured
+from pipelines.runtime.training.metrics import MetricBuffer
 from pipelines.runtime.training.optim import LossScale, Optimizer, learning_rate
-from pipelines.runtime.training.replica_check import SelfTest
-from pipelines.runtime.training.throughput import Pace, holding_up, straggler
+from pipelines.runtime.training.replica_check import ReplicaCheck
+from pipelines.runtime.training.throughput import Throughput, holding_up, straggler
 
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
@@ -78,22 +78,24 @@ class Training:
         self._best = Best(config.checkpoint.best)
         self._save_for_best = False
         self._checkpoints = Checkpoints(stage.folder / "checkpoints", config.checkpoint, writes=stage.is_main)
-        self._verdicts = Verdicts(config.on_bad_update, device=device, world_size=world_size)
-        self.parts["verdicts"] = self._verdicts
+        self._anomalies = AnomalyDetector(config.on_bad_update, device=device, world_size=world_size)
+        self.parts["anomalies"] = self._anomalies
         self._rehearsed = world_size == 1
         self._loss_scale = LossScale(accelerator.scaler) if accelerator.scaler is not None else None
         if self._loss_scale is not None:
             self.parts["loss_scale"] = self._loss_scale
-        self._self_test = SelfTest(self.parts, every=config.self_test_every, world_size=world_size, device=device)
-        self._watch = stage.watch = Watch(
-            stage.folder / "watch",
+        self._replica_check = ReplicaCheck(
+            self.parts, every=config.replica_check_every, world_size=world_size, device=device
+        )
+        self._watchdog = stage.watchdog = Watchdog(
+            stage.folder / "watchdog",
             rank=rank,
             world_size=world_size,
             hang_seconds=config.hang_seconds,
             keys=lambda batch: keys(batch, share.positions),
-            last_words=lambda: Ending(working=True).tell(stage.folder, speaks=False),
+            on_exit=lambda: Outcome(working=True).tell(stage.folder, is_main=False),
         )
-        self._pace = Pace(
+        self._throughput = Throughput(
             device=device,
             rank=rank,
             world_size=world_size,
@@ -101,16 +103,16 @@ class Training:
             flops_per_image=flops_per_image,
             peak_flops=peak_flops,
         )
-        self._measured = Measured(device=device, world_size=world_size)
+        self._buffer = MetricBuffer(device=device, world_size=world_size)
         self._on_last_part = False
-        self._figures: dict[str, float] = {}
-        request = request_of(stage.name, config, stage.parents)
+        self._shown: dict[str, float] = {}
+        request = fingerprint_of(stage.name, config, stage.parents)
         self._made_by = made_by(request, world_size=world_size) if stage.is_main else {}
 
     @property
     def refused(self) -> Tensor:
         """1 where the present update does not count, on the device: averages must not move then."""
-        return self._verdicts.refused
+        return self._anomalies.refused
 
     def resume(self) -> None:
         """Continue after the newest intact checkpoint, on every rank the same one; do nothing when there is none."""
@@ -142,27 +144,27 @@ class Training:
         Raises:
             Stopped: The ranks agreed to stop; everything up to the last update is committed.
             FloatingPointError: An update was bad, and the policy is to stop.
-            SelfTestError: The ranks no longer train one network.
+            ReplicaError: The ranks no longer train one network.
         """
         config, stage = self.config, self.stage
-        self._pace.restart()
+        self._throughput.restart()
         stream = batches(self.next_batch)
         try:
             with (
-                self._watch.watching(),
+                self._watchdog.watching(),
                 progress_line(
-                    stage.name, total=config.updates, unit="updates", start=self.update, speaks=stage.is_main
+                    stage.name, total=config.updates, unit="updates", start=self.update, is_main=stage.is_main
                 ) as line,
             ):
                 while self.update < config.updates:
-                    self._watch.beat(update=self.update + 1, batch=self.next_batch)
+                    self._watchdog.beat(update=self.update + 1, batch=self.next_batch)
                     loaded = next(stream)
                     self.update, self.next_batch = self.update + 1, loaded.index + 1
-                    self._pace.begin_update(waited=loaded.wait_seconds)
+                    self._throughput.begin_update(waited=loaded.wait_seconds)
                     if not self._rehearsed:
                         with self._rehearsal():
                             yield loaded.batch
-                    self._self_test.begin(self.update)
+                    self._replica_check.begin(self.update)
                     yield loaded.batch
                     bad = self._record()
                     if bad is not None:
@@ -186,23 +188,23 @@ class Training:
         scale = (
             {name: tensor.clone() for name, tensor in self._loss_scale.tensors().items()} if self._loss_scale else {}
         )
-        self._verdicts.stand_still()
+        self._anomalies.freeze()
         yield
-        self._verdicts.forgive()
-        self._measured.present.clear()
+        self._anomalies.unfreeze()
+        self._buffer.present.clear()
         if self._loss_scale is not None:
             self._loss_scale.load(scale)
         self._rehearsed = True
-        self._pace.restart()
-        self._pace.begin_update(waited=0.0)
+        self._throughput.restart()
+        self._throughput.begin_update(waited=0.0)
 
-    def _record(self) -> Judged | None:
+    def _record(self) -> CheckedUpdate | None:
         """Take down the update just made; return the first one that does not count, on every rank the same."""
         update, batch = self.update, self.next_batch - 1
-        figures = self._measured.close_update(update=update, batch=batch, attempt=self.attempt)
-        self._verdicts.remember(update=update, batch=batch, figures=figures)
-        looks = self._self_test.active or self.is_due(self.config.log_every) or self._saves_now()
-        return self._verdicts.first_bad(wait=looks)
+        metrics = self._buffer.close_update(update=update, batch=batch, attempt=self.attempt)
+        self._anomalies.remember(update=update, batch=batch, metrics=metrics)
+        looks = self._replica_check.active or self.is_due(self.config.log_every) or self._saves_now()
+        return self._anomalies.first_bad(wait=looks)
 
     def _saves_now(self) -> bool:
         return self._checkpoints.due(self.update) or self.update == self.config.updates or self._save_for_best
@@ -210,17 +212,17 @@ class Training:
     def _border(self, show: Callable[[int, Mapping[str, float]], None]) -> None:
         """Do what is due between two updates; everything up to here counts."""
         stage, config = self.stage, self.config
-        if self._self_test.active:
+        if self._replica_check.active:
             rate = learning_rate(config.optim, update=self.update, total_updates=config.updates)
-            self._self_test.end(self.update, moves=rate > 0 and not self._verdicts.present_is_refused())
+            self._replica_check.end(self.update, moves=rate > 0 and not self._anomalies.present_is_refused())
         last = self.update == config.updates
-        stopping = self._verdicts.stop_agreed and not last
-        if stopping and (bad := self._verdicts.first_bad(wait=True)) is not None:
+        stopping = self._anomalies.stop_agreed and not last
+        if stopping and (bad := self._anomalies.first_bad(wait=True)) is not None:
             self._answer(bad)
         saves = self._saves_now() or stopping
         if saves or self.update % config.log_every == 0:
             self.flush()
-        show(self.update, self._figures)
+        show(self.update, self._shown)
         if stage.is_main:
             self._checkpoints.check(self.update)
         # Between two looks the newest verdict is not in yet: what may still be refused is not saved.
@@ -236,7 +238,7 @@ class Training:
         Gradients are averaged over the ranks on the last one only. Dropout is seeded anew for each: nothing carries
         over, so there is nothing to save.
         """
-        self._self_test.listen(wrapped)
+        self._replica_check.listen(wrapped)
         accelerator, parts = self.stage.accelerator, self.share.micro_batches()
         for number, part in enumerate(parts):
             self._on_last_part = number == len(parts) - 1
@@ -250,76 +252,76 @@ class Training:
 
         Args:
             loss: Its mean over images.
-            terms: What the loss is made of; the self-test wants a gradient from each.
+            terms: What the loss is made of; the replica check wants a gradient from each.
         """
-        self._self_test.check_terms(terms or {"train/loss": loss})
+        self._replica_check.check_terms(terms or {"train/loss": loss})
         if self._on_last_part:
-            self._pace.meet_others()
+            self._throughput.meet_others()
         self.stage.accelerator.backward(loss / self.share.num_micro_batches)
 
-    def note(self, figures: Mapping[str, Tensor]) -> None:
-        """Note a micro-batch's figures, means over its images: scalars that stay on the device until the next flush."""
-        self._measured.add(figures, share=1 / self.share.num_micro_batches)
+    def log(self, metrics: Mapping[str, Tensor]) -> None:
+        """Note a micro-batch's metrics, means over its images: scalars that stay on the device until the next flush."""
+        self._buffer.add(metrics, share=1 / self.share.num_micro_batches)
 
-    def note_once(self, figures: Mapping[str, Tensor]) -> None:
-        """Note figures that are said once an update, not by every micro-batch; scalars as for ``note``."""
-        self._measured.add(figures, share=1.0)
+    def log_once(self, metrics: Mapping[str, Tensor]) -> None:
+        """Note metrics that are said once an update, not by every micro-batch; scalars as for ``note``."""
+        self._buffer.add(metrics, share=1.0)
 
     def step(self, optimizers: Mapping[str, Optimizer]) -> None:
         """Apply the gradients of an update, those of all its networks or none, and note their norms by name."""
         scaler = self.stage.accelerator.scaler
-        self._self_test.take_reduced()
+        self._replica_check.take_reduced()
         norms = {name: optimizer.clip() for name, optimizer in optimizers.items()}
-        self._verdicts.judge(self._measured.present, norms, scaler=scaler, stops=self.stage.stop.heard())
+        self._anomalies.check(self._buffer.present, norms, scaler=scaler, stops=self.stage.stop.heard())
         for optimizer in optimizers.values():
             optimizer.apply(update=self.update, total_updates=self.config.updates, refused=self.refused)
         if scaler is not None:
             scaler.update()
-        self._measured.add(norms, share=1.0)
+        self._buffer.add(norms, share=1.0)
 
     def is_due(self, period: int) -> bool:
         """Return whether something that happens every ``period`` updates, and after the last, is due now."""
         return self.update % period == 0 or self.update == self.config.updates
 
-    def look_is_due(self) -> bool:
+    def validation_is_due(self) -> bool:
         """Return whether pictures and validation are due: never after an update that does not count."""
-        return self.is_due(self.config.panel_every) and not self._verdicts.present_is_refused()
+        return self.is_due(self.config.validate_every) and not self._anomalies.present_is_refused()
 
-    def expect(self, figures: Mapping[str, float]) -> None:
+    def expect(self, metrics: Mapping[str, float]) -> None:
         """Log what the main process measured before the first update.
 
         Raises:
             ConfigError: The metric that is to choose the best checkpoint is not among them.
         """
-        self.stage.tracker.log_metrics(figures, step=0)
-        self._best.check(figures)
+        self.stage.tracker.log_metrics(metrics, step=0)
+        self._best.check(metrics)
 
-    def report(self, figures: Mapping[str, float]) -> None:
+    def report(self, metrics: Mapping[str, float]) -> None:
         """Log what the main process measured after this update; a new best is saved. Call it on every rank."""
-        self.stage.tracker.log_metrics(figures, step=self.update, attempt=self.attempt)
-        self._save_for_best = any_rank(self._best.beaten_by(figures, update=self.update), self.stage.accelerator)
+        self.stage.tracker.log_metrics(metrics, step=self.update, attempt=self.attempt)
+        self._save_for_best = any_rank(self._best.beaten_by(metrics, update=self.update), self.stage.accelerator)
 
     def flush(self) -> None:
-        """Average the pending figures over the ranks and write them out, one line an update. A collective."""
-        rows = self._measured.rows()
+        """Average the pending metrics over the ranks and write them out, one line an update. A collective."""
+        rows = self._buffer.rows()
         if not rows:
             return
-        pace = self._pace.figures()
+        pace = self._throughput.metrics()
         images, loss = self.update * self.config.global_batch, rows[-1].get("train/loss", math.nan)
         rows[-1] |= {"progress/images": images, **pace}
-        self.stage.tracker.log_rows(rows)
-        self._figures = {"images": images, "loss": loss, "images/s": pace["perf/images_per_s"]}
+        self.stage.tracker.log_records(rows)
+        self._shown = {"images": images, "loss": loss, "images/s": pace["perf/images_per_s"]}
         if self.stage.is_main and (slow := straggler(pace)) is not None:
-            self.stage.say(f"update {self.update}: rank {slow} on {self._watch.host_of(slow)} {holding_up(pace)}")
+            self.stage.say(f"update {self.update}: rank {slow} on {self._watchdog.host_of(slow)} {holding_up(pace)}")
 
-    def _answer(self, bad: Judged) -> None:
+    def _answer(self, bad: CheckedUpdate) -> None:
         """Go back to before a bad update, write down what was in it, and do as the policy says. A collective.
 
         Raises:
             FloatingPointError: On every rank, when training is not to go on.
         """
         policy, limit = self.config.on_bad_update.policy, self.config.on_bad_update.limit
-        self._measured.forget_from(bad.update)
+        self._buffer.forget_from(bad.update)
         self.update, self.next_batch = bad.update - 1, bad.batch + 1
         self.flush()
         self._bad_batches.append(bad.batch)
@@ -336,7 +338,7 @@ class Training:
             )
         if len(self._bad_batches) > limit:
             raise FloatingPointError(f"{text} It is the {len(self._bad_batches)}th; on_bad_update.limit = {limit}.")
-        self._verdicts.forgive()
+        self._anomalies.unfreeze()
         self._save_for_best = False
         done = "the batch is left out"
         if policy == "rewind" or any_broken:
@@ -359,7 +361,7 @@ class Training:
             compares: Compare the ranks first, so that none is written from one that has gone astray; a collective.
         """
         if compares and self.stage.accelerator.num_processes > 1:
-            self._self_test.compare(f"after update {self.update}")
+            self._replica_check.compare(f"after update {self.update}")
         self._save_for_best = False
         state = {
             "update": self.update,

@@ -1,4 +1,4 @@
-"""Figures of updates, kept on the device until somebody looks."""
+"""Metrics of updates, kept on the device until somebody looks."""
 
 import math
 import time
@@ -10,11 +10,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 
-class Measured:
-    """The figures of the present update, and those of updates that are not written out yet.
+class MetricBuffer:
+    """The metrics of the present update, and those of updates that are not written out yet.
 
     Args:
-        device: Where figures lie.
+        device: Where metrics lie.
         world_size: Number of processes.
     """
 
@@ -23,33 +23,33 @@ class Measured:
         self._device, self._world_size = device, world_size
         self._pending: list[tuple[dict[str, Any], dict[str, Tensor]]] = []
 
-    def add(self, figures: Mapping[str, Tensor], *, share: float) -> None:
+    def add(self, metrics: Mapping[str, Tensor], *, share: float) -> None:
         """Add a micro-batch's scalars to the present update, weighted by its ``share`` of the update."""
-        for name, value in figures.items():
+        for name, value in metrics.items():
             mean = value.detach() * share
             self.present[name] = self.present[name] + mean if name in self.present else mean
 
     def close_update(self, *, update: int, batch: int, attempt: int) -> dict[str, Tensor]:
-        """End the present update and return its figures."""
+        """End the present update and return its metrics."""
         row = {"update": update, "batch": batch, "time": time.time()}
-        figures, self.present = self.present, {}
-        self._pending.append((row | ({"attempt": attempt} if attempt > 1 else {}), figures))
-        return figures
+        metrics, self.present = self.present, {}
+        self._pending.append((row | ({"attempt": attempt} if attempt > 1 else {}), metrics))
+        return metrics
 
     def forget_from(self, update: int) -> None:
         """Drop ``update`` and what came after it: it does not count."""
         self._pending = [entry for entry in self._pending if entry[0]["update"] < update]
 
     def rows(self) -> list[dict[str, Any]]:
-        """Return the pending updates' figures averaged over the ranks, one row each, and forget them. A collective."""
+        """Return the pending updates' metrics averaged over the ranks, one row each, and forget them. A collective."""
         if not self._pending:
             return []
-        names = list(dict.fromkeys(name for _, figures in self._pending for name in figures))
+        names = list(dict.fromkeys(name for _, metrics in self._pending for name in metrics))
         wide = torch.float64 if self._device.type != "mps" else torch.float32
         # Terms come and go: where an update has none, NaN stands for it and is left out again.
         absent = torch.full((), math.nan, dtype=wide, device=self._device)
         table = torch.stack(
-            [torch.stack([figures.get(name, absent).to(wide) for name in names]) for _, figures in self._pending]
+            [torch.stack([metrics.get(name, absent).to(wide) for name in names]) for _, metrics in self._pending]
         )
         if self._world_size > 1:
             dist.all_reduce(table)

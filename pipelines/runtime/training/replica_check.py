@@ -18,7 +18,7 @@ WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 CHUNK_WORDS = 1 << 22
 
 
-class SelfTestError(RuntimeError):
+class ReplicaError(RuntimeError):
     """The ranks do not train one network; the message names rank and parameter."""
 
 
@@ -37,8 +37,8 @@ def fingerprint(tensor: Tensor) -> Tensor:
     return total
 
 
-class SelfTest:
-    """The self-test of one rank.
+class ReplicaCheck:
+    """The replica check of one rank.
 
     Args:
         parts: What a checkpoint holds: the same on every rank.
@@ -69,7 +69,7 @@ class SelfTest:
         """Compare every tensor of every part over the ranks, and return the fingerprints. A collective.
 
         Raises:
-            SelfTestError: On every rank, naming the rank and the parameter that differ.
+            ReplicaError: On every rank, naming the rank and the parameter that differ.
         """
         prints = {
             f"{part}, {name}": fingerprint(tensor.to(self.device))
@@ -122,7 +122,7 @@ class SelfTest:
         for number, network in enumerate(self._networks):
             for name, parameter in _trained(network):
                 if parameter.grad is None:
-                    raise SelfTestError(f"The parameter {name} has no gradient: the loss does not depend on it.")
+                    raise ReplicaError(f"The parameter {name} has no gradient: the loss does not depend on it.")
                 self._reduced[f"{number}, {name}"] = fingerprint(parameter.grad)
 
     def end(self, update: int, *, moves: bool) -> None:
@@ -133,7 +133,7 @@ class SelfTest:
             moves: Whether the learning rate lets anything move.
 
         Raises:
-            SelfTestError: On every rank.
+            ReplicaError: On every rank.
         """
         if not self.active:
             return
@@ -142,7 +142,7 @@ class SelfTest:
         self._must_agree(self._reduced, what="applies other gradients than the other ranks", when=when)
         self._local_must_differ(when)
         if self._silent_terms:
-            raise SelfTestError(f"No gradient comes from the loss term {', '.join(self._silent_terms)} {when}.")
+            raise ReplicaError(f"No gradient comes from the loss term {', '.join(self._silent_terms)} {when}.")
         after = self.compare(f"after update {update}")
         if not moves:
             return
@@ -151,7 +151,7 @@ class SelfTest:
             if isinstance(held, Averages) or (isinstance(held, Weights) and held.network in trained):
                 names = [name for name in after if name.startswith(f"{part}, ")]
                 if all(self._before[name].equal(after[name]) for name in names):
-                    raise SelfTestError(f"Nothing of {part} has moved {when}.")
+                    raise ReplicaError(f"Nothing of {part} has moved {when}.")
 
     def _local_must_differ(self, when: str) -> None:
         if self.world_size == 1 or not self._local:
@@ -161,7 +161,7 @@ class SelfTest:
         for rank in range(1, self.world_size):
             for other in range(rank):
                 if everyone[rank].equal(everyone[other]):
-                    raise SelfTestError(
+                    raise ReplicaError(
                         f"Ranks {other} and {rank} have the same gradients {when}, before they are averaged: they "
                         "train on the same samples."
                     )
@@ -174,7 +174,7 @@ class SelfTest:
             column = [tuple(values) for values in everyone[:, number].tolist()]
             usual = max(column, key=column.count)  # with two ranks nobody can tell who is right: rank 0 is believed
             for rank in _odd_ones(column, usual):
-                raise SelfTestError(
+                raise ReplicaError(
                     f"Rank {rank} {what} {when}: {name}. Memory or network of that machine may be failing. Nothing "
                     "was saved since all ranks agreed; leave the machine out and run the same command again."
                 )

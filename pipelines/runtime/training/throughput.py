@@ -11,7 +11,7 @@ STRAGGLER_SECONDS = 0.02  # an update; less is no news
 MOST_RANKS_IN_FULL = 16
 
 
-class Pace:
+class Throughput:
     """Times of the updates between two looks.
 
     A rank's own time is from the start of an update to the moment when its gradients meet those of the others: what
@@ -66,24 +66,24 @@ class Pace:
         else:
             self._own += time.monotonic() - self._update_began
 
-    def figures(self) -> dict[str, float]:
-        """Return the interval's figures, the same on every rank, and begin a new one. A collective."""
+    def metrics(self) -> dict[str, float]:
+        """Return the interval's metrics, the same on every rank, and begin a new one. A collective."""
         seconds, updates = max(time.monotonic() - self._began, 1e-9), max(self._updates, 1)
         images_per_s = self._updates * self._global_batch / seconds
         if self._own_events:
             self._own_events[-1][1].synchronize()
             self._own = sum(begin.elapsed_time(end) for begin, end in self._own_events) / 1e3
-        figures = {
+        metrics = {
             "perf/images_per_s": images_per_s,
             "perf/data_wait_fraction": self._waited / seconds,
             "perf/flops_per_image": float(self._flops),
         }
         if self._peak < math.inf:
-            figures["perf/mfu"] = images_per_s * self._flops / (self._world_size * self._peak)
+            metrics["perf/mfu"] = images_per_s * self._flops / (self._world_size * self._peak)
         if self._world_size > 1:
-            figures |= self._by_rank(own=self._own / updates, waited=self._waited / updates)
+            metrics |= self._by_rank(own=self._own / updates, waited=self._waited / updates)
         self.restart()
-        return figures
+        return metrics
 
     def _by_rank(self, *, own: float, waited: float) -> dict[str, float]:
         table = torch.zeros(self._world_size, 2, device=self._device)
@@ -91,7 +91,7 @@ class Pace:
         dist.all_reduce(table)
         times, waits = table.T.tolist()
         slowest = max(range(self._world_size), key=times.__getitem__)
-        figures = {
+        metrics = {
             "perf/slowest_rank": float(slowest),
             "perf/slowest_rank_seconds": times[slowest],
             "perf/slowest_rank_data_wait_seconds": waits[slowest],
@@ -99,22 +99,22 @@ class Pace:
         }
         if self._world_size <= MOST_RANKS_IN_FULL:
             for rank in range(self._world_size):
-                figures[f"perf/own_seconds/rank_{rank}"] = times[rank]
-                figures[f"perf/data_wait_seconds/rank_{rank}"] = waits[rank]
-        return figures
+                metrics[f"perf/own_seconds/rank_{rank}"] = times[rank]
+                metrics[f"perf/data_wait_seconds/rank_{rank}"] = waits[rank]
+        return metrics
 
 
-def straggler(figures: dict[str, float]) -> int | None:
+def straggler(metrics: dict[str, float]) -> int | None:
     """Return the rank that holds up the others, or None."""
-    slowest, median = figures.get("perf/slowest_rank_seconds", 0.0), figures.get("perf/median_rank_seconds", 0.0)
+    slowest, median = metrics.get("perf/slowest_rank_seconds", 0.0), metrics.get("perf/median_rank_seconds", 0.0)
     lags = slowest > STRAGGLER_FACTOR * median and slowest - median > STRAGGLER_SECONDS
-    return int(figures["perf/slowest_rank"]) if median and lags else None
+    return int(metrics["perf/slowest_rank"]) if median and lags else None
 
 
-def holding_up(figures: dict[str, float]) -> str:
+def holding_up(metrics: dict[str, float]) -> str:
     """Say how far the slowest rank is behind."""
     return (
-        f"holds up the others: {figures['perf/slowest_rank_seconds']:.3g} s an update before it meets them (of that "
-        f"{figures['perf/slowest_rank_data_wait_seconds']:.3g} s waiting for data), the median rank "
-        f"{figures['perf/median_rank_seconds']:.3g} s"
+        f"holds up the others: {metrics['perf/slowest_rank_seconds']:.3g} s an update before it meets them (of that "
+        f"{metrics['perf/slowest_rank_data_wait_seconds']:.3g} s waiting for data), the median rank "
+        f"{metrics['perf/median_rank_seconds']:.3g} s"
     )
