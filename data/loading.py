@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from data.buffers import Buffers
-from data.manifest import Manifest
+from data.manifest import CorpusManifest, LatentsManifest
 from data.prefetch import Loaded, Prefetch, prefetch
 from data.samples import FLIPPED_SUFFIX, IMAGE_SUFFIXES, LATENT_SUFFIX, BadSample, NpyLayout, Split
 from data.shards.reader import OpenShard, Shard, brought_near
@@ -69,30 +69,21 @@ class ImageShards(ShardSet):
         folder: str | Path,
         *,
         split: Split,
-        manifest: Manifest | None = None,
+        manifest: CorpusManifest | None = None,
         view: ImageViewConfig | None = None,
         max_pixels: int = DEFAULT_MAX_PIXELS,
         cache_bytes: int = 256 * 1024 * 1024,
         scattered: bool = False,
     ) -> None:
         super().__init__(folder, split=split, manifest=manifest, scattered=scattered)
+        assert isinstance(self.manifest, CorpusManifest), f"{folder} holds no images"
         self._view_is_for_all = view is not None
-        if view is None and "view" in self.manifest.content:  # shards that others wrote, brought to one size as read
-            view = ImageViewConfig(**self.manifest.content["view"])
-            max_pixels = self.manifest.content["max_pixels"]
+        if view is None and self.manifest.view is not None:  # shards that others wrote, brought to one size as read
+            view, max_pixels = self.manifest.view, self.manifest.max_pixels
+        image = view or self.manifest.image
+        #: Shape (h, w, c) of every image.
+        self.image_shape = (image.resolution, image.resolution, image.channels)
         self.view, self.max_pixels, self._cache_bytes = view, max_pixels, cache_bytes
-
-    @cached_property
-    def image_shape(self) -> tuple[int, int, int]:
-        """Shape (h, w, c) of every image: as the view or the manifest has it, else that of the first."""
-        about = self.manifest.content.get("image")
-        if self.view is not None:
-            return self.view.resolution, self.view.resolution, self.view.channels
-        if about is not None:  # the first image may be one that cannot be read
-            return about["resolution"], about["resolution"], about["channels"]
-        (shard,), (row,) = self.locate(np.zeros(1, dtype=np.int64))
-        height, width, channels = self._decode(shard, row).shape
-        return height, width, channels
 
     @cached_property
     def _cache(self) -> tuple[np.ndarray, np.ndarray] | None:
@@ -224,7 +215,7 @@ class LatentShards(ShardSet):
         folder: str | Path,
         *,
         split: Split,
-        manifest: Manifest | None = None,
+        manifest: LatentsManifest | None = None,
         features: Sequence[str] = (),
         captions: bool = False,
     ) -> None:

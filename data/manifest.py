@@ -1,23 +1,29 @@
-"""Manifests: what a stage made, from what, and whether it is still that.
+"""Manifests: one frozen model a stage of what it made, from what, and whether it is still that.
 
-A manifest has two objects. ``content`` says what the work is; its canonical JSON gives the digest, so equal work has
-an equal digest wherever and whenever it was done. ``provenance`` says who did it, where and when.
+``manifest.json`` has two objects. ``content`` holds the fields of the stage's model, ``provenance`` excepted; its
+canonical JSON gives the digest, so equal work has an equal digest wherever and whenever it was done. ``provenance``
+says who did it, where and when. The folder of an autoencoder that diffusers wrote has no such file:
+`DiffusersVAEManifest` is made of what lies there.
 """
 
 import hashlib
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
+from pydantic import BaseModel, Field, TypeAdapter, ValidationError, field_serializer
+
+from data.diffusers_folder import config_of, latent_scaling_of, weights_of
 from data.files import sha256_of, write_json
+from data.samples import Split
+from data.transforms import ImageViewConfig
 
 MANIFEST_NAME = "manifest.json"
-FORMAT_VERSION = 1
+FORMAT_VERSION: Literal[1] = 1
 MAX_MANIFEST_BYTES = 1 << 30
-
-Verify = Literal["size", "hash"]
 
 
 def canonical_json(value: Any) -> bytes:
@@ -60,39 +66,242 @@ class FileEntry:
         return cls(name=name or path.name, bytes=path.stat().st_size, sha256=sha256_of(path), samples=samples)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Manifest:
-    """A manifest as read; see the module's docstring for its two objects."""
+def samples_by_split(files: Sequence[FileEntry]) -> dict[Split, int]:
+    """Return how many samples of each split the shards hold."""
+    return {split: sum(file.samples for file in files if file.name.startswith(split)) for split in get_args(Split)}
 
-    content: Mapping[str, Any]
-    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+class Manifest(BaseModel, frozen=True, extra="forbid"):
+    """Fields of every manifest; the JSON holds those that were set, so that what was read is written again alike."""
+
+    format_version: Literal[1] = 1
+    stage: str
+    config: Mapping[str, Any] = {}  # resolved, without places (``run.*``, ``inputs.*``)
+    parents: Mapping[str, str] = {}  # digest of each input's manifest
+    classes: tuple[str, ...] = ()  # class names by label; empty when the corpus has no classes
+    files: tuple[FileEntry, ...]  # in the order written
+    provenance: Mapping[str, Any] = Field(default={}, exclude=True)
+
+    @field_serializer("files")
+    def _files_as_json(self, files: tuple[FileEntry, ...]) -> list[dict[str, Any]]:
+        return [entry.as_json() for entry in files]
 
     @property
+    def content(self) -> dict[str, Any]:
+        """The JSON of ``content``."""
+        return self.model_dump(mode="json", by_alias=True, exclude_unset=True)
+
+    @cached_property
     def digest(self) -> str:
         """sha256 of the canonical JSON of ``content``."""
         return digest_of(self.content)
 
-    @property
-    def files(self) -> tuple[FileEntry, ...]:
-        """The files that belong to the stage, in the order written."""
-        return tuple(FileEntry(**entry) for entry in self.content["files"])
+
+class Counts(BaseModel, frozen=True, extra="forbid"):
+    """Samples of a stage: ``given`` = ``out`` + all ``quarantined``, by reason."""
+
+    given: int = Field(alias="in")
+    out: int
+    quarantined: Mapping[str, int] = {}
+
+
+class ImageShape(BaseModel, frozen=True, extra="forbid"):
+    """Shape of every image of a corpus: (resolution, resolution, channels)."""
+
+    resolution: int
+    channels: int
+
+
+class LatentShape(BaseModel, frozen=True, extra="forbid"):
+    """Shape of every latent: (channels, size, size)."""
+
+    channels: int
+    size: int
+
+
+class LatentScaling(BaseModel, frozen=True, extra="forbid"):
+    """Mean and standard deviation that latents are normalised by, one number a channel."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+class LatentStatistics(LatentScaling):
+    """Statistics of all training latents; one number a channel each."""
+
+    min: tuple[float, ...]
+    max: tuple[float, ...]
+    active: tuple[float, ...]  # 1 where the channel carries information
+    measured_mean: tuple[float, ...] = ()  # where ``mean`` and ``std`` are a published VAE's own
+    measured_std: tuple[float, ...] = ()
+
+
+class CaptionFeaturesInfo(BaseModel, frozen=True, extra="forbid"):
+    """Features of captions: kind of encoder, digest of its files, and shape (tokens, width)."""
+
+    kind: str
+    encoder: str
+    tokens: int
+    width: int
+
+
+class Reconstruction(BaseModel, frozen=True, extra="forbid"):
+    """Width of a power average that was made after the training, and the update that it ends with."""
+
+    update: int
+    relative_std: float
+
+
+class CorpusManifest(Manifest):
+    """Manifest of ``prepare_corpus``."""
+
+    stage: Literal["prepare_corpus"] = "prepare_corpus"
+    counts: Counts
+    splits: Mapping[Split, int]  # samples of each
+    corpora: Mapping[str, Mapping[Split, int]] = {}  # likewise for each of several corpora
+    value_range: tuple[int, int]
+    image: ImageShape
+    view: ImageViewConfig | None = None  # how images become squares when they are read; None for finished squares
+    max_pixels: int = 0  # larger images are refused when they are read; with ``view``
+
+
+class VAEManifest(Manifest):
+    """Manifest of ``train_vae``."""
+
+    stage: Literal["train_vae"] = "train_vae"
+    weights: str  # sha256 of vae.safetensors
+    counts: Counts
+    value_range: tuple[int, int]
+    factor: int  # pixels a side of one latent pixel
+    latent_channels: int
+
+
+class DiffusersVAEManifest(Manifest):
+    """Manifest made of the folder of a diffusers ``AutoencoderKL``."""
+
+    stage: Literal["diffusers"] = "diffusers"
+    weights: str  # sha256 of its weights file
+    network: Mapping[str, Any]  # its config.json
+    normalisation: LatentScaling  # its own, which a U-Net published with it expects
+
+    @classmethod
+    def of(cls, folder: Path) -> "DiffusersVAEManifest | None":
+        """Return the manifest of an autoencoder's folder; None where there is none.
+
+        Raises:
+            ValueError: It is one, but its weights are not there as safetensors.
+        """
+        network = config_of(folder)
+        if network is None or network.get("_class_name") != "AutoencoderKL":
+            return None
+        mean, std = latent_scaling_of(network)
+        return cls(
+            stage="diffusers",
+            weights=sha256_of(weights_of(folder)),
+            network={key: value for key, value in network.items() if not key.startswith("_")},
+            normalisation=LatentScaling(mean=mean, std=std),
+            files=(),
+        )
+
+
+class LatentsManifest(Manifest):
+    """Manifest of ``encode_latents``."""
+
+    stage: Literal["encode_latents"] = "encode_latents"
+    counts: Counts
+    splits: Mapping[Split, int]  # samples of each
+    vae: str  # sha256 of the weights that encoded them
+    latent: LatentShape
+    statistics: LatentStatistics
+    text: CaptionFeaturesInfo | None = None
+    alarms: tuple[str, ...] = ()  # what is wrong with their scale
 
     @property
-    def classes(self) -> tuple[str, ...]:
-        """Class names by label; empty when the corpus has no classes."""
-        return tuple(self.content.get("classes", ()))
+    def flipped(self) -> bool:
+        """Whether the moments of the mirrored images are stored, too."""
+        return bool(self.config["flipped"])
+
+    @property
+    def dtype(self) -> str:
+        """Type of the stored numbers."""
+        return str(self.config["dtype"])
 
 
-def write_manifest(
-    folder: str | Path, *, content: Mapping[str, Any], files: list[FileEntry], provenance: Mapping[str, Any]
-) -> Manifest:
+class UNetManifest(Manifest):
+    """Manifest of ``train_unet``."""
+
+    stage: Literal["train_unet"] = "train_unet"
+    weights: str  # sha256 of unet.safetensors
+    vae: str  # sha256 of the weights that made its latents
+    start: str | None = None  # sha256 of the weights that it started from
+    counts: Counts
+    reconstruction: Reconstruction | None = None
+
+
+class EvaluationManifest(Manifest):
+    """Manifest of ``evaluate``."""
+
+    stage: Literal["evaluate"] = "evaluate"
+    weights: str  # sha256 of unet.safetensors
+    vae: str  # sha256 of the VAE's weights
+    counts: Counts
+    value_range: tuple[int, int]
+
+
+AnyVAEManifest = VAEManifest | DiffusersVAEManifest
+StageManifest = CorpusManifest | VAEManifest | LatentsManifest | UNetManifest | EvaluationManifest
+_ANY_STAGE: TypeAdapter[StageManifest] = TypeAdapter(Annotated[StageManifest, Field(discriminator="stage")])
+AnyManifest = TypeVar("AnyManifest", bound=Manifest)
+
+
+class Parents(dict[str, Manifest]):
+    """Manifests of a stage's inputs by name; those of the usual names as attributes."""
+
+    @property
+    def corpus(self) -> CorpusManifest:
+        """The image shards."""
+        return self._of_kind("corpus", CorpusManifest)
+
+    @property
+    def vae(self) -> AnyVAEManifest:
+        """The autoencoder."""
+        found = self["vae"]
+        assert isinstance(found, AnyVAEManifest)
+        return found
+
+    @property
+    def latents(self) -> LatentsManifest:
+        """The latent shards."""
+        return self._of_kind("latents", LatentsManifest)
+
+    @property
+    def unet(self) -> UNetManifest:
+        """The denoiser."""
+        return self._of_kind("unet", UNetManifest)
+
+    def _of_kind(self, name: str, kind: type[AnyManifest]) -> AnyManifest:
+        found = self[name]
+        assert isinstance(found, kind)
+        return found
+
+
+#: Input name -> manifests that it takes.
+INPUT_KINDS: Mapping[str, tuple[type[Manifest], ...]] = {
+    "corpus": (CorpusManifest,),
+    "vae": (VAEManifest, DiffusersVAEManifest),
+    "latents": (LatentsManifest,),
+    "unet": (UNetManifest,),
+}
+
+
+def write_manifest(folder: str | Path, manifest: Manifest) -> None:
     """Commit the manifest of ``folder``; do it last, since its presence means that the stage is finished."""
-    whole = {"format_version": FORMAT_VERSION, **content, "files": [entry.as_json() for entry in files]}
-    write_json(Path(folder) / MANIFEST_NAME, {"content": whole, "provenance": dict(provenance)})
-    return Manifest(content=whole, provenance=provenance)
+    content = manifest.content
+    content["files"] = content.pop("files")  # the longest part stands last
+    write_json(Path(folder) / MANIFEST_NAME, {"content": content, "provenance": dict(manifest.provenance)})
 
 
-def read_manifest(folder: str | Path) -> Manifest:
+def read_manifest(folder: str | Path) -> StageManifest:
     """Read the manifest of a finished stage.
 
     Raises:
@@ -114,25 +323,31 @@ def read_manifest(folder: str | Path) -> Manifest:
         ) from error
     if version != FORMAT_VERSION:
         raise ValueError(f"{path} has format version {version}; this program reads version {FORMAT_VERSION}.")
-    return Manifest(content=content, provenance=provenance)
+    try:
+        manifest = _ANY_STAGE.validate_python({**content, "provenance": provenance})
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise ValueError(
+            f"{path} is not a manifest of this program ({where}: {first['msg']}). Delete it and run its stage again."
+        ) from error
+    if manifest.digest != digest_of(content):
+        raise ValueError(f"{path} was changed by hand: its values have other types than a stage writes.")
+    return manifest
 
 
-def verify_files(folder: str | Path, manifest: Manifest, *, level: Verify = "size") -> None:
-    """Compare the local files of a manifest with what it says; URLs are left to whoever fetches them.
+def read_input(name: str, folder: str | Path) -> Manifest:
+    """Read the manifest of the input ``name``, be it a stage's or that of a diffusers autoencoder.
 
     Raises:
-        ValueError: A file is missing, has another size or (level ``hash``) another sha256; the message names it.
+        FileNotFoundError: There is none: the stage has not finished.
+        ValueError: It is not readable, or of another stage than the input needs.
     """
-    for entry in manifest.files:
-        if "://" in entry.url:
-            continue
-        path = Path(entry.url) if entry.url else Path(folder) / entry.name
-        if not path.is_file():
-            raise ValueError(
-                f"{path} is missing, but {Path(folder) / MANIFEST_NAME} lists it. Restore it or run its stage again."
-            )
-        size = path.stat().st_size
-        if size != entry.bytes:
-            raise ValueError(f"{path} has {size} bytes, its manifest says {entry.bytes}: it was cut or changed.")
-        if level == "hash" and (found := sha256_of(path)) != entry.sha256:
-            raise ValueError(f"{path} has sha256 {found}, its manifest says {entry.sha256}: its content has changed.")
+    kinds = INPUT_KINDS[name]
+    if DiffusersVAEManifest in kinds and (found := DiffusersVAEManifest.of(Path(folder))):
+        return found
+    manifest = read_manifest(folder)
+    if not isinstance(manifest, kinds):
+        wanted = kinds[0].model_fields["stage"].default
+        raise ValueError(f"it is the folder of {manifest.stage}; the input {name!r} takes one of {wanted}.")
+    return manifest

@@ -20,7 +20,14 @@ from torch import Tensor
 
 from data.files import write_atomically
 from data.loading import ImageBatch, ImageShards, ShardRange, prefetch
-from data.manifest import FileEntry, Manifest
+from data.manifest import (
+    AnyVAEManifest,
+    CorpusManifest,
+    DiffusersVAEManifest,
+    FileEntry,
+    LatentsManifest,
+    samples_by_split,
+)
 from data.samples import BadSample, Split, latent_members
 from data.shards.index import ShardWriter
 from data.statistics import ChannelSums
@@ -28,7 +35,6 @@ from data.transforms import to_unit_range
 from models.autoencoder.vae import AutoencoderKL
 from pipelines.model.captions import CaptionEncoder, CaptionFeaturesConfig, NoTextConfig
 from pipelines.model.device import device_of
-from pipelines.model.diffusers_weights import DIFFUSERS_READERS
 from pipelines.model.encoding_progress import EncodingProgress
 from pipelines.model.inputs import verify_shards
 from pipelines.model.latent_audit import alarms, audit_keys, statistics_plot
@@ -68,13 +74,10 @@ class EncodeLatentsConfig(StageConfig):
 
 def main() -> None:
     config = config_from_command_line(EncodeLatentsConfig, table="encode_latents", about=__doc__)
-    parents = {"corpus": "prepare_corpus", "vae": "train_vae"}
     with running_stage(
         config,
         name="encode_latents",
-        parents=parents,
         precision=config.precision,
-        manifest_readers=DIFFUSERS_READERS,
         joinable=True,
     ) as stage:
         encode(config, stage)
@@ -85,10 +88,10 @@ def encode(config: EncodeLatentsConfig, stage: Stage) -> None:
     device = device_of(stage)
     verify_shards(stage, "corpus")
     with config_error_at("inputs.vae"):
-        vae = load_vae(config.inputs.vae, stage.parents["vae"], device=device).network
+        vae = load_vae(config.inputs.vae, stage.parents.vae, device=device).network
     with config_error_at("encode_latents.captions"):
         captions = caption_encoder(config, stage)
-    corpus = stage.parents["corpus"]
+    corpus = stage.parents.corpus
     shards = {part.entry.name: (images, part) for images in open_splits(config, corpus) for part in images.shards}
     check_images(corpus, vae)
 
@@ -126,34 +129,35 @@ def encode(config: EncodeLatentsConfig, stage: Stage) -> None:
     stage.tracker.set_tags({"latents.alarms": "; ".join(found) or "none"})
     stage.tracker.log_metrics({"latents/samples": kept, **statistics.metrics("latents")}, step=0)
     stage.finish(
+        LatentsManifest,
         files=files,
-        content={
-            "counts": {"in": num_images, "out": kept, "quarantined": dict(sorted(bad.items()))},
-            "splits": {split: sum(f.samples for f in files if f.name.startswith(split)) for split in get_args(Split)},
-            "classes": list(corpus.classes),
-            "vae": stage.parents["vae"].content["weights"],
-            "latent": {
-                "channels": statistics.num_channels,
-                "size": latent_size(corpus, vae),
-            },
-            "statistics": normalised_by(statistics, stage.parents["vae"]),
-            "text": captions.about if captions else None,
-            **({"alarms": found} if found else {}),
-        },
+        counts={"in": num_images, "out": kept, "quarantined": dict(sorted(bad.items()))},
+        splits=samples_by_split(files),
+        classes=corpus.classes,
+        vae=stage.parents.vae.weights,
+        latent={"channels": statistics.num_channels, "size": corpus.image.resolution // vae.factor},
+        statistics=normalised_by(statistics, stage.parents.vae),
+        text=captions.about if captions else None,
+        **({"alarms": found} if found else {}),
     )
     metrics = ", ".join(f"{value:.3g}" for value in statistics.std)
     stage.say(f"{kept} latents in {len(files)} shards, {bad.total()} quarantined; std of the channels: {metrics}")
 
 
-def normalised_by(statistics: ChannelSums, vae: Manifest) -> dict[str, Any]:
+def normalised_by(statistics: ChannelSums, vae: AnyVAEManifest) -> dict[str, Any]:
     """Return the latents' statistics; a VAE with a scaling of its own, as published ones have, keeps that.
 
     ``mean`` and ``std`` are what latents are normalised by: a U-Net published with the VAE was trained on them so.
     """
-    measured, scaling = statistics.summary(), vae.content.get("normalisation")
-    if scaling is None:
+    measured = statistics.summary()
+    if not isinstance(vae, DiffusersVAEManifest):
         return measured
-    return {**measured, **scaling, "measured_mean": measured["mean"], "measured_std": measured["std"]}
+    return {
+        **measured,
+        **vae.normalisation.model_dump(),
+        "measured_mean": measured["mean"],
+        "measured_std": measured["std"],
+    }
 
 
 def caption_encoder(config: EncodeLatentsConfig, stage: Stage) -> CaptionEncoder | None:
@@ -163,32 +167,27 @@ def caption_encoder(config: EncodeLatentsConfig, stage: Stage) -> CaptionEncoder
     return CaptionEncoder(config.captions, device=stage.accelerator.device)
 
 
-def open_splits(config: EncodeLatentsConfig, corpus: Manifest) -> Iterator[ImageShards]:
+def open_splits(config: EncodeLatentsConfig, corpus: CorpusManifest) -> Iterator[ImageShards]:
     """Yield the splits of the corpus that hold samples."""
     for split in get_args(Split):
-        if corpus.content["splits"][split]:
+        if corpus.splits[split]:
             with config_error_at("inputs.corpus"):
                 yield ImageShards(config.inputs.corpus, split=split, manifest=corpus, cache_bytes=0)
 
 
-def check_images(corpus: Manifest, vae: AutoencoderKL) -> None:
+def check_images(corpus: CorpusManifest, vae: AutoencoderKL) -> None:
     """Refuse images that the VAE does not take, before the first is read.
 
     Raises:
         ConfigError: Channels or resolution do not fit.
     """
-    image = corpus.content["image"]
-    if image["channels"] != vae.image_channels or image["resolution"] % vae.factor:
+    image = corpus.image
+    if image.channels != vae.image_channels or image.resolution % vae.factor:
         raise ConfigError(
             f"inputs.vae takes images of {vae.image_channels} channel(s) and sides that are multiples of {vae.factor}; "
-            f"inputs.corpus has {image['channels']} channel(s) and {image['resolution']} pixels. Point inputs.vae at a "
+            f"inputs.corpus has {image.channels} channel(s) and {image.resolution} pixels. Point inputs.vae at a "
             "VAE trained on such images, or prepare the corpus with another view."
         )
-
-
-def latent_size(corpus: Manifest, vae: AutoencoderKL) -> int:
-    """Return the side of the latents."""
-    return int(corpus.content["image"]["resolution"]) // vae.factor
 
 
 def encode_shard(

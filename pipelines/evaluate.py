@@ -19,13 +19,12 @@ from pydantic import Field, PositiveInt
 from torch import Tensor
 
 from data.files import write_atomically, write_json
-from data.manifest import FileEntry, Manifest, digest_of
+from data.manifest import EvaluationManifest, FileEntry, Parents, digest_of
 from data.samples import Split, image_members
 from data.shards.index import ShardWriter
 from pipelines.evaluation.likelihood import TERMS, bound_metrics, check_bound
 from pipelines.evaluation.metrics import Reference, distribution_metrics, fidelity_metrics, sweep_plot
 from pipelines.evaluation.samples import DrawConfig, PartMaker, Plan, key_prefix
-from pipelines.model.diffusers_weights import DIFFUSERS_READERS
 from pipelines.model.grids import grid_png
 from pipelines.model.weights import check_same_vae, check_sampler_suits, denoiser_config
 from pipelines.runtime.config.experiment import ConfigError, config_from_command_line
@@ -52,16 +51,14 @@ def main() -> None:
     with running_stage(
         config,
         name="evaluate",
-        parents={"corpus": "prepare_corpus", "vae": "train_vae", "unet": "train_unet"},
         precision=config.precision,
         check=lambda parents: check_request(config, parents),
         folder_name=f"evaluation-{config.name}" if config.name else None,
-        manifest_readers=DIFFUSERS_READERS,
     ) as stage:
         evaluate(config, stage)
 
 
-def check_request(config: EvaluateConfig, parents: Mapping[str, Manifest]) -> None:
+def check_request(config: EvaluateConfig, parents: Parents) -> None:
     """Refuse what cannot be compared, before any work.
 
     Raises:
@@ -69,8 +66,8 @@ def check_request(config: EvaluateConfig, parents: Mapping[str, Manifest]) -> No
     """
     with config_error_at("inputs.vae"):
         check_same_vae(
-            parents["unet"].content["vae"],
-            given=parents["vae"],
+            parents.unet.vae,
+            given=parents.vae,
             given_at=config.inputs.vae,
             user=f"inputs.unet = {config.inputs.unet!r}",
         )
@@ -78,13 +75,13 @@ def check_request(config: EvaluateConfig, parents: Mapping[str, Manifest]) -> No
         check_sampler_suits(config.sampler, denoiser_config(config.inputs.unet))
     with config_error_at("evaluate.likelihood"):
         check_bound(config.likelihood, denoiser_config(config.inputs.unet))
-    corpus, unet = parents["corpus"], parents["unet"]
+    corpus, unet = parents.corpus, parents.unet
     if corpus.classes != unet.classes:
         raise ConfigError(
             f"inputs.corpus has the classes {list(corpus.classes)}, inputs.unet was trained on {list(unet.classes)}. "
             "Point inputs.corpus at the corpus of the training, or at one with its classes in its order."
         )
-    if not corpus.content["splits"]["val"]:
+    if not corpus.splits["val"]:
         raise ConfigError("inputs.corpus has no validation images to compare with. Prepare it with a validation split.")
 
 
@@ -103,6 +100,7 @@ def evaluate(config: EvaluateConfig, stage: Stage) -> None:
     if stage.is_main:
         judge(config, stage, maker, parts)
     stage.finish(
+        EvaluationManifest,
         files=[
             FileEntry.of(path, samples=samples_in(config, path))
             for path in [
@@ -112,19 +110,17 @@ def evaluate(config: EvaluateConfig, stage: Stage) -> None:
         ]
         if stage.is_main
         else [],
-        content={
-            "weights": stage.parents["unet"].content["weights"],
-            "vae": stage.parents["vae"].content["weights"],
-            "counts": {"in": len(config.scales) * config.num_samples, "out": len(config.scales) * config.num_samples},
-            "classes": list(stage.parents["unet"].classes),
-            "value_range": [0, 255],
-        },
+        weights=stage.parents.unet.weights,
+        vae=stage.parents.vae.weights,
+        counts={"in": len(config.scales) * config.num_samples, "out": len(config.scales) * config.num_samples},
+        classes=stage.parents.unet.classes,
+        value_range=(0, 255),
     )
 
 
 def judge(config: EvaluateConfig, stage: Stage, maker: PartMaker, parts: Plan) -> None:
     """Compute all metrics, draw all pictures, store all samples; on the main process."""
-    folder, classes = stage.folder, stage.parents["unet"].classes
+    folder, classes = stage.folder, stage.parents.unet.classes
 
     def real(split: Split) -> tuple[Tensor, Tensor]:
         names = [name for name in parts.reference if name.startswith(split)]
@@ -173,7 +169,7 @@ def judge(config: EvaluateConfig, stage: Stage, maker: PartMaker, parts: Plan) -
 
 def contract_of(config: EvaluateConfig, stage: Stage, maker: PartMaker, reference: Reference) -> dict[str, Any]:
     """Return everything two evaluations must share for their metrics to be comparable."""
-    corpus, extractor = stage.parents["corpus"], maker.extractor
+    corpus, extractor = stage.parents.corpus, maker.extractor
     return {
         "num_samples": config.num_samples,
         "seed": config.seed,
@@ -187,7 +183,7 @@ def contract_of(config: EvaluateConfig, stage: Stage, maker: PartMaker, referenc
             "dimension": extractor.dimension,
             "resolution": extractor.resolution,
         },
-        "image": corpus.content["image"],
+        "image": corpus.image.model_dump(),
         "conditions": "validation captions" if maker.prompts is not None else "classes in turn",
         "reference": {"digest": corpus.digest, "split": "val", "num_images": len(reference.features)},
         "probe": reference.probe_contract(),
@@ -203,7 +199,7 @@ def draw_pictures(
     floor: Mapping[str, Any],
 ) -> None:
     """Draw the sample grid, the same samples at every guidance, and the metrics over guidance."""
-    folder, classes, default = stage.folder, stage.parents["unet"].classes, config.guidance.scale
+    folder, classes, default = stage.folder, stage.parents.unet.classes, config.guidance.scale
     in_turn = classes if maker.prompts is None else ()
     columns = min(len(in_turn), MAX_GRID_COLUMNS) if in_turn else min(10, config.num_samples)
     stride = len(in_turn) or columns

@@ -17,7 +17,7 @@ import numpy as np
 from pydantic import Field, PositiveInt
 
 from data.files import write_atomically, write_json
-from data.manifest import FileEntry
+from data.manifest import CorpusManifest, FileEntry, samples_by_split
 from data.samples import BadSample, ImageSample, Split, image_members
 from data.shards.index import ShardWriter
 from data.shards.keys import check_unique
@@ -51,7 +51,7 @@ class PrepareCorpusConfig(StageConfig):
 
 def main() -> None:
     config = config_from_command_line(PrepareCorpusConfig, table="prepare_corpus", about=__doc__)
-    with running_stage(config, name="prepare_corpus", parents={}) as stage:
+    with running_stage(config, name="prepare_corpus") as stage:
         prepare(config, stage)
 
 
@@ -82,16 +82,15 @@ def prepare(config: PrepareCorpusConfig, stage: Stage) -> None:
     stage.tracker.log_image("corpus/examples", stage.folder / "examples.png", step=0)
     stage.tracker.log_metrics({"corpus/samples": kept, "corpus/quarantined": bad.total()}, step=0)
     stage.finish(
+        CorpusManifest,
         files=files,
-        content={
-            "counts": {"in": given, "out": kept, "quarantined": dict(sorted(bad.items()))},
-            "splits": {split: sum(f.samples for f in files if f.name.startswith(split)) for split in get_args(Split)},
-            **by_corpus(files),
-            "classes": list(source.classes),
-            "value_range": [0, 255],
-            "image": {"resolution": config.view.resolution, "channels": config.view.channels},
-            **(view_at_reading(config) if any(entry.url for entry in files) else {}),
-        },
+        counts={"in": given, "out": kept, "quarantined": dict(sorted(bad.items()))},
+        splits=samples_by_split(files),
+        **by_corpus(files),
+        classes=source.classes,
+        value_range=(0, 255),
+        image={"resolution": config.view.resolution, "channels": config.view.channels},
+        **(view_at_reading(config) if any(entry.url for entry in files) else {}),
     )
     stage.say(f"{kept} images in {len(files)} shards, {bad.total()} quarantined, {len(source.classes)} classes")
 
@@ -99,13 +98,7 @@ def prepare(config: PrepareCorpusConfig, stage: Stage) -> None:
 def by_corpus(files: list[FileEntry]) -> dict[str, Any]:
     """Return the number of samples of each corpus and split; nothing when there is only one corpus."""
     names = dict.fromkeys(entry.corpus for entry in files if entry.corpus)
-    sizes = {
-        name: {
-            split: sum(f.samples for f in files if f.corpus == name and f.name.startswith(split))
-            for split in get_args(Split)
-        }
-        for name in names
-    }
+    sizes = {name: samples_by_split([entry for entry in files if entry.corpus == name]) for name in names}
     return {"corpora": sizes} if sizes else {}
 
 

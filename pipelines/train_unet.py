@@ -9,7 +9,6 @@ grids in ``grids/``.
 Shapes: b latents of a process's share, c channels, h and w latent size, k conditioners.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -19,7 +18,7 @@ from pydantic import BaseModel, Field
 from torch import Tensor, nn
 
 from data.loading import LatentShards, Prefetch, prefetch
-from data.manifest import Manifest
+from data.manifest import LatentShape, LatentsManifest, Parents, UNetManifest
 from data.order.order import FullShuffleConfig, OrderConfig
 from data.randomness import SampleDraws
 from data.samples import Split
@@ -27,7 +26,7 @@ from models.autoencoder.vae import Posterior
 from models.denoiser import Denoiser, DenoiserConfig
 from pipelines.model.captions import CaptionFeatures, FeatureSourceConfig, StoredFeaturesConfig
 from pipelines.model.device import device_of
-from pipelines.model.diffusers_weights import DIFFUSERS_READERS, RandomStart, StartConfig, check_start, load_start
+from pipelines.model.diffusers_weights import RandomStart, StartConfig, check_start, load_start
 from pipelines.model.inputs import verify_shards
 from pipelines.model.validation import GridConfig, UNetValidation
 from pipelines.model.weights import Normalisation, check_same_vae, check_sampler_suits, publish
@@ -79,58 +78,50 @@ def main() -> None:
     with running_stage(
         config,
         name="train_unet",
-        parents={"latents": "encode_latents", "vae": "train_vae"},
         precision=config.precision,
         check=lambda parents: check_request(config, parents),
-        manifest_readers=DIFFUSERS_READERS,
     ) as stage:
         train(config, stage)
 
 
-def check_request(config: TrainUNetConfig, parents: Mapping[str, Manifest]) -> None:
+def check_request(config: TrainUNetConfig, parents: Parents) -> None:
     """Refuse what cannot work, before any work.
 
     Raises:
         ConfigError: A batch that does not split, latents of another VAE, flips that were not encoded, a misfit network.
     """
     BatchShare.of(config, table="train_unet", rank=0, world_size=launched_world_size())
-    latents = parents["latents"].content
+    latents = parents.latents
     with config_error_at("inputs.vae"):
         check_same_vae(
-            latents["vae"],
-            given=parents["vae"],
+            latents.vae,
+            given=parents.vae,
             given_at=config.inputs.vae,
             user=f"inputs.latents = {config.inputs.latents!r}",
         )
-    if config.flip_probability and not latents["config"]["flipped"]:
+    if config.flip_probability and not latents.flipped:
         raise ConfigError(
             f"train_unet.flip_probability = {config.flip_probability}, but {config.inputs.latents} holds no mirrored "
             "latents. Encode with encode_latents.flipped = true, or set the probability to 0."
         )
     with config_error_at("train_unet.denoiser"):
-        caption_features(config, parents["latents"], device=torch.device("cpu"))
+        caption_features(config, latents, device=torch.device("cpu"))
         with torch.device("meta"):
-            build_denoiser(config, parents["latents"])
+            build_denoiser(config, latents.latent, num_classes=len(latents.classes))
     with config_error_at("train_unet.start"):
-        check_start(config.start, config.denoiser, latent_channels=latents["latent"]["channels"])
+        check_start(config.start, config.denoiser, latent_channels=latents.latent.channels)
     with config_error_at("train_unet.grid.sampler"):
         check_sampler_suits(config.grid.sampler, config.denoiser)
 
 
-def caption_features(config: TrainUNetConfig, latents: Manifest, *, device: torch.device) -> CaptionFeatures:
+def caption_features(config: TrainUNetConfig, latents: LatentsManifest, *, device: torch.device) -> CaptionFeatures:
     """Open where the features of captions come from."""
     return CaptionFeatures(config.captions, config.denoiser, latents=latents, device=device)
 
 
-def build_denoiser(config: TrainUNetConfig, latents: Manifest) -> Denoiser:
-    """Build the untrained denoiser for these latents."""
-    shape = latents.content["latent"]
-    return Denoiser(
-        config.denoiser,
-        latent_channels=shape["channels"],
-        latent_size=shape["size"],
-        num_classes=len(latents.classes),
-    )
+def build_denoiser(config: TrainUNetConfig, latent: LatentShape, *, num_classes: int) -> Denoiser:
+    """Build the untrained denoiser for latents of this shape."""
+    return Denoiser(config.denoiser, latent_channels=latent.channels, latent_size=latent.size, num_classes=num_classes)
 
 
 def train(config: TrainUNetConfig, stage: Stage) -> None:
@@ -138,9 +129,9 @@ def train(config: TrainUNetConfig, stage: Stage) -> None:
     # What to learn, and from what.
     device = device_of(stage)
     verify_shards(stage, "latents")
-    latents = stage.parents["latents"]
+    latents = stage.parents.latents
     torch.manual_seed(config.seed)
-    denoiser = build_denoiser(config, latents)
+    denoiser = build_denoiser(config, latents.latent, num_classes=len(latents.classes))
     with config_error_at("train_unet.start"):
         start = load_start(config.start, denoiser)
     denoiser = device.place(denoiser)
@@ -188,30 +179,28 @@ def train(config: TrainUNetConfig, stage: Stage) -> None:
         if training.validation_is_due():
             training.report(validation.validate(averages.first, update=training.update))
 
-    shape = latents.content["latent"]
     files, weights = publish(
         stage,
         name="unet",
         network=averages.first,
         config={
             "denoiser": config.denoiser.model_dump(mode="json"),
-            "latent_channels": shape["channels"],
-            "latent_size": shape["size"],
+            "latent_channels": latents.latent.channels,
+            "latent_size": latents.latent.size,
             "num_classes": len(latents.classes),
-            "statistics": latents.content["statistics"],
+            "statistics": latents.statistics.model_dump(mode="json", exclude_unset=True),
             "text": captions.about,
         },
     )
     stage.tracker.log_model("unet", stage.folder)
     stage.finish(
+        UNetManifest,
         files=files,
-        content={
-            "weights": weights,
-            "vae": latents.content["vae"],
-            "start": start,
-            "counts": latents.content["counts"],
-            "classes": list(latents.classes),
-        },
+        weights=weights,
+        vae=latents.vae,
+        start=start,
+        counts=latents.counts,
+        classes=latents.classes,
     )
     stage.say(f"{training.update} updates, weights {weights[:12]} in {stage.folder}")
 
@@ -242,7 +231,7 @@ class BatchMaker:
     def __init__(
         self, config: TrainUNetConfig, stage: Stage, denoiser: Denoiser, captions: CaptionFeatures, *, split: Split
     ) -> None:
-        accelerator, manifest = stage.accelerator, stage.parents["latents"]
+        accelerator, manifest = stage.accelerator, stage.parents.latents
         with config_error_at("inputs.latents"):
             self.latents = LatentShards(
                 config.inputs.latents,
@@ -261,7 +250,7 @@ class BatchMaker:
         )
         with config_error_at("train_unet.order"):
             self.order = self.latents.order(config.order, seed=config.seed, global_batch=config.global_batch)
-        self.normalisation = Normalisation(manifest.content["statistics"])
+        self.normalisation = Normalisation(manifest.statistics)
         self.drop_probabilities = np.array(config.denoiser.drop_probabilities)
         self.config, self.times, self.captions = config, denoiser.times, captions
 

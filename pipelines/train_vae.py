@@ -8,7 +8,6 @@ Reads: ``runs/NAME/corpus/``. Writes: ``runs/NAME/vae/`` with ``vae.safetensors`
 Shapes: b images of a process's micro-batch, C channels, H and W pixels; c channels, h and w size of a latent.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 
 from data.files import write_atomically
 from data.loading import ImageShards, Prefetch, prefetch
-from data.manifest import Manifest
+from data.manifest import CorpusManifest, Parents, VAEManifest
 from data.order.order import FullShuffleConfig, OrderConfig
 from data.randomness import SampleDraws
 from data.transforms import to_levels, to_unit_range
@@ -97,13 +96,11 @@ class Trainable(Generic[Network]):
 def main() -> None:
     config = config_from_command_line(TrainVAEConfig, table="train_vae", about=__doc__)
 
-    def check(parents: Mapping[str, Manifest]) -> None:
+    def check(parents: Parents) -> None:
         BatchShare.of(config, table="train_vae", rank=0, world_size=launched_world_size())
-        check_images(config, parents["corpus"])
+        check_images(config, parents.corpus)
 
-    with running_stage(
-        config, name="train_vae", parents={"corpus": "prepare_corpus"}, precision=config.precision, check=check
-    ) as stage:
+    with running_stage(config, name="train_vae", precision=config.precision, check=check) as stage:
         train(config, stage)
 
 
@@ -112,8 +109,8 @@ def train(config: TrainVAEConfig, stage: Stage) -> None:
     # What to learn, and from what.
     device = device_of(stage)
     verify_shards(stage, "corpus")
-    corpus = stage.parents["corpus"]
-    channels = corpus.content["image"]["channels"]
+    corpus = stage.parents.corpus
+    channels = corpus.image.channels
     torch.manual_seed(config.seed)
     vae = Trainable.join(AutoencoderKL(config.network, image_channels=channels), config, stage, device)
     adversary = config.objective.adversary
@@ -140,7 +137,7 @@ def train(config: TrainVAEConfig, stage: Stage) -> None:
         share=batches.share,
         keys=batches.keys,
         parts=parts,
-        flops_per_image=flops_per_image(vae.network, resolution=corpus.content["image"]["resolution"]),
+        flops_per_image=flops_per_image(vae.network, resolution=corpus.image.resolution),
         peak_flops=known_peak_flops(str(stage.accelerator.device), config.precision),
     )
 
@@ -168,15 +165,14 @@ def train(config: TrainVAEConfig, stage: Stage) -> None:
     )
     stage.tracker.log_model("vae", stage.folder)
     stage.finish(
+        VAEManifest,
         files=files,
-        content={
-            "weights": weights,
-            "counts": corpus.content["counts"],
-            "classes": list(corpus.classes),
-            "value_range": [-1, 1],
-            "factor": config.network.factor,
-            "latent_channels": config.network.latent_channels,
-        },
+        weights=weights,
+        counts=corpus.counts,
+        classes=corpus.classes,
+        value_range=(-1, 1),
+        factor=config.network.factor,
+        latent_channels=config.network.latent_channels,
     )
     stage.say(f"{training.update} updates, weights {weights[:12]} in {stage.folder}")
 
@@ -255,7 +251,7 @@ class BatchMaker:
         with config_error_at("inputs.corpus"):
             scattered = config.order.kind in ("full", "weighted")
             self.images = ImageShards(
-                config.inputs.corpus, split="train", manifest=stage.parents["corpus"], scattered=scattered
+                config.inputs.corpus, split="train", manifest=stage.parents.corpus, scattered=scattered
             )
         self.share = BatchShare.of(
             config, table="train_vae", rank=accelerator.process_index, world_size=accelerator.num_processes
@@ -291,8 +287,8 @@ class BatchMaker:
 @torch.no_grad()
 def validate(config: TrainVAEConfig, stage: Stage, network: nn.Module, *, update: int) -> dict[str, float]:
     """Measure the averaged weights on validation images and draw the first ones; on the main process."""
-    corpus = stage.parents["corpus"]
-    if not stage.is_main or not corpus.content["splits"]["val"]:
+    corpus = stage.parents.corpus
+    if not stage.is_main or not corpus.splits["val"]:
         return {}
     assert isinstance(network, AutoencoderKL)
     images = ImageShards(config.inputs.corpus, split="val", manifest=corpus, scattered=True)
@@ -320,13 +316,13 @@ def validate(config: TrainVAEConfig, stage: Stage, network: nn.Module, *, update
     return metrics
 
 
-def check_images(config: TrainVAEConfig, corpus: Manifest) -> None:
+def check_images(config: TrainVAEConfig, corpus: CorpusManifest) -> None:
     """Refuse images that the VAE cannot halve often enough.
 
     Raises:
         ConfigError: Naming the numbers that fit.
     """
-    resolution, factor = corpus.content["image"]["resolution"], config.network.factor
+    resolution, factor = corpus.image.resolution, config.network.factor
     if resolution % factor:
         raise ConfigError(
             f"train_vae.network.channels has {len(config.network.channels)} levels, so images shrink to 1/{factor}; "

@@ -19,7 +19,7 @@ from conftest import SMOKE
 from torch import Tensor, nn
 
 from data.files import FolderLock
-from data.manifest import Manifest
+from data.manifest import LatentShape, Parents
 from data.prefetch import Loaded
 from data.randomness import SampleDraws
 from models.denoiser import Denoiser
@@ -146,18 +146,17 @@ def main() -> None:
         name="train_unet",
         folder=folder,
         config=config,
-        parents={},
+        parents=Parents(),
         accelerator=accelerator,
         tracker=SilentTracker(),
         stop=StopSignal(folder, accelerator),
         lock=FolderLock(folder),
     )
-    latent = {"channels": CHANNELS, "size": SIZE}
-    manifest = Manifest(content={"latent": latent, "classes": [str(number) for number in range(CLASSES)]})
+    latent = LatentShape(channels=CHANNELS, size=SIZE)
     device, networks = device_of(stage), []
     for _ in range(2):
         torch.manual_seed(0)
-        networks.append(device.place(build_denoiser(config, manifest)))
+        networks.append(device.place(build_denoiser(config, latent, num_classes=CLASSES)))
     batches = list(draws(networks[0], accelerator.process_index))
     ours = Ours(config, stage, networks[0], batches)
     plain = Plain(config, joined(networks[1], accelerator, compiles=False), networks[1], batches)

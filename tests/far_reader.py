@@ -8,9 +8,9 @@ import sys
 from pathlib import Path
 
 import numpy as np
+from manifests import commit_corpus
 
 from data.loading import ImageShards
-from data.manifest import write_manifest
 from data.order.order import BlockedShuffleConfig, FullShuffleConfig
 from data.shards.remote import Cache
 from data.sources import Corpus, WebDatasetConfig
@@ -50,7 +50,7 @@ def main() -> None:
         path = folder / f"{split}-{number:06}.tar"
         entries.append(index_in_place(corpus, number, split, path, is_good=lambda found: True))
     view = ImageViewConfig(resolution=16).model_dump(mode="json")
-    write_manifest(folder, content={"view": view, "max_pixels": 10**7}, files=entries, provenance={})
+    commit_corpus(folder, entries, resolution=16, view=view, max_pixels=10**7)
     forget_copies()
     step("listed again")  # as a restart does
     again = WebDatasetConfig(urls=tuple(urls[:-1]), val_urls=(urls[-1],)).open()

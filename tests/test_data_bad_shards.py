@@ -16,10 +16,11 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
+from manifests import commit_corpus
 from PIL import Image
 
 from data.loading import ImageShards
-from data.manifest import FileEntry, write_manifest
+from data.manifest import FileEntry
 from data.samples import BadSample, encode_png
 from data.shards.index import ShardWriter
 from data.sources import WebDatasetConfig
@@ -393,9 +394,9 @@ def test_the_stage_settles_every_kind_of_bad_input(kind: str, copied: bool, tmp_
     entries = [FileEntry(**record["entry"]) for record in records.values() if record["entry"]["samples"]]
     assert sum(entry.samples for entry in entries) == num_good + 3 * SAMPLES
     # What was let in can be read, every sample of it, in the shards of others as in ours.
-    content = {} if copied else view_at_reading(config)
+    more = {} if copied else view_at_reading(config)
     folder = tmp_path / ("strict" if set(reasons) <= FILTER_REASONS else "quarantine")
-    manifest = write_manifest(folder, content=content, files=entries, provenance={})
+    manifest = commit_corpus(folder, entries, resolution=VIEW.resolution, channels=VIEW.channels, **more)
     for split in ("train", "val"):
         images = ImageShards(folder, split=split, manifest=manifest)
         batch = images.read(np.arange(len(images)), carry=True)

@@ -15,10 +15,11 @@ from clocks import quietest_round
 from conftest import wait_until
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from manifests import commit_corpus, commit_latents
 
 from data.buffers import Buffers
 from data.loading import ImageBatch, ImageShards, LatentShards
-from data.manifest import FileEntry, write_manifest
+from data.manifest import FileEntry
 from data.order.order import FullShuffleConfig, Order
 from data.prefetch import pinned, prefetch
 from data.samples import BadSample, encode_npy, image_members, latent_members
@@ -52,7 +53,7 @@ def write_latents(
                 number += 1
         assert shard.entry is not None
         entries.append(shard.entry)
-    write_manifest(folder, content={}, files=entries, provenance={})
+    commit_latents(folder, entries)
     return entries
 
 
@@ -67,7 +68,7 @@ def write_images(folder: Path, counts: Sequence[int]) -> list[FileEntry]:
                 number += 1
         assert shard.entry is not None
         entries.append(shard.entry)
-    write_manifest(folder, content={}, files=entries, provenance={})
+    commit_corpus(folder, entries, resolution=6)
     return entries
 
 
@@ -136,7 +137,7 @@ def test_images_of_many_sizes_are_read_through_a_view(tmp_path: Path) -> None:
             key, image = f"k{number}", image_of(number, side=8 + number)
             shard.add(key, image_members(key, image, label=0, caption="", metadata={}))
     assert shard.entry is not None
-    write_manifest(tmp_path, content={}, files=[shard.entry], provenance={})
+    commit_corpus(tmp_path, [shard.entry], resolution=8)
     view = ImageViewConfig(resolution=8)
     batch = ImageShards(tmp_path, split="train", view=view).read(np.arange(3))
     for number in range(3):
@@ -154,7 +155,7 @@ def test_bad_images_are_left_out_of_a_batch_and_reported_when_that_is_asked_for(
         shard.add("k3", {"cls": b"1"})
         shard.add("k4", {**good, "cls": b"5"})
     assert shard.entry is not None
-    write_manifest(tmp_path, content={}, files=[shard.entry], provenance={})
+    commit_corpus(tmp_path, [shard.entry], resolution=6)
     for cache_bytes in (0, 1 << 20):
         shards, bad = ImageShards(tmp_path, split="train", cache_bytes=cache_bytes), []
         batch = shards.read(np.arange(5), bad=bad)
@@ -240,7 +241,7 @@ def test_shards_of_another_shape_are_refused(tmp_path: Path) -> None:
         shard.add("x", latent_members("x", np.zeros((2, 3, 4, 6)), carried={}))
     assert shard.entry is not None
     entries = [*LatentShards(tmp_path, split="train").manifest.files, shard.entry]
-    write_manifest(tmp_path, content={}, files=entries, provenance={})
+    commit_latents(tmp_path, entries)
     with pytest.raises(
         BadSample, match=r"train-000001\.tar: latent\.npy: wrong_layout: .*the corpus holds <f2 \(2, 3, 4, 5\)"
     ):
@@ -283,14 +284,14 @@ def test_full_verification_finds_what_was_hashed_when_it_was_bad_already(tmp_pat
         shard.add("good", latent_members("good", moments_of(1), carried={}))
         shard.add("bad", {"latent.npy": encode_npy(moments)})
     assert shard.entry is not None
-    write_manifest(tmp_path, content={}, files=[shard.entry], provenance={})
+    commit_latents(tmp_path, [shard.entry])
     LatentShards(tmp_path, split="train").verify("hash")
     with pytest.raises(BadSample, match=r"train-000000\.tar: bad\.latent\.npy: latent_not_finite"):
         LatentShards(tmp_path, split="train").verify("full")
 
     with ShardWriter(tmp_path / "train-000000.tar") as shard:
         shard.add("bad", {"png": b"no picture"})
-    write_manifest(tmp_path, content={}, files=[shard.entry], provenance={})
+    commit_corpus(tmp_path, [shard.entry], resolution=6)
     with pytest.raises(BadSample, match=r"bad\.png: not_an_image"):
         ImageShards(tmp_path, split="train").read(np.arange(1))
 
@@ -316,7 +317,7 @@ def test_latents_are_read_ten_times_faster_than_by_plain_webdataset(tmp_path: Pa
                 shard.add(f"k{number}-{row}", latent_members("k", moments, carried={"cls": b"3"}))
         assert shard.entry is not None
         entries.append(shard.entry)
-    write_manifest(tmp_path, content={}, files=entries, provenance={})
+    commit_latents(tmp_path, entries)
     urls = [str(tmp_path / entry.name) for entry in entries]
 
     def theirs() -> dict[str, np.ndarray]:
@@ -355,7 +356,7 @@ def test_a_hundred_million_samples_are_opened_at_any_step_in_seconds_and_little_
         (tmp_path / name).hardlink_to(tmp_path / "shard")
         index_path(tmp_path / name).hardlink_to(index_path(tmp_path / "shard"))
     entries = [replace(shard.entry, name=f"train-{number:06d}.tar") for number in range(num_shards)]
-    manifest = write_manifest(tmp_path, content={}, files=entries, provenance={})
+    manifest = commit_latents(tmp_path, entries)
     order = Order(FullShuffleConfig(), num_samples=num_shards * samples, seed=0)
 
     process = psutil.Process()

@@ -10,6 +10,7 @@ import torch
 from conftest import Run, run_here, run_stage
 from torch import Tensor
 
+from data.manifest import LatentScaling
 from models.autoencoder.vae import AutoencoderKL, Posterior, VAEConfig
 from models.denoiser import Denoiser, DenoiserConfig
 from models.diffusion.posterior import Variance
@@ -40,7 +41,7 @@ def meter_of(num_steps: int, *, variance: Variance = "step") -> BoundMeter:
     return BoundMeter(
         VariationalBoundConfig(num_steps=num_steps, variance=variance),
         network=denoiser,
-        normalisation=Normalisation({"mean": [3.0, 3.0], "std": [2.0, 2.0]}),
+        normalisation=Normalisation(LatentScaling(mean=(3.0, 3.0), std=(2.0, 2.0))),
         vae=GaussianLatents(VAEConfig(latent_channels=2, channels=(8, 8), norm_groups=4), image_channels=1),
         seed=0,
     )

@@ -14,7 +14,7 @@ import torch
 from conftest import Run, environment, run_here
 from safetensors.torch import load_file
 
-from data.manifest import read_manifest
+from data.manifest import LatentScaling, read_input
 from models.autoencoder.vae import AutoencoderKL, VAEConfig
 from models.conditioning import ClassConditionerConfig, TextConditionerConfig
 from models.conditioning.text_encoder import MiniLMConfig
@@ -63,8 +63,12 @@ def test_each_call_of_the_exported_networks_is_ours(exported: Path, two_process_
     unet = diffusers.UNet2DModel.from_pretrained(exported / "unet")
     vae = diffusers.AutoencoderKL.from_pretrained(exported / "vae")
     device = Device(torch.device("cpu"))
-    ours = load_denoiser(two_process_run.root / "unet", read_manifest(two_process_run.root / "unet"), device=device)
-    our_vae = load_vae(two_process_run.root / "vae", read_manifest(two_process_run.root / "vae"), device=device).network
+    ours = load_denoiser(
+        two_process_run.root / "unet", read_input("unet", two_process_run.root / "unet"), device=device
+    )
+    our_vae = load_vae(
+        two_process_run.root / "vae", read_input("vae", two_process_run.root / "vae"), device=device
+    ).network
     example = load_file(exported / "example.safetensors")
     times = torch.tensor([0, 250, 700, 999])
     with torch.no_grad():
@@ -160,7 +164,7 @@ def test_cards_of_other_conditions_reproduce_their_samples_too(kind: str, tmp_pa
     statistics = {"mean": [0.1, -0.2, 0.3], "std": [1.5, 0.7, 1.1]}
     published = PublishedDenoiser(
         network=denoiser,
-        normalisation=Normalisation(statistics),
+        normalisation=Normalisation(LatentScaling(**statistics)),
         latent_channels=3,
         latent_size=4,
         vae_weights="",

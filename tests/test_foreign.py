@@ -12,12 +12,12 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from data.loading import ImageShards, LatentShards
-from data.manifest import read_manifest
+from data.manifest import DiffusersVAEManifest, read_input
 from data.transforms import to_unit_range
 from models.conditioning import ClassConditionerConfig, TextConditionerConfig
 from models.denoiser import Denoiser, DenoiserConfig
 from models.unet import UNetConfig
-from pipelines.model.diffusers_weights import DiffusersStart, RandomStart, check_start, foreign_vae, load_start
+from pipelines.model.diffusers_weights import DiffusersStart, RandomStart, check_start, load_start
 
 NETWORK = UNetConfig(
     channels=(16, 32), blocks=(1, 1), attention=(False, True), heads=(1, 2), transformer_depth=(1, 1), norm_groups=8
@@ -79,10 +79,10 @@ def test_latents_of_a_published_vae_are_its_own_and_keep_its_scaling(
     expected = torch.stack([posterior.mean, posterior.logvar], dim=1)
     # Stored in half precision.
     torch.testing.assert_close(torch.from_numpy(stored).float(), expected, rtol=2e-3, atol=2e-3)
-    statistics = read_manifest(run / "latents").content["statistics"]
-    assert statistics["mean"] == [0.25] * 3  # (z - shift) * factor is (z - mean) / std
-    assert statistics["std"] == [2.0] * 3
-    assert statistics["measured_mean"] != statistics["mean"]
+    statistics = read_input("latents", run / "latents").statistics
+    assert statistics.mean == (0.25,) * 3  # (z - shift) * factor is (z - mean) / std
+    assert statistics.std == (2.0,) * 3
+    assert statistics.measured_mean != statistics.mean
 
 
 def test_a_unet_is_trained_and_evaluated_on_a_published_vae_from_a_published_unet(
@@ -151,7 +151,7 @@ def test_weights_that_could_run_code_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "diffusion_pytorch_model.safetensors"
     path.rename(tmp_path / "diffusion_pytorch_model.bin")
     with pytest.raises(ValueError, match="read from safetensors only"):
-        foreign_vae(tmp_path)
+        DiffusersVAEManifest.of(tmp_path)
 
 
 def test_a_published_vae_that_was_changed_has_other_latents_and_is_refused(
@@ -184,7 +184,7 @@ def test_a_published_vae_that_was_changed_has_other_latents_and_is_refused(
 def test_scalings_of_published_vaes_are_read(given: dict, mean: float, std: float, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"_class_name": "AutoencoderKL", "latent_channels": 4, **given}))
     save_file({}, tmp_path / "diffusion_pytorch_model.safetensors")
-    manifest = foreign_vae(tmp_path)
+    manifest = DiffusersVAEManifest.of(tmp_path)
     assert manifest is not None
-    assert manifest.content["normalisation"]["mean"] == pytest.approx([mean] * 4)
-    assert manifest.content["normalisation"]["std"] == pytest.approx([std] * 4)
+    assert list(manifest.normalisation.mean) == pytest.approx([mean] * 4)
+    assert list(manifest.normalisation.std) == pytest.approx([std] * 4)

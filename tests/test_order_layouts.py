@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from manifests import commit_latents
 
 from data.loading import LatentShards
-from data.manifest import write_manifest
 from data.order.order import AnyOrderConfig, BlockedShuffleConfig, FullShuffleConfig, Order, WeightedConfig
 from data.prefetch import prefetch
 from data.samples import latent_members
@@ -158,7 +158,7 @@ def test_shards_give_an_order_what_it_needs(config: AnyOrderConfig, tmp_path: Pa
                 shard.add(f"k{number}-{row}", latent_members("k", moments, carried={"cls": b"%d" % (row % 2)}))
         assert shard.entry is not None
         entries.append(shard.entry)
-    write_manifest(tmp_path, content={}, files=entries, provenance={})
+    commit_latents(tmp_path, entries)
     shards = LatentShards(tmp_path, split="train")
     batch = shards.read(shards.order(config, seed=1, global_batch=4).indices(0, 14))
     if config.kind == "weighted":

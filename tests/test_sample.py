@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from data.manifest import LatentScaling
 from models.autoencoder.vae import AutoencoderKL, VAEConfig
 from models.denoiser import Denoiser, DenoiserConfig
 from models.diffusion.guidance import GuidanceConfig
@@ -26,7 +27,7 @@ def sampler(*, tile: int = 0) -> ImageSampler:
     )
     denoiser = Denoiser(DenoiserConfig(network=network), latent_channels=2, latent_size=SIZE, num_classes=0)
     vae = VAEConfig(latent_channels=2, channels=(8, 8), blocks_per_level=1, norm_groups=4, mid_attention=False)
-    normalisation = Normalisation({"mean": [0.0, 0.0], "std": [1.0, 1.0]})
+    normalisation = Normalisation(LatentScaling(mean=(0.0, 0.0), std=(1.0, 1.0)))
     return ImageSampler(
         denoiser, normalisation, AutoencoderKL(vae, image_channels=3), latent_shape=(2, SIZE, SIZE), seed=3, tile=tile
     )

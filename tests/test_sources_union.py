@@ -220,12 +220,12 @@ def experiment(folder: Path, *, copied: bool) -> Path:
 def check_united(folder: Path, *, in_place: bool) -> None:
     manifest = read_manifest(folder)
     assert manifest.classes == ("star", "circle", "square", "triangle", "cross")
-    assert manifest.content["corpora"]["toys"] == {"train": 50, "val": 10}
+    assert manifest.corpora["toys"] == {"train": 50, "val": 10}
     found: Counter[str] = Counter()
     for split in ("train", "val"):
         images = ImageShards(folder, split=split)
         images.verify("full")
-        assert images.corpora() == {n: s[split] for n, s in manifest.content["corpora"].items()}
+        assert images.corpora() == {n: s[split] for n, s in manifest.corpora.items()}
         for part in images.shards:
             batch = images.read(part.indices)
             assert {key.partition("-")[0] for key in batch.keys} == {part.entry.corpus}

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import REPOSITORY, SMOKE, environment, kill_tree, run_stage
+from manifests import commit_unet
 
 from pipelines.model.grids import grid_png
 from pipelines.runtime.config.experiment import ConfigError
@@ -48,8 +49,7 @@ def test_an_unfinished_stage_continues_only_the_same_request(tmp_path: Path) -> 
 
 
 def test_a_finished_stage_is_done_for_the_same_request_and_no_other(tmp_path: Path) -> None:
-    content = {"format_version": 1, "files": [], **request()}
-    (tmp_path / "manifest.json").write_text(json.dumps({"content": content, "provenance": {}}))
+    commit_unet(tmp_path, request())
     assert already_done(tmp_path, request(), allowed=())
     with pytest.raises(ConfigError, match="finished with another request"):
         already_done(tmp_path, request(seed=1), allowed=("seed",))
@@ -85,9 +85,7 @@ def test_what_an_older_version_took_for_a_difference_is_none(tmp_path: Path) -> 
     config = training_config(tmp_path)
     older = fingerprint_of("train_unet", config, {})
     older["config"]["on_bad_update"]["policy"] = "stop"
-    (tmp_path / "manifest.json").write_text(
-        json.dumps({"content": {"format_version": 1, "files": [], **older}, "provenance": {}})
-    )
+    commit_unet(tmp_path, older)
     assert already_done(
         tmp_path, fingerprint_of("train_unet", config, {}), allowed=(), fingerprint_ignores=config.fingerprint_ignores
     )
@@ -97,14 +95,12 @@ def test_a_finished_stage_is_done_though_what_it_started_from_is_gone(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = training_config(tmp_path)
-    content = {"format_version": 1, "files": [], **fingerprint_of("train_unet", config, {})}
-    (tmp_path / "unet").mkdir()
-    (tmp_path / "unet/manifest.json").write_text(json.dumps({"content": content, "provenance": {}}))
+    commit_unet(tmp_path / "unet", fingerprint_of("train_unet", config, {}))
 
     def check(parents: object) -> None:
         raise ConfigError("start.folder is gone")
 
-    with pytest.raises(SystemExit) as end, running_stage(config, name="train_unet", parents={}, check=check):
+    with pytest.raises(SystemExit) as end, running_stage(config, name="train_unet", check=check):
         pass
     assert end.value.code == 0
     assert "already finished" in capsys.readouterr().out

@@ -11,10 +11,10 @@ import pytest
 import tomli_w
 import torch
 from conftest import REPOSITORY, STAGES, Run, run_here, run_stage, training_rows
+from manifests import commit_latents, latents_manifest
 from tiny_text import WIDTH, write_encoder
 
 from data.loading import LatentBatch, LatentShards
-from data.manifest import Manifest, write_manifest
 from data.samples import latent_members
 from data.shards.index import ShardWriter
 from models.conditioning import TextConditionerConfig
@@ -211,7 +211,7 @@ def captions_only(captions: list[str]) -> LatentBatch:
 
 def computing(encoder: MiniLMConfig, *, dtype: str = "float16") -> CaptionFeatures:
     text = TextConditionerConfig(width=WIDTH, encoder=encoder)
-    latents = Manifest(content={"config": {"dtype": dtype}, "text": None})
+    latents = latents_manifest(config={"dtype": dtype})
     return CaptionFeatures(ComputedFeaturesConfig(), DenoiserConfig(conditioners=(text,)), latents=latents, device=CPU)
 
 
@@ -253,7 +253,7 @@ def test_one_caption_in_any_shard_is_enough_for_features_to_be_computed(tmp_path
             with ShardWriter(tmp_path / name / f"train-{number:06}.tar") as shard:
                 shard.add("k", latent_members("k", np.zeros((2, 1, 2, 2), np.float16), carried=members))
             entries.append(shard.entry)
-        write_manifest(tmp_path / name, content={}, files=entries, provenance={})
+        commit_latents(tmp_path / name, entries)
         assert LatentShards(tmp_path / name, split="train").has_captions() == (name == "with")
 
 

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from manifests import latents_manifest
 
 from data.manifest import write_manifest
 from pipelines.runtime.tracking.tracker import open_tracker
@@ -24,7 +25,7 @@ def make_run(root: Path, *, peak_lr: float, loss: float, accuracy: float = 0.9, 
         table = f"[{stage}]\nseed = 3\n[{stage}.optim]\npeak_lr = {peak_lr}\n"
         (folder / "config.toml").write_text(f'[run]\nroot = "{root}"\n{table}')
         (folder / "outcome.json").write_text('{"state": "done"}')
-        write_manifest(folder, content={"parents": {"vae": "ab" * 32}}, files=[], provenance={})
+        write_manifest(folder, latents_manifest(parents={"vae": "ab" * 32}))
     sweep = [{"guidance": g, "accuracy": {"value": accuracy * g, "error": 0.01}} for g in (0.5, 1.0)]
     scores = {"contract": {"samples": samples}, "floor": {}, "vae": {"psnr": {"value": 25.125}}, "sweep": sweep}
     (root / "evaluation" / "metrics.json").write_text(json.dumps({**scores, "default_guidance": 1.0}))

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from data.files import FolderLock
+from data.manifest import Parents
 from data.prefetch import Loaded
 from data.randomness import SampleDraws
 from pipelines.runtime.config.experiment import RunConfig
@@ -89,7 +90,7 @@ class Tiny:
             name="tiny",
             folder=folder,
             config=config,
-            parents={},
+            parents=Parents(),
             accelerator=self.accelerator,
             tracker=tracker or self.tracker,
             stop=StopSignal(folder, self.accelerator),

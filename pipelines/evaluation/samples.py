@@ -94,9 +94,9 @@ class PartMaker:
         self.config, self.stage = config, stage
         device = device_of(stage)
         with config_error_at("inputs.vae"):
-            self.vae = load_vae(config.inputs.vae, stage.parents["vae"], device=device).network
+            self.vae = load_vae(config.inputs.vae, stage.parents.vae, device=device).network
         with config_error_at("inputs.unet"):
-            published = load_denoiser(config.inputs.unet, stage.parents["unet"], device=device)
+            published = load_denoiser(config.inputs.unet, stage.parents.unet, device=device)
         self.sampler = ImageSampler(
             published.network,
             published.normalisation,
@@ -104,7 +104,7 @@ class PartMaker:
             latent_shape=(published.latent_channels, published.latent_size, published.latent_size),
             seed=config.seed,
         )
-        corpus = stage.parents["corpus"]
+        corpus = stage.parents.corpus
         with config_error_at("inputs.corpus"):
             self.images: dict[str, ImageShards] = {
                 "train": ImageShards(config.inputs.corpus, split="train", manifest=corpus, scattered=True),
@@ -168,7 +168,7 @@ class PartMaker:
         """Classes of samples: in turn, so that all are equally frequent, or the captions'; -1 for none."""
         if self.prompts is not None:
             return torch.from_numpy(self._subjects(indices)[0])
-        num_classes = len(self.stage.parents["unet"].classes)
+        num_classes = len(self.stage.parents.unet.classes)
         return torch.tensor([index % num_classes if num_classes else -1 for index in indices])
 
     def captions(self, indices: range) -> list[str]:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from data.files import sha256_of
 from data.loading import LatentBatch
-from data.manifest import Manifest, digest_of
+from data.manifest import LatentsManifest, digest_of
 from models.conditioning import TextConditionerConfig
 from models.conditioning.text import TEXT_POOLED, TEXT_TOKENS
 from models.conditioning.text_encoder import MiniLMConfig, PretrainedConfig
@@ -124,13 +124,13 @@ class CaptionFeatures:
         source: FeatureSourceConfig,
         denoiser: DenoiserConfig,
         *,
-        latents: Manifest,
+        latents: LatentsManifest,
         device: torch.device,
     ) -> None:
         self._encoder: CaptionEncoder | None = None  # where features are computed
-        self._dtype = np.dtype(latents.content["config"]["dtype"])
+        self._dtype = np.dtype(latents.dtype)
         self._read = tuple(field for field in denoiser.fields if field in FEATURES)
-        about = latents.content.get("text")
+        about = latents.text.model_dump() if latents.text else None
         if isinstance(source, ComputedFeaturesConfig) and self._read:
             self._encoder = CaptionEncoder(text_conditioners(denoiser)[0].encoder, device=device)
             about = self._encoder.about

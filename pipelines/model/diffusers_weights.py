@@ -5,25 +5,20 @@ of its weights ties latents to it as to a VAE of our own. Its scaling is taken o
 latents that are scaled so.
 """
 
-import json
-from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field
 from safetensors.torch import load_file
 
+from data.diffusers_folder import config_of, weights_of
 from data.files import sha256_of
-from data.manifest import Manifest
+from data.manifest import DiffusersVAEManifest
 from models.autoencoder.vae import AutoencoderKL
 from models.denoiser import Denoiser, DenoiserConfig
 from models.diffusers.config import unet_config_from_diffusers, vae_config_from_diffusers
 from models.diffusers.weights import denoiser_from_diffusers, vae_from_diffusers
 from models.unet import UNetConfig
-
-FOREIGN_STAGE = "diffusers"  # what stands in the manifest where ours name the stage
-DEFAULT_SCALING_FACTOR = 0.18215  # of an AutoencoderKL whose config names none, as those of Stable Diffusion 1
-WEIGHTS_NAMES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.fp16.safetensors")
 
 
 class RandomStart(BaseModel, frozen=True, extra="forbid"):
@@ -42,58 +37,20 @@ class DiffusersStart(BaseModel, frozen=True, extra="forbid"):
 StartConfig = Annotated[RandomStart | DiffusersStart, Field(discriminator="kind")]
 
 
-# ------------------------------------------------------------------------------------------------------------ VAE
-
-
-def foreign_vae(folder: Path) -> Manifest | None:
-    """Return a manifest for a diffusers ``AutoencoderKL``, None where the folder holds none.
-
-    Raises:
-        ValueError: It is one, but its weights are not there as safetensors.
-    """
-    theirs = _config_of(folder)
-    if theirs is None or theirs.get("_class_name") != "AutoencoderKL":
-        return None
-    content = {
-        "stage": FOREIGN_STAGE,
-        "weights": sha256_of(_weights_of(folder)),
-        "network": {key: value for key, value in theirs.items() if not key.startswith("_")},
-        "normalisation": _normalisation(theirs),
-        "files": [],
-    }
-    return Manifest(content=content)
-
-
-#: Which inputs may be a folder of another program, and what makes a manifest of it.
-DIFFUSERS_READERS: Mapping[str, Callable[[Path], Manifest | None]] = {"vae": foreign_vae}
-
-
-def _normalisation(theirs: Mapping[str, Any]) -> dict[str, list[float]]:
-    """Return the mean and deviation that diffusers normalises latents by: (z - mean) / std, one number a channel."""
-    channels = theirs["latent_channels"]
-    factor = theirs.get("scaling_factor", DEFAULT_SCALING_FACTOR)
-    mean = theirs.get("latents_mean") or [theirs.get("shift_factor") or 0.0] * channels
-    std = theirs.get("latents_std") or [1.0] * channels
-    return {"mean": [float(m) for m in mean], "std": [float(s) / factor for s in std]}
-
-
-def read_foreign_vae(folder: Path, manifest: Manifest) -> AutoencoderKL:
-    """Build the autoencoder of a folder that ``foreign_vae`` knows.
+def read_diffusers_vae(folder: Path, manifest: DiffusersVAEManifest) -> AutoencoderKL:
+    """Build the autoencoder of a diffusers folder.
 
     Raises:
         ValueError: It has parts that ours lacks, or its weights have changed since.
     """
-    path = _weights_of(folder)
+    path = weights_of(folder)
     found = sha256_of(path)
-    if found != manifest.content["weights"]:
-        raise ValueError(f"{path} has sha256 {found[:12]}, not {manifest.content['weights'][:12]}: it was changed.")
-    config, image_channels = vae_config_from_diffusers(_config_of(folder) or {})
+    if found != manifest.weights:
+        raise ValueError(f"{path} has sha256 {found[:12]}, not {manifest.weights[:12]}: it was changed.")
+    config, image_channels = vae_config_from_diffusers(config_of(folder) or {})
     network = AutoencoderKL(config, image_channels=image_channels)
     network.load_state_dict(vae_from_diffusers(load_file(path), config))
     return network
-
-
-# ---------------------------------------------------------------------------------------------------------- U-Net
 
 
 def check_start(start: RandomStart | DiffusersStart, denoiser: DenoiserConfig, *, latent_channels: int) -> None:
@@ -104,10 +61,10 @@ def check_start(start: RandomStart | DiffusersStart, denoiser: DenoiserConfig, *
     """
     if isinstance(start, RandomStart):
         return
-    theirs = _config_of(start.folder)
+    theirs = config_of(start.folder)
     if theirs is None:
         raise ValueError(f"{start.folder} holds no config.json: give the folder of a U-Net in the format of diffusers.")
-    _weights_of(start.folder)
+    weights_of(start.folder)
     read = unet_config_from_diffusers(theirs)
     asked = _comparable(denoiser.network, denoiser.token_width)
     found = _comparable(read.network, read.token_width)
@@ -132,7 +89,7 @@ def load_start(start: RandomStart | DiffusersStart, denoiser: Denoiser) -> str |
     """
     if isinstance(start, RandomStart):
         return None
-    path = _weights_of(start.folder)
+    path = weights_of(start.folder)
     weights = denoiser_from_diffusers(load_file(path), denoiser.config)
     try:
         missing, left_over = denoiser.load_state_dict(weights, strict=False)
@@ -156,27 +113,3 @@ def _comparable(network: UNetConfig, token_width: int) -> dict[str, Any]:
 
 def _shown(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
-
-
-# ----------------------------------------------------------------------------------------------- what both share
-
-
-def _config_of(folder: Path) -> dict[str, Any] | None:
-    path = folder / "config.json"
-    if not path.is_file():
-        return None
-    try:
-        config = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}.") from error
-    return config if isinstance(config, dict) else None
-
-
-def _weights_of(folder: Path) -> Path:
-    for name in WEIGHTS_NAMES:
-        if (folder / name).is_file():
-            return folder / name
-    raise ValueError(
-        f"{folder} holds no {WEIGHTS_NAMES[0]}. Weights are read from safetensors only, since a pickled file can run "
-        "code; save them anew with diffusers' save_pretrained(..., safe_serialization=True)."
-    )

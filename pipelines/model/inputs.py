@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-from data.manifest import Manifest
 from data.shards.remote import is_remote
 from data.shards.verification import verify_once
 from pipelines.runtime.config.experiment import ConfigError
@@ -19,7 +18,7 @@ def verify_shards(stage: Stage, name: str) -> None:
         ConfigError: On every rank, when one found a shard that is not what its manifest says.
     """
     folder: str = getattr(stage.config.inputs, name)  # type: ignore[attr-defined]
-    manifest: Manifest = stage.parents[name]
+    manifest = stage.parents[name]
     local = [entry for entry in manifest.files if not is_remote(entry.url)]
     problem = ""
     for entry in local[stage.accelerator.process_index :: stage.accelerator.num_processes]:

@@ -59,10 +59,10 @@ class UNetValidation:
     ) -> None:
         self.stage, self.grid, self.captions = stage, grid, captions
         self.device = device.torch
-        self.manifest = stage.parents["latents"]
-        self.normalisation = Normalisation(self.manifest.content["statistics"]).to(self.device)
-        self.vae = load_vae(vae_folder, stage.parents["vae"], device=device).network
-        has_validation = bool(self.manifest.content["splits"]["val"])
+        self.manifest = stage.parents.latents
+        self.normalisation = Normalisation(self.manifest.statistics).to(self.device)
+        self.vae = load_vae(vae_folder, stage.parents.vae, device=device).network
+        has_validation = bool(self.manifest.splits["val"])
         split: Split = "val" if has_validation else "train"
         shards = LatentShards(
             latents_folder,
@@ -131,11 +131,11 @@ class UNetValidation:
     def _picture(self, network: Denoiser, *, title: str) -> bytes:
         """Draw samples of every column from the same noise in every run; PNG."""
         rows, columns = self.grid.rows, len(self.conditions["labels"])
-        shape = self.manifest.content["latent"]
+        shape = self.manifest.latent
         draws = SampleDraws(0, 0, range(rows * columns))
 
         def normals(purpose: str) -> Tensor:
-            drawn = draws.normals(purpose, (shape["channels"], shape["size"], shape["size"]))
+            drawn = draws.normals(purpose, (shape.channels, shape.size, shape.size))
             return torch.from_numpy(drawn).to(self.device)
 
         latents = network.sample(

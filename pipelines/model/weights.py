@@ -15,12 +15,12 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from data.files import sha256_of, write_atomically, write_json
-from data.manifest import FileEntry, Manifest
+from data.manifest import AnyVAEManifest, DiffusersVAEManifest, FileEntry, LatentScaling, UNetManifest, VAEManifest
 from models.autoencoder.vae import AutoencoderKL, VAEConfig
 from models.denoiser import Denoiser, DenoiserConfig
 from models.diffusion.samplers import SamplerConfig, check_sampler
 from pipelines.model.device import Device
-from pipelines.model.diffusers_weights import FOREIGN_STAGE, read_foreign_vae
+from pipelines.model.diffusers_weights import read_diffusers_vae
 from pipelines.runtime.stage.stage import Stage
 
 
@@ -48,16 +48,16 @@ class Normalisation(nn.Module):
     """Per-channel mean and standard deviation of latents, measured over the whole corpus.
 
     Args:
-        statistics: ``mean`` and ``std``, one number a channel, as in the manifest of the latents.
+        scaling: One number a channel, as in the manifest of the latents.
     """
 
     mean: Tensor
     std: Tensor
 
-    def __init__(self, statistics: Mapping[str, Any]) -> None:
+    def __init__(self, scaling: LatentScaling) -> None:
         super().__init__()
         for name in ("mean", "std"):
-            self.register_buffer(name, torch.tensor(statistics[name], dtype=torch.float32)[:, None, None])
+            self.register_buffer(name, torch.tensor(getattr(scaling, name), dtype=torch.float32)[:, None, None])
 
     def normalise(self, latents: Tensor) -> Tensor:
         """Latents of the VAE (b c h w) to about zero mean and unit variance in every channel."""
@@ -83,23 +83,22 @@ def publish(stage: Stage, *, name: str, network: nn.Module, config: Mapping[str,
     return [FileEntry.of(path), FileEntry.of(folder / "config.json")], sha256_of(path)
 
 
-def load_vae(folder: str | Path, manifest: Manifest, *, device: Device) -> PublishedVAE:
+def load_vae(folder: str | Path, manifest: AnyVAEManifest, *, device: Device) -> PublishedVAE:
     """Build a published VAE, ours or that of a diffusers folder, frozen.
 
     Raises:
         ValueError: The weights are missing or not those of the manifest.
     """
-    if manifest.content.get("stage") == FOREIGN_STAGE:
-        theirs = read_foreign_vae(Path(folder), manifest)
-        weights = manifest.content["weights"]
-        return PublishedVAE(network=device.place(theirs.requires_grad_(False).eval()), weights=weights)
+    if isinstance(manifest, DiffusersVAEManifest):
+        theirs = read_diffusers_vae(Path(folder), manifest)
+        return PublishedVAE(network=device.place(theirs.requires_grad_(False).eval()), weights=manifest.weights)
     config, weights = _read(Path(folder), manifest, name="vae")
     network = AutoencoderKL(VAEConfig(**config["network"]), image_channels=config["image_channels"])
     network.load_state_dict(load_file(Path(folder) / "vae.safetensors"))
     return PublishedVAE(network=device.place(network.requires_grad_(False).eval()), weights=weights)
 
 
-def load_denoiser(folder: str | Path, manifest: Manifest, *, device: Device) -> PublishedDenoiser:
+def load_denoiser(folder: str | Path, manifest: UNetManifest, *, device: Device) -> PublishedDenoiser:
     """Build a published U-Net with its process, frozen.
 
     Raises:
@@ -115,10 +114,12 @@ def load_denoiser(folder: str | Path, manifest: Manifest, *, device: Device) -> 
     network.load_state_dict(load_file(Path(folder) / "unet.safetensors"))
     return PublishedDenoiser(
         network=device.place(network.requires_grad_(False).eval()),
-        normalisation=Normalisation(config["statistics"]).to(device.torch),
+        normalisation=Normalisation(LatentScaling(**{name: config["statistics"][name] for name in ("mean", "std")})).to(
+            device.torch
+        ),
         latent_channels=config["latent_channels"],
         latent_size=config["latent_size"],
-        vae_weights=manifest.content["vae"],
+        vae_weights=manifest.vae,
         text=config.get("text"),
     )
 
@@ -138,7 +139,7 @@ def check_sampler_suits(sampler: SamplerConfig, denoiser: DenoiserConfig) -> Non
     check_sampler(sampler, denoiser.schedule.build(), variance_is_learned=learned)
 
 
-def check_same_vae(used: str, *, given: Manifest, given_at: str, user: str) -> None:
+def check_same_vae(used: str, *, given: AnyVAEManifest, given_at: str, user: str) -> None:
     """Refuse a VAE that is not the one which made the latents.
 
     Args:
@@ -150,7 +151,7 @@ def check_same_vae(used: str, *, given: Manifest, given_at: str, user: str) -> N
     Raises:
         ValueError: They differ.
     """
-    found = given.content["weights"]
+    found = given.weights
     if used != found:
         raise ValueError(
             f"{given_at!r} holds the VAE {found[:12]}, but {user} was made with the VAE {used[:12]}. A latent means "
@@ -158,11 +159,11 @@ def check_same_vae(used: str, *, given: Manifest, given_at: str, user: str) -> N
         )
 
 
-def _read(folder: Path, manifest: Manifest, *, name: str) -> tuple[dict[str, Any], str]:
+def _read(folder: Path, manifest: VAEManifest | UNetManifest, *, name: str) -> tuple[dict[str, Any], str]:
     path = folder / f"{name}.safetensors"
     if not path.is_file():
         raise ValueError(f"{path} is missing, but the manifest beside it lists it. Restore it or train again.")
-    found, expected = sha256_of(path), manifest.content["weights"]
+    found, expected = sha256_of(path), manifest.weights
     if found != expected:
         raise ValueError(f"{path} has sha256 {found[:12]}, its manifest says {expected[:12]}: it was changed.")
     return json.loads((folder / "config.json").read_bytes()), found

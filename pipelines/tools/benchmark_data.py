@@ -4,6 +4,7 @@ and times them."""
 import functools
 import itertools
 import multiprocessing
+from collections.abc import Callable
 from io import BytesIO
 from multiprocessing.shared_memory import SharedMemory
 from pathlib import Path
@@ -17,7 +18,17 @@ from PIL import Image
 
 from data.files import FolderLock
 from data.loading import COLD_READS, ImageShards, LatentShards
-from data.manifest import FileEntry, Manifest, write_manifest
+from data.manifest import (
+    CorpusManifest,
+    FileEntry,
+    ImageShape,
+    LatentShape,
+    LatentsManifest,
+    LatentStatistics,
+    Parents,
+    samples_by_split,
+    write_manifest,
+)
 from data.order.order import FullShuffleConfig, Order
 from data.prefetch import prefetch
 from data.samples import image_members, latent_members
@@ -209,7 +220,7 @@ def _stage(config: EncodeLatentsConfig, folder: Path) -> Stage:
         name="encode_latents",
         folder=folder,
         config=config,
-        parents={"corpus": Manifest(content={}), "vae": Manifest(content={})},
+        parents=Parents(),
         accelerator=accelerator,
         tracker=SilentTracker(),
         stop=StopSignal(folder, accelerator),
@@ -224,7 +235,11 @@ def _latent_shards(folder: Path, *, per_shard: int, side: int) -> list[FileEntry
         moments = rng.standard_normal((2, 4, side, side), dtype=np.float32)
         return latent_members(f"k{number}", moments, carried={"cls": b"%d" % (number % 10)})
 
-    return _shards(folder, per_shard, members)
+    files = _shards(folder, per_shard, members)
+    shape = LatentShape(channels=4, size=side)
+    scaling = LatentStatistics(mean=(0,) * 4, std=(1,) * 4, min=(-5,) * 4, max=(5,) * 4, active=(1,) * 4)
+    write_manifest(folder, LatentsManifest(**_samples(files), vae="", latent=shape, statistics=scaling))
+    return files
 
 
 def _jpeg_shards(folder: Path, *, per_shard: int) -> list[FileEntry]:
@@ -233,13 +248,22 @@ def _jpeg_shards(folder: Path, *, per_shard: int) -> list[FileEntry]:
         Image.fromarray(_picture(number, 512)).save(buffer, "JPEG", quality=90)
         return {"jpg": buffer.getvalue(), "cls": b"1"}
 
-    return _shards(folder, per_shard, members)
+    return _image_shards(folder, per_shard, members, side=512)
 
 
 def _png_shards(folder: Path, *, per_shard: int, side: int) -> list[FileEntry]:
     folder.mkdir()
     members = functools.partial(image_members, label=1, caption="a picture", metadata={})
-    return _shards(folder, per_shard, lambda number: members(f"k{number}", _picture(number, side)))
+    return _image_shards(folder, per_shard, lambda number: members(f"k{number}", _picture(number, side)), side=side)
+
+
+def _image_shards(
+    folder: Path, per_shard: int, members: Callable[[int], dict[str, bytes]], *, side: int
+) -> list[FileEntry]:
+    files = _shards(folder, per_shard, members)
+    shape = ImageShape(resolution=side, channels=3)
+    write_manifest(folder, CorpusManifest(**_samples(files), value_range=(0, 255), image=shape))
+    return files
 
 
 def _picture(number: int, side: int) -> np.ndarray:
@@ -250,8 +274,13 @@ def _picture(number: int, side: int) -> np.ndarray:
     return np.clip(smooth + rng.normal(0, 6, smooth.shape), 0, 255).astype(np.uint8)
 
 
-def _shards(folder: Path, per_shard: int, members: object) -> list[FileEntry]:
-    assert callable(members)
+def _samples(files: list[FileEntry]) -> dict[str, Any]:
+    """Return what the manifest of any shards holds."""
+    count = sum(file.samples for file in files)
+    return {"counts": {"in": count, "out": count}, "splits": samples_by_split(files), "files": tuple(files)}
+
+
+def _shards(folder: Path, per_shard: int, members: Callable[[int], dict[str, bytes]]) -> list[FileEntry]:
     entries = []
     for shard in range(NUM_SHARDS):
         with ShardWriter(folder / f"train-{shard:06d}.tar") as writer:
@@ -259,7 +288,6 @@ def _shards(folder: Path, per_shard: int, members: object) -> list[FileEntry]:
                 writer.add(f"k{number}", members(number))
         assert writer.entry is not None
         entries.append(writer.entry)
-    write_manifest(folder, content={}, files=entries, provenance={})
     return entries
 
 

@@ -88,7 +88,7 @@ def report_of_folder(folder: Path) -> Report:
     if (folder / "manifest.json").exists():
         manifest = read_manifest(folder)
         facts["digest"] = manifest.digest[:SHORT_DIGEST]
-        facts |= {f"upstream.{key}": str(text)[:SHORT_DIGEST] for key, text in manifest.content["parents"].items()}
+        facts |= {f"upstream.{key}": str(text)[:SHORT_DIGEST] for key, text in manifest.parents.items()}
     if (folder / "config.toml").exists():
         tables = tomllib.loads((folder / "config.toml").read_text())
         settings = dict(flattened(tables.get(identity.stage, {})))

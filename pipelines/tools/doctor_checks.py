@@ -23,14 +23,15 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 
-from data.manifest import digest_of
+from data.manifest import CorpusManifest, digest_of
 from models.attention import probe_backend
 from pipelines.runtime.config.experiment import StageConfig
 from pipelines.runtime.config.redaction import without_credentials
+from pipelines.runtime.stage.fingerprint import inputs_of
 from pipelines.runtime.stage.provenance import REPOSITORY
 from pipelines.runtime.tracking.identity import OFFLINE, sqlite_file, store_uri
 from pipelines.runtime.training.config import TrainingConfig
-from pipelines.tools.plan import StagePlan, forecast, inputs_of, manifest_or_none
+from pipelines.tools.plan import StagePlan, forecast, manifest_or_none
 
 Level = Literal["ok", "warning", "failed"]
 Findings = Iterator[tuple[Level, str]]
@@ -219,7 +220,7 @@ def shards(stages: Mapping[str, StageConfig], *, world_size: int) -> Findings:
             f"train_unet.order.canonical_nodes = {streams} does not divide among {nodes} machines: shards are fetched "
             "by several of them",
         )
-    corpus = manifest_or_none(inputs_of(stages["encode_latents"])["corpus"])
+    corpus = manifest_or_none(inputs_of(stages["encode_latents"])["corpus"], CorpusManifest)
     if corpus is not None:
         number = sum(entry.name.endswith(".tar") for entry in corpus.files)
         few = number < world_size

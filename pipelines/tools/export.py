@@ -30,7 +30,6 @@ from models.diffusion.guidance import GuidanceConfig
 from models.diffusion.samplers import DDIMConfig
 from pipelines.model.captions import as_tensors, prompt_encoder
 from pipelines.model.device import Device
-from pipelines.model.diffusers_weights import DIFFUSERS_READERS
 from pipelines.model.grids import grid_png
 from pipelines.model.weights import PublishedDenoiser, check_same_vae, denoiser_config, load_denoiser, load_vae
 from pipelines.runtime.config.experiment import ConfigError, StageConfig, config_from_command_line
@@ -72,20 +71,18 @@ def main() -> None:
 
 def export(config: ExportConfig) -> None:
     """Write the folder; the card comes last."""
-    parents = read_parents(config, {"vae": "train_vae", "unet": "train_unet"}, manifest_readers=DIFFUSERS_READERS)
+    parents = read_parents(config)
     output = Path(config.output)
     if output.is_dir() and any(output.iterdir()) and not (output / "example.safetensors").is_file():
         raise ConfigError(f"output = {config.output!r} is a folder with other things in it. Give a new one.")
-    unet_manifest = parents["unet"]
+    unet_manifest = parents.unet
     with config_error_at("inputs"):
-        check_same_vae(
-            unet_manifest.content["vae"], given=parents["vae"], given_at=config.inputs.vae, user=config.inputs.unet
-        )
+        check_same_vae(unet_manifest.vae, given=parents.vae, given_at=config.inputs.vae, user=config.inputs.unet)
         # What cannot be exported is refused before any weight is read.
         described = denoiser_config(config.inputs.unet)
         sampler = DDIMConfig(num_steps=config.num_inference_steps, spacing=config.spacing)
         scheduler = scheduler_config_to_diffusers(described, sampler)
-        vae = load_vae(config.inputs.vae, parents["vae"], device=ON_CPU).network
+        vae = load_vae(config.inputs.vae, parents.vae, device=ON_CPU).network
         published = load_denoiser(config.inputs.unet, unet_manifest, device=ON_CPU)
         configs = network_configs(published, vae, num_classes=len(unet_manifest.classes))
         conditions = example_conditions(config, published, unet_manifest.classes)
@@ -98,7 +95,7 @@ def export(config: ExportConfig) -> None:
         unet_class=configs["unet"]["_class_name"],
         example=example,
         classes=unet_manifest.classes,
-        digests={"VAE": parents["vae"].content["weights"], "U-Net": unet_manifest.content["weights"]},
+        digests={"VAE": parents.vae.weights, "U-Net": unet_manifest.weights},
         experiment=config.run.experiment,
     )
     write_atomically(output / "README.md", card.encode())

@@ -24,14 +24,23 @@ import torch
 from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
-from data.manifest import MANIFEST_NAME, Manifest, read_manifest
+from data.manifest import (
+    MANIFEST_NAME,
+    AnyManifest,
+    CorpusManifest,
+    ImageShape,
+    LatentShape,
+    LatentsManifest,
+    Parents,
+    read_input,
+    read_manifest,
+)
 from models.autoencoder.discriminator import Discriminator
 from models.autoencoder.objective import PatchAdversary
 from models.autoencoder.vae import AutoencoderKL
 from models.denoiser import DenoiserConfig
 from pipelines import encode_latents, evaluate, prepare_corpus, train_unet, train_vae
 from pipelines.model.captions import NoTextConfig, blank_features
-from pipelines.model.diffusers_weights import DIFFUSERS_READERS
 from pipelines.runtime.config.experiment import (
     STAGE_FOLDERS,
     ConfigError,
@@ -40,7 +49,7 @@ from pipelines.runtime.config.experiment import (
     config_from_command_line,
     load_config,
 )
-from pipelines.runtime.stage.fingerprint import differing_keys, fingerprint_of
+from pipelines.runtime.stage.fingerprint import differing_keys, fingerprint_of, inputs_of
 from pipelines.runtime.stage.progress import duration
 from pipelines.runtime.training.config import TrainingConfig
 from pipelines.runtime.training.flops import peak_flops
@@ -147,21 +156,14 @@ def plan(config: PlanConfig, path: str) -> list[StagePlan]:
     return list(plans.values())
 
 
-def inputs_of(config: StageConfig) -> dict[str, str]:
-    """Return a stage's input folders by name."""
-    found = config.model_dump(mode="json").get("inputs", {})
-    return {name: folder for name, folder in found.items() if isinstance(folder, str)}
-
-
 def state_of(stage: str, config: StageConfig, before: Mapping[str, StagePlan]) -> StagePlan:
     """Say how far a stage is, and why what it holds may no longer be what is asked for."""
     folder = Path(config.run.root) / STAGE_FOLDERS[stage]
-    parents: dict[str, Manifest] = {}
+    parents = Parents()
     why = []
     for name, place in inputs_of(config).items():
         try:
-            stand_in = DIFFUSERS_READERS[name](Path(place)) if name in DIFFUSERS_READERS else None
-            parents[name] = stand_in or read_manifest(place)
+            parents[name] = read_input(name, place)
         except (OSError, ValueError):
             why.append(f"waits for {place}")
         maker = before.get(MAKERS.get(name, ""))
@@ -185,10 +187,10 @@ def forecast(configs: Mapping[str, StageConfig], plans: Mapping[str, StagePlan],
     assert isinstance(vae_config, train_vae.TrainVAEConfig)
     assert isinstance(encode_config, encode_latents.EncodeLatentsConfig)
     assert isinstance(unet_config, train_unet.TrainUNetConfig)
-    corpus = manifest_or_none(inputs_of(vae_config)["corpus"])
+    corpus = manifest_or_none(inputs_of(vae_config)["corpus"], CorpusManifest)
     samples, known = 0, ["?"]  # of the corpus
     if corpus is not None:
-        samples, known = corpus.content["counts"]["out"], list(corpus.classes)
+        samples, known = corpus.counts.out, list(corpus.classes)
         plans["prepare_corpus"].disk_bytes = sum(entry.bytes for entry in corpus.files)
     else:
         try:
@@ -199,36 +201,36 @@ def forecast(configs: Mapping[str, StageConfig], plans: Mapping[str, StagePlan],
         else:
             samples, known = promised.samples, list(promised.classes)
             plans["prepare_corpus"].disk_bytes = promised.disk_bytes
-    image = corpus.content["image"] if corpus else corpus_config.view.model_dump()
+    view = corpus_config.view
+    image = corpus.image if corpus else ImageShape(resolution=view.resolution, channels=view.channels)
     with torch.device("meta"):
-        vae = AutoencoderKL(vae_config.network, image_channels=image["channels"])
+        vae = AutoencoderKL(vae_config.network, image_channels=image.channels)
         discriminator: nn.Module | None = None
         if isinstance(vae_config.objective.adversary, PatchAdversary):
-            discriminator = Discriminator(
-                vae_config.objective.adversary.discriminator, image_channels=image["channels"]
-            )
+            discriminator = Discriminator(vae_config.objective.adversary.discriminator, image_channels=image.channels)
     _costs(
         plans["train_vae"],
         vae_config,
         [vae, *([discriminator] if discriminator is not None else [])],
-        flops=lambda: train_vae.flops_per_image(vae, resolution=image["resolution"]),
+        flops=lambda: train_vae.flops_per_image(vae, resolution=image.resolution),
         devices=devices,
     )
-    latents = manifest_or_none(inputs_of(unet_config)["latents"])
-    size = image["resolution"] // vae_config.network.factor
-    shape = {"channels": vae_config.network.latent_channels, "size": size}
-    if latents is None:
-        latents = Manifest(content={"latent": shape, "classes": known})
+    latents = manifest_or_none(inputs_of(unet_config)["latents"], LatentsManifest)
+    promised_shape = LatentShape(
+        channels=vae_config.network.latent_channels, size=image.resolution // vae_config.network.factor
+    )
+    shape = latents.latent if latents else promised_shape
+    num_classes = len(latents.classes if latents else known)
     with torch.device("meta"):
-        denoiser = train_unet.build_denoiser(unet_config, latents)
+        denoiser = train_unet.build_denoiser(unet_config, shape, num_classes=num_classes)
     _costs(
         plans["train_unet"],
         unet_config,
         [denoiser],
-        flops=lambda: train_unet.flops_per_image(denoiser, _one_draw(latents, unet_config.denoiser)),
+        flops=lambda: train_unet.flops_per_image(denoiser, _one_draw(shape, unet_config.denoiser)),
         devices=devices,
     )
-    numbers = 2 * shape["channels"] * shape["size"] ** 2 * (2 if encode_config.flipped else 1)
+    numbers = 2 * promised_shape.channels * promised_shape.size**2 * (2 if encode_config.flipped else 1)
     if not isinstance(encode_config.captions, NoTextConfig):
         # Of the encoder that the U-Net expects: to ask the encoder itself would mean to load it.
         numbers += sum(field.numel() for field in blank_features(unet_config.denoiser).values())
@@ -238,20 +240,20 @@ def forecast(configs: Mapping[str, StageConfig], plans: Mapping[str, StagePlan],
     evaluation = configs["evaluate"]
     assert isinstance(evaluation, evaluate.EvaluateConfig)
     drawn = len(evaluation.scales) * evaluation.num_samples
-    plans["evaluate"].disk_bytes = drawn * (image["resolution"] ** 2 * image["channels"] + 4 * 1024)
+    plans["evaluate"].disk_bytes = drawn * (image.resolution**2 * image.channels + 4 * 1024)
 
 
-def manifest_or_none(folder: str) -> Manifest | None:
-    """Read a manifest that may not be there."""
+def manifest_or_none(folder: str, kind: type[AnyManifest]) -> AnyManifest | None:
+    """Read a manifest of a kind that may not be there."""
     try:
-        return read_manifest(folder)
+        found = read_manifest(folder)
     except (OSError, ValueError):
         return None
+    return found if isinstance(found, kind) else None
 
 
-def _one_draw(latents: Manifest, denoiser: DenoiserConfig) -> train_unet.LatentDraw:
-    shape = latents.content["latent"]
-    x0 = torch.zeros(1, shape["channels"], shape["size"], shape["size"])
+def _one_draw(shape: LatentShape, denoiser: DenoiserConfig) -> train_unet.LatentDraw:
+    x0 = torch.zeros(1, shape.channels, shape.size, shape.size)
     return train_unet.LatentDraw(
         x0=x0,
         noise=x0,

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from data.files import sha256_of, write_atomically, write_json
-from data.manifest import MANIFEST_NAME, FileEntry, Manifest, write_manifest
+from data.manifest import MANIFEST_NAME, FileEntry, Reconstruction, UNetManifest, write_manifest
 from pipelines.runtime.config.experiment import ConfigError, StageConfig, config_from_command_line
 from pipelines.runtime.stage.fingerprint import config_error_at, read_parents
 from pipelines.runtime.stage.provenance import code_version
@@ -55,7 +55,7 @@ def main() -> None:
 
 def reconstruct(config: ReconstructConfig) -> None:
     """Combine the averages in the checkpoints and publish the result."""
-    unet = read_parents(config, {"unet": "train_unet"})["unet"]
+    unet = read_parents(config).unet
     source, output = Path(config.inputs.unet), Path(config.output)
     if (output / MANIFEST_NAME).is_file() or output.resolve() == source.resolve():
         raise ConfigError(f"output = {config.output!r} holds something already. Give a new folder.")
@@ -70,30 +70,27 @@ def reconstruct(config: ReconstructConfig) -> None:
     path = output / "unet.safetensors"
     write_atomically(path, save(weights))
     write_json(output / "config.json", json.loads((source / "config.json").read_bytes()))
-    write_manifest(
-        output,
-        files=[FileEntry.of(path), FileEntry.of(output / "config.json")],
-        content={
-            **{key: value for key, value in unet.content.items() if key not in ("format_version", "files")},
-            "weights": sha256_of(path),
-            "parents": {"unet": unet.digest},
-            "reconstruction": {"update": wanted.update, "relative_std": wanted.relative_std},
-        },
-        provenance={"code_version": code_version(), "residual": combination.residual},
-    )
+    changed = {
+        "weights": sha256_of(path),
+        "parents": {"unet": unet.digest},
+        "files": (FileEntry.of(path), FileEntry.of(output / "config.json")),
+        "reconstruction": Reconstruction(update=wanted.update, relative_std=wanted.relative_std),
+        "provenance": {"code_version": code_version(), "residual": combination.residual},
+    }
+    write_manifest(output, unet.model_copy(update=changed))
     print(
         f"reconstruct: {path}, a power average of width {wanted.relative_std:g} after update {wanted.update}, from "
         f"{len(stored)} averages; its profile is missed by {100 * combination.residual:.2g} %"
     )
 
 
-def snapshots_in(folder: Path, unet: Manifest) -> list[tuple[Snapshot, Path, int]]:
+def snapshots_in(folder: Path, unet: UNetManifest) -> list[tuple[Snapshot, Path, int]]:
     """Return every power average in the folder's checkpoints: what it is, its checkpoint, and its number there.
 
     Raises:
         ConfigError: The training had none, or a checkpoint is damaged.
     """
-    averages = unet.content["config"]["averages"]
+    averages = unet.config["averages"]
     powers = [(number, each["relative_std"]) for number, each in enumerate(averages) if each["kind"] == "power"]
     if not powers:
         raise ConfigError(

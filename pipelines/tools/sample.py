@@ -23,7 +23,6 @@ from models.diffusion.guidance import GuidanceConfig
 from models.diffusion.samplers import DDIMConfig, SamplerConfig, slerp
 from pipelines.model.captions import as_tensors, prompt_encoder
 from pipelines.model.device import Device, attention_on
-from pipelines.model.diffusers_weights import DIFFUSERS_READERS
 from pipelines.model.grids import grid_png
 from pipelines.model.sampling import ImageSampler
 from pipelines.model.weights import check_same_vae, check_sampler_suits, denoiser_config, load_denoiser, load_vae
@@ -68,17 +67,17 @@ def main() -> None:
 
 def draw(config: SampleConfig) -> None:
     """Draw the images and write them."""
-    parents = read_parents(config, {"vae": "train_vae", "unet": "train_unet"}, manifest_readers=DIFFUSERS_READERS)
-    unet = parents["unet"]
+    parents = read_parents(config)
+    unet = parents.unet
     with config_error_at("inputs"):
-        check_same_vae(unet.content["vae"], given=parents["vae"], given_at=config.inputs.vae, user=config.inputs.unet)
+        check_same_vae(unet.vae, given=parents.vae, given_at=config.inputs.vae, user=config.inputs.unet)
         check_sampler_suits(config.sampler, denoiser_config(config.inputs.unet))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     attention = attention_on(device, config.run)
     print(f"sample: on {device}, attention by {attention.name}: {attention.reason}")
     placed = Device(device, attention.name)
     with config_error_at("inputs"):
-        vae = load_vae(config.inputs.vae, parents["vae"], device=placed)
+        vae = load_vae(config.inputs.vae, parents.vae, device=placed)
         published = load_denoiser(config.inputs.unet, unet, device=placed)
     reads = published.network.config.fields
     labels = labels_of(config, unet.classes if "labels" in reads else ())

@@ -1,40 +1,29 @@
 """What a stage is asked to do: its inputs, its configuration, and whether that very thing is done already."""
 
 import json
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from functools import reduce
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 from data.files import write_json
-from data.manifest import MANIFEST_NAME, Manifest, read_manifest
-from pipelines.runtime.config.experiment import ConfigError, StageConfig
-
-ManifestReaders = Mapping[str, Callable[[Path], Manifest | None]]
+from data.manifest import MANIFEST_NAME, Manifest, Parents, read_input, read_manifest
+from pipelines.runtime.config.experiment import STAGE_FOLDERS, ConfigError, StageConfig
 
 
-def read_parents(
-    config: StageConfig, wanted: Mapping[str, str], *, manifest_readers: ManifestReaders = MappingProxyType({})
-) -> dict[str, Manifest]:
-    """Read the manifests of a stage's inputs.
-
-    Args:
-        config: Says where the inputs are.
-        wanted: Input name -> stage that makes it.
-        manifest_readers: Input name -> reader of folders that another program wrote; None where it did not.
+def read_parents(config: StageConfig) -> Parents:
+    """Read the manifests of a stage's inputs, which are the fields of ``config.inputs``.
 
     Raises:
-        ConfigError: Naming every input that is missing or unreadable.
+        ConfigError: Naming every input that is missing, unreadable, or of another kind.
     """
-    parents, mistakes = {}, []
-    for name, maker in wanted.items():
-        folder = getattr(config.inputs, name)  # type: ignore[attr-defined]
+    parents, mistakes = Parents(), []
+    for name, folder in inputs_of(config).items():
         try:
-            stand_in = manifest_readers[name](Path(folder)) if name in manifest_readers else None
-            parents[name] = stand_in or read_manifest(folder)
+            parents[name] = read_input(name, folder)
         except (FileNotFoundError, NotADirectoryError):
+            maker = next(stage for stage, made in STAGE_FOLDERS.items() if made == name)
             mistakes.append(
                 f"inputs.{name} = {folder!r} holds no {MANIFEST_NAME}: it is not there or not finished. "
                 f"Run pipelines.{maker} first, or point inputs.{name} at a finished folder."
@@ -44,6 +33,11 @@ def read_parents(
     if mistakes:
         raise ConfigError("\n  ".join(mistakes))
     return parents
+
+
+def inputs_of(config: StageConfig) -> dict[str, str]:
+    """Return a stage's input folders by name."""
+    return dict(config.model_dump(mode="json").get("inputs", {}))
 
 
 def fingerprint_of(name: str, config: StageConfig, parents: Mapping[str, Manifest]) -> dict[str, Any]:
@@ -81,7 +75,7 @@ def begin(folder: Path, request: Mapping[str, Any], *, fingerprint_ignores: Mapp
 
 def ancestors(parents: Mapping[str, Manifest]) -> dict[str, str]:
     """Return the digests of the inputs and of what those were made from, as far as the manifests tell."""
-    older = {key: digest for parent in parents.values() for key, digest in parent.content.get("parents", {}).items()}
+    older = {key: digest for parent in parents.values() for key, digest in parent.parents.items()}
     return {**older, **{key: parent.digest for key, parent in parents.items()}}
 
 

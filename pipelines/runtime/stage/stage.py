@@ -12,11 +12,10 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
@@ -24,12 +23,11 @@ import torch.distributed as dist
 from accelerate import Accelerator
 
 from data.files import FolderLock, sweep_temporaries, write_atomically
-from data.manifest import MANIFEST_NAME, FileEntry, Manifest, digest_of, write_manifest
+from data.manifest import FORMAT_VERSION, MANIFEST_NAME, FileEntry, Manifest, Parents, digest_of, write_manifest
 from pipelines.runtime.config.experiment import STAGE_FOLDERS, ConfigError, StageConfig, config_as_toml
 from pipelines.runtime.config.outcome import OUTCOME_NAME, Outcome, resume_command
 from pipelines.runtime.config.redaction import without_credentials
 from pipelines.runtime.stage.fingerprint import (
-    ManifestReaders,
     already_done,
     ancestors,
     begin,
@@ -67,7 +65,7 @@ class Stage:
     name: str
     folder: Path
     config: StageConfig
-    parents: Mapping[str, Manifest]
+    parents: Parents
     accelerator: Accelerator
     tracker: Tracker | SilentTracker
     stop: StopSignal
@@ -85,16 +83,19 @@ class Stage:
         if self.is_main:
             print(f"{self.name}: {text}", flush=True)
 
-    def finish(self, *, files: list[FileEntry], content: Mapping[str, Any]) -> None:
-        """Commit the manifest on the main process; every rank waits for it.
+    def finish(self, kind: type[Manifest], *, files: list[FileEntry], **content: Any) -> None:
+        """Commit a manifest of ``kind`` with ``content`` on the main process; every rank waits for it.
 
         Of several runs on one folder, the one that holds its lock does this; the others wait for it, or take over.
         """
         if not self.is_main:
             self._wait_for_the_manifest()
         elif self._holds_the_lock_before_it_is_done():
-            whole = {**fingerprint_of(self.name, self.config, self.parents), **content}
-            manifest = write_manifest(self.folder, content=whole, files=files, provenance=self._provenance())
+            made = fingerprint_of(self.name, self.config, self.parents)
+            manifest = kind(
+                format_version=FORMAT_VERSION, **made, **content, files=tuple(files), provenance=self._provenance()
+            )
+            write_manifest(self.folder, manifest)
             self.tracker.set_tags({f"digest.{STAGE_FOLDERS[self.name]}": manifest.digest})
             self.tracker.log_artifact(self.folder / MANIFEST_NAME)
         self.accelerator.wait_for_everyone()
@@ -140,11 +141,9 @@ def running_stage(
     config: StageConfig,
     *,
     name: Literal["prepare_corpus", "train_vae", "encode_latents", "train_unet", "evaluate"],
-    parents: Mapping[str, str],
     precision: Precision = "float32",
-    check: Callable[[Mapping[str, Manifest]], None] = lambda parents: None,
+    check: Callable[[Parents], None] = lambda parents: None,
     folder_name: str | None = None,
-    manifest_readers: ManifestReaders = MappingProxyType({}),
     joinable: bool = False,
 ) -> Iterator[Stage]:
     """Run one stage: see the module's docstring.
@@ -152,13 +151,11 @@ def running_stage(
     Args:
         config: The resolved configuration.
         name: Name of the stage and of its table.
-        parents: Input name -> stage that makes it.
         precision: What the networks compute in.
         check: Raises ConfigError when the request cannot work; called with the parents' manifests before any work.
         joinable: Several runs may work on the folder at once: its work falls into parts. Each has its own MLflow run;
             those that come later keep theirs in ``runs/HOST-PID`` below the folder.
         folder_name: Folder below ``run.root`` when it is not the stage's usual one.
-        manifest_readers: Inputs that may be folders of another program; see ``read_parents``.
 
     Raises:
         SystemExit: When the stage does not end by finishing: 0 already done, 2 a user's mistake, 75 stopped, 1 failed.
@@ -169,7 +166,7 @@ def running_stage(
     tracker: Tracker | SilentTracker = SilentTracker()
     stage: Stage | None = None
     try:
-        manifests = read_parents(config, parents, manifest_readers=manifest_readers)
+        manifests = read_parents(config)
         request = fingerprint_of(name, config, manifests)
         # Finished parts stay as they are: where work falls into parts, a changed request would mix with the old one.
         allowed = config.run.allow_changed if name.startswith("train_") else ()
@@ -303,9 +300,7 @@ def sweep_joined(folder: Path) -> None:
         sweep_temporaries(folder)
 
 
-def track(
-    config: StageConfig, *, name: str, folder: Path, parents: Mapping[str, Manifest], accelerator: Accelerator
-) -> Tracker:
+def track(config: StageConfig, *, name: str, folder: Path, parents: Parents, accelerator: Accelerator) -> Tracker:
     """Open the tracker of the main process and tell it what the stage is and what it reads."""
     request = fingerprint_of(name, config, parents)
     tags = {
