@@ -61,7 +61,7 @@ class FaultyTraining(Training):
     def log(self, metrics: Any) -> None:
         if self.fault("loss"):
             metrics = {name: value * math.nan for name, value in metrics.items()}
-        super().note(metrics)
+        super().log(metrics)
 
     def _record(self) -> CheckedUpdate | None:
         held = {

@@ -58,4 +58,5 @@ def commit_latents(folder: Path, files: Sequence[FileEntry], **more: Any) -> Lat
 def commit_unet(folder: Path, made: dict[str, Any]) -> None:
     """Commit the manifest of a finished U-Net without files; ``made`` holds stage, config and parents."""
     folder.mkdir(exist_ok=True)
-    write_manifest(folder, UNetManifest(weights="", vae="", start=None, **samples(()), **made))
+    counts = {"in": 0, "out": 0}
+    write_manifest(folder, UNetManifest(format_version=1, weights="", vae="", counts=counts, files=(), **made))

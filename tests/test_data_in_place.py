@@ -69,7 +69,7 @@ def experiment(folder: Path, source: str, *, resolution: int = 32) -> Path:
         f'[prepare_corpus]\nsource = {{ kind = "webdataset", val_fraction = 0.3, {source} }}\n'
         f"view = {{ resolution = {resolution} }}\n"
         'bad_samples = "quarantine"\nmax_bad_fraction = 0.2\n'
-        "[train_vae]\nupdates = 3\nglobal_batch = 8\nimages_per_device = 8\nlog_every = 1\npanel_every = 3\n"
+        "[train_vae]\nupdates = 3\nglobal_batch = 8\nimages_per_device = 8\nlog_every = 1\nvalidate_every = 3\n"
         "network = { latent_channels = 4, channels = [16, 32], blocks_per_level = 1, mid_attention = false, "
         "norm_groups = 8 }\n"
         "[encode_latents]\nbatch_size = 16\n"

@@ -39,7 +39,7 @@ def tool(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> 
     """Runs a tool in this process: as its own it would import torch for seconds to look for milliseconds."""
 
     def run(name: str, *words: str, config: Path = SMOKE) -> Answer:
-        module = importlib.import_module(f"pipelines.{name}")
+        module = importlib.import_module(f"pipelines.tools.{name}")
         monkeypatch.setattr(sys, "argv", [name, "--config", str(config), "--run.threads", "1", *words])
         capfd.readouterr()
         code = 0

@@ -201,15 +201,15 @@ def experiment(folder: Path, *, copied: bool) -> Path:
         f'corpora.photos = {{ kind = "webdataset", urls = ["{folder}/photos/*.tar"], classes = ["star", "circle"], '
         f'val_fraction = 0.2, captions = "ignored", copied = {str(copied).lower()} }}\n'
         'corpora.toys = { kind = "synthetic", resolution = 24, num_train = 50, num_val = 10 }\n'
-        "[train_vae]\nupdates = 6\nglobal_batch = 8\nimages_per_device = 8\nlog_every = 2\npanel_every = 6\n"
+        "[train_vae]\nupdates = 6\nglobal_batch = 8\nimages_per_device = 8\nlog_every = 2\nvalidate_every = 6\n"
         'order = { kind = "weighted", by = "corpus", weights = { photos = 3, toys = 1 } }\n'
         "checkpoint = { every_updates = 3 }\n"
         "network = { latent_channels = 4, channels = [16, 32], blocks_per_level = 1, mid_attention = false, "
         "norm_groups = 8 }\n"
         "[encode_latents]\nbatch_size = 16\n"
-        "[train_unet]\nupdates = 6\nglobal_batch = 8\nimages_per_device = 8\nlog_every = 2\npanel_every = 6\n"
+        "[train_unet]\nupdates = 6\nglobal_batch = 8\nimages_per_device = 8\nlog_every = 2\nvalidate_every = 6\n"
         'order = { kind = "weighted", by = "corpus", weights = { photos = 3, toys = 1 } }\n'
-        "checkpoint = { every_updates = 3 }\npanel = { rows = 1, sampler = { kind = 'ddim', num_steps = 2 } }\n"
+        "checkpoint = { every_updates = 3 }\ngrid = { rows = 1, sampler = { kind = 'ddim', num_steps = 2 } }\n"
         '[[train_unet.denoiser.conditioners]]\nkind = "class"\n'
         "[train_unet.denoiser.network]\nchannels = [32]\nblocks = [1]\nattention = [false]\nheads = [1]\n"
         "transformer_depth = [1]\nnorm_groups = 8\n"

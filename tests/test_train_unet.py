@@ -1,4 +1,4 @@
-"""One update of the U-Net: what it notes."""
+"""One update of the U-Net: what it logs."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +15,7 @@ from pipelines.train_unet import LatentDraw, one_update
 
 
 @pytest.mark.parametrize("variance", ["fixed", "learned"])
-def test_an_update_notes_its_loss_its_error_its_bound_and_who_was_dropped(variance: str) -> None:
+def test_an_update_logs_its_loss_its_error_its_bound_and_who_was_dropped(variance: str) -> None:
     torch.manual_seed(0)
     network = UNetConfig(
         channels=(8,), blocks=(1,), attention=(False,), heads=(1,), transformer_depth=(1,), norm_groups=4
@@ -31,19 +31,19 @@ def test_an_update_notes_its_loss_its_error_its_bound_and_who_was_dropped(varian
         conditions={"labels": torch.tensor([0, 1, 2, 0])},
         dropped=torch.tensor([[True], [False], [False], [False]]),
     )
-    noted: dict[str, Tensor] = {}
+    logged: dict[str, Tensor] = {}
     training: Any = SimpleNamespace(
         stage=SimpleNamespace(accelerator=SimpleNamespace(device=torch.device("cpu"))),
         micro_batches=lambda wrapped: [slice(0, 4)],
         backward=lambda loss: None,
-        note=noted.update,
+        log=logged.update,
         step=lambda optimizers: None,
     )
     one_update(training, denoiser, None, draw)  # type: ignore[arg-type]
     expected = denoiser(draw.x0, draw.noise, draw.times, draw.conditions, draw.dropped)
-    assert noted["train/loss"] == expected.loss.mean()
-    assert noted["train/error"] == expected.error.mean()
-    assert noted["train/dropped_fraction_0"] == 0.25
-    assert ("train/bound" in noted) == (variance == "learned")
+    assert logged["train/loss"] == expected.loss.mean()
+    assert logged["train/error"] == expected.error.mean()
+    assert logged["train/dropped_fraction_0"] == 0.25
+    assert ("train/bound" in logged) == (variance == "learned")
     if expected.bound is not None:
-        assert noted["train/bound"] == expected.bound.mean()
+        assert logged["train/bound"] == expected.bound.mean()
