@@ -150,7 +150,7 @@ def test_fifty_kills_change_no_byte(two_process_run: Run, tmp_path: Path) -> Non
 # --- leases and publication
 
 
-def test_a_part_is_claimed_by_one_and_free_again_afterwards(tmp_path: Path) -> None:
+def test_an_item_is_leased_by_one_and_free_again_afterwards(tmp_path: Path) -> None:
     with Leases(tmp_path) as one, Leases(tmp_path) as other:
         with one.lease("a") as mine, other.lease("a") as theirs, one.lease("a") as again, other.lease("b") as another:
             assert (mine, theirs, again, another) == (True, False, False, True)
@@ -159,7 +159,7 @@ def test_a_part_is_claimed_by_one_and_free_again_afterwards(tmp_path: Path) -> N
     assert not list(tmp_path.iterdir())
 
 
-def test_a_killed_owners_claim_is_taken_over_at_once(tmp_path: Path) -> None:
+def test_a_killed_owners_lease_is_taken_over_at_once(tmp_path: Path) -> None:
     program = (
         "import sys, time; from pathlib import Path; from pipelines.runtime.stage.leases import Leases\n"
         "with Leases(Path(sys.argv[1])) as leases, leases.lease('a'): print('leased', flush=True); time.sleep(60)\n"
@@ -178,7 +178,7 @@ def test_a_killed_owners_claim_is_taken_over_at_once(tmp_path: Path) -> None:
             assert mine
 
 
-def test_a_claim_of_another_machine_lasts_as_long_as_its_heartbeat(
+def test_a_lease_of_another_machine_lasts_as_long_as_its_heartbeat(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "a.lease"

@@ -1,8 +1,8 @@
-"""Who is making which part: hints that keep processes from making one part twice.
+"""Leases: hints that keep several processes from making one work item twice.
 
-A lease is a file made exclusively, touched again and again while its owner lives. It is a hint and no lock: a part that
-is made twice has equal bytes, and the first to publish wins. So nothing breaks when a file server is slow to show a
-lease, or when an owner was only asleep. Ages are by the file server's clock, since machines disagree about the time.
+A lease is a file made exclusively, touched again and again while its owner runs. It is a hint and no lock: an item that
+is made twice has equal bytes, and the first to commit wins. So nothing breaks when a file server is slow to show a
+lease, or when an owner was only suspended. Ages are by the file server's clock, since machines disagree about the time.
 """
 
 import contextlib
@@ -19,13 +19,13 @@ import psutil
 from data.files import sweep_temporaries
 
 HEARTBEAT_SECONDS = 5.0
-STALE_SECONDS = 30.0  # without a heartbeat a lease's owner counts as dead
+STALE_SECONDS = 30.0  # without a heartbeat a lease's owner counts as gone
 
 
 def sweep_expired_leases(folder: Path) -> bool:
-    """Remove leases and temporary files of killed processes in ``folder``; False when somebody is still at work."""
+    """Remove leases and temporary files of killed processes in ``folder``; False when a process is still at work."""
     with Leases(folder) as leases:
-        if any(not leases.is_dead(path) for path in folder.glob("*.lease")):
+        if any(not leases.is_expired(path) for path in folder.glob("*.lease")):
             return False
         for path in folder.glob("*.lease"):
             path.unlink(missing_ok=True)
@@ -40,22 +40,22 @@ class Leases:
         self._folder, self._held = folder, set[Path]()
         self._clock = folder / f".clock-{os.getpid()}-{secrets.token_hex(6)}"
         self._lock, self._stop = threading.Lock(), threading.Event()
-        self._heart = threading.Thread(target=self._beat, name="leases", daemon=True)
-        self._heart.start()
+        self._heartbeat = threading.Thread(target=self._beat, name="leases", daemon=True)
+        self._heartbeat.start()
 
     def __enter__(self) -> "Leases":
         return self
 
     def __exit__(self, *exception: object) -> None:
         self._stop.set()
-        self._heart.join()
+        self._heartbeat.join()
         for path in self._held.copy():
             self._release(path)
         self._clock.unlink(missing_ok=True)
 
     @contextlib.contextmanager
     def lease(self, name: str) -> Iterator[bool]:
-        """Claim a part for the time of the block; yields False when somebody else is making it."""
+        """Lease an item for the time of the block; yields False when another process is making it."""
         path = self._folder / f"{name}.lease"
         taken = self._take(path)
         try:
@@ -71,12 +71,12 @@ class Leases:
             try:
                 descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
             except FileExistsError:
-                if not self.is_dead(path):
+                if not self.is_expired(path):
                     return False
-                # Two may take over at once; then the part is made twice, which harms nothing.
+                # Two may take over at once; then the item is made twice, which harms nothing.
                 descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
             with os.fdopen(descriptor, "w") as file:
-                json.dump({"host": socket.gethostname(), "pid": os.getpid(), "began": _began(os.getpid())}, file)
+                json.dump({"host": socket.gethostname(), "pid": os.getpid(), "began": _start_of(os.getpid())}, file)
             self._held.add(path)
             return True
 
@@ -85,11 +85,11 @@ class Leases:
             self._held.discard(path)
             path.unlink(missing_ok=True)
 
-    def is_dead(self, path: Path) -> bool:
-        """Say whether a lease's owner is gone: its process is not there any more, or its heartbeat has stopped."""
+    def is_expired(self, path: Path) -> bool:
+        """Return whether a lease's owner is gone: its process has ended, or its heartbeat has stopped."""
         try:
             owner = json.loads(path.read_bytes())
-            if owner["host"] == socket.gethostname() and _began(owner["pid"]) != owner["began"]:
+            if owner["host"] == socket.gethostname() and _start_of(owner["pid"]) != owner["began"]:
                 return True
         except FileNotFoundError:
             return True
@@ -108,8 +108,8 @@ class Leases:
                         os.utime(path)
 
 
-def _began(pid: int) -> float:
-    """Return when a process of this machine began, 0 when there is none of that number."""
+def _start_of(pid: int) -> float:
+    """Return the start of a process of this machine, Unix seconds; 0 when there is none of that number."""
     try:
         return psutil.Process(pid).create_time()
     except psutil.Error:

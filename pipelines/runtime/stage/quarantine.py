@@ -1,4 +1,4 @@
-"""Samples that were set aside: counted by reason, listed in a report, and held to a budget."""
+"""Quarantine: bad samples that are left out, counted by reason, listed in a report, and held to a budget."""
 
 import json
 from collections import Counter
@@ -8,24 +8,24 @@ from typing import Literal
 from data.files import write_atomically
 from pipelines.runtime.config.experiment import ConfigError
 from pipelines.runtime.stage.stage import Stage
-from pipelines.runtime.stage.work_items import Record
+from pipelines.runtime.stage.work_items import Result
 
 BadSamplePolicy = Literal["strict", "quarantine"]
-REPORTED = ("shard", "key", "member", "reason")  # what a report says of a sample
+REPORTED = ("shard", "key", "member", "reason")  # fields of a sample's line in the report
 REPORT_NAME = "quarantine.jsonl"
 
 
 def settle_quarantine(
-    stage: Stage, records: Sequence[Record], *, num_in: int, max_bad_fraction: float, free: Collection[str] = ()
+    stage: Stage, results: Sequence[Result], *, num_in: int, max_bad_fraction: float, free: Collection[str] = ()
 ) -> Counter[str]:
-    """Write the report of all parts' quarantined samples and return their number by reason.
+    """Write the report of all items' quarantined samples and return their number by reason.
 
     Samples with a reason in ``free`` were dropped by choice, not because they are bad: the budget does not count them.
 
     Raises:
         ConfigError: There are more than the budget allows; the report is written all the same.
     """
-    reports = [report for record in records for report in record["quarantined"]]
+    reports = [report for result in results for report in result["quarantined"]]
     counts = Counter(report["reason"] for report in reports)
     if stage.is_main and reports:
         lines = "".join(json.dumps(report, ensure_ascii=False) + "\n" for report in reports)
@@ -33,9 +33,9 @@ def settle_quarantine(
         stage.tracker.log_artifact(stage.folder / REPORT_NAME)
     bad = sum(count for reason, count in counts.items() if reason not in free)
     if bad > max_bad_fraction * num_in:
-        for record in records if stage.is_main else ():
-            if record["quarantined"]:  # looked at again by the next start, when the samples may have been mended
-                (stage.folder / "parts" / f"{record['entry']['name']}.json").unlink(missing_ok=True)
+        for result in results if stage.is_main else ():
+            if result["quarantined"]:  # looked at again by the next start, when the samples may have been mended
+                (stage.folder / "parts" / f"{result['entry']['name']}.json").unlink(missing_ok=True)
         raise ConfigError(
             f"{bad} of {num_in} samples are bad ({dict(counts)}), more than {stage.name}.max_bad_fraction = "
             f"{max_bad_fraction} allows. {stage.folder / REPORT_NAME} lists them; mend the corpus or raise the budget."
