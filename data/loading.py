@@ -5,24 +5,28 @@ the training thread.
 """
 
 import resource
+import threading
+import warnings
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+import torch
 
-from data.buffers import Buffers
 from data.manifest import CorpusManifest, LatentsManifest
 from data.prefetch import Loaded, Prefetch, prefetch
 from data.samples import FLIPPED_SUFFIX, IMAGE_SUFFIXES, LATENT_SUFFIX, BadSample, NpyLayout, Split
 from data.shards.reader import OpenShard, Shard, brought_near
-from data.shards.split import ShardRange, ShardSet, VerifyLevel
+from data.shards.split import ShardRange, ShardSet
 from data.transforms import DEFAULT_MAX_PIXELS, ImageViewConfig, decode_image, view_image
 
 __all__ = ["ImageBatch", "ImageShards", "LatentBatch", "LatentShards", "Loaded", "Prefetch", "ShardRange", "prefetch"]
 
 CARRIED_SUFFIXES = ("txt", "json")
+MOST_SPARE = 8  # buffers of one size that wait for their next use
 COLD_READS = 64  # batches that are fetched in advance after one that had to wait for the disk
 
 
@@ -191,13 +195,46 @@ class ImageShards(ShardSet):
         except BadSample as error:
             raise error.at(shard=shard.name, key=key, member=f"{key}.{suffix}" if suffix else "") from None
 
-    def verify(self, level: VerifyLevel = "size") -> None:
-        """As for any shards; ``full`` also decodes every image, label and caption."""
-        super().verify(level)
-        if level == "full":
-            for shard, row in self.rows():
-                self._checked(shard, row)
-                shard.caption(row)
+
+class Buffers:
+    """Memory for batches that is used again: it comes back when the last view of an array is gone. Safe for threads.
+
+    The kernel zeroes fresh pages one by one, which costs several times as much as filling them.
+    """
+
+    def __init__(self) -> None:
+        self._spare: dict[int, list[bytearray]] = {}
+        self._lock = threading.Lock()
+        # Shards are mapped read-only, and torch is only asked to read them.
+        warnings.filterwarnings("ignore", message="The given buffer is not writable")
+
+    def take(self, size: int) -> np.ndarray:
+        """Return ``size`` bytes with any content; uint8 (size,)."""
+        with self._lock:
+            spare = self._spare.setdefault(size, [])
+            memory = spare.pop() if spare else bytearray(size)
+        # Views of views refer to this one array, so that its end is the end of the last of them.
+        lent = np.frombuffer(memory, dtype=np.uint8)
+        weakref.finalize(lent, self._give_back, memory).atexit = False
+        return lent
+
+    def _give_back(self, memory: bytearray) -> None:
+        # No lock: this runs wherever the last view dies, maybe inside ``take``; appending is atomic.
+        spare = self._spare[len(memory)]
+        if len(spare) < MOST_SPARE:
+            spare.append(memory)
+
+    def joined(self, parts: Sequence[tuple[memoryview, int]], size: int) -> np.ndarray:
+        """Copy ``size`` bytes at an offset of each view into one array; uint8 (parts x size,).
+
+        The interpreter's lock is released once, for the whole copy. Copying part by part would take it back hundreds of
+        times, each time waiting for the training thread.
+        """
+        out = self.take(len(parts) * size)
+        if out.size:
+            sources = [torch.frombuffer(view, dtype=torch.uint8, count=size, offset=start) for view, start in parts]
+            torch.cat(sources, out=torch.from_numpy(out))
+        return out
 
 
 class LatentShards(ShardSet):
@@ -294,19 +331,6 @@ class LatentShards(ShardSet):
         waited_for_disk = resource.getrusage(resource.RUSAGE_THREAD).ru_majflt > before
         self._cold_reads = COLD_READS if waited_for_disk else max(0, self._cold_reads - 1)
         return joined.view(layout.dtype).reshape(len(rows), *layout.shape)
-
-    def verify(self, level: VerifyLevel = "size") -> None:
-        """As for any shards; ``full`` also looks for NaN and infinity in every sample."""
-        super().verify(level)
-        if level == "full":
-            for shard, row in self.rows():
-                for suffix in (LATENT_SUFFIX, FLIPPED_SUFFIX) if self.has_flipped else (LATENT_SUFFIX,):
-                    values = self._gather([shard], [row], [suffix], self._layouts[LATENT_SUFFIX])
-                    if not np.isfinite(values).all():
-                        key = shard.key(row)
-                        raise BadSample(
-                            "latent_not_finite", "NaN or infinity", shard=shard.name, key=key, member=f"{key}.{suffix}"
-                        )
 
 
 def _npy(name: str) -> str:

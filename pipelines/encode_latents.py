@@ -29,7 +29,7 @@ from data.manifest import (
     samples_by_split,
 )
 from data.samples import BadSample, Split, latent_members
-from data.shards.index import ShardWriter
+from data.shards.writer import ShardWriter
 from data.statistics import ChannelSums
 from data.transforms import to_unit_range
 from models.autoencoder.vae import AutoencoderKL

@@ -16,7 +16,7 @@ from data.loading import LatentShards
 from data.order.order import AnyOrderConfig, BlockedShuffleConfig, FullShuffleConfig, Order, WeightedConfig
 from data.prefetch import prefetch
 from data.samples import latent_members
-from data.shards.index import ShardWriter
+from data.shards.writer import ShardWriter
 
 LAYOUTS = st.fixed_dictionaries(
     {

@@ -10,7 +10,7 @@ from PIL import Image
 from pydantic import TypeAdapter, ValidationError
 
 from data.samples import BadSample, ImageSample, Split, check_key, image_members
-from data.shards.index import ShardWriter
+from data.shards.writer import ShardWriter
 from data.sources import FashionMNISTConfig, ImageFolderConfig, Source, SourceConfig, SyntheticConfig, WebDatasetConfig
 from data.sources.fashion_mnist import MOSAIC
 from data.sources.source import caption_of_class, safe_key

@@ -3,23 +3,18 @@
 import resource
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 from urllib.parse import urlsplit
 
 import numpy as np
 
-from data.files import sha256_of
 from data.manifest import FileEntry, Manifest, read_manifest
 from data.order.order import AnyOrderConfig, Order, WeightedConfig
 from data.samples import BadSample, Split
 from data.shards.index import ShardIndex, index_path
 from data.shards.reader import FarShard, OpenShard, Shard
-from data.shards.remote import answers_ranges, held, is_remote, local_path, range_policy, size_of
-
-VerifyLevel = Literal["size", "hash", "full"]
+from data.shards.remote import answers_ranges, held, is_remote, local_path, range_policy
 
 MOST_OPEN_SHARDS = 16_384
 FEW = 0.1  # share of a far shard's bytes below which its samples are fetched by themselves
@@ -146,12 +141,6 @@ class ShardSet:
             self._ranged_hosts[host] = answers_ranges(url)
         return self._ranged_hosts[host]
 
-    def rows(self) -> Iterator[tuple[Shard, int]]:
-        """Yield every sample of the split, in order, as its shard and row."""
-        for part in self.shards:
-            shards, rows = self.locate(part.indices)
-            yield from zip(shards, rows, strict=True)
-
     def labels(self) -> np.ndarray:
         """Return the class of every sample, -1 where there is none; int64 (len,). Opens every shard once."""
         return np.concatenate([self._opened(number).index.labels for number in range(len(self.shards))])
@@ -188,25 +177,3 @@ class ShardSet:
             classes=self.manifest.classes,
             corpora=self.corpora(),
         )
-
-    def verify(self, level: VerifyLevel = "size") -> None:
-        """Check every shard: its size, also its sha256 (``hash``), also its whole structure (``full``).
-
-        Raises:
-            BadSample: The first thing that is wrong.
-        """
-        for shard in self.shards:
-            entry = shard.entry
-            if level == "size" and is_remote(entry.url):  # asked for, not fetched
-                if (size := size_of(entry.url)) != entry.bytes:
-                    raise BadSample("shard_changed", f"{size} bytes, its manifest says {entry.bytes}", shard=entry.name)
-                continue
-            path = self.path(entry)
-            if not path.is_file():
-                raise BadSample("shard_missing", f"{path} is not there", shard=entry.name)
-            if (size := path.stat().st_size) != entry.bytes:
-                raise BadSample("shard_changed", f"{size} bytes, its manifest says {entry.bytes}", shard=entry.name)
-            if level != "size" and (digest := sha256_of(path)) != entry.sha256:
-                raise BadSample("shard_changed", f"sha256 {digest}, its manifest says {entry.sha256}", shard=entry.name)
-            if level == "full" and not entry.url:  # of shards that others wrote, samples may have been left out
-                ShardIndex.build(path, entry=entry)

@@ -48,5 +48,5 @@ def index_in_place(
     index = ShardIndex.of_samples(good, labels=labels, layouts={}, entry=entry)
     index.save(index_path(path))
     if not is_remote(url):
-        mark_verified(path.parent, entry, {"bytes": seen.st_size, "changed": seen.st_mtime_ns})
+        mark_verified(path.parent, entry, seen)
     return entry

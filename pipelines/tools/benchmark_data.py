@@ -32,7 +32,7 @@ from data.manifest import (
 from data.order.order import FullShuffleConfig, Order
 from data.prefetch import prefetch
 from data.samples import image_members, latent_members
-from data.shards.index import ShardWriter
+from data.shards.writer import ShardWriter
 from data.transforms import ImageViewConfig, to_unit_range
 from models.autoencoder.vae import AutoencoderKL, VAEConfig
 from pipelines.encode_latents import SHARDS_AT_ONCE, EncodeLatentsConfig, EncodeLatentsInputs, encode_shard
