@@ -17,13 +17,10 @@ import numpy as np
 import torch
 
 from data.manifest import CorpusManifest, LatentsManifest
-from data.prefetch import Loaded, Prefetch, prefetch
 from data.samples import FLIPPED_SUFFIX, IMAGE_SUFFIXES, LATENT_SUFFIX, BadSample, NpyLayout, Split
 from data.shards.reader import OpenShard, Shard, brought_near
-from data.shards.split import ShardRange, ShardSet
+from data.shards.split import ShardSet
 from data.transforms import DEFAULT_MAX_PIXELS, ImageViewConfig, decode_image, view_image
-
-__all__ = ["ImageBatch", "ImageShards", "LatentBatch", "LatentShards", "Loaded", "Prefetch", "ShardRange", "prefetch"]
 
 CARRIED_SUFFIXES = ("txt", "json")
 MOST_SPARE = 8  # buffers of one size that wait for their next use

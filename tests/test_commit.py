@@ -113,9 +113,7 @@ def test_a_file_that_is_not_what_its_manifest_says_is_named(tmp_path: Path) -> N
     sha256 = sha256_of(path)
     verify_file(path, size=10, sha256=sha256)
     path.write_bytes(b"0123456780")
-    with pytest.raises(
-        ValueError, match=rf"shard\.tar has sha256 .*, its manifest says {sha256[:12]}: its content"
-    ):
+    with pytest.raises(ValueError, match=rf"shard\.tar has sha256 .*, its manifest says {sha256[:12]}: its content"):
         verify_file(path, size=10, sha256=sha256)
     path.write_bytes(b"012345")
     with pytest.raises(ValueError, match=r"shard\.tar has 6 bytes, its manifest says 10: it was cut or changed"):

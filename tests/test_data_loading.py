@@ -20,7 +20,7 @@ from manifests import commit_corpus, commit_latents
 from data.loading import Buffers, ImageBatch, ImageShards, LatentShards
 from data.manifest import FileEntry
 from data.order.order import FullShuffleConfig, Order
-from data.prefetch import pinned, prefetch
+from data.prefetch import Prefetch, pinned
 from data.samples import BadSample, encode_npy, image_members, latent_members
 from data.shards import split as shard_set
 from data.shards.index import index_path
@@ -350,7 +350,7 @@ def test_prefetched_batches_come_in_order_from_where_they_start() -> None:
         time.sleep(0.004 * (index % 3))
         return index * index
 
-    with prefetch(make, start=5, depth=4, threads=3) as batches:
+    with Prefetch(make, start=5, depth=4, threads=3) as batches:
         loaded = [next(batches) for _ in range(12)]
     assert [item.index for item in loaded] == list(range(5, 17))
     assert [item.batch for item in loaded] == [index * index for index in range(5, 17)]
@@ -358,7 +358,7 @@ def test_prefetched_batches_come_in_order_from_where_they_start() -> None:
 
 def test_prefetching_holds_no_more_than_its_depth() -> None:
     made: list[int] = []
-    with prefetch(lambda index: made.append(index), depth=3, threads=2) as batches:
+    with Prefetch(lambda index: made.append(index), depth=3, threads=2) as batches:
         for consumed in range(1, 5):
             next(batches)
             wait_until(lambda n=consumed: len(made) >= n + 3, seconds=60, what="making batches ahead")
@@ -372,7 +372,7 @@ def test_an_exception_comes_up_in_the_place_of_its_batch() -> None:
             raise BadSample("broken_image", "cut", shard="s.tar", key="k")
         return index
 
-    batches = prefetch(make, depth=6, threads=2)
+    batches = Prefetch(make, depth=6, threads=2)
     assert [next(batches).batch for _ in range(3)] == [0, 1, 2]
     with pytest.raises(BadSample, match=r"s\.tar: k: broken_image"):
         next(batches)
@@ -383,7 +383,7 @@ def test_an_exception_comes_up_in_the_place_of_its_batch() -> None:
 def test_closing_leaves_no_thread_and_makes_nothing_more() -> None:
     before = threading.active_count()
     made: list[int] = []
-    batches = prefetch(lambda index: made.append(index), depth=8, threads=4)
+    batches = Prefetch(lambda index: made.append(index), depth=8, threads=4)
     next(batches)
     batches.close()
     batches.close()
@@ -403,7 +403,7 @@ def test_waiting_for_a_batch_is_measured() -> None:
 
     def waits() -> list[float]:
         made.clear()
-        with prefetch(make, depth=1) as batches:
+        with Prefetch(make, depth=1) as batches:
             assert next(batches).wait_seconds > 0.02
             made.wait()
             time.sleep(0.02)

@@ -15,12 +15,13 @@ import fcntl
 import hashlib
 import os
 import re
-import secrets
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
+
+from data.files import temporary_beside
 
 SCHEMES = ("s3", "gs", "https")
 CHUNK_BYTES = 8 << 20
@@ -90,8 +91,7 @@ def local_path(url: str, *, size: int | None = None, sha256: str = "") -> Path:
 
 def held(url: str) -> bool:
     """Say whether the cache has a copy of ``url``."""
-    cache = Cache.of_environment()
-    return cache.path(url).is_file()
+    return Cache.of_environment().path(url).is_file()
 
 
 def range_policy(scattered: bool) -> bool:
@@ -222,7 +222,7 @@ class Cache:
         return True
 
     def _download(self, filesystem: Any, url: str, size: int, path: Path, *, sha256: str) -> None:
-        temporary = self.folder / f".{path.name}.{os.getpid()}-{secrets.token_hex(6)}.tmp"
+        temporary = temporary_beside(path)
         with open(temporary, "xb") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX)  # while it is held, this file's writer lives

@@ -8,7 +8,7 @@ import hashlib
 import tarfile
 from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
+from typing import Any
 
 from data.files import atomic_file
 from data.manifest import FileEntry
@@ -58,11 +58,9 @@ class ShardWriter:
         self._digest.update(payload)
         self._bytes += len(payload)
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if kind is not None:
-            self._commit.__exit__(kind, error, trace)
+    def __exit__(self, *exception: Any) -> None:
+        if exception[0] is not None:
+            self._commit.__exit__(*exception)
             return
         with self._commit:
             self._write(bytes(2 * BLOCK))

@@ -9,13 +9,10 @@ from data.sources.fashion_mnist import FashionMNISTConfig
 from data.sources.image_folder import ImageFolderConfig
 from data.sources.source import Source, listing_digest
 from data.sources.synthetic import SyntheticConfig
-from data.sources.union import Corpus, Union, UnionConfig, corpora_of
+from data.sources.union import Corpus, SingleSourceConfig, UnionConfig, corpora_of
 from data.sources.webdataset import WebDataset, WebDatasetConfig
 
-SourceConfig = Annotated[
-    EmojiConfig | FashionMNISTConfig | ImageFolderConfig | SyntheticConfig | UnionConfig | WebDatasetConfig,
-    Field(discriminator="kind"),
-]
+SourceConfig = Annotated[SingleSourceConfig | UnionConfig, Field(discriminator="kind")]
 
 __all__ = [
     "Corpus",
@@ -25,7 +22,6 @@ __all__ = [
     "Source",
     "SourceConfig",
     "SyntheticConfig",
-    "Union",
     "UnionConfig",
     "WebDataset",
     "WebDatasetConfig",

@@ -17,10 +17,7 @@ from data.sources.source import Source, safe_key
 from data.sources.synthetic import SyntheticConfig
 from data.sources.webdataset import WebDatasetConfig
 
-SingleSourceConfig = Annotated[
-    EmojiConfig | FashionMNISTConfig | ImageFolderConfig | SyntheticConfig | WebDatasetConfig,
-    Field(discriminator="kind"),
-]
+SingleSourceConfig = EmojiConfig | FashionMNISTConfig | ImageFolderConfig | SyntheticConfig | WebDatasetConfig
 CorpusName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_]{1,32}$")]  # no dash: it ends the name in a key
 
 
@@ -28,7 +25,9 @@ class UnionConfig(BaseModel, frozen=True, extra="forbid"):
     """Several corpora as one, each a source with a name."""
 
     kind: Literal["union"] = "union"  # corpora that an order can mix: order = { kind = "weighted", by = "corpus" }
-    corpora: Annotated[Mapping[CorpusName, SingleSourceConfig], Field(min_length=1)]  # name -> source, in this order
+    corpora: Annotated[
+        Mapping[CorpusName, Annotated[SingleSourceConfig, Field(discriminator="kind")]], Field(min_length=1)
+    ]  # name -> source, in this order
 
     def open(self) -> "Union":
         """Open every corpus.

@@ -7,15 +7,15 @@ address is ever given to a shell, and a member's name is only ever compared.
 import glob
 import hashlib
 import os
-import re
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar
 
 import numpy as np
+from braceexpand import braceexpand
 from pydantic import AfterValidator, BaseModel, Field
 
 from data.samples import (
@@ -41,8 +41,6 @@ MAX_IMAGE_BYTES = 512 * 1024 * 1024
 MAX_LABEL_BYTES = 64
 SCANS_KEPT = 4
 T = TypeVar("T")
-_RANGE = re.compile(r"(\d+)\.\.(\d+)")
-
 
 ShardAddress = Annotated[str, AfterValidator(check_address)]
 
@@ -74,12 +72,15 @@ class WebDataset:
 
     def __init__(self, config: WebDatasetConfig) -> None:
         self._config = config
+        self.classes, self.copied = config.classes, config.copied
         self._scans: OrderedDict[int, list[RawSample]] = OrderedDict()
         self._lock = threading.Lock()
         train, val = expand(config.urls), expand(config.val_urls)
         if both := sorted(set(train) & set(val)):
             raise ValueError(f"{both[0]} is in urls and in val_urls; a shard belongs to one split.")
         self._shards = found_shards([*train, *val])
+        #: Absolute path or URL of each shard.
+        self.urls = tuple(shard.url for shard in self._shards)
         hashes, numbers, rows = self._scan_all()
         self._numbers, self._rows = numbers, rows
         self._duplicates = later_occurrences(hashes, self._keys_at)
@@ -94,11 +95,6 @@ class WebDataset:
                     f"{len(self._shards)} shards with {len(rows)} samples leave none for {split}. "
                     "Give other urls, give val_urls, or change val_fraction."
                 )
-
-    @property
-    def classes(self) -> tuple[str, ...]:
-        """Class names by label, as configured."""
-        return self._config.classes
 
     def count(self, split: Split) -> int:
         """Return the number of samples of a split, bad ones included."""
@@ -129,16 +125,6 @@ class WebDataset:
             return self._sample(raw, shard)
         except BadSample as error:
             raise error.at(shard=shard.url, key=raw.key) from None
-
-    @property
-    def copied(self) -> bool:
-        """Whether new shards are to be written."""
-        return self._config.copied
-
-    @property
-    def urls(self) -> tuple[str, ...]:
-        """Absolute path or URL of each shard."""
-        return tuple(shard.url for shard in self._shards)
 
     def holds(self, number: int, split: Split) -> bool:
         """Say whether a shard holds samples of ``split``."""
@@ -240,7 +226,7 @@ class WebDataset:
 
     def _scan_all(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return, for every sample of every shard: hash of its key (uint64), shard number and row (int32)."""
-        hashes, numbers, rows = [], [], []
+        hashes = []
         for number, shard in enumerate(self._shards):
             known = shard.key_hashes()
             if known is None:
@@ -248,9 +234,9 @@ class WebDataset:
                 known = np.array([_hash(key) for key in keys], dtype=np.uint64)
                 shard.remember(known)
             hashes.append(known)
-            numbers.append(np.full(len(known), number, dtype=np.int32))
-            rows.append(np.arange(len(known), dtype=np.int32))
-        return np.concatenate(hashes), np.concatenate(numbers), np.concatenate(rows)
+        numbers = np.repeat(np.arange(len(hashes), dtype=np.int32), [len(known) for known in hashes])
+        rows = np.concatenate([np.arange(len(known), dtype=np.int32) for known in hashes])
+        return np.concatenate(hashes), numbers, rows
 
 
 def expand(urls: tuple[str, ...]) -> list[str]:
@@ -261,7 +247,7 @@ def expand(urls: tuple[str, ...]) -> list[str]:
     """
     found: dict[str, None] = {}
     for url in urls:
-        for count, pattern in enumerate(_braces(url)):
+        for count, pattern in enumerate(braceexpand(url, escape=False)):
             if count >= MAX_SHARDS:
                 raise ValueError(f"{url!r} names more than {MAX_SHARDS} shards.")
             if is_remote(pattern):
@@ -273,22 +259,6 @@ def expand(urls: tuple[str, ...]) -> list[str]:
                 raise ValueError(f"{pattern!r} names no file. Check the path; a relative one starts at {Path.cwd()}.")
             found.update(dict.fromkeys(paths))
     return list(found)
-
-
-def _braces(pattern: str) -> Iterator[str]:
-    """Expand ``{a,b}`` and ``{000..099}``, the first pair of braces outermost."""
-    match = re.search(r"\{([^{}]*)\}", pattern)
-    if not match:
-        yield pattern
-        return
-    numeric = _RANGE.fullmatch(match[1])
-    if numeric:
-        first, last, width = int(numeric[1]), int(numeric[2]), len(numeric[1])
-        choices: Iterable[str] = (f"{number:0{width}d}" for number in range(first, last + 1))
-    else:
-        choices = match[1].split(",")
-    for choice in choices:
-        yield from _braces(pattern[: match.start()] + choice + pattern[match.end() :])
 
 
 def _key_of(key: str) -> str:
