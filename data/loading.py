@@ -205,7 +205,7 @@ class Buffers:
         # Shards are mapped read-only, and torch is only asked to read them.
         warnings.filterwarnings("ignore", message="The given buffer is not writable")
 
-    def take(self, size: int) -> np.ndarray:
+    def _take(self, size: int) -> np.ndarray:
         """Return ``size`` bytes with any content; uint8 (size,)."""
         with self._lock:
             spare = self._spare.setdefault(size, [])
@@ -216,7 +216,7 @@ class Buffers:
         return lent
 
     def _give_back(self, memory: bytearray) -> None:
-        # No lock: this runs wherever the last view dies, maybe inside ``take``; appending is atomic.
+        # No lock: this runs wherever the last view dies, maybe inside ``_take``; appending is atomic.
         spare = self._spare[len(memory)]
         if len(spare) < MOST_SPARE:
             spare.append(memory)
@@ -227,7 +227,7 @@ class Buffers:
         The interpreter's lock is released once, for the whole copy. Copying part by part would take it back hundreds of
         times, each time waiting for the training thread.
         """
-        out = self.take(len(parts) * size)
+        out = self._take(len(parts) * size)
         if out.size:
             sources = [torch.frombuffer(view, dtype=torch.uint8, count=size, offset=start) for view, start in parts]
             torch.cat(sources, out=torch.from_numpy(out))

@@ -420,7 +420,7 @@ def test_memory_of_batches_is_used_again_only_when_nobody_looks_at_it() -> None:
     assert other.ctypes.data != address
     assert bytes(held.numpy().tobytes()) == bytes([*range(6, 10), *range(50, 60), *range(90, 100)])
     del held
-    assert buffers.take(30).ctypes.data == address
+    assert buffers.joined([(source, 20)] * 3, 10).ctypes.data == address
 
 
 @pytest.mark.gpu

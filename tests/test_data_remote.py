@@ -323,7 +323,7 @@ def test_a_server_that_knows_no_ranges_is_asked_for_whole_shards(payloads: dict[
 
 
 def test_a_server_that_nobody_vouches_for_is_refused(payloads: dict[str, bytes], tmp_path: Path) -> None:
-    program = "import sys; from data.shards.remote import size_of; print(size_of(sys.argv[1]))"
+    program = "import sys; from data.shards.remote import properties_of; print(properties_of(sys.argv[1])['size'])"
     with https(payloads, tmp_path) as service:
         for trusts in (True, False):
             environment = environment_of(service, tmp_path)

@@ -33,7 +33,7 @@ def index_path(shard: Path) -> Path:
 
 @dataclass(frozen=True)
 class ShardIndex:
-    """Where everything in one shard lies.
+    """Place of everything in one shard.
 
     Args:
         shard: Name of the shard.
@@ -86,9 +86,8 @@ class ShardIndex:
                     raise fault
                 check_key(sample.key)
             if len(samples) != entry.samples:
-                raise BadSample(
-                    "wrong_count", f"{len(samples)} samples, its manifest says {entry.samples}", shard=entry.name
-                )
+                detail = f"{len(samples)} samples, its manifest says {entry.samples}"
+                raise BadSample("wrong_count", detail, shard=entry.name)
             labels = [_label(buffer, sample, shard=entry.name) for sample in samples]
             layouts = {
                 suffix: layout
@@ -158,7 +157,7 @@ class ShardIndex:
             about, arrays = _map_safetensors(path)
             if about["format"] != INDEX_FORMAT:
                 raise ValueError(f"format {about['format']}, expected {INDEX_FORMAT}")
-            # A reader goes where the index points without looking again, so not a bit of it may have changed.
+            # A reader trusts these offsets without another check, so not a bit of them may have changed.
             if not trusted and _sha256(arrays) != about["arrays_sha256"]:
                 raise ValueError("its content has changed")
             return cls(

@@ -1,4 +1,4 @@
-"""The shards of a split as one long row of samples: opened when they are needed, checked, and closed again."""
+"""Shards of one split as one long row of samples: opened when they are needed, checked, and closed again."""
 
 import resource
 import threading
@@ -17,7 +17,7 @@ from data.shards.reader import FarShard, OpenShard, Shard
 from data.shards.remote import answers_ranges, held, is_remote, local_path, range_policy
 
 MOST_OPEN_SHARDS = 16_384
-FEW = 0.1  # share of a far shard's bytes below which its samples are fetched by themselves
+FEW = 0.1  # share of a remote shard's bytes below which its samples are fetched by themselves
 
 
 def max_open_shards() -> int:
@@ -51,7 +51,7 @@ class ShardSet:
             folder: The stage's folder.
             split: ``train`` or ``val``.
             manifest: The folder's manifest, when it is known.
-            scattered: Samples are read one here, one there: of a shard that is far away only these are fetched.
+            scattered: Few samples of a shard are read: of a remote shard only these are fetched.
 
         Raises:
             FileNotFoundError: No manifest: the stage has not finished.
@@ -107,21 +107,19 @@ class ShardSet:
 
     def _opened(self, number: int) -> Shard:
         with self._lock:
-            shard = self._open.get(number)
-            if shard is None:
+            if number not in self._open:
                 entry = self.shards[number].entry
                 try:
-                    shard = self._open_one(entry, trusted=number in self._opened_before)
+                    self._open[number] = self._open_one(entry, trusted=number in self._opened_before)
                 except FileNotFoundError:
                     where = entry.url or self.folder / entry.name
                     raise BadSample("shard_missing", f"{where} is not there", shard=entry.name) from None
-                self._open[number] = shard
                 self._opened_before.add(number)
                 # Dropped, not closed: a batch in another thread may still be reading from it.
                 while len(self._open) > self._max_open:
                     self._open.popitem(last=False)
-            else:
-                self._open.move_to_end(number)
+            self._open.move_to_end(number)
+            shard = self._open[number]
         shard.check_unchanged()
         return shard
 

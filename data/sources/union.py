@@ -65,15 +65,11 @@ class Corpus:
 
     def adopted(self, sample: ImageSample) -> ImageSample:
         """Return a sample of the source under the key and label that it has here."""
-        label = self.labels[sample.label] if sample.label >= 0 else -1
-        return replace(sample, key=self._key(sample.key), label=label)
-
-    def _key(self, key: str) -> str:
-        if not self.name:
-            return key
-        whole = f"{self.name}-{key}"
-        room = MAX_KEY_CHARACTERS - len(self.name) - 1
-        return whole if len(key) <= room else f"{self.name}-{safe_key(key)[-room:]}"
+        key, label = sample.key, self.labels[sample.label] if sample.label >= 0 else -1
+        if self.name:
+            room = MAX_KEY_CHARACTERS - len(self.name) - 1
+            key = f"{self.name}-{key if len(key) <= room else safe_key(key)[-room:]}"
+        return replace(sample, key=key, label=label)
 
     def read(self, split: Split, index: int) -> ImageSample:
         """As ``Source.read``, of this corpus's own samples."""

@@ -1,4 +1,4 @@
-"""Shards that others wrote: WebDataset tars (img2dataset's too), read in place, strictly, at any index.
+"""WebDataset shards that others wrote (img2dataset's too): read in place, strictly, at any index.
 
 Every shard is scanned once at opening, headers only; what is kept of a sample is 16 bytes. Nothing is extracted, no
 address is ever given to a shell, and a member's name is only ever compared.
@@ -128,19 +128,21 @@ class WebDataset:
 
     def holds(self, number: int, split: Split) -> bool:
         """Say whether a shard holds samples of ``split``."""
-        places = self._places[split]
-        return bool(np.diff(np.searchsorted(self._numbers[places], [number, number + 1]))[0])
+        return len(self._places_of(number, split)) > 0
 
     def samples_of(self, number: int, split: Split) -> Iterator[tuple[RawSample, ImageSample | BadSample]]:
         """Yield the samples of one shard that belong to ``split``: where they lie, and the sample or its finding."""
-        places = self._places[split]
-        first, last = np.searchsorted(self._numbers[places], [number, number + 1])
-        for place in places[first:last].tolist():
+        for place in self._places_of(number, split).tolist():
             raw = self._scan(number)[int(self._rows[place])]
             try:
                 yield self._listed(raw), self._read(place)
             except BadSample as error:
                 yield raw, error
+
+    def _places_of(self, number: int, split: Split) -> np.ndarray:
+        places = self._places[split]
+        first, last = np.searchsorted(self._numbers[places], [number, number + 1])
+        return places[first:last]
 
     def _listed(self, raw: RawSample) -> RawSample:
         """Return the sample under our key, with those members that the configuration reads."""
