@@ -38,8 +38,8 @@ def atomic_file(path: str | Path, *, sha256: Callable[[], str] | None = None) ->
 
     Args:
         path: The name.
-        sha256: Returns the hash of what was written, for files that several processes may write with equal bytes: then
-            the first keeps the name, so that nobody who reads it sees it change.
+        sha256: Returns the hash of the written bytes, for files that several processes may write with equal bytes: then
+            the first keeps the name, so that it never changes under a reader.
 
     Raises:
         OSError: The file could not be written, flushed or renamed; ``path`` is then as it was before.
@@ -137,8 +137,8 @@ class FolderLock:
     """An exclusive lock on a folder, so that an orphan and a restart never write together.
 
     The kernel's ``flock`` on ``folder/lock`` is the lock: it ends with its owner, however that dies, so a dead owner's
-    lock needs no taking over. The file names the owner (host, process, start) for the message to whoever comes second.
-    NFS (v4 and Linux v3) carries flock to the server, which is where folders shared by nodes live.
+    lock needs no taking over. The file names the owner (host, process, start) for the error of a second process. NFS
+    (v4 and Linux v3) carries flock to the server, so the lock holds between nodes that share a folder.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -149,7 +149,7 @@ class FolderLock:
         """Take the lock, waiting at most ``patience_seconds`` for an owner that is just stopping.
 
         Raises:
-            BlockingIOError: Somebody else holds it; the message names the owner.
+            BlockingIOError: Another process holds it; the message names the owner.
         """
         import fcntl
 

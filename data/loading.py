@@ -1,4 +1,4 @@
-"""Reading a stage's shards at random: indices in, batches out, without parsing a tar.
+"""Loading of images and latents at random: indices in, batches out, without parsing a tar.
 
 Shards are memory-mapped, and a batch is gathered by one copy outside the interpreter's lock, so reading never holds up
 the training thread.
@@ -31,7 +31,7 @@ COLD_READS = 64  # batches that are fetched in advance after one that had to wai
 class ImageBatch:
     """Indices int64 (n,), images uint8 (n h w c), labels int64 (n,) with -1 for none, keys, captions ("" for none).
 
-    ``carried``, where it was asked for: the members that go along with each latent: ``cls``, ``txt``, ``json``.
+    ``carried``, where it was asked for: the members that are copied into shards of latents: ``cls``, ``txt``, ``json``.
     """
 
     indices: np.ndarray
@@ -59,8 +59,7 @@ class ImageShards(ShardSet):
     Args:
         folder: The stage's folder.
         split: ``train`` or ``val``.
-        view: How to bring images to one size; None when the manifest says it, or they are stored at one size already.
-        max_pixels: Larger images are refused before decoding.
+        view: Brings images to one size; None when the manifest says it, or they are stored at one size already.
         cache_bytes: Decoded pixels are kept when the whole split needs no more than this.
         scattered: As for ``ShardSet``.
     """
@@ -72,19 +71,18 @@ class ImageShards(ShardSet):
         split: Split,
         manifest: CorpusManifest | None = None,
         view: ImageViewConfig | None = None,
-        max_pixels: int = DEFAULT_MAX_PIXELS,
         cache_bytes: int = 256 * 1024 * 1024,
         scattered: bool = False,
     ) -> None:
         super().__init__(folder, split=split, manifest=manifest, scattered=scattered)
         assert isinstance(self.manifest, CorpusManifest), f"{folder} holds no images"
         self._view_is_for_all = view is not None
-        if view is None and self.manifest.view is not None:  # shards that others wrote, brought to one size as read
-            view, max_pixels = self.manifest.view, self.manifest.max_pixels
+        # Shards that others wrote are brought to one size as they are read.
+        self._view, self._max_pixels = view or self.manifest.view, self.manifest.max_pixels or DEFAULT_MAX_PIXELS
         image = view or self.manifest.image
         #: Shape (h, w, c) of every image.
         self.image_shape = (image.resolution, image.resolution, image.channels)
-        self.view, self.max_pixels, self._cache_bytes = view, max_pixels, cache_bytes
+        self._cache_bytes = cache_bytes
 
     @cached_property
     def _cache(self) -> tuple[np.ndarray, np.ndarray] | None:
@@ -97,13 +95,13 @@ class ImageShards(ShardSet):
         """Decode the images at ``indices``, int64 (n,).
 
         Args:
-            indices: Which samples.
-            bad: When given, samples that cannot be read are left out of the batch, and their findings appended here.
-            carry: Also read what goes along with their latents.
+            indices: The samples.
+            bad: When given, samples that cannot be read are left out of the batch, and their faults appended here.
+            carry: Also read the members that are copied into the shards of latents.
 
         Raises:
-            BadSample: An image cannot be decoded or has another shape than the first, or a caption cannot be read; with
-                ``bad`` only that a shard is missing or changed. Names shard and member.
+            BadSample: An image cannot be decoded or has another shape than the corpus, or a caption cannot be read;
+                with ``bad`` only that a shard is missing or changed. Names shard and member.
         """
         indices = np.asarray(indices, dtype=np.int64)
         shards, rows = self.locate(indices)
@@ -142,11 +140,11 @@ class ImageShards(ShardSet):
 
     def _pixels(self, index: int, shard: Shard, row: int) -> np.ndarray:
         if self._cache is None:
-            return self._checked(shard, row)
+            return self._decode(shard, row)
         pixels, there = self._cache
         if not there[index]:
             # Two threads may both decode it: they write the same bytes.
-            pixels[index] = self._checked(shard, row)
+            pixels[index] = self._decode(shard, row)
             there[index] = True
         return pixels[index]
 
@@ -165,15 +163,6 @@ class ImageShards(ShardSet):
         labels = np.array([shard.label(row) for shard, row in samples], dtype=np.int64)
         return labels, [shard.caption(row) for shard, row in samples]
 
-    def _checked(self, shard: Shard, row: int) -> np.ndarray:
-        pixels = self._decode(shard, row)
-        if pixels.shape != self.image_shape:
-            detail = (
-                f"{pixels.shape} (h w c), but {self.image_shape} is expected; give a view to bring them to one size"
-            )
-            raise BadSample("wrong_shape", detail, shard=shard.name, key=shard.key(row))
-        return pixels
-
     @staticmethod
     def _suffix(shard: Shard, row: int) -> str:
         """Return the suffix of a sample's image, "" when it has none."""
@@ -186,9 +175,12 @@ class ImageShards(ShardSet):
             if payload is None:
                 raise BadSample("missing_image", f"no member {' or '.join(IMAGE_SUFFIXES)}")
             # A corpus may hold both shards that others wrote and finished squares of ours.
-            if self.view is None or not (shard.in_place or self._view_is_for_all):
-                return decode_image(bytes(payload), max_pixels=self.max_pixels)
-            return view_image(bytes(payload), self.view, max_pixels=self.max_pixels, key=key)
+            if self._view is not None and (shard.in_place or self._view_is_for_all):
+                return view_image(bytes(payload), self._view, max_pixels=self._max_pixels, key=key)
+            pixels = decode_image(bytes(payload), max_pixels=self._max_pixels)
+            if pixels.shape != self.image_shape:
+                raise BadSample("wrong_shape", f"{pixels.shape} (h w c), but {self.image_shape} is expected")
+            return pixels
         except BadSample as error:
             raise error.at(shard=shard.name, key=key, member=f"{key}.{suffix}" if suffix else "") from None
 
@@ -276,7 +268,7 @@ class LatentShards(ShardSet):
         """Read the moments at ``indices``, int64 (n,).
 
         Args:
-            indices: Which samples.
+            indices: The samples.
             flipped: bool (n,); where true, the moments of the mirrored image.
 
         Raises:

@@ -143,12 +143,11 @@ def latent_members(
     Raises:
         BadSample: ``latent_not_finite`` or ``latent_overflow`` (too large for ``dtype``).
     """
-    members = {LATENT_SUFFIX: encode_npy(narrow(moments, dtype, key=key, suffix=LATENT_SUFFIX))}
+    arrays = {LATENT_SUFFIX: moments, **{f"{name}.npy": values for name, values in (features or {}).items()}}
     if flipped is not None:
-        members[FLIPPED_SUFFIX] = encode_npy(narrow(flipped, dtype, key=key, suffix=FLIPPED_SUFFIX))
-    for name, values in (features or {}).items():
-        members[f"{name}.npy"] = encode_npy(narrow(values, dtype, key=key, suffix=f"{name}.npy"))
-    return {**members, **carried}
+        arrays[FLIPPED_SUFFIX] = flipped
+    encoded = {suffix: encode_npy(narrow(values, dtype, key=key, suffix=suffix)) for suffix, values in arrays.items()}
+    return {**encoded, **carried}
 
 
 def narrow(values: np.ndarray, dtype: str, *, key: str, suffix: str) -> np.ndarray:
@@ -228,7 +227,7 @@ def parse_metadata(payload: bytes) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class NpyLayout:
-    """How the array of an ``npy`` member lies in its bytes: ``header`` bytes, then C-ordered ``shape`` of ``dtype``."""
+    """Layout of an array in the bytes of an ``npy`` member: ``header`` bytes, then C-ordered ``shape`` of ``dtype``."""
 
     dtype: str
     shape: tuple[int, ...]

@@ -142,7 +142,7 @@ def test_images_of_many_sizes_are_read_through_a_view(tmp_path: Path) -> None:
     batch = ImageShards(tmp_path, split="train", view=view).read(np.arange(3))
     for number in range(3):
         np.testing.assert_array_equal(batch.images[number], view_image(image_of(number, side=8 + number), view))
-    with pytest.raises(BadSample, match=r"k1: wrong_shape: \(9, 9, 3\) \(h w c\), but \(8, 8, 3\) is expected"):
+    with pytest.raises(BadSample, match=r"k1\.png: wrong_shape: \(9, 9, 3\) \(h w c\), but \(8, 8, 3\) is expected"):
         ImageShards(tmp_path, split="train").read(np.arange(3))
 
 

@@ -25,7 +25,7 @@ from conftest import REPOSITORY
 from PIL import Image
 
 from data.shards.remote import range_policy, read_ranges
-from data.sources.listing import found_shards
+from data.sources.scan_cache import found_shards
 
 SHARDS, SAMPLES = 4, 20
 SLACK = 30_000  # bytes of a request's head and its answer's, at most
@@ -385,7 +385,7 @@ def test_what_was_found_in_a_shard_is_believed_as_long_as_it_is_that_version(
 ) -> None:
     monkeypatch.setenv("LATENTLINE_CACHE", str(tmp_path))
     about: dict[str, object] = {"size": 100, "ETag": "a"}
-    monkeypatch.setattr("data.sources.listing.properties_of", lambda url: about)
+    monkeypatch.setattr("data.sources.scan_cache.properties_of", lambda url: about)
     (shard,) = found_shards(["s3://b/x.tar"])
     assert shard.key_hashes() is None
     shard.remember(np.array([3, 2**64 - 1], dtype=np.uint64))

@@ -27,7 +27,7 @@ _TENSORS = {"offsets": "<i8", "sizes": "<i8", "labels": "<i8", "key_bytes": "|u1
 
 
 def index_path(shard: Path) -> Path:
-    """Return where the index of a shard is kept."""
+    """Return the path of a shard's index."""
     return shard.parent / INDEX_FOLDER / f"{shard.name}.safetensors"
 
 
@@ -177,8 +177,8 @@ class ShardIndex:
 
         Args:
             path: The shard.
-            entry: What its manifest says of it.
-            kept: Where its index is kept; default beside the shard.
+            entry: Its entry in the manifest.
+            kept: Path of its index; default beside the shard.
             trusted: The kept one was checked before.
 
         Raises:

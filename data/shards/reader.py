@@ -18,8 +18,8 @@ class Shard(ABC):
     """Samples by row.
 
     Args:
-        entry: What the manifest says of the shard.
-        index: Where everything in it lies.
+        entry: Its entry in the manifest.
+        index: Its index.
     """
 
     def __init__(self, entry: FileEntry, index: ShardIndex) -> None:
@@ -125,20 +125,20 @@ class OpenShard(Shard):
 
 
 class FarShard(Shard):
-    """A shard behind an address, of which samples are fetched by themselves; see ``brought_near``."""
+    """A remote shard, of which samples are fetched by themselves; see ``brought_near``."""
 
     def _read(self, row: int, offset: int, size: int) -> memoryview:
         (near,) = brought_near([self], [row], [True])  # one request a call
         return near._read(row, offset, size)
 
     def span(self, row: int) -> tuple[int, int]:
-        """Return where a sample begins, its first header included, and where it ends: its members lie together."""
+        """Return the first byte of a sample, its first header included, and its end: its members lie together."""
         places = [place for suffix in self.index.suffixes if (place := self.place(row, suffix))]
         return min(offset for offset, _ in places) - BLOCK, max(offset + size for offset, size in places)
 
 
 class _FetchedShard(Shard):
-    """Those samples of a far shard that one batch needs."""
+    """The samples of a remote shard that one batch needs."""
 
     def __init__(self, shard: FarShard) -> None:
         super().__init__(shard.entry, shard.index)
@@ -157,7 +157,7 @@ class _FetchedShard(Shard):
 
 
 def brought_near(shards: Sequence[Shard], rows: Sequence[int], needed: Sequence[bool]) -> list[Shard]:
-    """Return the shard of each sample with that sample at hand; those that are far away are fetched all at once.
+    """Return the shard of each sample with that sample in memory; those of remote shards are fetched all at once.
 
     Args:
         shards: Of each sample.

@@ -4,6 +4,7 @@ import resource
 import threading
 from collections import OrderedDict
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -76,7 +77,7 @@ class ShardSet:
         return int(self._ends[-1])
 
     def path(self, entry: FileEntry) -> Path:
-        """Return where a shard lies on this machine, fetching it when it is far away.
+        """Return the path of a shard on this machine, fetching it when it is remote.
 
         Raises:
             OSError: It cannot be fetched.
@@ -150,17 +151,14 @@ class ShardSet:
             ValueError: The shards of a corpus do not lie together.
         """
         sizes: dict[str, int] = {}
-        last = None
-        for shard in self.shards:
-            name = shard.entry.corpus
-            if name in sizes and name != last:
+        for name, shards in groupby(self.shards, key=lambda shard: shard.entry.corpus):
+            if name in sizes:
                 raise ValueError(f"{self.folder}: the shards of corpus {name!r} do not stand together in the manifest.")
-            sizes[name] = sizes.get(name, 0) + shard.entry.samples
-            last = name
+            sizes[name] = sum(shard.entry.samples for shard in shards)
         return sizes
 
     def order(self, config: AnyOrderConfig, *, seed: int, global_batch: int) -> Order:
-        """Return the order in which training goes through the split; see ``data.order.order``.
+        """Return the order of training samples; see ``data.order.order``.
 
         Raises:
             ValueError: The configuration does not suit the corpus or the batch.

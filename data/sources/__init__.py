@@ -1,4 +1,9 @@
-"""Where images come from: one file a source; its config in the union below is its registration."""
+"""Sources of images: one file a source; its config in the union below is its registration.
+
+Read ``source`` (the protocol) and ``synthetic`` (the shortest) first; ``union`` joins several sources, ``webdataset``
+reads shards that others wrote, with ``scan_cache`` for remote ones and ``in_place`` to use them without a copy. May
+import ``data.samples``, ``data.shards``, ``data.files``, ``data.manifest`` and ``data.randomness``.
+"""
 
 from typing import Annotated
 

@@ -33,7 +33,7 @@ from data.samples import (
 from data.shards.keys import later_occurrences
 from data.shards.remote import check_address, is_remote, matches
 from data.shards.scan import RawSample, mapped, scan_shard
-from data.sources.listing import FoundShard, found_shards
+from data.sources.scan_cache import FoundShard, found_shards
 from data.sources.source import safe_key
 
 MAX_SHARDS = 1_000_000
