@@ -1,4 +1,4 @@
-"""Commit or nothing: files and folders that a reader sees whole or not at all.
+"""Files and folders that a reader sees whole or not at all; their hashes, and the lock of a folder.
 
 Everything is written under a unique temporary name in the same folder, flushed with fsync, then renamed; the folder is
 flushed last, so that the name itself survives a power cut. Temporary names start with a dot and end in ``.tmp``; what a
@@ -17,17 +17,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-CHUNK_BYTES = 1 << 20
-
 
 def temporary_beside(path: Path) -> Path:
     """Return a unique, hidden name in the folder of ``path``: rename within one folder is atomic."""
     return path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(6)}.tmp")
 
 
-def flush_folder(folder: Path) -> None:
-    """Make the names in ``folder`` durable (fsync of the directory)."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+def flush_file(path: Path) -> None:
+    """Make the content of a closed file, or the names in a folder, durable (fsync)."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
@@ -40,8 +38,8 @@ def atomic_file(path: str | Path, *, sha256: Callable[[], str] | None = None) ->
 
     Args:
         path: The name.
-        sha256: Returns the hash of what was written, for files that several processes may write with equal bytes: then
-            the first keeps the name, so that nobody who reads it sees it change.
+        sha256: Returns the hash of the written bytes, for files that several processes may write with equal bytes: then
+            the first keeps the name, so that it never changes under a reader.
 
     Raises:
         OSError: The file could not be written, flushed or renamed; ``path`` is then as it was before.
@@ -58,7 +56,7 @@ def atomic_file(path: str | Path, *, sha256: Callable[[], str] | None = None) ->
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    flush_folder(path.parent)
+    flush_file(path.parent)
 
 
 def _linked_first(temporary: Path, path: Path, sha256: str) -> bool:
@@ -103,42 +101,44 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
     try:
         yield temporary
         for file in sorted(temporary.rglob("*")):
-            if file.is_dir():
-                flush_folder(file)
-            else:
-                flush_file(file)
-        flush_folder(temporary)
+            flush_file(file)
+        flush_file(temporary)
         os.rename(temporary, path)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    flush_folder(path.parent)
-
-
-def flush_file(path: Path) -> None:
-    """Make the content of a closed file durable."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    flush_file(path.parent)
 
 
 def sha256_of(path: str | Path) -> str:
     """Return the sha256 of a file as 64 hexadecimal digits, reading it in pieces."""
-    digest = hashlib.sha256()
     with open(path, "rb") as file:
-        while chunk := file.read(CHUNK_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def verify_file(path: Path, *, sha256: str, size: int | None = None) -> None:
+    """Compare a file with the sha256 and the size (bytes; None is any) that its manifest lists.
+
+    Raises:
+        ValueError: It is missing, or its size or content is another one; the message names it.
+    """
+    if not path.is_file():
+        problem = "is missing, but its manifest lists it"
+    elif size is not None and (found_size := path.stat().st_size) != size:
+        problem = f"has {found_size} bytes, its manifest says {size}: it was cut or changed"
+    elif (found := sha256_of(path)) != sha256:
+        problem = f"has sha256 {found[:12]}, its manifest says {sha256[:12]}: its content was changed"
+    else:
+        return
+    raise ValueError(f"{path} {problem}. Restore it, or remove what it belongs to and make that again.")
 
 
 class FolderLock:
     """An exclusive lock on a folder, so that an orphan and a restart never write together.
 
     The kernel's ``flock`` on ``folder/lock`` is the lock: it ends with its owner, however that dies, so a dead owner's
-    lock needs no taking over. The file names the owner (host, process, start) for the message to whoever comes second.
-    NFS (v4 and Linux v3) carries flock to the server, which is where folders shared by nodes live.
+    lock needs no taking over. The file names the owner (host, process, start) for the error of a second process. NFS
+    (v4 and Linux v3) carries flock to the server, so the lock holds between nodes that share a folder.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -149,7 +149,7 @@ class FolderLock:
         """Take the lock, waiting at most ``patience_seconds`` for an owner that is just stopping.
 
         Raises:
-            BlockingIOError: Somebody else holds it; the message names the owner.
+            BlockingIOError: Another process holds it; the message names the owner.
         """
         import fcntl
 

@@ -1,28 +1,29 @@
-"""Reading a stage's shards at random: indices in, batches out, without parsing a tar.
+"""Loading of images and latents at random: indices in, batches out, without parsing a tar.
 
 Shards are memory-mapped, and a batch is gathered by one copy outside the interpreter's lock, so reading never holds up
 the training thread.
 """
 
 import resource
+import threading
+import warnings
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+import torch
 
-from data.buffers import Buffers
 from data.manifest import CorpusManifest, LatentsManifest
-from data.prefetch import Loaded, Prefetch, prefetch
 from data.samples import FLIPPED_SUFFIX, IMAGE_SUFFIXES, LATENT_SUFFIX, BadSample, NpyLayout, Split
 from data.shards.reader import OpenShard, Shard, brought_near
-from data.shards.split import ShardRange, ShardSet, VerifyLevel
+from data.shards.split import ShardSet
 from data.transforms import DEFAULT_MAX_PIXELS, ImageViewConfig, decode_image, view_image
 
-__all__ = ["ImageBatch", "ImageShards", "LatentBatch", "LatentShards", "Loaded", "Prefetch", "ShardRange", "prefetch"]
-
 CARRIED_SUFFIXES = ("txt", "json")
+MOST_SPARE = 8  # buffers of one size that wait for their next use
 COLD_READS = 64  # batches that are fetched in advance after one that had to wait for the disk
 
 
@@ -30,7 +31,7 @@ COLD_READS = 64  # batches that are fetched in advance after one that had to wai
 class ImageBatch:
     """Indices int64 (n,), images uint8 (n h w c), labels int64 (n,) with -1 for none, keys, captions ("" for none).
 
-    ``carried``, where it was asked for: the members that go along with each latent: ``cls``, ``txt``, ``json``.
+    ``carried``, where it was asked for: the members that are copied into shards of latents: ``cls``, ``txt``, ``json``.
     """
 
     indices: np.ndarray
@@ -58,8 +59,7 @@ class ImageShards(ShardSet):
     Args:
         folder: The stage's folder.
         split: ``train`` or ``val``.
-        view: How to bring images to one size; None when the manifest says it, or they are stored at one size already.
-        max_pixels: Larger images are refused before decoding.
+        view: Brings images to one size; None when the manifest says it, or they are stored at one size already.
         cache_bytes: Decoded pixels are kept when the whole split needs no more than this.
         scattered: As for ``ShardSet``.
     """
@@ -71,19 +71,18 @@ class ImageShards(ShardSet):
         split: Split,
         manifest: CorpusManifest | None = None,
         view: ImageViewConfig | None = None,
-        max_pixels: int = DEFAULT_MAX_PIXELS,
         cache_bytes: int = 256 * 1024 * 1024,
         scattered: bool = False,
     ) -> None:
         super().__init__(folder, split=split, manifest=manifest, scattered=scattered)
         assert isinstance(self.manifest, CorpusManifest), f"{folder} holds no images"
         self._view_is_for_all = view is not None
-        if view is None and self.manifest.view is not None:  # shards that others wrote, brought to one size as read
-            view, max_pixels = self.manifest.view, self.manifest.max_pixels
+        # Shards that others wrote are brought to one size as they are read.
+        self._view, self._max_pixels = view or self.manifest.view, self.manifest.max_pixels or DEFAULT_MAX_PIXELS
         image = view or self.manifest.image
         #: Shape (h, w, c) of every image.
         self.image_shape = (image.resolution, image.resolution, image.channels)
-        self.view, self.max_pixels, self._cache_bytes = view, max_pixels, cache_bytes
+        self._cache_bytes = cache_bytes
 
     @cached_property
     def _cache(self) -> tuple[np.ndarray, np.ndarray] | None:
@@ -96,13 +95,13 @@ class ImageShards(ShardSet):
         """Decode the images at ``indices``, int64 (n,).
 
         Args:
-            indices: Which samples.
-            bad: When given, samples that cannot be read are left out of the batch, and their findings appended here.
-            carry: Also read what goes along with their latents.
+            indices: The samples.
+            bad: When given, samples that cannot be read are left out of the batch, and their faults appended here.
+            carry: Also read the members that are copied into the shards of latents.
 
         Raises:
-            BadSample: An image cannot be decoded or has another shape than the first, or a caption cannot be read; with
-                ``bad`` only that a shard is missing or changed. Names shard and member.
+            BadSample: An image cannot be decoded or has another shape than the corpus, or a caption cannot be read;
+                with ``bad`` only that a shard is missing or changed. Names shard and member.
         """
         indices = np.asarray(indices, dtype=np.int64)
         shards, rows = self.locate(indices)
@@ -141,11 +140,11 @@ class ImageShards(ShardSet):
 
     def _pixels(self, index: int, shard: Shard, row: int) -> np.ndarray:
         if self._cache is None:
-            return self._checked(shard, row)
+            return self._decode(shard, row)
         pixels, there = self._cache
         if not there[index]:
             # Two threads may both decode it: they write the same bytes.
-            pixels[index] = self._checked(shard, row)
+            pixels[index] = self._decode(shard, row)
             there[index] = True
         return pixels[index]
 
@@ -164,15 +163,6 @@ class ImageShards(ShardSet):
         labels = np.array([shard.label(row) for shard, row in samples], dtype=np.int64)
         return labels, [shard.caption(row) for shard, row in samples]
 
-    def _checked(self, shard: Shard, row: int) -> np.ndarray:
-        pixels = self._decode(shard, row)
-        if pixels.shape != self.image_shape:
-            detail = (
-                f"{pixels.shape} (h w c), but {self.image_shape} is expected; give a view to bring them to one size"
-            )
-            raise BadSample("wrong_shape", detail, shard=shard.name, key=shard.key(row))
-        return pixels
-
     @staticmethod
     def _suffix(shard: Shard, row: int) -> str:
         """Return the suffix of a sample's image, "" when it has none."""
@@ -185,19 +175,55 @@ class ImageShards(ShardSet):
             if payload is None:
                 raise BadSample("missing_image", f"no member {' or '.join(IMAGE_SUFFIXES)}")
             # A corpus may hold both shards that others wrote and finished squares of ours.
-            if self.view is None or not (shard.in_place or self._view_is_for_all):
-                return decode_image(bytes(payload), max_pixels=self.max_pixels)
-            return view_image(bytes(payload), self.view, max_pixels=self.max_pixels, key=key)
+            if self._view is not None and (shard.in_place or self._view_is_for_all):
+                return view_image(bytes(payload), self._view, max_pixels=self._max_pixels, key=key)
+            pixels = decode_image(bytes(payload), max_pixels=self._max_pixels)
+            if pixels.shape != self.image_shape:
+                raise BadSample("wrong_shape", f"{pixels.shape} (h w c), but {self.image_shape} is expected")
+            return pixels
         except BadSample as error:
             raise error.at(shard=shard.name, key=key, member=f"{key}.{suffix}" if suffix else "") from None
 
-    def verify(self, level: VerifyLevel = "size") -> None:
-        """As for any shards; ``full`` also decodes every image, label and caption."""
-        super().verify(level)
-        if level == "full":
-            for shard, row in self.rows():
-                self._checked(shard, row)
-                shard.caption(row)
+
+class Buffers:
+    """Memory for batches that is used again: it comes back when the last view of an array is gone. Safe for threads.
+
+    The kernel zeroes fresh pages one by one, which costs several times as much as filling them.
+    """
+
+    def __init__(self) -> None:
+        self._spare: dict[int, list[bytearray]] = {}
+        self._lock = threading.Lock()
+        # Shards are mapped read-only, and torch is only asked to read them.
+        warnings.filterwarnings("ignore", message="The given buffer is not writable")
+
+    def _take(self, size: int) -> np.ndarray:
+        """Return ``size`` bytes with any content; uint8 (size,)."""
+        with self._lock:
+            spare = self._spare.setdefault(size, [])
+            memory = spare.pop() if spare else bytearray(size)
+        # Views of views refer to this one array, so that its end is the end of the last of them.
+        lent = np.frombuffer(memory, dtype=np.uint8)
+        weakref.finalize(lent, self._give_back, memory).atexit = False
+        return lent
+
+    def _give_back(self, memory: bytearray) -> None:
+        # No lock: this runs wherever the last view dies, maybe inside ``_take``; appending is atomic.
+        spare = self._spare[len(memory)]
+        if len(spare) < MOST_SPARE:
+            spare.append(memory)
+
+    def joined(self, parts: Sequence[tuple[memoryview, int]], size: int) -> np.ndarray:
+        """Copy ``size`` bytes at an offset of each view into one array; uint8 (parts x size,).
+
+        The interpreter's lock is released once, for the whole copy. Copying part by part would take it back hundreds of
+        times, each time waiting for the training thread.
+        """
+        out = self._take(len(parts) * size)
+        if out.size:
+            sources = [torch.frombuffer(view, dtype=torch.uint8, count=size, offset=start) for view, start in parts]
+            torch.cat(sources, out=torch.from_numpy(out))
+        return out
 
 
 class LatentShards(ShardSet):
@@ -242,7 +268,7 @@ class LatentShards(ShardSet):
         """Read the moments at ``indices``, int64 (n,).
 
         Args:
-            indices: Which samples.
+            indices: The samples.
             flipped: bool (n,); where true, the moments of the mirrored image.
 
         Raises:
@@ -294,19 +320,6 @@ class LatentShards(ShardSet):
         waited_for_disk = resource.getrusage(resource.RUSAGE_THREAD).ru_majflt > before
         self._cold_reads = COLD_READS if waited_for_disk else max(0, self._cold_reads - 1)
         return joined.view(layout.dtype).reshape(len(rows), *layout.shape)
-
-    def verify(self, level: VerifyLevel = "size") -> None:
-        """As for any shards; ``full`` also looks for NaN and infinity in every sample."""
-        super().verify(level)
-        if level == "full":
-            for shard, row in self.rows():
-                for suffix in (LATENT_SUFFIX, FLIPPED_SUFFIX) if self.has_flipped else (LATENT_SUFFIX,):
-                    values = self._gather([shard], [row], [suffix], self._layouts[LATENT_SUFFIX])
-                    if not np.isfinite(values).all():
-                        key = shard.key(row)
-                        raise BadSample(
-                            "latent_not_finite", "NaN or infinity", shard=shard.name, key=key, member=f"{key}.{suffix}"
-                        )
 
 
 def _npy(name: str) -> str:

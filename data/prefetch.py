@@ -22,11 +22,32 @@ class Loaded(Generic[T]):
 
 
 class Prefetch(Generic[T]):
-    """Batches ``start``, ``start + 1``, ... without end, made ahead in threads; see ``prefetch``."""
+    """Batches ``start``, ``start + 1``, ... without end and in order, made ahead of their use in threads.
 
-    def __init__(self, make_batch: Callable[[int], T], *, start: int, depth: int, threads: int, pin: bool) -> None:
-        self._make, self._next, self._pin = make_batch, start, pin
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="prefetch")
+    An exception of ``make_batch`` is raised in the consumer, in the place of that batch; the iterator is then closed.
+
+    Args:
+        make_batch: Pure function of the batch index; with several threads it must be safe to call at once.
+        start: Index of the first batch.
+        depth: Batches held or in the making; the bound of its memory.
+        threads: How many are made at once.
+        pin: Move tensors to page-locked memory, for copies that overlap with compute; None does it where CUDA is.
+    """
+
+    def __init__(
+        self,
+        make_batch: Callable[[int], T],
+        *,
+        start: int = 0,
+        depth: int = 4,
+        threads: int = 1,
+        pin: bool | None = None,
+    ) -> None:
+        assert depth >= 1
+        assert threads >= 1
+        self._make, self._next = make_batch, start
+        self._pin = torch.cuda.is_available() if pin is None else pin
+        self._pool = ThreadPoolExecutor(min(threads, depth), thread_name_prefix="prefetch")
         self._pending: deque[tuple[int, Future[T]]] = deque()
         for _ in range(depth):
             self._submit()
@@ -66,32 +87,6 @@ class Prefetch(Generic[T]):
 
     def __exit__(self, *exception: object) -> None:
         self.close()
-
-
-def prefetch(
-    make_batch: Callable[[int], T], *, start: int = 0, depth: int = 4, threads: int = 1, pin: bool | None = None
-) -> Prefetch[T]:
-    """Make batches ahead of their use: an endless iterator of ``Loaded``, in order.
-
-    Args:
-        make_batch: Pure function of the batch index; with several threads it must be safe to call at once.
-        start: Index of the first batch.
-        depth: Batches held or in the making; the bound of its memory.
-        threads: How many are made at once.
-        pin: Move tensors to page-locked memory, for copies that overlap with compute; None does it where CUDA is.
-
-    Raises:
-        Whatever ``make_batch`` raises, in the consumer, in the place of that batch; the iterator is then closed.
-    """
-    if depth < 1 or threads < 1:
-        raise ValueError(f"Prefetching needs depth and threads of at least 1, not {depth} and {threads}.")
-    return Prefetch(
-        make_batch,
-        start=start,
-        depth=depth,
-        threads=min(threads, depth),
-        pin=torch.cuda.is_available() if pin is None else pin,
-    )
 
 
 def pinned(batch: Any) -> Any:

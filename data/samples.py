@@ -1,4 +1,4 @@
-"""Samples and their members: what one image or one latent is, and its bytes in a shard, both ways.
+"""Samples and their members: one image or one latent, and its bytes in a shard, both ways.
 
 A sample is a key and members ``KEY.suffix``. Images: ``png|jpg|jpeg|webp``, ``cls`` (decimal label), ``txt`` (UTF-8
 caption), ``json``. Latents: ``latent.npy``, ``latent_flip.npy`` (2, c, h, w) = posterior mean, log-variance, with the
@@ -8,9 +8,11 @@ within bounds, and never unpickled: member contents come from whoever wrote the 
 
 import ast
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from io import BytesIO
 from typing import Any, Literal
 
@@ -51,21 +53,12 @@ class BadSample(ValueError):
 
     def at(self, *, shard: str = "", key: str = "", member: str = "") -> "BadSample":
         """Return the same finding with the place filled in where it was not known."""
-        return BadSample(
-            self.reason,
-            self.detail,
-            shard=self.shard or shard,
-            key=self.key or key,
-            member=self.member or member,
-        )
+        shard, key, member = self.shard or shard, self.key or key, self.member or member
+        return BadSample(self.reason, self.detail, shard=shard, key=key, member=member)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Exceptions travel between processes by pickle, which would call __init__ with the message alone.
-        return _bad_sample, (self.reason, self.detail, self.shard, self.key, self.member)
-
-
-def _bad_sample(reason: str, detail: str, shard: str, key: str, member: str) -> BadSample:
-    return BadSample(reason, detail, shard=shard, key=key, member=member)
+        return partial(BadSample, shard=self.shard, key=self.key, member=self.member), (self.reason, self.detail)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,29 +143,23 @@ def latent_members(
     Raises:
         BadSample: ``latent_not_finite`` or ``latent_overflow`` (too large for ``dtype``).
     """
-    members = {LATENT_SUFFIX: encode_npy(narrow(moments, dtype, key=key, suffix=LATENT_SUFFIX))}
+    arrays = {LATENT_SUFFIX: moments, **{f"{name}.npy": values for name, values in (features or {}).items()}}
     if flipped is not None:
-        members[FLIPPED_SUFFIX] = encode_npy(narrow(flipped, dtype, key=key, suffix=FLIPPED_SUFFIX))
-    for name, values in (features or {}).items():
-        members[f"{name}.npy"] = encode_npy(narrow(values, dtype, key=key, suffix=f"{name}.npy"))
-    return {**members, **carried}
+        arrays[FLIPPED_SUFFIX] = flipped
+    encoded = {suffix: encode_npy(narrow(values, dtype, key=key, suffix=suffix)) for suffix, values in arrays.items()}
+    return {**encoded, **carried}
 
 
 def narrow(values: np.ndarray, dtype: str, *, key: str, suffix: str) -> np.ndarray:
     """Cast to ``dtype``, refusing NaN, infinity and what overflows; any shape."""
     member = f"{key}.{suffix}"
     if not np.isfinite(values).all():
-        raise BadSample(
-            "latent_not_finite",
-            f"{np.count_nonzero(~np.isfinite(values))} values are NaN or infinite",
-            key=key,
-            member=member,
-        )
+        detail = f"{np.count_nonzero(~np.isfinite(values))} values are NaN or infinite"
+        raise BadSample("latent_not_finite", detail, key=key, member=member)
     largest = float(np.abs(values).max(initial=0.0))
     if largest > float(np.finfo(dtype).max):
-        raise BadSample(
-            "latent_overflow", f"a value of {largest:.6g} does not fit {dtype}; store float32", key=key, member=member
-        )
+        detail = f"a value of {largest:.6g} does not fit {dtype}; store float32"
+        raise BadSample("latent_overflow", detail, key=key, member=member)
     return np.ascontiguousarray(values, dtype=dtype)
 
 
@@ -240,7 +227,7 @@ def parse_metadata(payload: bytes) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class NpyLayout:
-    """How the array of an ``npy`` member lies in its bytes: ``header`` bytes, then C-ordered ``shape`` of ``dtype``."""
+    """Layout of an array in the bytes of an ``npy`` member: ``header`` bytes, then C-ordered ``shape`` of ``dtype``."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -250,10 +237,7 @@ class NpyLayout:
     def payload_bytes(self) -> int:
         """Bytes of the array itself."""
         # Python integers: a hostile shape must not wrap around.
-        count = 1
-        for length in self.shape:
-            count *= length
-        return count * np.dtype(self.dtype).itemsize
+        return math.prod(self.shape) * np.dtype(self.dtype).itemsize
 
 
 def encode_npy(array: np.ndarray) -> bytes:
@@ -297,14 +281,6 @@ def parse_npy_layout(head: bytes | memoryview, *, size: int) -> NpyLayout:
         raise BadSample("bad_npy", "Fortran order; store it C-ordered")
     if layout.payload_bytes > MAX_NPY_BYTES:
         raise BadSample("bad_npy", f"shape {shape} of {dtype} is over {MAX_NPY_BYTES} bytes")
-    if layout.header + layout.payload_bytes != size:
-        raise BadSample(
-            "bad_npy", f"shape {shape} of {dtype} needs {layout.header + layout.payload_bytes} bytes, found {size}"
-        )
+    if (needed := layout.header + layout.payload_bytes) != size:
+        raise BadSample("bad_npy", f"shape {shape} of {dtype} needs {needed} bytes, found {size}")
     return layout
-
-
-def decode_npy(payload: bytes | memoryview) -> np.ndarray:
-    """Return the array of an npy member, a read-only view of ``payload``; errors as ``parse_npy_layout``."""
-    layout = parse_npy_layout(payload, size=len(payload))
-    return np.frombuffer(payload, dtype=layout.dtype, offset=layout.header).reshape(layout.shape)

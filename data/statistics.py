@@ -1,6 +1,5 @@
-"""Per-channel statistics of latents, by sums that merge: exact, in float64, independent of who counted what."""
+"""Per-channel statistics of latents, by sums that merge: in float64, added in a fixed order."""
 
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -27,25 +26,22 @@ class ChannelSums:
     @classmethod
     def empty(cls, num_channels: int) -> "ChannelSums":
         """Sums over nothing."""
-        zeros = np.zeros(num_channels)
-        return cls(
-            count=0,
-            mean=zeros,
-            mean_square=zeros.copy(),
-            variance=zeros.copy(),
-            low=zeros + math.inf,
-            high=zeros - math.inf,
-        )
+        zero, infinite = np.zeros(num_channels), np.full(num_channels, np.inf)
+        return cls(count=0, mean=zero, mean_square=zero, variance=zero, low=infinite, high=-infinite)
 
     def add(self, moments: np.ndarray) -> None:
         """Take in one sample's moments as stored: mean and log-variance (2 c h w)."""
         mean, log_variance = moments.astype(np.float64).reshape(2, moments.shape[1], -1)
-        self.count += mean.shape[1]
-        self.mean = self.mean + mean.sum(axis=1)
-        self.mean_square = self.mean_square + np.square(mean).sum(axis=1)
-        self.variance = self.variance + np.exp(log_variance).sum(axis=1)
-        self.low = np.minimum(self.low, mean.min(axis=1))
-        self.high = np.maximum(self.high, mean.max(axis=1))
+        self._merge(
+            ChannelSums(
+                count=mean.shape[1],
+                mean=mean.sum(axis=1),
+                mean_square=np.square(mean).sum(axis=1),
+                variance=np.exp(log_variance).sum(axis=1),
+                low=mean.min(axis=1),
+                high=mean.max(axis=1),
+            )
+        )
 
     @classmethod
     def merged(cls, parts: Iterable["ChannelSums"]) -> "ChannelSums":
@@ -59,11 +55,14 @@ class ChannelSums:
             raise ValueError("There is nothing to measure: no training shard was encoded.")
         total = cls.empty(len(parts[0].mean))
         for part in parts:
-            total.count += part.count
-            for name in ("mean", "mean_square", "variance"):
-                setattr(total, name, getattr(total, name) + getattr(part, name))
-            total.low, total.high = np.minimum(total.low, part.low), np.maximum(total.high, part.high)
+            total._merge(part)
         return total
+
+    def _merge(self, part: "ChannelSums") -> None:
+        self.count += part.count
+        for name in ("mean", "mean_square", "variance"):
+            setattr(self, name, getattr(self, name) + getattr(part, name))
+        self.low, self.high = np.minimum(self.low, part.low), np.maximum(self.high, part.high)
 
     @property
     def num_channels(self) -> int:

@@ -1,4 +1,4 @@
-"""Images as a corpus wants them: decoded safely, upright, in the wanted channels, at the wanted size; uint8 (h w c).
+"""Transforms of images: decoded safely, upright, in the wanted channels, at the wanted size; uint8 (h w c).
 
 Nothing is decoded before its size is known and bounded. What cannot be shown right in 8 bits (animations, float pixels,
 unknown colour spaces) is refused with a reason, not guessed at.
@@ -60,13 +60,11 @@ def view_image(
         mirrored: Swap left and right, last of all.
 
     Raises:
-        BadSample: See ``open_image``; also ``too_small`` and ``extreme_aspect``.
+        BadSample: ``not_an_image``, ``too_many_pixels``, ``animated``, ``colour_mode``, ``broken_image``, ``too_small``
+            or ``extreme_aspect``.
     """
     if isinstance(image, bytes):
-        scale_to = config.resolution if config.fit in ("crop", "random_crop", "stretch") else 0
-        picture = open_image(
-            image, max_pixels=max_pixels, grey=config.channels == 1, shorter_side=scale_to, config=config
-        )
+        picture = _open_image(image, max_pixels=max_pixels, config=config)
     else:
         picture = Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image)
         _check_shape(picture.size, config)
@@ -96,31 +94,14 @@ def crop_position(config: ImageViewConfig, key: str) -> tuple[float, float]:
 
 def decode_image(payload: bytes, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> np.ndarray:
     """Return the pixels of an encoded image, upright; uint8 (h w c) with c = 1 (grey), 3 (RGB) or 4 (RGBA)."""
-    pixels = np.asarray(open_image(payload, max_pixels=max_pixels), dtype=np.uint8)
+    pixels = np.asarray(_open_image(payload, max_pixels=max_pixels), dtype=np.uint8)
     return pixels[:, :, None] if pixels.ndim == 2 else pixels
 
 
-def open_image(
-    payload: bytes,
-    *,
-    max_pixels: int = DEFAULT_MAX_PIXELS,
-    grey: bool = False,
-    shorter_side: int = 0,
-    config: ImageViewConfig | None = None,
-) -> Image.Image:
+def _open_image(payload: bytes, *, max_pixels: int, config: ImageViewConfig | None = None) -> Image.Image:
     """Decode an image to mode L, RGB or RGBA, upright by its EXIF orientation.
 
-    Args:
-        payload: An encoded file; PNG, JPEG, WebP, GIF, BMP or TIFF.
-        max_pixels: Bound on width x height, checked before decoding.
-        grey: The caller wants luma: a JPEG's colour is then not decoded at all.
-        shorter_side: When positive, a JPEG may be decoded at 1/2, 1/4 or 1/8 (the inverse DCT of fewer coefficients, an
-            area-like average) as long as its shorter side keeps this many pixels.
-        config: Checks ``min_side`` and ``max_aspect`` of the file, before decoding.
-
-    Raises:
-        BadSample: ``not_an_image``, ``too_many_pixels``, ``animated``, ``colour_mode``, ``broken_image``, ``too_small``
-            or ``extreme_aspect``.
+    With a view its size is checked before decoding, and of a JPEG no more is decoded than the view needs.
     """
     try:
         picture = Image.open(BytesIO(payload), formats=FORMATS)
@@ -139,10 +120,9 @@ def open_image(
     try:
         if getattr(picture, "n_frames", 1) > 1:
             raise BadSample("animated", f"{picture.format} with {getattr(picture, 'n_frames', 0)} frames")
-        if picture.format == "JPEG" and (shorter_side or grey):
-            picture.draft(
-                "L" if grey and picture.mode in ("L", "RGB") else picture.mode, _draft_size(picture.size, shorter_side)
-            )
+        if picture.format == "JPEG" and config is not None:
+            grey = config.channels == 1 and picture.mode in ("L", "RGB")
+            picture.draft("L" if grey else picture.mode, _draft_size(picture.size, config))
         picture.load()
         ImageOps.exif_transpose(picture, in_place=True)
     except BadSample:
@@ -187,11 +167,11 @@ def _check_shape(size: tuple[int, int], config: ImageViewConfig) -> None:
         raise BadSample("extreme_aspect", f"{size[0]} x {size[1]}; at most {config.max_aspect:g} to 1")
 
 
-def _draft_size(size: tuple[int, int], shorter_side: int) -> tuple[int, int]:
-    """Return the smallest size that keeps ``shorter_side`` pixels; the full size when that is 0."""
-    if not shorter_side:
+def _draft_size(size: tuple[int, int], config: ImageViewConfig) -> tuple[int, int]:
+    """Return the smallest size that a JPEG may be decoded at: at 1/2, 1/4 or 1/8, by fewer coefficients of its DCT."""
+    if config.fit not in ("crop", "random_crop", "stretch"):
         return size
-    scale = shorter_side / min(size)
+    scale = config.resolution / min(size)
     return max(1, int(size[0] * scale)), max(1, int(size[1] * scale))
 
 

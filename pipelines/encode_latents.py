@@ -19,7 +19,7 @@ from pydantic import BaseModel, Field, PositiveInt
 from torch import Tensor
 
 from data.files import write_atomically
-from data.loading import ImageBatch, ImageShards, ShardRange, prefetch
+from data.loading import ImageBatch, ImageShards
 from data.manifest import (
     AnyVAEManifest,
     CorpusManifest,
@@ -28,8 +28,10 @@ from data.manifest import (
     LatentsManifest,
     samples_by_split,
 )
+from data.prefetch import Prefetch
 from data.samples import BadSample, Split, latent_members
-from data.shards.index import ShardWriter
+from data.shards.split import ShardRange
+from data.shards.writer import ShardWriter
 from data.statistics import ChannelSums
 from data.transforms import to_unit_range
 from models.autoencoder.vae import AutoencoderKL
@@ -224,7 +226,7 @@ def encode_shard(
         captions.forget()  # The shard's bytes depend on the shard alone.
     with (
         ShardWriter(stage.folder / part.entry.name) as writer,
-        prefetch(read, depth=2) as batches,
+        Prefetch(read, depth=2) as batches,
     ):
         for _ in range(num_batches):
             batch, unreadable = next(batches).batch

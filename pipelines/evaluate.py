@@ -21,7 +21,7 @@ from torch import Tensor
 from data.files import write_atomically, write_json
 from data.manifest import EvaluationManifest, FileEntry, Parents, digest_of
 from data.samples import Split, image_members
-from data.shards.index import ShardWriter
+from data.shards.writer import ShardWriter
 from pipelines.evaluation.likelihood import TERMS, bound_metrics, check_bound
 from pipelines.evaluation.metrics import Reference, distribution_metrics, fidelity_metrics, sweep_plot
 from pipelines.evaluation.samples import DrawConfig, PartMaker, Plan, key_prefix

@@ -19,8 +19,8 @@ from pydantic import Field, PositiveInt
 from data.files import write_atomically, write_json
 from data.manifest import CorpusManifest, FileEntry, samples_by_split
 from data.samples import BadSample, ImageSample, Split, image_members
-from data.shards.index import ShardWriter
 from data.shards.keys import check_unique
+from data.shards.writer import ShardWriter
 from data.sources import Corpus, FashionMNISTConfig, Source, SourceConfig, WebDataset, corpora_of, listing_digest
 from data.sources.in_place import index_in_place
 from data.transforms import DEFAULT_MAX_PIXELS, FILTER_REASONS, ImageViewConfig, MaxPixels, view_sample

@@ -17,9 +17,10 @@ import torch
 from pydantic import BaseModel, Field
 from torch import Tensor, nn
 
-from data.loading import LatentShards, Prefetch, prefetch
+from data.loading import LatentShards
 from data.manifest import LatentShape, LatentsManifest, Parents, UNetManifest
 from data.order.order import FullShuffleConfig, OrderConfig
+from data.prefetch import Prefetch
 from data.randomness import SampleDraws
 from data.samples import Split
 from models.autoencoder.vae import Posterior
@@ -286,7 +287,7 @@ class BatchMaker:
 
     def from_index(self, start: int) -> Prefetch[LatentDraw]:
         """Make batches ahead, from ``start`` on."""
-        return prefetch(self.make, start=start, depth=self.config.prefetch_batches)
+        return Prefetch(self.make, start=start, depth=self.config.prefetch_batches)
 
 
 def flops_per_image(denoiser: Denoiser, batch: LatentDraw) -> float:

@@ -17,9 +17,10 @@ from pydantic import BaseModel, NonNegativeFloat, PositiveInt
 from torch import Tensor, nn
 
 from data.files import write_atomically
-from data.loading import ImageShards, Prefetch, prefetch
+from data.loading import ImageShards
 from data.manifest import CorpusManifest, Parents, VAEManifest
 from data.order.order import FullShuffleConfig, OrderConfig
+from data.prefetch import Prefetch
 from data.randomness import SampleDraws
 from data.transforms import to_levels, to_unit_range
 from models.autoencoder.discriminator import Discriminator
@@ -281,7 +282,7 @@ class BatchMaker:
 
     def from_index(self, start: int) -> Prefetch[VAEBatch]:
         """Make batches ahead, from ``start`` on."""
-        return prefetch(self.make, start=start, depth=self.config.prefetch_batches, threads=self.config.decode_threads)
+        return Prefetch(self.make, start=start, depth=self.config.prefetch_batches, threads=self.config.decode_threads)
 
 
 @torch.no_grad()

@@ -65,8 +65,6 @@ def main() -> None:
     order = shards.order(FullShuffleConfig(), seed=1, global_batch=BATCH)
     ranged = [digest(shards, order.indices(first, BATCH)) for first in range(0, FEW_SAMPLES, BATCH)]
     spent = len(copies())
-    step("sizes")
-    shards.verify("size")
     step("streams")
     shards = opened(scattered=False)
     streams = shards.order(BlockedShuffleConfig(canonical_nodes=1, window=8), seed=1, global_batch=BATCH)

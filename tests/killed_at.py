@@ -19,7 +19,7 @@ from typing import Any
 
 from data import files as commit
 from data.loading import ImageShards
-from data.shards.index import ShardWriter
+from data.shards.writer import ShardWriter
 from models.autoencoder.vae import AutoencoderKL
 
 PLACES = ("read", "encode", "write", "flush", "link", "linked", "rename", "renamed", "time")

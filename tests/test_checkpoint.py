@@ -71,7 +71,7 @@ def test_a_flipped_bit_in_any_file_is_found_and_the_checkpoint_before_is_used(
         file.write_bytes(intact)
     (newest / "first.safetensors").write_bytes(b"short")
     assert checkpoints(newest.parent).newest_intact() == 10
-    assert "first.safetensors is damaged" in capfd.readouterr().err
+    assert "first.safetensors has 5 bytes" in capfd.readouterr().err
     assert (newest.parent / "damaged-update-00000020").is_dir()
 
 

@@ -8,7 +8,16 @@ import pytest
 from conftest import environment, wait_until
 from manifests import latents_manifest
 
-from data.files import FolderLock, atomic_file, atomic_folder, sweep_temporaries, write_atomically, write_json
+from data.files import (
+    FolderLock,
+    atomic_file,
+    atomic_folder,
+    sha256_of,
+    sweep_temporaries,
+    verify_file,
+    write_atomically,
+    write_json,
+)
 from data.manifest import read_manifest, write_manifest
 
 
@@ -96,3 +105,19 @@ def test_reading_what_is_no_manifest_says_so(tmp_path: Path) -> None:
     (tmp_path / "manifest.json").write_text('{"content": {"format_version": 99}, "provenance": {}}')
     with pytest.raises(ValueError, match="format version 99"):
         read_manifest(tmp_path)
+
+
+def test_a_file_that_is_not_what_its_manifest_says_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "shard.tar"
+    path.write_bytes(b"0123456789")
+    sha256 = sha256_of(path)
+    verify_file(path, size=10, sha256=sha256)
+    path.write_bytes(b"0123456780")
+    with pytest.raises(ValueError, match=rf"shard\.tar has sha256 .*, its manifest says {sha256[:12]}: its content"):
+        verify_file(path, size=10, sha256=sha256)
+    path.write_bytes(b"012345")
+    with pytest.raises(ValueError, match=r"shard\.tar has 6 bytes, its manifest says 10: it was cut or changed"):
+        verify_file(path, size=10, sha256=sha256)
+    path.unlink()
+    with pytest.raises(ValueError, match=r"shard\.tar is missing, but its manifest lists it"):
+        verify_file(path, sha256=sha256)

@@ -22,7 +22,7 @@ from PIL import Image
 from data.loading import ImageShards
 from data.manifest import FileEntry
 from data.samples import BadSample, encode_png
-from data.shards.index import ShardWriter
+from data.shards.writer import ShardWriter
 from data.sources import WebDatasetConfig
 from data.transforms import FILTER_REASONS, ImageViewConfig, view_sample
 from pipelines.prepare_corpus import PrepareCorpusConfig, shard_makers, view_at_reading

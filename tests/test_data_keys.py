@@ -7,8 +7,9 @@ import pytest
 
 from data.manifest import FileEntry
 from data.shards import keys as keys_module
-from data.shards.index import ShardIndex, ShardWriter
+from data.shards.index import ShardIndex
 from data.shards.keys import check_unique, key_hashes, later_occurrences, repeated_key
+from data.shards.writer import ShardWriter
 
 
 def write(folder: Path, name: str, keys: list[str]) -> FileEntry:

@@ -25,7 +25,7 @@ from conftest import REPOSITORY
 from PIL import Image
 
 from data.shards.remote import range_policy, read_ranges
-from data.sources.listing import found_shards
+from data.sources.scan_cache import found_shards
 
 SHARDS, SAMPLES = 4, 20
 SLACK = 30_000  # bytes of a request's head and its answer's, at most
@@ -277,7 +277,6 @@ def test_a_full_shuffle_fetches_single_samples_and_streams_fetch_each_shard_once
     each = train / (SAMPLES * (SHARDS - 1))
     assert 12 * 0.9 * each <= sent["scattered"] <= 12 * (1.1 * each + 4_000) + SLACK
     assert sent["scattered"] < min(map(len, payloads.values())), "as much as a whole shard, for twelve samples"
-    assert sent["sizes"] <= SLACK
     assert train <= sent["streams"] <= 1.05 * train + 10 * SLACK
     assert sent["held"] <= SLACK
     assert last == "same True copies 0 samples 60"
@@ -324,7 +323,7 @@ def test_a_server_that_knows_no_ranges_is_asked_for_whole_shards(payloads: dict[
 
 
 def test_a_server_that_nobody_vouches_for_is_refused(payloads: dict[str, bytes], tmp_path: Path) -> None:
-    program = "import sys; from data.shards.remote import size_of; print(size_of(sys.argv[1]))"
+    program = "import sys; from data.shards.remote import properties_of; print(properties_of(sys.argv[1])['size'])"
     with https(payloads, tmp_path) as service:
         for trusts in (True, False):
             environment = environment_of(service, tmp_path)
@@ -386,7 +385,7 @@ def test_what_was_found_in_a_shard_is_believed_as_long_as_it_is_that_version(
 ) -> None:
     monkeypatch.setenv("LATENTLINE_CACHE", str(tmp_path))
     about: dict[str, object] = {"size": 100, "ETag": "a"}
-    monkeypatch.setattr("data.sources.listing.properties_of", lambda url: about)
+    monkeypatch.setattr("data.sources.scan_cache.properties_of", lambda url: about)
     (shard,) = found_shards(["s3://b/x.tar"])
     assert shard.key_hashes() is None
     shard.remember(np.array([3, 2**64 - 1], dtype=np.uint64))

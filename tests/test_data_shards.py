@@ -11,7 +11,8 @@ import pytest
 from data.files import sha256_of
 from data.manifest import FileEntry
 from data.samples import BadSample, encode_npy, image_members
-from data.shards.index import ShardIndex, ShardWriter, index_path
+from data.shards.index import ShardIndex, index_path
+from data.shards.writer import ShardWriter
 
 
 def image_of(number: int) -> np.ndarray:

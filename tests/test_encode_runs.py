@@ -21,7 +21,7 @@ from killed_at import PLACES
 from data.files import FolderLock, sha256_of
 from data.loading import ImageShards
 from data.manifest import FileEntry
-from data.shards.index import ShardWriter
+from data.shards.writer import ShardWriter
 from data.statistics import ChannelSums
 from pipelines.model.encoding_progress import EncodingProgress
 from pipelines.model.latent_audit import alarms, audit_keys, scale_in_validation, scale_of, statistics_plot

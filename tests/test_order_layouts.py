@@ -14,9 +14,9 @@ from manifests import commit_latents
 
 from data.loading import LatentShards
 from data.order.order import AnyOrderConfig, BlockedShuffleConfig, FullShuffleConfig, Order, WeightedConfig
-from data.prefetch import prefetch
+from data.prefetch import Prefetch
 from data.samples import latent_members
-from data.shards.index import ShardWriter
+from data.shards.writer import ShardWriter
 
 LAYOUTS = st.fixed_dictionaries(
     {
@@ -44,7 +44,7 @@ def batches_of(make: Callable[[int], np.ndarray], *, start: int, workers: int) -
     if not workers:
         yield (make(index) for index in range(start, 2**62))
         return
-    with prefetch(make, start=start, depth=2 * workers, threads=workers) as stream:
+    with Prefetch(make, start=start, depth=2 * workers, threads=workers) as stream:
         yield (loaded.batch for loaded in stream)
 
 

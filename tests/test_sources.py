@@ -10,7 +10,7 @@ from PIL import Image
 from pydantic import TypeAdapter, ValidationError
 
 from data.samples import BadSample, ImageSample, Split, check_key, image_members
-from data.shards.index import ShardWriter
+from data.shards.writer import ShardWriter
 from data.sources import FashionMNISTConfig, ImageFolderConfig, Source, SourceConfig, SyntheticConfig, WebDatasetConfig
 from data.sources.fashion_mnist import MOSAIC
 from data.sources.source import caption_of_class, safe_key
@@ -91,7 +91,7 @@ def test_reading_is_a_pure_function_of_the_index(source: Source) -> None:
 def test_the_kind_alone_chooses_the_source() -> None:
     adapter: TypeAdapter[object] = TypeAdapter(SourceConfig)
     assert isinstance(adapter.validate_python({"kind": "synthetic", "num_train": 3}), SyntheticConfig)
-    with pytest.raises(ValidationError, match="'fashion_mnist', 'image_folder', 'synthetic', 'union', 'webdataset'"):
+    with pytest.raises(ValidationError, match="'fashion_mnist', 'image_folder', 'synthetic', 'webdataset', 'union'"):
         adapter.validate_python({"kind": "imagenet"})
 
 

@@ -1,4 +1,4 @@
-"""A shuffle for shards that are far away: streams of shards, interleaved, each shuffled within a bounded window.
+"""Blocked shuffle for remote shards: streams of shards, interleaved, each shuffled within a bounded window.
 
 In an epoch the shards lie in random order, end to end, and this row of samples is cut into ``streams`` stretches of
 equal length. A global batch has as many parts, and part ``c`` comes from stretch ``c``, in every batch. A job of n

@@ -1,4 +1,4 @@
-"""Weighted mixtures, exact and without state: which group a position takes from, and which of its samples.
+"""Weighted mixtures of classes or corpora, exact and without state: a position gives its group and its sample there.
 
 Positions come in cycles. In each the slots are dealt to the groups in fixed numbers, by a permutation of the cycle's
 own; so any position tells its group, and how often that group was taken before. A group's samples are gone through in
@@ -93,7 +93,7 @@ class Mixture:
 
 
 def slots_of(weights: np.ndarray) -> np.ndarray:
-    """Return how many slots of a cycle each weight gets: the smallest whole numbers in these proportions.
+    """Return the number of slots of a cycle for each weight: the smallest whole numbers in these proportions.
 
     Where they add up to more than ``CYCLE``, that many slots are dealt by largest remainder.
     """

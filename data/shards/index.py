@@ -1,9 +1,7 @@
-"""Shards: deterministic tars that plain ``webdataset`` reads, and the index that makes any sample of one reachable.
+"""Index of a shard: offset and size of every member, labels, keys and array layouts, so that any sample is reachable.
 
-Writing: equal samples give equal bytes (fixed time, owner, mode, order), committed whole or not at all. Reading: a
-shard is scanned once, strictly; the index (offset and size of every member, labels, keys, layout of arrays) is kept in
-``index/SHARD.safetensors`` beside it. An index is a cache: it names the shard's size and sha256, and is made again when
-it does not fit.
+A shard is scanned once, strictly; its index is kept in ``index/SHARD.safetensors`` beside it. An index is a cache: it
+names the shard's size and sha256, and is made again when it does not fit.
 """
 
 import contextlib
@@ -11,93 +9,31 @@ import hashlib
 import json
 import math
 import mmap
-import tarfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
 from safetensors.numpy import save
 
-from data.files import atomic_file, write_atomically
+from data.files import write_atomically
 from data.manifest import FileEntry
 from data.samples import BadSample, NpyLayout, check_key, parse_label, parse_npy_layout
 from data.shards.scan import RawSample, mapped, scan_shard
-from data.shards.tar import BLOCK
 
 INDEX_FOLDER, INDEX_FORMAT = "index", 1
 _TENSORS = {"offsets": "<i8", "sizes": "<i8", "labels": "<i8", "key_bytes": "|u1", "key_ends": "<i8"}
-RECORD_BYTES = 20 * BLOCK  # a tar's length is a multiple of this, as tar(1) has it
-
-
-class ShardWriter:
-    """Write one shard; nothing is visible under ``path`` until the ``with`` block ends without an exception.
-
-    ``entry`` describes the shard afterwards, and its index lies beside it.
-    """
-
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
-        self.entry: FileEntry | None = None
-        self._keys: set[str] = set()
-        self._digest, self._bytes = hashlib.sha256(), 0
-        self._commit = contextlib.ExitStack()
-
-    def __enter__(self) -> "ShardWriter":
-        self._file = self._commit.enter_context(atomic_file(self.path, sha256=self._digest.hexdigest))
-        return self
-
-    def add(self, key: str, members: Mapping[str, bytes]) -> None:
-        """Append a sample. Members are stored sorted by suffix, next to each other.
-
-        Raises:
-            BadSample: ``bad_key`` or ``duplicate_key``.
-        """
-        check_key(key)
-        if key in self._keys:
-            raise BadSample("duplicate_key", "a key names one sample of a shard", shard=self.path.name, key=key)
-        self._keys.add(key)
-        for suffix in sorted(members):
-            header = tarfile.TarInfo(f"{key}.{suffix}")
-            header.size, header.mode, header.mtime = len(members[suffix]), 0o644, 0
-            self._write(header.tobuf(tarfile.USTAR_FORMAT))
-            self._write(members[suffix])
-            self._write(bytes(-len(members[suffix]) % BLOCK))
-
-    def _write(self, payload: bytes) -> None:
-        self._file.write(payload)
-        self._digest.update(payload)
-        self._bytes += len(payload)
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if kind is not None:
-            self._commit.__exit__(kind, error, trace)
-            return
-        with self._commit:
-            self._write(bytes(2 * BLOCK))
-            self._write(bytes(-self._bytes % RECORD_BYTES))
-            self._file.flush()
-            entry = FileEntry(
-                name=self.path.name, bytes=self._bytes, sha256=self._digest.hexdigest(), samples=len(self._keys)
-            )
-            # Scanned from the file, not remembered, and before it is committed: what was written is what is found.
-            index = ShardIndex.build(Path(self._file.name), entry=entry)
-        index.save(index_path(self.path))
-        self.entry = entry
 
 
 def index_path(shard: Path) -> Path:
-    """Return where the index of a shard is kept."""
+    """Return the path of a shard's index."""
     return shard.parent / INDEX_FOLDER / f"{shard.name}.safetensors"
 
 
 @dataclass(frozen=True)
 class ShardIndex:
-    """Where everything in one shard lies.
+    """Place of everything in one shard.
 
     Args:
         shard: Name of the shard.
@@ -136,9 +72,6 @@ class ShardIndex:
         whole, ends = self.key_bytes.tobytes().decode("ascii"), self.key_ends.tolist()
         return [whole[start:end] for start, end in zip([0, *ends], ends, strict=False)]
 
-    def _arrays(self) -> dict[str, np.ndarray]:
-        return {name: np.ascontiguousarray(getattr(self, name)) for name in _TENSORS}
-
     @classmethod
     def build(cls, path: Path, *, entry: FileEntry) -> "ShardIndex":
         """Scan a shard of ours.
@@ -153,9 +86,8 @@ class ShardIndex:
                     raise fault
                 check_key(sample.key)
             if len(samples) != entry.samples:
-                raise BadSample(
-                    "wrong_count", f"{len(samples)} samples, its manifest says {entry.samples}", shard=entry.name
-                )
+                detail = f"{len(samples)} samples, its manifest says {entry.samples}"
+                raise BadSample("wrong_count", detail, shard=entry.name)
             labels = [_label(buffer, sample, shard=entry.name) for sample in samples]
             layouts = {
                 suffix: layout
@@ -204,7 +136,7 @@ class ShardIndex:
             "suffixes": self.suffixes,
             "layouts": {suffix: [x.dtype, list(x.shape), x.header] for suffix, x in self.layouts.items()},
         }
-        arrays = self._arrays()
+        arrays = {name: np.ascontiguousarray(getattr(self, name)) for name in _TENSORS}
         about["arrays_sha256"] = _sha256(arrays)
         path.parent.mkdir(parents=True, exist_ok=True)
         # One metadata entry: safetensors does not keep the order of several.
@@ -225,7 +157,7 @@ class ShardIndex:
             about, arrays = _map_safetensors(path)
             if about["format"] != INDEX_FORMAT:
                 raise ValueError(f"format {about['format']}, expected {INDEX_FORMAT}")
-            # A reader goes where the index points without looking again, so not a bit of it may have changed.
+            # A reader trusts these offsets without another check, so not a bit of them may have changed.
             if not trusted and _sha256(arrays) != about["arrays_sha256"]:
                 raise ValueError("its content has changed")
             return cls(
@@ -245,8 +177,8 @@ class ShardIndex:
 
         Args:
             path: The shard.
-            entry: What its manifest says of it.
-            kept: Where its index is kept; default beside the shard.
+            entry: Its entry in the manifest.
+            kept: Path of its index; default beside the shard.
             trusted: The kept one was checked before.
 
         Raises:

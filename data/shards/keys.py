@@ -1,4 +1,4 @@
-"""Whether keys are unique over any number of shards: sixteen bytes a sample for hashes, then the candidates exactly."""
+"""Uniqueness of keys over any number of shards: by hashes, sixteen bytes a sample, then exactly where hashes repeat."""
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence

@@ -1,4 +1,4 @@
-"""One shard with its index, ready to be read: mapped from this machine's disk, or far away and read in ranges."""
+"""Readers of one shard through its index: mapped from this machine's disk, or far away and read in ranges."""
 
 import mmap
 import os
@@ -18,8 +18,8 @@ class Shard(ABC):
     """Samples by row.
 
     Args:
-        entry: What the manifest says of the shard.
-        index: Where everything in it lies.
+        entry: Its entry in the manifest.
+        index: Its index.
     """
 
     def __init__(self, entry: FileEntry, index: ShardIndex) -> None:
@@ -37,9 +37,14 @@ class Shard(ABC):
             return None
         return offset, self.index.sizes.item(row, column)
 
-    @abstractmethod
     def member(self, row: int, suffix: str) -> memoryview | None:
         """Return the bytes of a member of sample ``row``, or None when it has no such member."""
+        place = self.place(row, suffix)
+        return self._read(row, *place) if place else None
+
+    @abstractmethod
+    def _read(self, row: int, offset: int, size: int) -> memoryview:
+        """Return ``size`` bytes of sample ``row`` at ``offset`` of the shard."""
 
     def will_need(self, row: int, suffix: str) -> None:  # noqa: B027 (of use where there is a disk to warn)
         """Say that a member will be read soon."""
@@ -102,10 +107,8 @@ class OpenShard(Shard):
         if place := self.place(row, suffix):
             self.fetch(*place)
 
-    def member(self, row: int, suffix: str) -> memoryview | None:
-        """As for any shard; a view of the mapped file."""
-        place = self.place(row, suffix)
-        return self.view[place[0] : place[0] + place[1]] if place else None
+    def _read(self, row: int, offset: int, size: int) -> memoryview:
+        return self.view[offset : offset + size]
 
     def column(self, suffix: str, layout: NpyLayout) -> int:
         """Return the column of arrays ``suffix`` in the index.
@@ -116,31 +119,26 @@ class OpenShard(Shard):
         found = self.index.layouts.get(suffix)
         if found != layout:
             what = "is missing or differs within the shard" if found is None else f"is {found.dtype} {found.shape}"
-            raise BadSample(
-                "wrong_layout",
-                f"{suffix} {what}; the corpus holds {layout.dtype} {layout.shape}",
-                shard=self.name,
-                member=suffix,
-            )
+            detail = f"{suffix} {what}; the corpus holds {layout.dtype} {layout.shape}"
+            raise BadSample("wrong_layout", detail, shard=self.name, member=suffix)
         return self._columns[suffix]
 
 
 class FarShard(Shard):
-    """A shard behind an address, of which samples are fetched by themselves; see ``brought_near``."""
+    """A remote shard, of which samples are fetched by themselves; see ``brought_near``."""
 
-    def member(self, row: int, suffix: str) -> memoryview | None:
-        """As for any shard; one request a call."""
-        (near,) = brought_near([self], [row])
-        return near.member(row, suffix)
+    def _read(self, row: int, offset: int, size: int) -> memoryview:
+        (near,) = brought_near([self], [row], [True])  # one request a call
+        return near._read(row, offset, size)
 
     def span(self, row: int) -> tuple[int, int]:
-        """Return where a sample begins, its first header included, and where it ends: its members lie together."""
+        """Return the first byte of a sample, its first header included, and its end: its members lie together."""
         places = [place for suffix in self.index.suffixes if (place := self.place(row, suffix))]
         return min(offset for offset, _ in places) - BLOCK, max(offset + size for offset, size in places)
 
 
 class _FetchedShard(Shard):
-    """Those samples of a far shard that one batch needs."""
+    """The samples of a remote shard that one batch needs."""
 
     def __init__(self, shard: FarShard) -> None:
         super().__init__(shard.entry, shard.index)
@@ -149,28 +147,22 @@ class _FetchedShard(Shard):
     def hold(self, row: int, start: int, payload: bytes) -> None:
         self._spans[row] = (start, memoryview(payload))
 
-    def member(self, row: int, suffix: str) -> memoryview | None:
-        if (place := self.place(row, suffix)) is None:
-            return None
-        (offset, size), (start, payload) = place, self._spans[row]
+    def _read(self, row: int, offset: int, size: int) -> memoryview:
+        start, payload = self._spans[row]
         # The shard's hash cannot be known from a piece of it, but each member comes with its header.
         if not is_header_of(bytes(payload[offset - start - BLOCK : offset - start]), size):
-            raise BadSample(
-                "shard_changed",
-                f"{self.entry.url} has no member of {size} bytes at byte {offset} any more",
-                shard=self.name,
-                key=self.key(row),
-            )
+            detail = f"{self.entry.url} has no member of {size} bytes at byte {offset} any more"
+            raise BadSample("shard_changed", detail, shard=self.name, key=self.key(row))
         return payload[offset - start : offset - start + size]
 
 
-def brought_near(shards: Sequence[Shard], rows: Sequence[int], needed: Sequence[bool] | None = None) -> list[Shard]:
-    """Return the shard of each sample with that sample at hand; those that are far away are fetched all at once.
+def brought_near(shards: Sequence[Shard], rows: Sequence[int], needed: Sequence[bool]) -> list[Shard]:
+    """Return the shard of each sample with that sample in memory; those of remote shards are fetched all at once.
 
     Args:
         shards: Of each sample.
         rows: Of each sample.
-        needed: Whether its members will be read; default all.
+        needed: Whether its members will be read.
 
     Raises:
         OSError: A range cannot be fetched.
@@ -178,7 +170,7 @@ def brought_near(shards: Sequence[Shard], rows: Sequence[int], needed: Sequence[
     near: dict[int, _FetchedShard] = {}
     wanted: list[tuple[_FetchedShard, int, tuple[str, int, int]]] = []
     out: list[Shard] = []
-    for shard, row, wants in zip(shards, rows, needed or [True] * len(rows), strict=True):
+    for shard, row, wants in zip(shards, rows, needed, strict=True):
         if not wants or not isinstance(shard, FarShard):
             out.append(shard)
             continue

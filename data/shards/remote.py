@@ -1,4 +1,4 @@
-"""Shards that are far away (``s3://``, ``gs://``, ``https://``): fetched whole into a bounded cache, or read in ranges.
+"""Remote shards (``s3://``, ``gs://``, ``https://``): fetched whole into a bounded cache, or read in ranges.
 
 The cache is shared by all processes of a machine. A file is fetched to a temporary name and renamed, by one process
 while the others wait; the longest unused files make room. What is open stays readable after it was evicted.
@@ -7,7 +7,7 @@ holds any is refused, so none gets into a log, a configuration or a manifest.
 
 Environment: ``LATENTLINE_CACHE`` names the folder (default ``~/.cache/latentline``), ``LATENTLINE_CACHE_GB`` bounds it
 (default 100). ``LATENTLINE_REMOTE_READS`` is ``whole`` (always fetch shards), ``ranged`` (always single samples), or
-``auto``: single samples where they are wanted one here, one there, whole shards where most of a shard is wanted.
+``auto``: single samples where few of a shard are wanted, whole shards where most are.
 """
 
 import contextlib
@@ -15,12 +15,13 @@ import fcntl
 import hashlib
 import os
 import re
-import secrets
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
+
+from data.files import temporary_beside
 
 SCHEMES = ("s3", "gs", "https")
 CHUNK_BYTES = 8 << 20
@@ -90,8 +91,7 @@ def local_path(url: str, *, size: int | None = None, sha256: str = "") -> Path:
 
 def held(url: str) -> bool:
     """Say whether the cache has a copy of ``url``."""
-    cache = Cache.of_environment()
-    return cache.path(url).is_file()
+    return Cache.of_environment().path(url).is_file()
 
 
 def range_policy(scattered: bool) -> bool:
@@ -100,10 +100,10 @@ def range_policy(scattered: bool) -> bool:
     Raises:
         ValueError: The environment asks for something unknown.
     """
-    wish = os.environ.get("LATENTLINE_REMOTE_READS", "auto")
-    if wish not in ("auto", "whole", "ranged"):
-        raise ValueError(f"LATENTLINE_REMOTE_READS is auto, whole or ranged, not {wish!r}.")
-    return scattered if wish == "auto" else wish == "ranged"
+    policy = os.environ.get("LATENTLINE_REMOTE_READS", "auto")
+    if policy not in ("auto", "whole", "ranged"):
+        raise ValueError(f"LATENTLINE_REMOTE_READS is auto, whole or ranged, not {policy!r}.")
+    return scattered if policy == "auto" else policy == "ranged"
 
 
 def properties_of(url: str) -> dict[str, Any]:
@@ -117,11 +117,6 @@ def properties_of(url: str) -> dict[str, Any]:
     if not isinstance(about.get("size"), int):
         raise OSError(f"{url}: its server does not say how large it is.")
     return about
-
-
-def size_of(url: str) -> int:
-    """Return the size of a file that is far away, bytes; errors as ``properties_of``."""
-    return int(properties_of(url)["size"])
 
 
 def answers_ranges(url: str) -> bool:
@@ -204,7 +199,7 @@ class Cache:
         self.folder.mkdir(parents=True, exist_ok=True)
         with self._locked(f"{path.name}.lock"):
             if not self._touched(path, size):
-                found = size_of(url)
+                found = int(properties_of(url)["size"])
                 if size is not None and found != size:
                     raise OSError(f"{url} has {found} bytes instead of {size}: it was cut or changed.")
                 self._download(_filesystem(url.partition("://")[0]), url, found, path, sha256=sha256)
@@ -222,13 +217,13 @@ class Cache:
         return True
 
     def _download(self, filesystem: Any, url: str, size: int, path: Path, *, sha256: str) -> None:
-        temporary = self.folder / f".{path.name}.{os.getpid()}-{secrets.token_hex(6)}.tmp"
+        temporary = temporary_beside(path)
         with open(temporary, "xb") as file:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX)  # while it is held, this file's writer lives
+                fcntl.flock(file, fcntl.LOCK_EX)  # while it is held, this file's writer is running
                 with self._locked("lock"):
                     self._make_room(size, url)
-                    os.ftruncate(file.fileno(), size)  # now everybody counts it
+                    os.ftruncate(file.fileno(), size)  # other processes now count it against the bound
                 for attempt in range(TRIES):
                     with contextlib.suppress(OSError) if attempt < TRIES - 1 else contextlib.nullcontext():
                         with _clean_errors(url):
@@ -274,7 +269,7 @@ class Cache:
 
 
 def _is_orphan(temporary: Path) -> bool:
-    """Say whether whoever wrote this has died: nobody holds its lock."""
+    """Say whether the process that wrote a temporary file has ended: nobody holds its lock."""
     with open(temporary, "rb") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -318,7 +313,7 @@ def _clean_errors(url: str) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError as error:
-        # What fsspec says of a web server whatever the reason; its cause has that.
+        # fsspec raises this for any error of a web server; the reason is in its cause.
         if (cause := error.__cause__) is not None and getattr(cause, "status", 0) != 404:
             raise OSError(f"{url} cannot be read ({type(cause).__name__}).") from None
         raise FileNotFoundError(f"{url} is not there.") from None

@@ -1,8 +1,9 @@
-"""From a tar's members to samples: grouped by key as webdataset does, each with what is wrong with it."""
+"""Scan of a shard: a tar's members grouped into samples by key, as webdataset does, each with its faults."""
 
 import contextlib
 import mmap
 import os
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,19 +79,16 @@ def _place_faults(
     groups: list[tuple[str, dict[str, Member], list[BadSample]]], unplaced: list[tuple[int, Fault]], *, shard: str
 ) -> list[RawSample]:
     """Give each fault without a key to an incomplete neighbour, or make it a sample of its own."""
-    kinds: dict[frozenset[str], int] = {}
-    for _, members, _ in groups:
-        kinds[frozenset(members)] = kinds.get(frozenset(members), 0) + 1
-    usual = max(kinds, key=lambda kind: kinds[kind], default=frozenset())
+    kinds = Counter(frozenset(members) for _, members, _ in groups)
+    usual: frozenset[str] = max(kinds, key=lambda kind: kinds[kind], default=frozenset())
     alone: dict[int, list[RawSample]] = {}
     for before, fault in unplaced:
         error = BadSample(fault.reason, fault.detail, shard=shard, member=fault.member)
-        hit = False
-        for neighbour in (before - 1, before):
-            if 0 <= neighbour < len(groups) and not usual <= groups[neighbour][1].keys():
-                groups[neighbour][2].append(error.at(key=groups[neighbour][0]))
-                hit = True
-        if not hit:
+        neighbours = groups[max(before - 1, 0) : before + 1]
+        incomplete = [group for group in neighbours if not usual <= group[1].keys()]
+        for key, _, faults in incomplete:
+            faults.append(error.at(key=key))
+        if not incomplete:
             alone.setdefault(before, []).append(RawSample("", {}, (error,)))
     samples: list[RawSample] = []
     for place, (key, members, faults) in enumerate(groups):

@@ -1,28 +1,24 @@
-"""The shards of a split as one long row of samples: opened when they are needed, checked, and closed again."""
+"""Shards of one split as one long row of samples: opened when they are needed, checked, and closed again."""
 
 import resource
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
-from typing import Literal
 from urllib.parse import urlsplit
 
 import numpy as np
 
-from data.files import sha256_of
 from data.manifest import FileEntry, Manifest, read_manifest
 from data.order.order import AnyOrderConfig, Order, WeightedConfig
 from data.samples import BadSample, Split
 from data.shards.index import ShardIndex, index_path
 from data.shards.reader import FarShard, OpenShard, Shard
-from data.shards.remote import answers_ranges, held, is_remote, local_path, range_policy, size_of
-
-VerifyLevel = Literal["size", "hash", "full"]
+from data.shards.remote import answers_ranges, held, is_remote, local_path, range_policy
 
 MOST_OPEN_SHARDS = 16_384
-FEW = 0.1  # share of a far shard's bytes below which its samples are fetched by themselves
+FEW = 0.1  # share of a remote shard's bytes below which its samples are fetched by themselves
 
 
 def max_open_shards() -> int:
@@ -56,7 +52,7 @@ class ShardSet:
             folder: The stage's folder.
             split: ``train`` or ``val``.
             manifest: The folder's manifest, when it is known.
-            scattered: Samples are read one here, one there: of a shard that is far away only these are fetched.
+            scattered: Few samples of a shard are read: of a remote shard only these are fetched.
 
         Raises:
             FileNotFoundError: No manifest: the stage has not finished.
@@ -81,7 +77,7 @@ class ShardSet:
         return int(self._ends[-1])
 
     def path(self, entry: FileEntry) -> Path:
-        """Return where a shard lies on this machine, fetching it when it is far away.
+        """Return the path of a shard on this machine, fetching it when it is remote.
 
         Raises:
             OSError: It cannot be fetched.
@@ -112,21 +108,19 @@ class ShardSet:
 
     def _opened(self, number: int) -> Shard:
         with self._lock:
-            shard = self._open.get(number)
-            if shard is None:
+            if number not in self._open:
                 entry = self.shards[number].entry
                 try:
-                    shard = self._open_one(entry, trusted=number in self._opened_before)
+                    self._open[number] = self._open_one(entry, trusted=number in self._opened_before)
                 except FileNotFoundError:
                     where = entry.url or self.folder / entry.name
                     raise BadSample("shard_missing", f"{where} is not there", shard=entry.name) from None
-                self._open[number] = shard
                 self._opened_before.add(number)
                 # Dropped, not closed: a batch in another thread may still be reading from it.
                 while len(self._open) > self._max_open:
                     self._open.popitem(last=False)
-            else:
-                self._open.move_to_end(number)
+            self._open.move_to_end(number)
+            shard = self._open[number]
         shard.check_unchanged()
         return shard
 
@@ -146,12 +140,6 @@ class ShardSet:
             self._ranged_hosts[host] = answers_ranges(url)
         return self._ranged_hosts[host]
 
-    def rows(self) -> Iterator[tuple[Shard, int]]:
-        """Yield every sample of the split, in order, as its shard and row."""
-        for part in self.shards:
-            shards, rows = self.locate(part.indices)
-            yield from zip(shards, rows, strict=True)
-
     def labels(self) -> np.ndarray:
         """Return the class of every sample, -1 where there is none; int64 (len,). Opens every shard once."""
         return np.concatenate([self._opened(number).index.labels for number in range(len(self.shards))])
@@ -163,17 +151,14 @@ class ShardSet:
             ValueError: The shards of a corpus do not lie together.
         """
         sizes: dict[str, int] = {}
-        last = None
-        for shard in self.shards:
-            name = shard.entry.corpus
-            if name in sizes and name != last:
+        for name, shards in groupby(self.shards, key=lambda shard: shard.entry.corpus):
+            if name in sizes:
                 raise ValueError(f"{self.folder}: the shards of corpus {name!r} do not stand together in the manifest.")
-            sizes[name] = sizes.get(name, 0) + shard.entry.samples
-            last = name
+            sizes[name] = sum(shard.entry.samples for shard in shards)
         return sizes
 
     def order(self, config: AnyOrderConfig, *, seed: int, global_batch: int) -> Order:
-        """Return the order in which training goes through the split; see ``data.order.order``.
+        """Return the order of training samples; see ``data.order.order``.
 
         Raises:
             ValueError: The configuration does not suit the corpus or the batch.
@@ -188,25 +173,3 @@ class ShardSet:
             classes=self.manifest.classes,
             corpora=self.corpora(),
         )
-
-    def verify(self, level: VerifyLevel = "size") -> None:
-        """Check every shard: its size, also its sha256 (``hash``), also its whole structure (``full``).
-
-        Raises:
-            BadSample: The first thing that is wrong.
-        """
-        for shard in self.shards:
-            entry = shard.entry
-            if level == "size" and is_remote(entry.url):  # asked for, not fetched
-                if (size := size_of(entry.url)) != entry.bytes:
-                    raise BadSample("shard_changed", f"{size} bytes, its manifest says {entry.bytes}", shard=entry.name)
-                continue
-            path = self.path(entry)
-            if not path.is_file():
-                raise BadSample("shard_missing", f"{path} is not there", shard=entry.name)
-            if (size := path.stat().st_size) != entry.bytes:
-                raise BadSample("shard_changed", f"{size} bytes, its manifest says {entry.bytes}", shard=entry.name)
-            if level != "size" and (digest := sha256_of(path)) != entry.sha256:
-                raise BadSample("shard_changed", f"sha256 {digest}, its manifest says {entry.sha256}", shard=entry.name)
-            if level == "full" and not entry.url:  # of shards that others wrote, samples may have been left out
-                ShardIndex.build(path, entry=entry)

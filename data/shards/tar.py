@@ -1,4 +1,4 @@
-"""A strict tar scanner: where each member's bytes lie, and everything that is odd about the file.
+"""Strict scanner of tars: the place of each member's bytes, and everything that is odd about the file.
 
 It reads headers only, never extracts, and never makes a path of a member's name. After damage it looks for the next
 sound header (magic and checksum, on a 512-byte border), so that what follows is still found and the damage is counted.
@@ -76,17 +76,16 @@ def scan_tar(buffer: Buffer) -> Iterator[Member | Fault]:
         problem = _header_problem(header)
         if problem:
             following = _next_header(buffer, position + BLOCK)
-            if not found and following is None:
+            if not found and following < 0:
                 yield Fault("not_a_tar", "", problem)
                 return
             if len(header) < BLOCK:
                 yield Fault("truncated", "", f"the file ends inside the header at byte {position}")
                 return
             yield Fault("damaged_header", "", f"{problem} at byte {position}")
-            pending = _Pending()
-            if following is None:
+            pending, position = _Pending(), following
+            if position < 0:
                 return
-            position = following
             continue
         found = True
         position, items = _one_entry(buffer, position, header, pending)
@@ -107,9 +106,8 @@ def _one_entry(buffer: Buffer, position: int, header: bytes, pending: _Pending) 
     shown = raw_name[:120].decode("utf-8", "backslashreplace")
     if length is None or length < 0:
         _reset(pending)
-        return _resume(buffer, start), [
-            Fault("damaged_header", shown, f"size field {header[124:136]!r} is not a number")
-        ]
+        detail = f"size field {header[124:136]!r} is not a number"
+        return _next_header(buffer, start), [Fault("damaged_header", shown, detail)]
     if kind in _ODD_KINDS or kind == _FOLDER:
         length = 0
     if start + length > len(buffer):
@@ -117,9 +115,8 @@ def _one_entry(buffer: Buffer, position: int, header: bytes, pending: _Pending) 
         return -1, [Fault("truncated", shown, f"the file ends {missing} bytes before the member does")]
     following = start + -(-length // BLOCK) * BLOCK
     if kind in (b"x", b"g", b"L", b"K"):
-        return following, _extension(
-            buffer[start : start + min(length, MAX_EXTENSION_BYTES)], length, kind, shown, pending
-        )
+        payload = buffer[start : start + min(length, MAX_EXTENSION_BYTES)]
+        return following, _extension(payload, length, kind, shown, pending)
     sparse = pending.sparse or kind == b"S"
     _reset(pending)
     if kind == _FOLDER:
@@ -152,9 +149,8 @@ def _named(raw_name: bytes, offset: int, size: int) -> Member | Fault:
 def _extension(payload: bytes, length: int, kind: bytes, shown: str, pending: _Pending) -> list[Member | Fault]:
     """Take over what a pax or GNU extension header says; faults are those of its size and syntax."""
     if length > MAX_EXTENSION_BYTES:
-        return [
-            Fault("oversized_extension", shown, f"an extension header of {length} bytes; at most {MAX_EXTENSION_BYTES}")
-        ]
+        detail = f"an extension header of {length} bytes; at most {MAX_EXTENSION_BYTES}"
+        return [Fault("oversized_extension", shown, detail)]
     if kind == b"L":
         pending.name = payload.rstrip(b"\0")
     if kind == b"x":
@@ -234,19 +230,14 @@ def _after_sparse(buffer: Buffer, header: bytes, start: int) -> int:
     return start
 
 
-def _next_header(buffer: Buffer, position: int) -> int | None:
-    """Return the first sound header or end mark at or after ``position``, on a block border."""
+def _next_header(buffer: Buffer, position: int) -> int:
+    """Return where the first sound header at or after ``position`` is, on a block border; -1 when there is none."""
     while (magic := buffer.find(b"ustar", position + 257)) >= 0:
         candidate = magic - 257
         if candidate % BLOCK == 0 and not _header_problem(buffer[candidate : candidate + BLOCK]):
             return candidate
         position = candidate + 1
-    return None
-
-
-def _resume(buffer: Buffer, position: int) -> int:
-    following = _next_header(buffer, position)
-    return -1 if following is None else following
+    return -1
 
 
 def _reset(pending: _Pending) -> None:

@@ -1,4 +1,4 @@
-"""Whether a shard still is what its manifest says: its sha256, computed once, remembered while the file is untouched.
+"""Verification of shards: the sha256 is computed once, and remembered while the file is untouched.
 
 A shard that passed leaves a mark in the stage's folder with the file's size and time of change; a later start believes
 the mark as long as both are the same. A copied or touched file is read again.
@@ -7,9 +7,10 @@ the mark as long as both are the same. A copied or touched file is read again.
 import contextlib
 import hashlib
 import json
+import os
 from pathlib import Path
 
-from data.files import sha256_of, write_json
+from data.files import verify_file, write_json
 from data.manifest import FileEntry
 
 MARKS_FOLDER = "index"
@@ -21,39 +22,27 @@ def verify_once(folder: Path, entry: FileEntry) -> None:
     Raises:
         ValueError: It is missing, or its size or content is another one; the message names it.
     """
-    path = _path(folder, entry)
-    if not path.is_file():
-        raise ValueError(f"{path} is missing, but {folder}/manifest.json lists it. Restore it or run its stage again.")
-    now = _state(path)
-    if now["bytes"] != entry.bytes:
-        raise ValueError(f"{path} has {now['bytes']} bytes, its manifest says {entry.bytes}: it was cut or changed.")
+    path = Path(entry.url) if entry.url else folder / entry.name
+    seen = path.stat() if path.is_file() else None
     with contextlib.suppress(OSError, ValueError):
-        if json.loads(_mark(folder, entry).read_bytes()) == now:
+        if seen and json.loads(_mark(folder, entry).read_bytes()) == _state(seen):
             return
-    if (found := sha256_of(path)) != entry.sha256:
-        raise ValueError(
-            f"{path} has sha256 {found[:12]}, its manifest says {entry.sha256[:12]}: its content was changed. Restore "
-            "it, or remove its stage's folder and run that stage again."
-        )
-    mark_verified(folder, entry, now)
+    verify_file(path, size=entry.bytes, sha256=entry.sha256)
+    if seen:
+        mark_verified(folder, entry, seen)
 
 
-def mark_verified(folder: Path, entry: FileEntry, state: dict[str, int] | None = None) -> None:
-    """Remember that a shard was seen to be what its entry says, with its size and time of change then, or now."""
+def mark_verified(folder: Path, entry: FileEntry, seen: os.stat_result) -> None:
+    """Remember that a shard is what its entry says, with the status of the file from before it was read."""
     # A read-only folder costs the next start time, nothing else.
     with contextlib.suppress(OSError):
-        state = state or _state(_path(folder, entry))
-        _mark(folder, entry).parent.mkdir(exist_ok=True)
-        write_json(_mark(folder, entry), state)
+        mark = _mark(folder, entry)
+        mark.parent.mkdir(exist_ok=True)
+        write_json(mark, _state(seen))
 
 
-def _path(folder: Path, entry: FileEntry) -> Path:
-    return Path(entry.url) if entry.url else folder / entry.name
-
-
-def _state(path: Path) -> dict[str, int]:
-    status = path.stat()
-    return {"bytes": status.st_size, "changed": status.st_mtime_ns}
+def _state(seen: os.stat_result) -> dict[str, int]:
+    return {"bytes": seen.st_size, "changed": seen.st_mtime_ns}
 
 
 def _mark(folder: Path, entry: FileEntry) -> Path:

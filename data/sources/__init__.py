@@ -1,4 +1,9 @@
-"""Where images come from: one file a source; its config in the union below is its registration."""
+"""Sources of images: one file a source; its config in the union below is its registration.
+
+Read ``source`` (the protocol) and ``synthetic`` (the shortest) first; ``union`` joins several sources, ``webdataset``
+reads shards that others wrote, with ``scan_cache`` for remote ones and ``in_place`` to use them without a copy. May
+import ``data.samples``, ``data.shards``, ``data.files``, ``data.manifest`` and ``data.randomness``.
+"""
 
 from typing import Annotated
 
@@ -9,13 +14,10 @@ from data.sources.fashion_mnist import FashionMNISTConfig
 from data.sources.image_folder import ImageFolderConfig
 from data.sources.source import Source, listing_digest
 from data.sources.synthetic import SyntheticConfig
-from data.sources.union import Corpus, Union, UnionConfig, corpora_of
+from data.sources.union import Corpus, SingleSourceConfig, UnionConfig, corpora_of
 from data.sources.webdataset import WebDataset, WebDatasetConfig
 
-SourceConfig = Annotated[
-    EmojiConfig | FashionMNISTConfig | ImageFolderConfig | SyntheticConfig | UnionConfig | WebDatasetConfig,
-    Field(discriminator="kind"),
-]
+SourceConfig = Annotated[SingleSourceConfig | UnionConfig, Field(discriminator="kind")]
 
 __all__ = [
     "Corpus",
@@ -25,7 +27,6 @@ __all__ = [
     "Source",
     "SourceConfig",
     "SyntheticConfig",
-    "Union",
     "UnionConfig",
     "WebDataset",
     "WebDatasetConfig",

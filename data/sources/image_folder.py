@@ -1,7 +1,7 @@
 """Image files in one folder per class; the folders' names, sorted, are the classes.
 
 ``FOLDER/sneaker/12.jpg`` is of class ``sneaker``; ``FOLDER/sneaker/12.txt``, where there is one, is its caption. Images
-may lie deeper. Which split a file belongs to depends on its relative name alone, so adding files never moves others.
+may lie deeper. The split of a file depends on its relative name alone, so adding files never moves others.
 """
 
 import os

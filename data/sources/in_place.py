@@ -1,4 +1,4 @@
-"""Shards that others wrote, used where they lie: only an index is made, of the samples that are good."""
+"""Shards in place: those that others wrote are used where they are, and only their good samples are indexed."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -21,10 +21,10 @@ def index_in_place(
 
     Args:
         corpus: The opened source, which is a ``WebDataset``.
-        number: Which of its shards.
-        split: Which of its samples.
-        path: What the shard is called in the corpus; its index is kept beside that, no file of this name is made.
-        is_good: Told of each sample, or of what is wrong with it.
+        number: Number of the shard in the source.
+        split: The split to index.
+        path: The shard's name in the corpus; its index is kept beside that, no file of this name is made.
+        is_good: Called with each sample, or with its fault; False leaves it out.
     """
     source = corpus.source
     assert isinstance(source, WebDataset)
@@ -48,5 +48,5 @@ def index_in_place(
     index = ShardIndex.of_samples(good, labels=labels, layouts={}, entry=entry)
     index.save(index_path(path))
     if not is_remote(url):
-        mark_verified(path.parent, entry, {"bytes": seen.st_size, "changed": seen.st_mtime_ns})
+        mark_verified(path.parent, entry, seen)
     return entry

@@ -1,4 +1,4 @@
-"""What every source offers: images of two splits, by index, in a fixed order."""
+"""Protocol of every source: images of two splits, by index, in a fixed order; keys and captions made of names."""
 
 import hashlib
 import os
@@ -22,7 +22,7 @@ class Source(Protocol):
         ...
 
     def listing(self) -> Iterator[str]:
-        """Yield what an index means, cheaply and in order: a listing that changes gives indices another meaning."""
+        """Yield a line for each index, cheaply and in order: when the lines change, indices mean other samples."""
         ...
 
     def read(self, split: Split, index: int) -> ImageSample:

@@ -17,10 +17,7 @@ from data.sources.source import Source, safe_key
 from data.sources.synthetic import SyntheticConfig
 from data.sources.webdataset import WebDatasetConfig
 
-SingleSourceConfig = Annotated[
-    EmojiConfig | FashionMNISTConfig | ImageFolderConfig | SyntheticConfig | WebDatasetConfig,
-    Field(discriminator="kind"),
-]
+SingleSourceConfig = EmojiConfig | FashionMNISTConfig | ImageFolderConfig | SyntheticConfig | WebDatasetConfig
 CorpusName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_]{1,32}$")]  # no dash: it ends the name in a key
 
 
@@ -28,7 +25,9 @@ class UnionConfig(BaseModel, frozen=True, extra="forbid"):
     """Several corpora as one, each a source with a name."""
 
     kind: Literal["union"] = "union"  # corpora that an order can mix: order = { kind = "weighted", by = "corpus" }
-    corpora: Annotated[Mapping[CorpusName, SingleSourceConfig], Field(min_length=1)]  # name -> source, in this order
+    corpora: Annotated[
+        Mapping[CorpusName, Annotated[SingleSourceConfig, Field(discriminator="kind")]], Field(min_length=1)
+    ]  # name -> source, in this order
 
     def open(self) -> "Union":
         """Open every corpus.
@@ -66,15 +65,11 @@ class Corpus:
 
     def adopted(self, sample: ImageSample) -> ImageSample:
         """Return a sample of the source under the key and label that it has here."""
-        label = self.labels[sample.label] if sample.label >= 0 else -1
-        return replace(sample, key=self._key(sample.key), label=label)
-
-    def _key(self, key: str) -> str:
-        if not self.name:
-            return key
-        whole = f"{self.name}-{key}"
-        room = MAX_KEY_CHARACTERS - len(self.name) - 1
-        return whole if len(key) <= room else f"{self.name}-{safe_key(key)[-room:]}"
+        key, label = sample.key, self.labels[sample.label] if sample.label >= 0 else -1
+        if self.name:
+            room = MAX_KEY_CHARACTERS - len(self.name) - 1
+            key = f"{self.name}-{key if len(key) <= room else safe_key(key)[-room:]}"
+        return replace(sample, key=key, label=label)
 
     def read(self, split: Split, index: int) -> ImageSample:
         """As ``Source.read``, of this corpus's own samples."""

@@ -1,4 +1,4 @@
-"""Shards that others wrote: WebDataset tars (img2dataset's too), read in place, strictly, at any index.
+"""WebDataset shards that others wrote (img2dataset's too): read in place, strictly, at any index.
 
 Every shard is scanned once at opening, headers only; what is kept of a sample is 16 bytes. Nothing is extracted, no
 address is ever given to a shell, and a member's name is only ever compared.
@@ -7,15 +7,15 @@ address is ever given to a shell, and a member's name is only ever compared.
 import glob
 import hashlib
 import os
-import re
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar
 
 import numpy as np
+from braceexpand import braceexpand
 from pydantic import AfterValidator, BaseModel, Field
 
 from data.samples import (
@@ -33,7 +33,7 @@ from data.samples import (
 from data.shards.keys import later_occurrences
 from data.shards.remote import check_address, is_remote, matches
 from data.shards.scan import RawSample, mapped, scan_shard
-from data.sources.listing import FoundShard, found_shards
+from data.sources.scan_cache import FoundShard, found_shards
 from data.sources.source import safe_key
 
 MAX_SHARDS = 1_000_000
@@ -41,8 +41,6 @@ MAX_IMAGE_BYTES = 512 * 1024 * 1024
 MAX_LABEL_BYTES = 64
 SCANS_KEPT = 4
 T = TypeVar("T")
-_RANGE = re.compile(r"(\d+)\.\.(\d+)")
-
 
 ShardAddress = Annotated[str, AfterValidator(check_address)]
 
@@ -74,12 +72,15 @@ class WebDataset:
 
     def __init__(self, config: WebDatasetConfig) -> None:
         self._config = config
+        self.classes, self.copied = config.classes, config.copied
         self._scans: OrderedDict[int, list[RawSample]] = OrderedDict()
         self._lock = threading.Lock()
         train, val = expand(config.urls), expand(config.val_urls)
         if both := sorted(set(train) & set(val)):
             raise ValueError(f"{both[0]} is in urls and in val_urls; a shard belongs to one split.")
         self._shards = found_shards([*train, *val])
+        #: Absolute path or URL of each shard.
+        self.urls = tuple(shard.url for shard in self._shards)
         hashes, numbers, rows = self._scan_all()
         self._numbers, self._rows = numbers, rows
         self._duplicates = later_occurrences(hashes, self._keys_at)
@@ -94,11 +95,6 @@ class WebDataset:
                     f"{len(self._shards)} shards with {len(rows)} samples leave none for {split}. "
                     "Give other urls, give val_urls, or change val_fraction."
                 )
-
-    @property
-    def classes(self) -> tuple[str, ...]:
-        """Class names by label, as configured."""
-        return self._config.classes
 
     def count(self, split: Split) -> int:
         """Return the number of samples of a split, bad ones included."""
@@ -130,31 +126,23 @@ class WebDataset:
         except BadSample as error:
             raise error.at(shard=shard.url, key=raw.key) from None
 
-    @property
-    def copied(self) -> bool:
-        """Whether new shards are to be written."""
-        return self._config.copied
-
-    @property
-    def urls(self) -> tuple[str, ...]:
-        """Absolute path or URL of each shard."""
-        return tuple(shard.url for shard in self._shards)
-
     def holds(self, number: int, split: Split) -> bool:
         """Say whether a shard holds samples of ``split``."""
-        places = self._places[split]
-        return bool(np.diff(np.searchsorted(self._numbers[places], [number, number + 1]))[0])
+        return len(self._places_of(number, split)) > 0
 
     def samples_of(self, number: int, split: Split) -> Iterator[tuple[RawSample, ImageSample | BadSample]]:
         """Yield the samples of one shard that belong to ``split``: where they lie, and the sample or its finding."""
-        places = self._places[split]
-        first, last = np.searchsorted(self._numbers[places], [number, number + 1])
-        for place in places[first:last].tolist():
+        for place in self._places_of(number, split).tolist():
             raw = self._scan(number)[int(self._rows[place])]
             try:
                 yield self._listed(raw), self._read(place)
             except BadSample as error:
                 yield raw, error
+
+    def _places_of(self, number: int, split: Split) -> np.ndarray:
+        places = self._places[split]
+        first, last = np.searchsorted(self._numbers[places], [number, number + 1])
+        return places[first:last]
 
     def _listed(self, raw: RawSample) -> RawSample:
         """Return the sample under our key, with those members that the configuration reads."""
@@ -240,7 +228,7 @@ class WebDataset:
 
     def _scan_all(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return, for every sample of every shard: hash of its key (uint64), shard number and row (int32)."""
-        hashes, numbers, rows = [], [], []
+        hashes = []
         for number, shard in enumerate(self._shards):
             known = shard.key_hashes()
             if known is None:
@@ -248,9 +236,9 @@ class WebDataset:
                 known = np.array([_hash(key) for key in keys], dtype=np.uint64)
                 shard.remember(known)
             hashes.append(known)
-            numbers.append(np.full(len(known), number, dtype=np.int32))
-            rows.append(np.arange(len(known), dtype=np.int32))
-        return np.concatenate(hashes), np.concatenate(numbers), np.concatenate(rows)
+        numbers = np.repeat(np.arange(len(hashes), dtype=np.int32), [len(known) for known in hashes])
+        rows = np.concatenate([np.arange(len(known), dtype=np.int32) for known in hashes])
+        return np.concatenate(hashes), numbers, rows
 
 
 def expand(urls: tuple[str, ...]) -> list[str]:
@@ -261,7 +249,7 @@ def expand(urls: tuple[str, ...]) -> list[str]:
     """
     found: dict[str, None] = {}
     for url in urls:
-        for count, pattern in enumerate(_braces(url)):
+        for count, pattern in enumerate(braceexpand(url, escape=False)):
             if count >= MAX_SHARDS:
                 raise ValueError(f"{url!r} names more than {MAX_SHARDS} shards.")
             if is_remote(pattern):
@@ -273,22 +261,6 @@ def expand(urls: tuple[str, ...]) -> list[str]:
                 raise ValueError(f"{pattern!r} names no file. Check the path; a relative one starts at {Path.cwd()}.")
             found.update(dict.fromkeys(paths))
     return list(found)
-
-
-def _braces(pattern: str) -> Iterator[str]:
-    """Expand ``{a,b}`` and ``{000..099}``, the first pair of braces outermost."""
-    match = re.search(r"\{([^{}]*)\}", pattern)
-    if not match:
-        yield pattern
-        return
-    numeric = _RANGE.fullmatch(match[1])
-    if numeric:
-        first, last, width = int(numeric[1]), int(numeric[2]), len(numeric[1])
-        choices: Iterable[str] = (f"{number:0{width}d}" for number in range(first, last + 1))
-    else:
-        choices = match[1].split(",")
-    for choice in choices:
-        yield from _braces(pattern[: match.start()] + choice + pattern[match.end() :])
 
 
 def _key_of(key: str) -> str:

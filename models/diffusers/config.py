@@ -214,8 +214,6 @@ class ForeignUNet(NamedTuple):
     in_channels: int
     out_channels: int
     token_width: int  # 0 without cross-attention
-    pooled_width: int  # of the text vector that its class embedding projects, 0 without one
-    num_class_embeddings: int  # rows of its class embedding, the null class included; 0 without one
 
 
 def unet_config_from_diffusers(theirs: Mapping[str, Any]) -> ForeignUNet:
@@ -289,8 +287,6 @@ def unet_config_from_diffusers(theirs: Mapping[str, Any]) -> ForeignUNet:
         in_channels=theirs["in_channels"],
         out_channels=theirs["out_channels"],
         token_width=theirs.get("cross_attention_dim", 1280) if by_tokens else 0,
-        pooled_width=theirs.get("projection_class_embeddings_input_dim") or 0,
-        num_class_embeddings=theirs.get("num_class_embeds") or 0,
     )
 
 

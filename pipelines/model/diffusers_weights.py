@@ -12,7 +12,7 @@ from pydantic import BaseModel, Field
 from safetensors.torch import load_file
 
 from data.diffusers_folder import config_of, weights_of
-from data.files import sha256_of
+from data.files import sha256_of, verify_file
 from data.manifest import DiffusersVAEManifest
 from models.autoencoder.vae import AutoencoderKL
 from models.denoiser import Denoiser, DenoiserConfig
@@ -44,9 +44,7 @@ def read_diffusers_vae(folder: Path, manifest: DiffusersVAEManifest) -> Autoenco
         ValueError: It has parts that ours lacks, or its weights have changed since.
     """
     path = weights_of(folder)
-    found = sha256_of(path)
-    if found != manifest.weights:
-        raise ValueError(f"{path} has sha256 {found[:12]}, not {manifest.weights[:12]}: it was changed.")
+    verify_file(path, sha256=manifest.weights)
     config, image_channels = vae_config_from_diffusers(config_of(folder) or {})
     network = AutoencoderKL(config, image_channels=image_channels)
     network.load_state_dict(vae_from_diffusers(load_file(path), config))

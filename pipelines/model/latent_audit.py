@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from data.loading import ImageShards, ShardRange
+from data.loading import ImageShards
 from data.manifest import FileEntry
 from data.shards.index import ShardIndex
 from data.shards.keys import check_unique
+from data.shards.split import ShardRange
 from data.statistics import ChannelSums
 
 COLLAPSED_STD = 1e-3  # of the posterior's means; a channel below it says nothing about the image

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from data.files import sha256_of, write_atomically, write_json
+from data.files import sha256_of, verify_file, write_atomically, write_json
 from data.manifest import AnyVAEManifest, DiffusersVAEManifest, FileEntry, LatentScaling, UNetManifest, VAEManifest
 from models.autoencoder.vae import AutoencoderKL, VAEConfig
 from models.denoiser import Denoiser, DenoiserConfig
@@ -161,9 +161,5 @@ def check_same_vae(used: str, *, given: AnyVAEManifest, given_at: str, user: str
 
 def _read(folder: Path, manifest: VAEManifest | UNetManifest, *, name: str) -> tuple[dict[str, Any], str]:
     path = folder / f"{name}.safetensors"
-    if not path.is_file():
-        raise ValueError(f"{path} is missing, but the manifest beside it lists it. Restore it or train again.")
-    found, expected = sha256_of(path), manifest.weights
-    if found != expected:
-        raise ValueError(f"{path} has sha256 {found[:12]}, its manifest says {expected[:12]}: it was changed.")
-    return json.loads((folder / "config.json").read_bytes()), found
+    verify_file(path, sha256=manifest.weights)
+    return json.loads((folder / "config.json").read_bytes()), manifest.weights

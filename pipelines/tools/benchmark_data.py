@@ -30,9 +30,9 @@ from data.manifest import (
     write_manifest,
 )
 from data.order.order import FullShuffleConfig, Order
-from data.prefetch import prefetch
+from data.prefetch import Prefetch
 from data.samples import image_members, latent_members
-from data.shards.index import ShardWriter
+from data.shards.writer import ShardWriter
 from data.transforms import ImageViewConfig, to_unit_range
 from models.autoencoder.vae import AutoencoderKL, VAEConfig
 from pipelines.encode_latents import SHARDS_AT_ONCE, EncodeLatentsConfig, EncodeLatentsInputs, encode_shard
@@ -134,7 +134,7 @@ def threads(folder: Path, rounds: int) -> Comparison:
     shape = (total, 256, 256, 3)
 
     def ours() -> dict[str, np.ndarray]:
-        with prefetch(lambda number: _decoded(reader, number), depth=4, threads=2, pin=False) as batches:
+        with Prefetch(lambda number: _decoded(reader, number), depth=4, threads=2, pin=False) as batches:
             found = [next(batches).batch for _ in range(num_batches)]
         return {str(number): batch for number, batch in enumerate(found)}
 

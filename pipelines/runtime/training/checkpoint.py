@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from data.files import atomic_folder, sha256_of, sweep_temporaries, write_json
+from data.files import atomic_folder, sha256_of, sweep_temporaries, verify_file, write_json
 from pipelines.runtime.config.experiment import ConfigError
 
 PREFIX = "update-"
@@ -299,13 +299,9 @@ def verify(path: Path) -> None:
     try:
         listed = json.loads((path / "manifest.json").read_bytes())["files"]
         for entry in listed:
-            file = path / entry["name"]
-            if file.stat().st_size != entry["bytes"] or sha256_of(file) != entry["sha256"]:
-                raise DamagedCheckpoint(f"{file} is damaged: its size or sha256 is not what its manifest says.")
+            verify_file(path / entry["name"], size=entry["bytes"], sha256=entry["sha256"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        if isinstance(error, DamagedCheckpoint):
-            raise
-        raise DamagedCheckpoint(f"{path} is damaged: {error!r}.") from error
+        raise DamagedCheckpoint(f"{path} is damaged: {error}") from error
 
 
 def _write_tensors(tensors: dict[str, Tensor], path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What was found in a far shard, remembered beside the cache: a restart lists a corpus without fetching it again.
+"""Cache of scans: the keys' hashes of a remote shard, kept beside it, so that a restart need not fetch it again.
 
 Of each sample only the hash of its key is kept, in order. A shard that was replaced is scanned again.
 """
@@ -20,7 +20,7 @@ _VERSIONS = ("ETag", "etag", "generation", "LastModified", "Last-Modified", "Con
 
 @dataclass(frozen=True)
 class FoundShard:
-    """A shard as it is now: its size, and what tells this version of it from others ("" when nothing does)."""
+    """A shard of a source as it is now: its size, and a hash of its version ("" when the service tells none)."""
 
     url: str
     bytes: int
@@ -32,7 +32,7 @@ class FoundShard:
         return local_path(self.url, size=self.bytes)
 
     def key_hashes(self) -> np.ndarray | None:
-        """Return what was remembered of this version, uint64 (samples,), or None."""
+        """Return the hashes kept of this version, uint64 (samples,), or None."""
         path = Cache.of_environment().note(self.url)
         if not self.version or not path.is_file():
             return None
@@ -41,7 +41,7 @@ class FoundShard:
         return np.frombuffer(payload, dtype="<u8") if head.decode("latin-1") == f"{self.version} {whole}" else None
 
     def remember(self, key_hashes: np.ndarray) -> None:
-        """Keep what was found, if this version can be told from others."""
+        """Keep the hashes, if this version can be told from others."""
         if self.version:
             payload = key_hashes.astype("<u8").tobytes()
             head = f"{self.version} {hashlib.sha256(payload).hexdigest()}\n"
@@ -49,7 +49,7 @@ class FoundShard:
 
 
 def found_shards(urls: list[str]) -> list[FoundShard]:
-    """Ask for all shards, those that are far away many at once.
+    """Return the size and version of each shard; of remote ones many are asked for at once.
 
     Raises:
         OSError: One is not there.
