@@ -11,26 +11,23 @@ Shapes: b images of a process's micro-batch, C channels, H and W pixels; c chann
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-import numpy as np
 import torch
 from pydantic import BaseModel, NonNegativeFloat, PositiveInt
 from torch import Tensor, nn
 
-from data.files import write_atomically
 from data.loading import ImageShards, Prefetch, prefetch
 from data.manifest import CorpusManifest, Parents, VAEManifest
 from data.order.order import FullShuffleConfig, OrderConfig
 from data.randomness import SampleDraws
-from data.transforms import to_levels, to_unit_range
+from data.transforms import to_unit_range
 from models.autoencoder.discriminator import Discriminator
 from models.autoencoder.discriminator_start import AdversaryStart
 from models.autoencoder.health import gradient_norms, latent_metrics
 from models.autoencoder.objective import PatchAdversary, VAELoss, VAEObjective, VAEObjectiveConfig, discriminator_loss
 from models.autoencoder.vae import AutoencoderKL, Posterior, VAEConfig
-from models.metrics import psnr
 from pipelines.model.device import Device, device_of
-from pipelines.model.grids import grid_png
 from pipelines.model.inputs import verify_shards
+from pipelines.model.validation import VAEValidation
 from pipelines.model.weights import publish
 from pipelines.runtime.config.experiment import ConfigError, config_from_command_line
 from pipelines.runtime.stage.fingerprint import config_error_at
@@ -41,9 +38,6 @@ from pipelines.runtime.training.ema import Averages
 from pipelines.runtime.training.flops import flops_of, known_peak_flops
 from pipelines.runtime.training.loop import BatchShare, Training, TrainingConfig
 from pipelines.runtime.training.optim import Optimizer
-
-NUM_VALIDATION_IMAGES = 256
-NUM_GRID_COLUMNS = 10
 
 
 class TrainVAEInputs(BaseModel, frozen=True, extra="forbid"):
@@ -140,12 +134,18 @@ def train(config: TrainVAEConfig, stage: Stage) -> None:
         flops_per_image=flops_per_image(vae.network, resolution=corpus.image.resolution),
         peak_flops=known_peak_flops(str(stage.accelerator.device), config.precision),
     )
+    with config_error_at("inputs.corpus"):
+        validation = VAEValidation(
+            stage,
+            corpus_folder=config.inputs.corpus,
+            images_per_pass=config.images_per_device or config.global_batch,
+        )
 
     # Where we stopped last time.
     training.resume()
     if training.update == 0:
         # What cannot be drawn fails now, not after hours.
-        training.expect(validate(config, stage, averages.first, update=0))
+        training.expect(validation.validate(averages.first, update=0))
 
     # The loop.
     for batch in training.updates(batches.from_index):
@@ -155,7 +155,7 @@ def train(config: TrainVAEConfig, stage: Stage) -> None:
         if start is not None and start.watch(reconstruction_loss, update=training.update, refused=training.refused):
             stage.say(f"update {training.update}: reconstruction has stopped improving; the discriminator joins in")
         if training.validation_is_due():
-            training.report(validate(config, stage, averages.first, update=training.update))
+            training.report(validation.validate(averages.first, update=training.update))
 
     files, weights = publish(
         stage,
@@ -282,38 +282,6 @@ class BatchMaker:
     def from_index(self, start: int) -> Prefetch[VAEBatch]:
         """Make batches ahead, from ``start`` on."""
         return prefetch(self.make, start=start, depth=self.config.prefetch_batches, threads=self.config.decode_threads)
-
-
-@torch.no_grad()
-def validate(config: TrainVAEConfig, stage: Stage, network: nn.Module, *, update: int) -> dict[str, float]:
-    """Measure the averaged weights on validation images and draw the first ones; on the main process."""
-    corpus = stage.parents.corpus
-    if not stage.is_main or not corpus.splits["val"]:
-        return {}
-    assert isinstance(network, AutoencoderKL)
-    images = ImageShards(config.inputs.corpus, split="val", manifest=corpus, scattered=True)
-    batch = images.read(np.arange(min(NUM_VALIDATION_IMAGES, len(images))))
-    outputs, scales = [], []
-    for part in torch.from_numpy(batch.images).split(config.images_per_device or config.global_batch):
-        posterior = network.encode(to_unit_range(part).to(stage.accelerator.device))
-        outputs.append(to_levels(network.decode(posterior.mode())))
-        scales.append(posterior.mean.std())
-    restored = np.concatenate(outputs)
-    decibels = psnr(torch.from_numpy(restored).movedim(-1, 1), torch.from_numpy(batch.images).movedim(-1, 1))
-    metrics = {"val/psnr": float(decibels.mean()), "val/latent_std": float(torch.stack(scales).mean())}
-    shown = slice(0, NUM_GRID_COLUMNS)
-    grid = grid_png(
-        np.stack([batch.images[shown], restored[shown]]),
-        column_labels=[corpus.classes[label] if label >= 0 else "" for label in batch.labels[shown]],
-        row_labels=("image", "reconstruction"),
-        title=f"update {update}: {metrics['val/psnr']:.2f} dB on {len(restored)} validation images",
-    )
-    path = stage.folder / "grids" / f"reconstructions-{update:08}.png"
-    path.parent.mkdir(exist_ok=True)
-    write_atomically(path, grid)
-    stage.tracker.log_image("val/reconstructions", path, step=update)
-    stage.say(f"update {update}: PSNR {metrics['val/psnr']:.2f} dB, {path}")
-    return metrics
 
 
 def check_images(config: TrainVAEConfig, corpus: CorpusManifest) -> None:
