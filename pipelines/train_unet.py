@@ -18,13 +18,12 @@ from pydantic import BaseModel, Field
 from torch import Tensor, nn
 
 from data.loading import LatentShards
-from data.manifest import LatentShape, LatentsManifest, Parents, UNetManifest
+from data.manifest import LatentShape, Parents, UNetManifest
 from data.order.order import FullShuffleConfig, OrderConfig
-from data.prefetch import Prefetch
 from data.randomness import SampleDraws
-from data.samples import Split
 from models.autoencoder.vae import Posterior
 from models.denoiser import Denoiser, DenoiserConfig
+from pipelines.model.batches import GlobalBatches
 from pipelines.model.captions import CaptionFeatures, FeatureSourceConfig, StoredFeaturesConfig
 from pipelines.model.device import device_of
 from pipelines.model.diffusers_weights import RandomStart, StartConfig, check_start, load_start
@@ -33,24 +32,24 @@ from pipelines.model.validation import GridConfig, UNetValidation
 from pipelines.model.weights import Normalisation, check_same_vae, check_sampler_suits, publish
 from pipelines.runtime.config.experiment import ConfigError, config_from_command_line
 from pipelines.runtime.stage.fingerprint import config_error_at
-from pipelines.runtime.stage.launch import joined, launched_world_size
+from pipelines.runtime.stage.launch import launched_world_size
 from pipelines.runtime.stage.stage import Stage, running_stage
-from pipelines.runtime.training.checkpoint import Stateful, Weights
+from pipelines.runtime.training.config import BatchShare, TrainingConfig
 from pipelines.runtime.training.ema import Averages
-from pipelines.runtime.training.flops import flops_of, known_peak_flops
-from pipelines.runtime.training.loop import BatchShare, Training, TrainingConfig
-from pipelines.runtime.training.optim import Optimizer
+from pipelines.runtime.training.loop import Training
+from pipelines.runtime.training.throughput import flops_of
+from pipelines.runtime.training.trainable import Trainable
 
 
 class TrainUNetInputs(BaseModel, frozen=True, extra="forbid"):
-    """What the U-Net learns from."""
+    """Inputs of the U-Net's training."""
 
     latents: str  # folder of the latent shards
     vae: str  # folder of the autoencoder that made them; shows samples
 
 
 class TrainUNetConfig(TrainingConfig):
-    """The denoiser and its training."""
+    """Configuration of the denoiser and its training."""
 
     fingerprint_ignores = TrainingConfig.fingerprint_ignores | {"grid"}
 
@@ -77,20 +76,18 @@ class LatentDraw:
 def main() -> None:
     config = config_from_command_line(TrainUNetConfig, table="train_unet", about=__doc__)
     with running_stage(
-        config,
-        name="train_unet",
-        precision=config.precision,
-        check=lambda parents: check_request(config, parents),
+        config, name="train_unet", precision=config.precision, check=lambda parents: check(config, parents)
     ) as stage:
         train(config, stage)
 
 
-def check_request(config: TrainUNetConfig, parents: Parents) -> None:
+def check(config: TrainUNetConfig, parents: Parents) -> None:
     """Refuse what cannot work, before any work.
 
     Raises:
         ConfigError: A batch that does not split, latents of another VAE, flips that were not encoded, a misfit network.
     """
+    # The batch and the latents.
     BatchShare.of(config, table="train_unet", rank=0, world_size=launched_world_size())
     latents = parents.latents
     with config_error_at("inputs.vae"):
@@ -105,19 +102,16 @@ def check_request(config: TrainUNetConfig, parents: Parents) -> None:
             f"train_unet.flip_probability = {config.flip_probability}, but {config.inputs.latents} holds no mirrored "
             "latents. Encode with encode_latents.flipped = true, or set the probability to 0."
         )
+
+    # The network, where it starts, and how it is sampled.
     with config_error_at("train_unet.denoiser"):
-        caption_features(config, latents, device=torch.device("cpu"))
+        CaptionFeatures(config.captions, config.denoiser, latents=latents, device=torch.device("cpu"))
         with torch.device("meta"):
             build_denoiser(config, latents.latent, num_classes=len(latents.classes))
     with config_error_at("train_unet.start"):
         check_start(config.start, config.denoiser, latent_channels=latents.latent.channels)
     with config_error_at("train_unet.grid.sampler"):
         check_sampler_suits(config.grid.sampler, config.denoiser)
-
-
-def caption_features(config: TrainUNetConfig, latents: LatentsManifest, *, device: torch.device) -> CaptionFeatures:
-    """Open where the features of captions come from."""
-    return CaptionFeatures(config.captions, config.denoiser, latents=latents, device=device)
 
 
 def build_denoiser(config: TrainUNetConfig, latent: LatentShape, *, num_classes: int) -> Denoiser:
@@ -135,26 +129,24 @@ def train(config: TrainUNetConfig, stage: Stage) -> None:
     denoiser = build_denoiser(config, latents.latent, num_classes=len(latents.classes))
     with config_error_at("train_unet.start"):
         start = load_start(config.start, denoiser)
-    denoiser = device.place(denoiser)
+    unet = Trainable.of(device.place(denoiser), config, stage.accelerator)
     with config_error_at("train_unet.captions"):
-        captions = caption_features(config, latents, device=device.torch)
-    batches = BatchMaker(config, stage, denoiser, captions, split="train")
+        captions = CaptionFeatures(config.captions, config.denoiser, latents=latents, device=device.torch)
+    batches = BatchMaker(config, stage, denoiser, captions)
 
     # How to learn it.
-    optimizer = Optimizer(denoiser, config.optim, accelerator=stage.accelerator)
     averages = Averages(denoiser, config.averages)
-    wrapped = joined(denoiser, stage.accelerator, compiles=config.compile)
-    parts: dict[str, Stateful] = {"unet": Weights(denoiser), "unet_optimizer": optimizer, "unet_averages": averages}
-    if captions.computes:
-        parts |= {"captions": captions}
     training = Training(
         stage,
         config,
         share=batches.share,
         keys=batches.keys,
-        parts=parts,
+        parts={
+            **unet.parts("unet"),
+            "unet_averages": averages,
+            **({"captions": captions} if captions.computes else {}),
+        },
         flops_per_image=flops_per_image(denoiser, batches.make(0)),
-        peak_flops=known_peak_flops(str(device.torch), config.precision),
     )
     with config_error_at("inputs"):
         validation = UNetValidation(
@@ -168,18 +160,18 @@ def train(config: TrainUNetConfig, stage: Stage) -> None:
 
     # Where we stopped last time.
     training.resume()
-    if training.update == 0:
-        training.expect(
-            validation.validate(averages.first, update=0)
-        )  # what cannot be drawn fails now, not after hours
+    if training.update == 0:  # what cannot be validated fails now, not after hours
+        training.report(validation.validate(averages.first, update=0))
 
-    # The loop.
+    # The loop. DDP sums gradients in another order after its first backward pass: let it be one that changes nothing.
+    training.rehearse(lambda batch: one_update(training, unet, batch), batches.make)
     for batch in training.updates(batches.from_index):
-        one_update(training, wrapped, optimizer, batch)
+        one_update(training, unet, batch)
         averages.update(denoiser, update=training.update, refused=training.refused)
         if training.validation_is_due():
             training.report(validation.validate(averages.first, update=training.update))
 
+    # What the other stages read.
     files, weights = publish(
         stage,
         name="unet",
@@ -206,37 +198,41 @@ def train(config: TrainUNetConfig, stage: Stage) -> None:
     stage.say(f"{training.update} updates, weights {weights[:12]} in {stage.folder}")
 
 
-def one_update(training: Training, wrapped: nn.Module, optimizer: Optimizer, batch: LatentDraw) -> None:
+def one_update(training: Training, unet: Trainable[Denoiser], batch: LatentDraw) -> None:
     """Move the denoiser by one global batch."""
     device = training.stage.accelerator.device
-    for part in training.micro_batches(wrapped):
+    for part in training.micro_batches(unet.wrapped):
+        # A micro-batch to the device.
         x0, noise = (
             field[part].to(device, non_blocking=True, memory_format=torch.channels_last)
             for field in (batch.x0, batch.noise)
         )
         times, dropped = (field[part].to(device, non_blocking=True) for field in (batch.times, batch.dropped))
         conditions = {name: field[part].to(device, non_blocking=True) for name, field in batch.conditions.items()}
-        losses = wrapped(x0, noise, times, conditions, dropped)
+
+        # Its loss and gradients.
+        losses = unet.wrapped(x0, noise, times, conditions, dropped)
         training.backward(losses.loss.mean())
+
+        # Its metrics.
         training.log({"train/loss": losses.loss.mean(), "train/error": losses.error.mean()})
         if losses.bound is not None:
             training.log({"train/bound": losses.bound.mean()})
         rates = dropped.float().mean(dim=0).unbind()  # of each conditioner
         training.log({f"train/dropped_fraction_{index}": rate for index, rate in enumerate(rates)})
-    training.step({"train/grad_norm": optimizer})
+    training.step({"train/grad_norm": unet.optimizer})
 
 
-class BatchMaker:
-    """Makes this rank's share of any global batch, with its noise: a pure function of the batch's index."""
+class BatchMaker(GlobalBatches[LatentDraw]):
+    """Maker of this rank's share of any global batch, with its noise: a pure function of the batch's index."""
 
-    def __init__(
-        self, config: TrainUNetConfig, stage: Stage, denoiser: Denoiser, captions: CaptionFeatures, *, split: Split
-    ) -> None:
-        accelerator, manifest = stage.accelerator, stage.parents.latents
+    def __init__(self, config: TrainUNetConfig, stage: Stage, denoiser: Denoiser, captions: CaptionFeatures) -> None:
+        # The latents, with their captions or the features of these.
+        manifest = stage.parents.latents
         with config_error_at("inputs.latents"):
             self.latents = LatentShards(
                 config.inputs.latents,
-                split=split,
+                split="train",
                 manifest=manifest,
                 features=captions.stored,
                 captions=captions.computes,
@@ -246,23 +242,25 @@ class BatchMaker:
                     f"train_unet.captions.kind = 'computed', but {config.inputs.latents} holds no captions (KEY.txt). "
                     "Prepare the corpus from a source with captions, or remove the conditioner of kind 'text'."
                 )
-        self.share = BatchShare.of(
-            config, table="train_unet", rank=accelerator.process_index, world_size=accelerator.num_processes
-        )
-        with config_error_at("train_unet.order"):
-            self.order = self.latents.order(config.order, seed=config.seed, global_batch=config.global_batch)
+
+        # What is drawn for each of them.
+        super().__init__(config, stage, self.latents, order=config.order)
         self.normalisation = Normalisation(manifest.statistics)
         self.drop_probabilities = np.array(config.denoiser.drop_probabilities)
         self.config, self.times, self.captions = config, denoiser.times, captions
 
     def make(self, index: int) -> LatentDraw:
         """Read this rank's share of global batch ``index`` and make every random choice in it."""
+        # Read the moments, of mirrored images where drawn.
         config, positions = self.config, self.share.positions
-        samples = self.order.indices(index * config.global_batch + positions.start, len(positions))
         draws = SampleDraws(config.seed, index, positions)
         mirrored = draws.uniforms("flip") < config.flip_probability
         with config_error_at("inputs.latents"):
-            stored = self.latents.read(samples, flipped=mirrored if config.flip_probability else None)
+            stored = self.latents.read(
+                self.samples(index, positions), flipped=mirrored if config.flip_probability else None
+            )
+
+        # Draw latents from the posterior, then noise, times and dropped conditions.
         moments = torch.from_numpy(stored.moments).float()
         shape = tuple(moments.shape[2:])
         posterior = Posterior(mean=moments[:, 0], log_variance=moments[:, 1])
@@ -280,15 +278,6 @@ class BatchMaker:
             dropped=torch.from_numpy(dropped),
         )
 
-    def keys(self, index: int, positions: range) -> list[str]:
-        """Name the samples at ``positions`` of global batch ``index``."""
-        samples = self.order.indices(index * self.config.global_batch + positions.start, len(positions))
-        return self.latents.keys(samples)
-
-    def from_index(self, start: int) -> Prefetch[LatentDraw]:
-        """Make batches ahead, from ``start`` on."""
-        return Prefetch(self.make, start=start, depth=self.config.prefetch_batches)
-
 
 def flops_per_image(denoiser: Denoiser, batch: LatentDraw) -> float:
     """Count the FLOPs of the denoiser's forward and backward pass for one image."""
@@ -301,7 +290,7 @@ def flops_per_image(denoiser: Denoiser, batch: LatentDraw) -> float:
         assert isinstance(shadow, Denoiser)
         return shadow.output(x0, times, conditions, dropped).sum()
 
-    return float(flops_of(denoiser, call))
+    return flops_of(denoiser, call)
 
 
 if __name__ == "__main__":

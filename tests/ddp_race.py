@@ -25,14 +25,14 @@ from data.randomness import SampleDraws
 from models.denoiser import Denoiser
 from pipelines.model.device import device_of
 from pipelines.runtime.config.experiment import RunConfig, load_config
-from pipelines.runtime.stage.launch import StopSignal, joined, start_accelerator
+from pipelines.runtime.stage.launch import StopSignal, start_accelerator
 from pipelines.runtime.stage.stage import Stage
 from pipelines.runtime.tracking.tracker import SilentTracker
-from pipelines.runtime.training.checkpoint import Weights
 from pipelines.runtime.training.config import BatchShare
 from pipelines.runtime.training.ema import Averages
 from pipelines.runtime.training.loop import Training
-from pipelines.runtime.training.optim import Optimizer, learning_rate
+from pipelines.runtime.training.optim import learning_rate
+from pipelines.runtime.training.trainable import Trainable, joined
 from pipelines.tools.paired_timing import compare
 from pipelines.train_unet import LatentDraw, TrainUNetConfig, build_denoiser, one_update
 
@@ -52,15 +52,17 @@ class Ours:
     def __init__(self, config: TrainUNetConfig, stage: Stage, network: nn.Module, batches: list[LatentDraw]) -> None:
         rank, world_size = stage.accelerator.process_index, stage.accelerator.num_processes
         self.network, self.batches = network, batches
-        self.optimizer = Optimizer(network, config.optim, accelerator=stage.accelerator)
+        self.unet = Trainable.of(network, config, stage.accelerator)
         self.averages = Averages(network, config.averages)
-        self.wrapped = joined(network, stage.accelerator, compiles=False)
         self.training = Training(
             stage,
             config,
             share=BatchShare.of(config, table="train_unet", rank=rank, world_size=world_size),
             keys=lambda batch, positions: [],
-            parts={"unet": Weights(network), "optimizer": self.optimizer, "averages": self.averages},
+            parts={**self.unet.parts("unet"), "unet_averages": self.averages},
+        )
+        self.training.rehearse(
+            lambda batch: one_update(self.training, self.unet, batch), lambda index: batches[index % len(batches)]
         )
         self.updates = self.training.updates(self.from_index)
 
@@ -71,7 +73,7 @@ class Ours:
 
     def turn(self) -> None:
         for _ in range(UPDATES_A_TURN):
-            one_update(self.training, self.wrapped, self.optimizer, next(self.updates))
+            one_update(self.training, self.unet, next(self.updates))
             self.averages.update(self.network, update=self.training.update, refused=self.training.refused)
         dist.barrier()
 

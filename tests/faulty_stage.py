@@ -63,7 +63,7 @@ class FaultyTraining(Training):
             metrics = {name: value * math.nan for name, value in metrics.items()}
         super().log(metrics)
 
-    def _record(self) -> CheckedUpdate | None:
+    def _close_update(self) -> CheckedUpdate | None:
         held = {
             f"{part}, {name}": tensor
             for part, holder in self.parts.items()
@@ -71,19 +71,19 @@ class FaultyTraining(Training):
             for name, tensor in holder.tensors().items()
         }
         prints = {name: fingerprint(tensor) for name, tensor in held.items()}
-        refused = self._anomalies.present_is_refused()
+        refused = bool(self._anomalies.refused)
         if not self.fault("weights"):
             assert all(torch.isfinite(tensor).all() for tensor in held.values()), "something bad was taken up"
             assert not refused or all(prints[name].equal(before) for name, before in self.healthy.items())
         if not refused:
             self.healthy = prints
-        return super()._record()
+        return super()._close_update()
 
-    def _answer(self, bad: CheckedUpdate) -> None:
+    def _recover_from(self, bad: CheckedUpdate) -> None:
         with open(Path(self.plan["records"]) / f"rank-{self.stage.accelerator.process_index}.jsonl", "a") as file:
             file.write(json.dumps([bad.update, bad.batch]) + "\n")
         self.healthy = {}  # it may go back to a checkpoint
-        super()._answer(bad)
+        super()._recover_from(bad)
 
 
 class FaultyPlayers(FaultyTraining):

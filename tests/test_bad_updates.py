@@ -4,6 +4,8 @@ import json
 import random
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -107,22 +109,23 @@ def test_a_factor_that_would_call_everything_a_spike_is_refused() -> None:
 def test_an_overflow_of_fp16_is_refused_but_no_fault_until_the_scale_is_spent() -> None:
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
     scaler.scale(torch.ones(1))  # makes the scale
-    verdicts = AnomalyDetector(BadUpdateConfig(), device=torch.device("cpu"), world_size=1)
+    accelerator: Any = SimpleNamespace(device=torch.device("cpu"), num_processes=1, scaler=scaler)
+    anomalies = AnomalyDetector(BadUpdateConfig(), accelerator)
     metrics, norms = {"train/loss": torch.tensor(1.0)}, {"train/grad_norm": torch.tensor(float("inf"))}
-    verdicts.check(metrics, norms, scaler=scaler)
-    verdicts.remember(update=1, batch=0, metrics=metrics)
-    assert verdicts.present_is_refused()
-    assert verdicts.first_bad(wait=True) is None
-    verdicts.check(metrics, {"train/grad_norm": torch.tensor(1.0)}, scaler=scaler)
-    assert not verdicts.present_is_refused()
+    anomalies.check(metrics, norms)
+    anomalies.send_to_host(update=1, batch=0, metrics=metrics)
+    assert anomalies.refused
+    assert anomalies.first_bad(wait=True) is None
+    anomalies.check(metrics, {"train/grad_norm": torch.tensor(1.0)})
+    assert not anomalies.refused
     twin = torch.amp.GradScaler("cpu")
     twin.scale(torch.ones(1))
     LossScale(twin).load(LossScale(scaler).tensors())
     assert twin.get_scale() == 4.0
     scaler.load_state_dict({**scaler.state_dict(), "scale": 0.5})
-    verdicts.check(metrics, norms, scaler=scaler)
-    verdicts.remember(update=3, batch=2, metrics=metrics)
-    bad = verdicts.first_bad(wait=True)
+    anomalies.check(metrics, norms)
+    anomalies.send_to_host(update=3, batch=2, metrics=metrics)
+    bad = anomalies.first_bad(wait=True)
     assert bad is not None
     assert bad.update == 3
 

@@ -1,6 +1,5 @@
 """Laws of checkpoints: whole or absent, verified, never fewer than one good one."""
 
-import hashlib
 import json
 from pathlib import Path
 
@@ -8,9 +7,19 @@ import pytest
 import torch
 from tiny_training import Recipe, Tiny
 
+from data.files import sha256_of
 from pipelines.runtime.config.experiment import ConfigError
 from pipelines.runtime.stage.provenance import code_version
+from pipelines.runtime.stage.stage import running_stage
 from pipelines.runtime.training.checkpoint import CheckpointConfig, Checkpoints, DamagedCheckpoint, verify
+from pipelines.runtime.training.config import TrainingConfig
+
+
+def commit_again(checkpoint: Path) -> None:
+    """Write the manifest of what a checkpoint's folder holds now."""
+    (checkpoint / "manifest.json").unlink()
+    files = [{"name": f.name, "bytes": f.stat().st_size, "sha256": sha256_of(f)} for f in checkpoint.iterdir()]
+    (checkpoint / "manifest.json").write_text(json.dumps({"files": files}))
 
 
 def checkpoints(folder: Path, **config: int) -> Checkpoints:
@@ -57,7 +66,7 @@ def test_a_flipped_bit_in_any_file_is_found_and_the_checkpoint_before_is_used(
     newest = tmp_path / "checkpoints/update-00000020"
     verify(newest)
     files = sorted(newest.iterdir())
-    assert len(files) == 8, "two networks, two optimizers, averages, verdicts, state and manifest"
+    assert len(files) == 8, "two networks, two optimizers, averages, anomalies, state and manifest"
     for file in files:
         intact = file.read_bytes()
         for position in {0, len(intact) // 2, len(intact) - 1}:
@@ -126,12 +135,41 @@ def test_a_checkpoint_says_what_its_bits_depend_on(tmp_path: Path, capsys: pytes
     assert state["code"] == code_version()
     Tiny(tmp_path, Recipe(config={"updates": 10, "log_every": 3})).run()
     assert "continuing after update 10, bit for bit" in capsys.readouterr().out
-    manifest = json.loads((path.parent / "manifest.json").read_bytes())
-    text = json.dumps({**state, "code": "0000"}).encode()
-    path.write_bytes(text)
-    for entry in manifest["files"]:
-        if entry["name"] == "state.json":
-            entry |= {"bytes": len(text), "sha256": hashlib.sha256(text).hexdigest()}
-    (path.parent / "manifest.json").write_text(json.dumps(manifest))
+    path.write_text(json.dumps({**state, "code": "0000"}))
+    commit_again(path.parent)
     Tiny(tmp_path, Recipe(config={"updates": 10})).run()
     assert f"to rounding at best, since code was 0000, is now {code_version()}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("change", ["renamed", "missing", "unknown"])
+def test_a_checkpoint_with_other_parts_than_the_training_is_refused_with_exit_code_2(
+    change: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As an older version wrote it, which had another name for a part."""
+    Tiny(tmp_path / "unet", Recipe(config={"updates": 10})).run()
+    newest = tmp_path / "unet/checkpoints/update-00000010"
+    part = (newest / "anomalies.safetensors").read_bytes()
+    if change != "unknown":
+        (newest / "anomalies.safetensors").unlink()
+    if change != "missing":
+        (newest / "verdicts.safetensors").write_bytes(part)
+    commit_again(newest)
+    given = {"updates": 4, "global_batch": 2, "run": {"root": str(tmp_path), "tracking_uri": "offline"}}
+    config = TrainingConfig.model_validate_json(json.dumps(given))
+    with pytest.raises(SystemExit) as end, running_stage(config, name="train_unet"):
+        Tiny(tmp_path / "unet", Recipe(config={"updates": 20})).run()
+    assert end.value.code == 2
+    said = capsys.readouterr().err
+    held = {"renamed": "", "missing": "", "unknown": "anomalies, "}[change] + "first, first_averages, first_optimizer"
+    others = "" if change == "missing" else ", verdicts"
+    assert f"update-00000010 holds {held}, second, second_optimizer{others}, but this training consists of anom" in said
+    assert "Finish it with that version, or begin anew with another run.root." in said
+
+
+def test_a_part_that_a_changed_configuration_has_dropped_is_left_out(tmp_path: Path) -> None:
+    Tiny(tmp_path, Recipe(config={"updates": 10})).run()
+    newest = tmp_path / "checkpoints/update-00000010"
+    (newest / "loss_scale.safetensors").write_bytes((newest / "anomalies.safetensors").read_bytes())
+    commit_again(newest)
+    changed = {"updates": 20, "run": {"root": "", "allow_changed": ["precision"]}}
+    assert Tiny(tmp_path, Recipe(config=changed)).run().tracker.rows[0]["update"] == 11

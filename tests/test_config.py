@@ -231,7 +231,7 @@ def test_missing_inputs_are_all_named_with_the_stage_that_makes_them(tmp_path: P
 
 
 def test_a_batch_that_cannot_be_split_names_the_nearest_that_can() -> None:
-    from pipelines.runtime.training.loop import BatchShare
+    from pipelines.runtime.training.config import BatchShare
     from pipelines.train_unet import TrainUNetConfig
 
     whole = tomllib.loads(SMOKE.read_text())["train_unet"]
@@ -246,7 +246,7 @@ def test_a_batch_that_cannot_be_split_names_the_nearest_that_can() -> None:
 
 @pytest.mark.parametrize(("world_size", "per_device"), [(1, 0), (1, 4), (2, 4), (4, 2), (3, 8)])
 def test_the_shares_of_all_ranks_are_the_whole_batch_once(world_size: int, per_device: int) -> None:
-    from pipelines.runtime.training.loop import BatchShare
+    from pipelines.runtime.training.config import BatchShare
     from pipelines.train_unet import TrainUNetConfig
 
     config = TrainUNetConfig.model_validate(

@@ -1,4 +1,4 @@
-"""Folders that version 0.1 made: what was finished stays valid, what was begun is continued or refused with a way on."""
+"""Folders that version 0.1 made: what was finished stays valid, what was begun goes on or is refused with a way on."""
 
 import shutil
 from pathlib import Path

@@ -32,7 +32,9 @@ def one_step(net: nn.Module, optimizer: Optimizer, update: int, *, poison: bool 
     x = torch.randn(4, 2, 8, 8, generator=torch.Generator().manual_seed(update))
     loss = net(x).square().mean()
     (loss * (math.nan if poison else 1.0)).backward()
-    return optimizer.step(update=update, total_updates=100)
+    norm = optimizer.clip()
+    optimizer.apply(update=update, total_updates=100, refused=(~torch.isfinite(norm)).float())
+    return norm
 
 
 def test_the_rate_warms_up_linearly_and_ends_as_its_kind_says() -> None:

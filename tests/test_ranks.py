@@ -129,7 +129,7 @@ def test_a_straggler_is_named(ended: dict[str, Any]) -> None:
     row = ended["slow"][0]["rows"][-1]
     assert row["perf/slowest_rank"] == 1
     assert row["perf/own_seconds/rank_1"] > 0.15 > row["perf/own_seconds/rank_0"]
-    assert f"rank 1 on {socket.gethostname()} holds up the others" in ended["printed"][0]["out"]
+    assert f"rank 1 on {socket.gethostname()} delays the others" in ended["printed"][0]["out"]
 
 
 def test_a_hanging_rank_is_reported_by_all_and_ends_them(tmp_path: Path) -> None:

@@ -10,8 +10,14 @@ from conftest import Run, run_here, run_stage
 from safetensors.torch import load_file
 from torch import nn
 
-from pipelines.runtime.training.ema import Averages, PowerAverage, power_exponent
-from pipelines.runtime.training.power_averages import Snapshot, combine_snapshots, profile_product
+from pipelines.runtime.training.ema import (
+    Averages,
+    PowerAverage,
+    Snapshot,
+    combine_snapshots,
+    power_exponent,
+    profile_product,
+)
 
 NUM_UPDATES, EVERY = 1_024, 64
 STORED, WANTED = (0.05, 0.10), (0.03, 0.05, 0.075, 0.15)

@@ -222,10 +222,10 @@ def test_a_second_start_leaves_the_outcome_of_the_owner_alone(tmp_path: Path) ->
     owner.release()
 
     first, second = Outcome(working=True), Outcome(working=True)
-    first.reached("failed", code=2)
-    first.tell(tmp_path, is_main=False)
-    second.reached("stopped")
-    second.tell(tmp_path, is_main=True)
+    first.set("failed", code=2)
+    first.write(tmp_path, is_main=False)
+    second.set("stopped")
+    second.write(tmp_path, is_main=True)
     assert json.loads((tmp_path / "outcome.json").read_bytes())["exit_code"] == 2
     assert (second.state, second.code) == ("failed", 1)
 
@@ -275,9 +275,9 @@ def test_a_second_signal_ends_at_once_and_what_one_ctrl_c_sends_twice_does_not()
         "from pipelines.runtime.config.experiment import RunConfig\n"
         "from pipelines.runtime.stage.launch import StopSignal, start_accelerator\n"
         "stop = StopSignal(Path(sys.argv[1]), start_accelerator(RunConfig()))\n"
-        "with stop.listening():\n"
+        "with stop.handling_signals():\n"
         "    print('listening', flush=True)\n"
-        "    while not stop.heard(): time.sleep(0.01)\n"
+        "    while not stop.requested(): time.sleep(0.01)\n"
         "    print(stop.reason, flush=True)\n"
         "    time.sleep(600)\n"
     )

@@ -39,7 +39,8 @@ def test_an_update_logs_its_loss_its_error_its_bound_and_who_was_dropped(varianc
         log=logged.update,
         step=lambda optimizers: None,
     )
-    one_update(training, denoiser, None, draw)  # type: ignore[arg-type]
+    unet: Any = SimpleNamespace(wrapped=denoiser, optimizer=None)
+    one_update(training, unet, draw)
     expected = denoiser(draw.x0, draw.noise, draw.times, draw.conditions, draw.dropped)
     assert logged["train/loss"] == expected.loss.mean()
     assert logged["train/error"] == expected.error.mean()

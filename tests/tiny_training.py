@@ -23,15 +23,14 @@ from data.manifest import Parents
 from data.prefetch import Loaded
 from data.randomness import SampleDraws
 from pipelines.runtime.config.experiment import RunConfig
-from pipelines.runtime.stage.launch import StopSignal, joined, start_accelerator
+from pipelines.runtime.stage.launch import StopSignal, start_accelerator
 from pipelines.runtime.stage.stage import Stage
 from pipelines.runtime.tracking.tracker import SilentTracker
-from pipelines.runtime.training.checkpoint import Weights
 from pipelines.runtime.training.config import BatchShare, TrainingConfig
 from pipelines.runtime.training.ema import Averages
 from pipelines.runtime.training.loop import Training
-from pipelines.runtime.training.optim import Optimizer
 from pipelines.runtime.training.replica_check import ReplicaError
+from pipelines.runtime.training.trainable import Trainable
 
 BASE: dict[str, Any] = {
     "updates": 40,
@@ -99,15 +98,13 @@ class Tiny:
         torch.manual_seed(0)
         self.first = nn.Sequential(nn.Linear(4, 8), nn.SiLU(), nn.Dropout(recipe.dropout), nn.Linear(8, 4))
         self.second = nn.Linear(4, 1)
-        self.optimizers = [Optimizer(net, config.optim, accelerator=self.accelerator) for net in self.networks]
+        trained = [Trainable.of(net, config, self.accelerator) for net in (self.first, self.second)]
+        self.optimizers, self.wrapped = [each.optimizer for each in trained], [each.wrapped for each in trained]
         self.averages = Averages(self.first, config.averages)
-        self.wrapped = [joined(net, self.accelerator, compiles=config.compile) for net in self.networks]
         self.share = BatchShare.of(config, table="tiny", rank=rank, world_size=world_size)
         self.parts = {
-            "first": Weights(self.first),
-            "second": Weights(self.second),
-            "first_optimizer": self.optimizers[0],
-            "second_optimizer": self.optimizers[1],
+            **trained[0].parts("first"),
+            **trained[1].parts("second"),
             "first_averages": self.averages,
         }
         self.training = Training(
@@ -115,10 +112,6 @@ class Tiny:
         )
         self.spent: set[int] = set()
         self.after_update: Callable[[int], None] = lambda update: None
-
-    @property
-    def networks(self) -> list[nn.Module]:
-        return [self.first, self.second]
 
     def keys(self, batch: int, positions: range) -> list[str]:
         return [f"sample-{batch}-{position}" for position in positions]
@@ -142,6 +135,7 @@ class Tiny:
 
     def run(self) -> "Tiny":
         self.training.resume()
+        self.training.rehearse(self.one_update, lambda index: next(self.stream(index)).batch)
         for x in self.training.updates(self.stream):
             self.one_update(x)
             if not self.recipe.still_average:

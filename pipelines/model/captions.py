@@ -119,6 +119,8 @@ class CaptionFeatures:
         ValueError: The latents do not have the features, or there is no such encoder, or it has another width.
     """
 
+    optional = True  # absent where the training began with stored features
+
     def __init__(
         self,
         source: FeatureSourceConfig,
@@ -173,7 +175,7 @@ class CaptionFeatures:
             ConfigError: It is another.
         """
         mine = self.tensors()["encoder"]
-        if tensors and not tensors["encoder"].equal(mine):
+        if not tensors["encoder"].equal(mine):
             before, now = (bytes(each.tolist()).hex()[:12] for each in (tensors["encoder"], mine))
             raise ConfigError(
                 f"train_unet.captions: training began with the text encoder {before}, the one here is {now}, whose "

@@ -1,4 +1,7 @@
-"""What is looked at while a U-Net trains: the loss on validation latents with fixed noise, and a grid of samples."""
+"""Validation of averaged weights during training: a metric on validation data and a grid of pictures.
+
+A VAE is validated by the PSNR of reconstructions, a U-Net by its loss with fixed noise and by samples.
+"""
 
 import numpy as np
 import torch
@@ -6,21 +9,79 @@ from pydantic import BaseModel, PositiveInt
 from torch import Tensor, nn
 
 from data.files import write_atomically
-from data.loading import LatentBatch, LatentShards
+from data.loading import ImageBatch, ImageShards, LatentBatch, LatentShards
 from data.randomness import SampleDraws
 from data.samples import Split
-from data.transforms import to_levels
+from data.transforms import to_levels, to_unit_range
+from models.autoencoder.vae import AutoencoderKL
 from models.denoiser import Denoiser
 from models.diffusion.guidance import GuidanceConfig
 from models.diffusion.samplers import DDIMConfig, SamplerConfig
+from models.metrics import psnr
 from pipelines.model.captions import CaptionFeatures
 from pipelines.model.device import Device
 from pipelines.model.grids import grid_png
 from pipelines.model.weights import Normalisation, load_vae
 from pipelines.runtime.stage.stage import Stage
 
+NUM_VALIDATION_IMAGES = 256
+NUM_RECONSTRUCTIONS = 10  # columns of the grid
 NUM_VALIDATION_LATENTS = 256
 NUM_VALIDATION_TIMES = 8
+
+
+class VAEValidation:
+    """Validation of an averaged VAE, on the main process: PSNR on validation images, and a grid of the first ones.
+
+    Args:
+        stage: The running training.
+        corpus_folder: Images that it trains on; those of the validation split are reconstructed.
+        images_per_pass: Images that are encoded and decoded at once.
+
+    Raises:
+        ValueError: The folder does not hold what its manifest says.
+    """
+
+    def __init__(self, stage: Stage, *, corpus_folder: str, images_per_pass: int) -> None:
+        self.stage, self.images_per_pass = stage, images_per_pass
+        self.corpus = stage.parents.corpus
+        self.images: ImageBatch | None = None
+        if stage.is_main and self.corpus.splits["val"]:
+            shards = ImageShards(corpus_folder, split="val", manifest=self.corpus, scattered=True)
+            self.images = shards.read(np.arange(min(NUM_VALIDATION_IMAGES, len(shards))))
+
+    @torch.no_grad()
+    def validate(self, network: nn.Module, *, update: int) -> dict[str, float]:
+        """Return PSNR and the latents' standard deviation, and draw the grid; nothing without a validation split."""
+        if self.images is None:
+            return {}
+        assert isinstance(network, AutoencoderKL)
+
+        # Reconstruct the posteriors' modes, and compare them as stored pixels.
+        outputs, scales = [], []
+        for part in torch.from_numpy(self.images.images).split(self.images_per_pass):
+            posterior = network.encode(to_unit_range(part).to(self.stage.accelerator.device))
+            outputs.append(to_levels(network.decode(posterior.mode())))
+            scales.append(posterior.mean.std())
+        restored = np.concatenate(outputs)
+        decibels = psnr(torch.from_numpy(restored).movedim(-1, 1), torch.from_numpy(self.images.images).movedim(-1, 1))
+        metrics = {"val/psnr": float(decibels.mean()), "val/latent_std": float(torch.stack(scales).mean())}
+
+        # Draw the first ones below their originals.
+        shown = slice(0, NUM_RECONSTRUCTIONS)
+        classes = self.corpus.classes
+        grid = grid_png(
+            np.stack([self.images.images[shown], restored[shown]]),
+            column_labels=[classes[label] if label >= 0 else "" for label in self.images.labels[shown]],
+            row_labels=("image", "reconstruction"),
+            title=f"update {update}: {metrics['val/psnr']:.2f} dB on {len(restored)} validation images",
+        )
+        path = self.stage.folder / "grids" / f"reconstructions-{update:08}.png"
+        path.parent.mkdir(exist_ok=True)
+        write_atomically(path, grid)
+        self.stage.tracker.log_image("val/reconstructions", path, step=update)
+        self.stage.say(f"update {update}: PSNR {metrics['val/psnr']:.2f} dB, {path}")
+        return metrics
 
 
 class GridConfig(BaseModel, frozen=True, extra="forbid"):

@@ -24,7 +24,7 @@ from pipelines.runtime.config.experiment import ConfigError, StageConfig, config
 from pipelines.runtime.stage.fingerprint import config_error_at, read_parents
 from pipelines.runtime.stage.provenance import code_version
 from pipelines.runtime.training.checkpoint import PREFIX, verify
-from pipelines.runtime.training.power_averages import Combination, Snapshot, combine_snapshots
+from pipelines.runtime.training.ema import Combination, Snapshot, combine_snapshots
 
 PART = "unet_averages.safetensors"
 

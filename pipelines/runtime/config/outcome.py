@@ -1,7 +1,7 @@
-"""How a run of a stage ended, for scripts: ``outcome.json`` in its folder.
+"""Outcome of a stage's run, for scripts: ``outcome.json`` in its folder.
 
 ``accelerate launch`` makes 1 of every exit code, so this file holds the true one. Of the ranks of one run the first to
-end says why; those that it takes along do not write over it. Nobody writes into a folder that another run owns.
+end writes it; those that end because of it do not write over it. No run writes into a folder that another one owns.
 """
 
 import json
@@ -22,22 +22,22 @@ State = Literal["done", "failed", "stopped"]
 
 @dataclass
 class Outcome:
-    """How this process sees the end of its run; failed until it is known to be better."""
+    """End of the run as this process sees it; failed until it is known to be better."""
 
     state: State = "failed"
     code: int = 1
     working: bool = False  # past the checks, in a folder of its own
 
-    def reached(self, state: State, *, code: int | None = None) -> None:
-        """Say how it ended; ``code`` where it is not the state's own."""
+    def set(self, state: State, *, code: int | None = None) -> None:
+        """Set the state, and ``code`` where it is not the state's own."""
         self.state, self.code = state, EXIT_CODES[state] if code is None else code
 
-    def tell(self, folder: Path, *, is_main: bool) -> None:
-        """Leave ``outcome.json``; learn from it when another rank of this run has ended first.
+    def write(self, folder: Path, *, is_main: bool) -> None:
+        """Write ``outcome.json``; become failed when another rank of this run has written it first.
 
         Args:
             folder: The run's folder, whose outcome of an earlier run was removed when the work began.
-            is_main: True on the main process; the others only tell of failures in the work.
+            is_main: True on the main process; the others only write failures in the work.
         """
         if not self.working:
             if is_main:
@@ -46,12 +46,12 @@ class Outcome:
         if not is_main and self.state != "failed":
             return
         temporary = temporary_beside(folder / OUTCOME_NAME)
-        temporary.write_text(_text(self.state, self.code))
+        temporary.write_text(json.dumps(_content(self.state, self.code), indent=2) + "\n")
         try:
             os.link(temporary, folder / OUTCOME_NAME)  # fails when the name is taken, and never shows half a file
         except FileExistsError:
             if self.state != "failed":
-                self.reached("failed")
+                self.set("failed")
         finally:
             temporary.unlink(missing_ok=True)
 
@@ -64,14 +64,13 @@ def leave_outcome(folder: Path, *, state: State, code: int) -> None:
     except BlockingIOError:
         return
     try:
-        write_json(folder / OUTCOME_NAME, json.loads(_text(state, code)))
+        write_json(folder / OUTCOME_NAME, _content(state, code))
     finally:
         lock.release()
 
 
-def _text(state: State, code: int) -> str:
-    outcome = {"state": state, "exit_code": code, "resume_command": resume_command()}
-    return json.dumps(outcome, indent=2) + "\n"
+def _content(state: State, code: int) -> dict[str, str | int]:
+    return {"state": state, "exit_code": code, "resume_command": resume_command()}
 
 
 def resume_command() -> str:

@@ -1,11 +1,10 @@
-"""From a launched process to an Accelerator: threads, devices, world size, and the ways to be told to stop."""
+"""Launch of a stage's process: accelerator, threads, world size, signals to stop, and what ranks exchange."""
 
 import ctypes
 import os
 import signal
 import sys
 import time
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -14,11 +13,10 @@ from types import FrameType
 from typing import Literal
 
 import torch
-import torch._functorch.config
 import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, parse_flag_from_env
-from torch import nn
+from torch import Tensor
 
 from pipelines.runtime.config.experiment import ConfigError, RunConfig
 
@@ -34,7 +32,7 @@ def launched_world_size() -> int:
 
 
 def start_accelerator(run: RunConfig, *, precision: Precision = "float32") -> Accelerator:
-    """Join the other processes and say how many there are.
+    """Set up this process and join the others.
 
     Raises:
         ConfigError: The world size is not ``run.num_processes``.
@@ -67,22 +65,6 @@ def start_accelerator(run: RunConfig, *, precision: Precision = "float32") -> Ac
     if accelerator.num_processes != world_size:
         raise ConfigError(f"{world_size} processes were launched, but only {accelerator.num_processes} joined.")
     return accelerator
-
-
-def joined(network: nn.Module, accelerator: Accelerator, *, compiles: bool) -> nn.Module:
-    """Wrap a network so that its gradients are averaged over the ranks; compile it first when asked for.
-
-    Compiled in place: the bare network keeps its parameters' names.
-    """
-    if compiles:
-        # The loss's terms are differentiated one by one, which needs their buffers more than once.
-        torch._functorch.config.donated_buffer = False
-        network.compile()
-    with warnings.catch_warnings():
-        # torch 2.13 has a new name for it, which neither accelerate 1.15 nor torch 2.10 knows.
-        warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
-        wrapped: nn.Module = accelerator.prepare_model(network)
-    return wrapped
 
 
 def threads_per_process(run: RunConfig) -> int:
@@ -120,7 +102,7 @@ def _runs_our_program(process: int) -> bool:
 
 
 class StopSignal:
-    """A wish to stop, by SIGTERM, Ctrl-C or the file ``stop`` in the stage's folder. Training agrees on it by verdict.
+    """A request to stop, by SIGTERM, Ctrl-C or the file ``stop`` in the stage's folder; training ranks agree on it.
 
     A second signal ends the process at once; what is committed stays good.
     """
@@ -128,55 +110,51 @@ class StopSignal:
     def __init__(self, folder: Path, accelerator: Accelerator) -> None:
         self.file = folder / "stop"
         self.reason: str | None = None
-        self._heard = 0.0
-        self._accelerator = accelerator
+        self._received = 0.0
         # A group of its own on the host, to leave together: the device may have work that nobody waits for.
         self.group = dist.new_group(backend="gloo") if accelerator.num_processes > 1 else None
 
     @contextmanager
-    def listening(self) -> Iterator["StopSignal"]:
-        """Take over SIGTERM and SIGINT for the duration of the block."""
-        before = {number: signal.signal(number, self._hear) for number in (signal.SIGTERM, signal.SIGINT)}
+    def handling_signals(self) -> Iterator[None]:
+        """Handle SIGTERM and SIGINT for the duration of the block."""
+        before = {number: signal.signal(number, self._handle) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
-            yield self
+            yield
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
-    def _hear(self, number: int, frame: FrameType | None) -> None:
-        if self.reason is not None and time.monotonic() - self._heard > SECOND_SIGNAL_SECONDS:
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.reason is not None and time.monotonic() - self._received > SECOND_SIGNAL_SECONDS:
             os._exit(128 + number)
         if self.reason is None:
-            self.reason, self._heard = signal.Signals(number).name, time.monotonic()
+            self.reason, self._received = signal.Signals(number).name, time.monotonic()
 
-    def asked(self) -> bool:
-        """Return whether this rank was asked to stop; other ranks may not know yet."""
+    def requested(self) -> bool:
+        """Return whether this rank was asked to stop, after a look for the file; other ranks may not know yet."""
         if self.reason is None and self.file.exists():
             self.reason = "the file 'stop'"
         return self.reason is not None
 
-    def tell_everyone(self) -> None:
-        """Let the other ranks know through the file, where there is no collective to agree by."""
+    def request_on_all_ranks(self) -> None:
+        """Pass the request on to the other ranks by the file, where there is no collective to agree by."""
         self.file.touch()
 
-    def heard(self) -> bool:
-        """Return whether this rank was asked; the file is looked for by the main process alone."""
-        return self.asked() if self._accelerator.is_main_process else self.reason is not None
+
+def gathered(values: Tensor, accelerator: Accelerator) -> Tensor:
+    """Return every rank's ``values`` on every rank, stacked: (rank, ...). A collective; nothing is unpickled."""
+    table = torch.zeros(accelerator.num_processes, *values.shape, dtype=values.dtype, device=accelerator.device)
+    table[accelerator.process_index] = values
+    if accelerator.num_processes > 1:
+        dist.all_reduce(table)
+    return table
 
 
-def agree_on(value: int, accelerator: Accelerator) -> int:
-    """Return the main process's ``value`` on every rank. Sent as a tensor: nothing is unpickled from the network."""
-    if accelerator.num_processes == 1:
-        return value
-    tensor = torch.tensor([value], dtype=torch.int64, device=accelerator.device)
-    dist.broadcast(tensor, src=0)
-    return int(tensor.item())
+def from_main(value: int, accelerator: Accelerator) -> int:
+    """Return the main process's ``value`` on every rank. A collective."""
+    return int(gathered(torch.tensor(value), accelerator)[0])
 
 
 def any_rank(value: bool, accelerator: Accelerator) -> bool:
     """Return on every rank whether ``value`` is true on any. A collective."""
-    if accelerator.num_processes == 1:
-        return value
-    tensor = torch.tensor([int(value)], device=accelerator.device)
-    dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
-    return bool(tensor.item())
+    return bool(gathered(torch.tensor(int(value)), accelerator).any())

@@ -1,4 +1,4 @@
-"""Who made a result: the version of the code and the hardware it ran on."""
+"""Provenance of a result: the version of the code, and the hardware it ran on."""
 
 import platform
 import subprocess

@@ -1,4 +1,4 @@
-"""What every stage shares: from the request, over the question whether it is done already, to manifest and outcome.
+"""Frame of every stage: checks, lock, accelerator, tracker, manifest and outcome.
 
 ``running_stage`` is the frame of each stage: it refuses what cannot work before any work, takes the folder's lock,
 starts the accelerator and the tracker, and leaves an outcome for scripts however the stage ends.
@@ -37,7 +37,7 @@ from pipelines.runtime.stage.fingerprint import (
     ignored_values,
     read_parents,
 )
-from pipelines.runtime.stage.launch import Precision, StopSignal, agree_on, any_rank, start_accelerator
+from pipelines.runtime.stage.launch import Precision, StopSignal, any_rank, from_main, start_accelerator
 from pipelines.runtime.stage.leases import sweep_expired_leases
 from pipelines.runtime.stage.provenance import code_version, hardware
 from pipelines.runtime.stage.watchdog import Watchdog
@@ -60,7 +60,7 @@ class Stopped(Exception):
 
 @dataclass(kw_only=True)
 class Stage:
-    """One running stage: its folder, its parents, and its ways to speak to the outside."""
+    """One running stage: its folder, its parents, its tracker, and the request to stop."""
 
     name: str
     folder: Path
@@ -75,7 +75,7 @@ class Stage:
 
     @property
     def is_main(self) -> bool:
-        """Whether this process writes and is_main for all."""
+        """Whether this process writes and logs for all."""
         return bool(self.accelerator.is_main_process)
 
     def say(self, text: str) -> None:
@@ -89,8 +89,8 @@ class Stage:
         Of several runs on one folder, the one that holds its lock does this; the others wait for it, or take over.
         """
         if not self.is_main:
-            self._wait_for_the_manifest()
-        elif self._holds_the_lock_before_it_is_done():
+            self._wait_for_manifest()
+        elif self._lock_unless_finished():
             made = fingerprint_of(self.name, self.config, self.parents)
             manifest = kind(
                 format_version=FORMAT_VERSION, **made, **content, files=tuple(files), provenance=self._provenance()
@@ -100,19 +100,19 @@ class Stage:
             self.tracker.log_artifact(self.folder / MANIFEST_NAME)
         self.accelerator.wait_for_everyone()
 
-    def _wait_for_the_manifest(self) -> None:
+    def _wait_for_manifest(self) -> None:
         # Not in a collective, whose time is limited: the main process may have hours of measuring and storing to do.
         while not (self.folder / MANIFEST_NAME).is_file():
-            if self.stop.asked():
+            if self.stop.requested():
                 raise Stopped(f"{self.stop.reason}; the main process was still at work")
             time.sleep(POLL_SECONDS)
 
-    def _holds_the_lock_before_it_is_done(self) -> bool:
+    def _lock_unless_finished(self) -> bool:
         while not (self.folder / MANIFEST_NAME).is_file():
             try:
                 self.lock.acquire()
             except BlockingIOError:
-                if self.stop.asked():
+                if self.stop.requested():
                     raise Stopped(f"{self.stop.reason}; another run finishes {self.folder}") from None
                 time.sleep(POLL_SECONDS)
             else:
@@ -146,7 +146,7 @@ def running_stage(
     folder_name: str | None = None,
     joinable: bool = False,
 ) -> Iterator[Stage]:
-    """Run one stage: see the module's docstring.
+    """Run one stage in its frame; the block is its work.
 
     Args:
         config: The resolved configuration.
@@ -177,19 +177,19 @@ def running_stage(
             fingerprint_ignores=config.fingerprint_ignores,
             trains=name.startswith("train_"),
         ):
-            outcome.reached("done")
+            outcome.set("done")
             if is_main:
                 print(f"{name}: already finished in {folder}; nothing to do.", flush=True)
             raise SystemExit(0)
         check(manifests)  # what a finished stage was made from may be gone
         accelerator = start_accelerator(config.run, precision=precision)
-        own = meet(folder, lock, accelerator, joinable=joinable)
+        own = take_folder(folder, lock, accelerator, joinable=joinable)
         if accelerator.is_main_process:
             if lock.held and (changes := begin(folder, request, fingerprint_ignores=ignored_values(config))):
                 print(f"{name}: changed since the last start:\n  " + "\n  ".join(changes), flush=True)
             shown = without_credentials(config_as_toml(config, table=name))
             write_atomically(own / "config.toml", shown.encode())
-            tracker = track(config, name=name, folder=own, parents=manifests, accelerator=accelerator)
+            tracker = start_tracker(config, name=name, folder=own, parents=manifests, accelerator=accelerator)
         stop = StopSignal(folder, accelerator)
         stage = Stage(
             name=name,
@@ -203,39 +203,39 @@ def running_stage(
         )
         threads = f"{torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)}"
         stage.say(f"{accelerator.num_processes} process(es) x {threads} on {accelerator.device}, {precision}, {folder}")
-        with stop.listening():
+        with stop.handling_signals():
             outcome.working = True
             yield stage
-        outcome.reached("done")
+        outcome.set("done")
     except Stopped as reason:
-        outcome.reached("stopped")
+        outcome.set("stopped")
         if is_main:
             print(f"{name}: stopped ({reason}). Continue with: {resume_command()}", flush=True)
     except (ConfigError, BlockingIOError) as error:
-        outcome.reached("failed", code=2)
+        outcome.set("failed", code=2)
         # Before the work all ranks of a machine find the same; in the work one may be alone with it.
         if outcome.working or os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"{name}: {error}", file=sys.stderr, flush=True)
     except KeyboardInterrupt:
-        outcome.reached("stopped")
+        outcome.set("stopped")
     except Exception as error:
         traceback.print_exc()
         if stage is not None and stage.watchdog is not None:
             with suppress(OSError):
                 stage.watchdog.report(f"{type(error).__name__}: {error}")
     finally:
-        outcome.tell(own, is_main=is_main)
+        outcome.write(own, is_main=is_main)
         tracker.close(RUN_STATUSES[outcome.state])
         if stage is not None and outcome.state != "failed":
-            leave_together(stage)
+            end_process_group(stage)
         if is_main and outcome.working:
-            (folder / "stop").unlink(missing_ok=True)  # answered; one made before the start is still to be heard
+            (folder / "stop").unlink(missing_ok=True)  # answered; one made before the start is still to be answered
         lock.release()
     if outcome.code:
         raise SystemExit(outcome.code)
 
 
-def meet(folder: Path, lock: FolderLock, accelerator: Accelerator, *, joinable: bool) -> Path:
+def take_folder(folder: Path, lock: FolderLock, accelerator: Accelerator, *, joinable: bool) -> Path:
     """Take the folder's lock or join its owner; make sure that all ranks see one folder. A collective.
 
     Returns:
@@ -254,7 +254,7 @@ def meet(folder: Path, lock: FolderLock, accelerator: Accelerator, *, joinable: 
             busy, token = error, -token if joinable else 0
         else:
             sweep_joined(folder) if joinable else sweep_temporaries(folder)
-    token = agree_on(token, accelerator)
+    token = from_main(token, accelerator)
     if token == 0:
         raise busy or BlockingIOError(f"{folder} is in use by another run")
     own = folder if token > 0 else folder / "runs" / f"{-token:016x}"
@@ -264,11 +264,11 @@ def meet(folder: Path, lock: FolderLock, accelerator: Accelerator, *, joinable: 
         if busy is not None:
             print(f"{str(busy).partition('.')[0]}; joining it, with {own} for this run's records", flush=True)
     if accelerator.num_processes > 1:
-        _all_see(own / f".{abs(token):016x}.tmp", accelerator)
+        _check_all_ranks_see(own / f".{abs(token):016x}.tmp", accelerator)
     return own
 
 
-def _all_see(mark: Path, accelerator: Accelerator) -> None:
+def _check_all_ranks_see(mark: Path, accelerator: Accelerator) -> None:
     if accelerator.is_main_process:
         mark.touch()
     deadline = time.monotonic() + SHARED_PATIENCE_SECONDS
@@ -285,7 +285,7 @@ def _all_see(mark: Path, accelerator: Accelerator) -> None:
         )
 
 
-def leave_together(stage: Stage) -> None:
+def end_process_group(stage: Stage) -> None:
     """Wait for the other ranks: the launcher ends all when one has gone, and a slow one must still find ``stop``."""
     if dist.is_initialized():
         # Not all come where one of them fails after all; its launcher then ends the rest.
@@ -300,8 +300,10 @@ def sweep_joined(folder: Path) -> None:
         sweep_temporaries(folder)
 
 
-def track(config: StageConfig, *, name: str, folder: Path, parents: Parents, accelerator: Accelerator) -> Tracker:
-    """Open the tracker of the main process and tell it what the stage is and what it reads."""
+def start_tracker(
+    config: StageConfig, *, name: str, folder: Path, parents: Parents, accelerator: Accelerator
+) -> Tracker:
+    """Open the tracker of the main process, with the stage's parameters, tags and inputs."""
     request = fingerprint_of(name, config, parents)
     tags = {
         "stage": name,

@@ -130,7 +130,7 @@ class _Work:
         return self._folder / f"{name}.json"
 
     def _stop_if_asked(self) -> None:
-        if self._stage.stop.asked():
+        if self._stage.stop.requested():
             if self._stage.accelerator.num_processes > 1:
-                self._stage.stop.tell_everyone()
+                self._stage.stop.request_on_all_ranks()
             raise Stopped(f"{self._stage.stop.reason}; finished items are kept")

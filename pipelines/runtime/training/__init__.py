@@ -1,0 +1,8 @@
+"""Training: the loop that both training stages share, and the guards that stand beside it.
+
+Read ``config``, then ``loop``: the life of an update. Its guards are ``anomalies`` (numbers that are not finite, loss
+spikes), ``replica_check`` (ranks that differ) and the watchdog of ``runtime.stage``. ``trainable`` is a network in
+training, with its ``optim`` (AdamW, learning rate) and ``ema`` (averages); ``checkpoint`` commits and verifies them;
+``metrics`` and ``throughput`` are what is logged. It imports runtime.stage, tracking and config, of data only files,
+randomness and prefetch, and knows nothing of images.
+"""

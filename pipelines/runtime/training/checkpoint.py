@@ -31,19 +31,19 @@ RETRIES = 8  # of a failed save, spread over grace_updates
 class NoBest(BaseModel, frozen=True, extra="forbid"):
     """Checkpoints stay by age alone."""
 
-    kind: Literal["none"] = "none"  # no metric is asked
+    kind: Literal["none"] = "none"  # no metric is compared
 
 
 class BestBy(BaseModel, frozen=True, extra="forbid"):
     """The checkpoint with the best value of a metric stays, besides those that stay by age."""
 
-    kind: Literal["metric"] = "metric"  # looked at every validate_every updates; a new best is saved at once
+    kind: Literal["metric"] = "metric"  # compared every validate_every updates; a new best is saved at once
     metric: str = "val/loss"  # one of those logged with the grids
     better: Literal["lower", "higher"] = "lower"  # which value is better
 
 
 class CheckpointConfig(BaseModel, frozen=True, extra="forbid"):
-    """When checkpoints are written and which ones stay."""
+    """Times of checkpoints, and which ones stay."""
 
     every_updates: PositiveInt = 1_000  # updates from one checkpoint to the next
     keep_last: PositiveInt = 2  # newest ones that stay; a damaged newest one needs another behind it
@@ -60,17 +60,54 @@ class DamagedCheckpoint(ValueError):
 class Checkpoint:
     """A checkpoint as read: ``parts[name]`` are tensors on the CPU, ``state`` is JSON."""
 
+    path: Path
     update: int
     parts: Mapping[str, dict[str, Tensor]]
     state: Mapping[str, Any]
 
+    def load_into(self, parts: Mapping[str, "Stateful"], *, changed: bool) -> None:
+        """Load every part.
+
+        Args:
+            parts: Of the training that continues.
+            changed: Whether the configuration was changed on purpose: what it has dropped is left out then.
+
+        Raises:
+            ConfigError: The training has other parts than the checkpoint; nothing is loaded.
+        """
+        missing = [name for name, part in parts.items() if name not in self.parts and not is_optional(part)]
+        unknown = [] if changed else self.parts.keys() - parts.keys()
+        if missing or unknown:
+            raise ConfigError(
+                f"{self.path} holds {', '.join(sorted(self.parts))}, but this training consists of "
+                f"{', '.join(sorted(parts))}: another version of the code began it. Finish it with that version, or "
+                "begin anew with another run.root."
+            )
+        for name, part in parts.items():
+            if name in self.parts:
+                part.load(self.parts[name])
+
 
 class Stateful(Protocol):
-    """A part of a checkpoint."""
+    """A part of a checkpoint; one with ``optional = True`` may be absent from it, after a change of configuration."""
 
     def tensors(self) -> dict[str, Tensor]: ...
 
     def load(self, tensors: dict[str, Tensor]) -> None: ...
+
+
+def is_optional(part: Stateful) -> bool:
+    """Return whether a checkpoint without the part is complete."""
+    return bool(getattr(part, "optional", False))
+
+
+def first_not_finite(parts: Mapping[str, Mapping[str, Tensor]]) -> str:
+    """Return "PART, TENSOR" of the first tensor that holds NaN or infinity, or ""."""
+    for part, tensors in parts.items():
+        for name, tensor in tensors.items():
+            if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+                return f"{part}, {name}"
+    return ""
 
 
 class Weights:
@@ -93,25 +130,28 @@ class Best:
         self.config = config
         self.found: dict[str, Any] = {}  # update, metric, value
 
-    def check(self, metrics: Mapping[str, float]) -> None:
-        """Refuse metrics that do not hold the metric; they are empty on all ranks but one.
+    def beaten_by(self, metrics: Mapping[str, float], *, update: int) -> bool:
+        """Return whether ``metrics`` hold a new best, and remember it; those from before the first update hold none.
+
+        Args:
+            metrics: Empty on all ranks but one.
+            update: The update they were measured after.
 
         Raises:
-            ConfigError: Naming those that are measured.
+            ConfigError: The metric is not among them; the message names those that are.
         """
-        if isinstance(self.config, BestBy) and metrics and self.config.metric not in metrics:
+        if not isinstance(self.config, BestBy) or not metrics:
+            return False
+        if self.config.metric not in metrics:
             raise ConfigError(
                 f"checkpoint.best.metric = {self.config.metric!r} is not measured here; measured are "
                 f"{', '.join(metrics)}."
             )
 
-    def beaten_by(self, metrics: Mapping[str, float], *, update: int) -> bool:
-        """Return whether ``metrics`` hold a new best, and remember it; errors as ``check``."""
-        self.check(metrics)
-        if not isinstance(self.config, BestBy) or not metrics:
-            return False
+        # Only an update's finite value counts.
         value, sign = metrics[self.config.metric], 1 if self.config.better == "higher" else -1
-        if not math.isfinite(value) or (self.found and sign * value <= sign * self.found["value"]):
+        beaten = not self.found or sign * value > sign * self.found["value"]
+        if not (update and math.isfinite(value) and beaten):
             return False
         self.found = {"update": update, "metric": self.config.metric, "value": value}
         return True
@@ -164,7 +204,7 @@ class Checkpoints:
         """Read a verified checkpoint."""
         path = self._path(update)
         parts = {file.stem: load_file(file) for file in sorted(path.glob("*.safetensors"))}
-        return Checkpoint(update=update, parts=parts, state=json.loads((path / "state.json").read_bytes()))
+        return Checkpoint(path=path, update=update, parts=parts, state=json.loads((path / "state.json").read_bytes()))
 
     def save(
         self,
@@ -175,7 +215,7 @@ class Checkpoints:
         best: int | None = None,
         after: Callable[[], None] = lambda: None,
     ) -> None:
-        """Copy ``parts`` to host memory and commit them in the background. Call on every rank; only one writes.
+        """Copy ``parts`` to host memory and commit them in the background. Called on every rank; only one writes.
 
         Args:
             update: The update that was just made.
@@ -200,7 +240,7 @@ class Checkpoints:
         self._writer.start()
 
     def check(self, update: int) -> None:
-        """Look whether the last save has failed; say so, or end the training when there is no more grace.
+        """Warn when the last save has failed, or end the training when there is no more grace.
 
         Raises:
             OSError: It failed, and ``grace_updates`` are over.
@@ -212,7 +252,7 @@ class Checkpoints:
             return
         self._failing_since = update if self._failing_since is None else self._failing_since
         left = self._failing_since + self.config.grace_updates - update
-        if left <= 0 or not isinstance(failure, OSError):
+        if left <= 0 or not isinstance(failure, (OSError, SafetensorError)):  # the latter wraps what the disk said
             raise self._unwritable(failure)
         self._retry_at = update + max(1, min(left, self.config.grace_updates // RETRIES))
         print(f"warning: {self._unwritable(failure)} Training goes on for {left} updates.", file=sys.stderr, flush=True)
@@ -257,14 +297,15 @@ class Checkpoints:
         after: Callable[[], None],
     ) -> None:
         try:
+            # Nothing is written that could not be continued from.
             after()
-            for part, tensors in parts.items():
-                for name, tensor in tensors.items():
-                    if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-                        raise ValueError(f"{part}, {name} is not finite, and such a checkpoint helps nobody")
+            if broken := first_not_finite(parts):
+                raise ValueError(f"{broken} is not finite, and such a checkpoint helps nobody")
+
+            # One file a part; the manifest is last. Older ones go when this one is durable.
             with atomic_folder(self._path(update)) as folder:
                 for name, tensors in parts.items():
-                    _write_tensors(tensors, folder / f"{name}.safetensors")
+                    save_file(tensors, folder / f"{name}.safetensors")
                 write_json(folder / "state.json", state)
                 files = sorted(path for path in folder.iterdir())
                 listed = [{"name": f.name, "bytes": f.stat().st_size, "sha256": sha256_of(f)} for f in files]
@@ -302,13 +343,6 @@ def verify(path: Path) -> None:
             verify_file(path / entry["name"], size=entry["bytes"], sha256=entry["sha256"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DamagedCheckpoint(f"{path} is damaged: {error}") from error
-
-
-def _write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
-    try:
-        save_file(tensors, path)
-    except SafetensorError as error:  # It wraps what the disk said.
-        raise OSError(str(error)) from error
 
 
 def _host_copy(tensor: Tensor) -> Tensor:

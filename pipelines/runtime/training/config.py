@@ -1,4 +1,4 @@
-"""What every training stage's configuration has, and how a global batch is split by it."""
+"""Configuration that both training stages share, and the split of a global batch over ranks and micro-batches."""
 
 import math
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from pipelines.runtime.training.optim import OptimConfig
 
 
 class TrainingConfig(StageConfig):
-    """What every training stage's configuration has. Counts are optimizer updates."""
+    """Configuration that both training stages share. Counts are optimizer updates."""
 
     fingerprint_ignores: ClassVar[frozenset[str]] = frozenset(
         {
@@ -33,8 +33,8 @@ class TrainingConfig(StageConfig):
     optim: OptimConfig = OptimConfig()  # how the weights move
     averages: tuple[AverageConfig, ...] = Field(default=(ExponentialAverage(),), min_length=1)  # the first is published
     checkpoint: CheckpointConfig = CheckpointConfig()  # when and how many
-    log_every: PositiveInt = 50  # updates between two looks at the losses; each look waits for the device
-    validate_every: PositiveInt = 1_000  # updates between two pictures and validations
+    log_every: PositiveInt = 50  # updates between two flushes of metrics; each waits for the device
+    validate_every: PositiveInt = 1_000  # updates between two validations
     prefetch_batches: PositiveInt = 4  # batches made ahead of the network
     on_bad_update: BadUpdateConfig = BadUpdateConfig()  # what happens to NaN, infinity and spikes
     replica_check_every: NonNegativeInt = 1_000  # updates between two comparisons of the ranks; 0 only when starting
@@ -45,8 +45,7 @@ class TrainingConfig(StageConfig):
 class BatchShare:
     """The slice of every global batch that one rank trains on, cut into equal micro-batches."""
 
-    start: int
-    stop: int
+    positions: range  # in the global batch
     num_micro_batches: int
 
     @classmethod
@@ -56,29 +55,23 @@ class BatchShare:
         Raises:
             ConfigError: It does not split into whole micro-batches; the message gives the nearest values that do.
         """
-        per_device = config.images_per_device or 1
-        unit = world_size * per_device
+        # Refuse a batch that does not split, with the nearest values that do.
+        unit = world_size * (config.images_per_device or 1)
         if config.global_batch % unit:
             below, above = config.global_batch // unit * unit, math.ceil(config.global_batch / unit) * unit
             nearest = f"{below} or {above}" if below else f"{above}"
-            images = f" x {per_device} images = {unit}" if config.images_per_device else ""
+            images = f" x {config.images_per_device} images = {unit}" if config.images_per_device else ""
             raise ConfigError(
                 f"{table}.global_batch = {config.global_batch} cannot be split into whole micro-batches: {world_size} "
                 f"processes{images}. Use {nearest}, or change {table}.images_per_device or --num_processes."
             )
-        share = config.global_batch // world_size
-        return cls(
-            start=rank * share,
-            stop=(rank + 1) * share,
-            num_micro_batches=share // config.images_per_device if config.images_per_device else 1,
-        )
 
-    @property
-    def positions(self) -> range:
-        """Positions in the global batch."""
-        return range(self.start, self.stop)
+        # Each rank takes one slice, in micro-batches of what its device holds at once.
+        share = config.global_batch // world_size
+        num_micro_batches = share // config.images_per_device if config.images_per_device else 1
+        return cls(positions=range(rank * share, (rank + 1) * share), num_micro_batches=num_micro_batches)
 
     def micro_batches(self) -> list[slice]:
         """Slices of this rank's share, one a forward pass."""
-        size = (self.stop - self.start) // self.num_micro_batches
+        size = len(self.positions) // self.num_micro_batches
         return [slice(index * size, (index + 1) * size) for index in range(self.num_micro_batches)]

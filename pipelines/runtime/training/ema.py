@@ -1,8 +1,16 @@
-"""Exponential moving averages of the weights, several at once, in one fused update each."""
+"""Averages of the weights: exponential ones and power ones, several at once, in one fused update each.
+
+After training a power average of any width is combined from those that checkpoints hold (``combine_snapshots``), after
+Karras et al. 2024 (arXiv:2312.02696), section 3.2 and appendix C. An average with exponent gamma at time t weighs the
+weights of time tau in proportion to tau^gamma, up to t. Another such profile is approached by a sum of stored ones, in
+least squares; since averaging is linear, the same sum of the stored weights approaches the other average.
+"""
 
 import copy
-from typing import Annotated, Literal
+from collections.abc import Sequence
+from typing import Annotated, Literal, NamedTuple
 
+import numpy as np
 import torch
 from pydantic import BaseModel, Field
 from torch import Tensor, nn
@@ -78,10 +86,12 @@ class Averages:
         Args:
             network: The network that is trained.
             update: The update that was just made.
-            refused: Scalar on the device; where it is 1, nothing moves, and the host need not know.
+                refused: Scalar on the device; where it is 1, nothing moves, without the host waiting for it.
         """
         assert network is self._network, "the averages are of another network"
         (present, constants), *held = self._tensors
+
+        # On a CPU the refusal is read for free, and a plain interpolation is three times as fast.
         on_host = present[0].device.type == "cpu"
         if on_host and refused is not None and bool(refused):
             return
@@ -89,9 +99,10 @@ class Averages:
             decay = decay_at(config, update=update)
             for mine, theirs in zip(buffers, constants, strict=True):
                 mine.copy_(theirs)
-            if on_host:  # three times as fast there, and asking costs nothing
+            if on_host:
                 torch._foreach_lerp_(average, present, 1.0 - decay)
                 continue
+
             # One fused kernel that can be refused on the device: a step of plain SGD along (present - average).
             torch._fused_sgd_(
                 average,
@@ -117,9 +128,56 @@ class Averages:
         }
 
     def load(self, tensors: dict[str, Tensor]) -> None:
-        """Put back what ``tensors`` returned."""
+        """Restore what ``tensors`` returned."""
         for index, average in enumerate(self.networks):
             prefix = f"{index}/"
             average.load_state_dict(
                 {key[len(prefix) :]: value for key, value in tensors.items() if key.startswith(prefix)}
             )
+
+
+class Snapshot(NamedTuple):
+    """A power average as it stood after an update."""
+
+    update: int
+    relative_std: float
+
+
+class Combination(NamedTuple):
+    """Weights by which snapshots combine to another average."""
+
+    weights: np.ndarray  # one a snapshot, float64; they sum to one
+    residual: float  # distance of the profiles over the length of the wanted one, in L2: 0 is exact
+
+
+def combine_snapshots(snapshots: Sequence[Snapshot], wanted: Snapshot) -> Combination:
+    """Return the combination of ``snapshots`` that comes nearest to ``wanted``.
+
+    Raises:
+        ValueError: There is none, or all end before the wanted one, so that none knows its last weights.
+    """
+    if not snapshots or max(snapshot.update for snapshot in snapshots) < wanted.update:
+        raise ValueError(
+            f"There is no power average of update {wanted.update} or later. Reconstruct an earlier update, or train "
+            'with averages of kind "power" and keep their checkpoints.'
+        )
+
+    # Least squares of the profiles. Neighbouring snapshots are almost parallel: directions below rounding are left out.
+    products = np.array([[profile_product(a, b) for b in snapshots] for a in snapshots])
+    towards = np.array([profile_product(snapshot, wanted) for snapshot in snapshots])
+    weights, *_ = np.linalg.lstsq(products, towards, rcond=1e-13)
+
+    # A sum of one, so that weights that never moved are given back; least squares alone misses it by the residual.
+    weights /= weights.sum()
+    length = profile_product(wanted, wanted)
+    missed = weights @ products @ weights - 2 * weights @ towards + length
+    return Combination(weights=weights, residual=float(np.sqrt(max(missed, 0.0) / length)))
+
+
+def profile_product(a: Snapshot, b: Snapshot) -> float:
+    """Return the integral of the product of two profiles over time (Karras 2024, appendix C.2, algorithm 3)."""
+    gamma_a, gamma_b = power_exponent(a.relative_std), power_exponent(b.relative_std)
+    # Computed by the ratio of the times: powers of the times themselves would overflow.
+    ratio, exponent = a.update / b.update, gamma_b if a.update < b.update else -gamma_a
+    scale = (gamma_a + 1) * (gamma_b + 1) / ((gamma_a + gamma_b + 1) * max(a.update, b.update))
+    return float(scale * ratio**exponent)

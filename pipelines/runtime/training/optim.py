@@ -63,14 +63,16 @@ def learning_rate(config: OptimConfig, *, update: int, total_updates: int) -> fl
 class Optimizer:
     """Clipped, fused AdamW over the parameters of one network.
 
-    A refused step changes nothing: the kernel is told on the device (``found_inf``), so that no bad number reaches the
-    weights, and no synchronisation is spent on asking.
+    A refused step changes nothing: the kernel reads the refusal on the device (``found_inf``), so that no bad number
+    reaches the weights, and the host need not wait for it.
     """
 
     def __init__(self, network: nn.Module, config: OptimConfig, *, accelerator: Accelerator) -> None:
         self.config = config
         self.names = [name for name, parameter in network.named_parameters() if parameter.requires_grad]
         self.parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
+
+        # Weight decay is for matrices and kernels, not for biases and norms.
         decayed = [parameter for parameter in self.parameters if parameter.ndim > 1]
         plain = [parameter for parameter in self.parameters if parameter.ndim <= 1]
         self.adamw = torch.optim.AdamW(
@@ -103,12 +105,6 @@ class Optimizer:
         self.adamw.step()
         self.adamw.zero_grad(set_to_none=True)
 
-    def step(self, *, update: int, total_updates: int) -> Tensor:
-        """Clip and apply the gradients of a network that moves alone; return their norm before clipping."""
-        norm = self.clip()
-        self.apply(update=update, total_updates=total_updates, refused=(~torch.isfinite(norm)).float())
-        return norm
-
     def tensors(self) -> dict[str, Tensor]:
         """Return the state by parameter name, for a checkpoint."""
         state: dict[str, Tensor] = {}
@@ -118,21 +114,19 @@ class Optimizer:
         return state
 
     def load(self, tensors: dict[str, Tensor]) -> None:
-        """Put back what ``tensors`` returned.
+        """Restore what ``tensors`` returned.
 
         Raises:
             ValueError: The state belongs to another network.
         """
-        known = set(self.names)
-        strangers = sorted({key.rsplit("/", 1)[0] for key in tensors} - known)
-        if strangers or (tensors and len(tensors) != 3 * len(self.names)):
+        strangers = sorted({key.rsplit("/", 1)[0] for key in tensors} - set(self.names))
+        if strangers or len(tensors) != 3 * len(self.names):
             raise ValueError(
                 f"The optimizer's state is of another network: {strangers[:3] or 'parameters are missing'}."
             )
+
+        # The fused kernel walks parameter and moments side by side: they must have one memory layout.
         for name, parameter in zip(self.names, self.parameters, strict=True):
-            if not tensors:
-                continue
-            # The fused kernel walks parameter and moments side by side: they must lie in memory alike.
             moments = {
                 key: torch.empty_like(parameter).copy_(tensors[f"{name}/{key}"]) for key in ("exp_avg", "exp_avg_sq")
             }
@@ -141,6 +135,8 @@ class Optimizer:
 
 class LossScale:
     """The scale of fp16 losses as a part of a checkpoint."""
+
+    optional = True  # absent where the training began without fp16
 
     def __init__(self, scaler: torch.amp.GradScaler) -> None:
         self.scaler = scaler
@@ -154,7 +150,6 @@ class LossScale:
         }
 
     def load(self, tensors: dict[str, Tensor]) -> None:
-        """Put back what ``tensors`` returned."""
-        if tensors:
-            scale, growth = float(tensors["scale"]), int(tensors["growth"])
-            self.scaler.load_state_dict({**self.scaler.state_dict(), "scale": scale, "_growth_tracker": growth})
+        """Restore what ``tensors`` returned."""
+        scale, growth = float(tensors["scale"]), int(tensors["growth"])
+        self.scaler.load_state_dict({**self.scaler.state_dict(), "scale": scale, "_growth_tracker": growth})

@@ -1,16 +1,17 @@
-"""Whether the ranks still train one and the same network: compared bit by bit now and then, before each checkpoint too.
+"""Replica check: the ranks' weights, optimizer states and gradients are compared bit by bit, before checkpoints too.
 
-A flipped bit, ranks that read the same samples, a loss term without a gradient, an average that stands still: with any
-of them training goes on for weeks, and its losses look right.
+It finds a flipped bit, ranks that read the same samples, a loss term without a gradient, an average that is not
+updated: with any of them training goes on for weeks, and its losses look right.
 """
 
 from collections.abc import Iterator, Mapping
 
 import torch
-import torch.distributed as dist
+from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from pipelines.runtime.stage.launch import gathered
 from pipelines.runtime.training.checkpoint import Stateful, Weights
 from pipelines.runtime.training.ema import Averages
 
@@ -42,13 +43,12 @@ class ReplicaCheck:
 
     Args:
         parts: What a checkpoint holds: the same on every rank.
-        every: Updates between two tests; 0 tests the first update of a process only.
-        world_size: Number of processes.
-        device: Where fingerprints meet.
+        accelerator: Of this process.
+        every: Updates between two checks; 0 checks the first update of a process only.
     """
 
-    def __init__(self, parts: Mapping[str, Stateful], *, every: int, world_size: int, device: torch.device) -> None:
-        self.parts, self.every, self.world_size, self.device = parts, every, world_size, device
+    def __init__(self, parts: Mapping[str, Stateful], accelerator: Accelerator, *, every: int) -> None:
+        self.parts, self.every, self._accelerator = parts, every, accelerator
         self.active = False
         self._passed = False
         self._before: dict[str, Tensor] = {}
@@ -56,12 +56,12 @@ class ReplicaCheck:
         self._local: dict[str, Tensor] = {}
         self._reduced: dict[str, Tensor] = {}
         self._handles: list[RemovableHandle] = []
-        self._silent_terms: list[str] = []
+        self._terms_without_gradient: list[str] = []
 
     def begin(self, update: int) -> None:
-        """Begin with ``update`` when it is to be tested: compare what the ranks hold. A collective then."""
+        """Compare what the ranks hold when ``update`` is to be checked; a collective then."""
         self.active = not self._passed or bool(self.every and update % self.every == 0)
-        self._networks, self._local, self._reduced, self._silent_terms = [], {}, {}, []
+        self._networks, self._local, self._reduced, self._terms_without_gradient = [], {}, {}, []
         if self.active:
             self._before = self.compare(f"before update {update}")
 
@@ -72,15 +72,15 @@ class ReplicaCheck:
             ReplicaError: On every rank, naming the rank and the parameter that differ.
         """
         prints = {
-            f"{part}, {name}": fingerprint(tensor.to(self.device))
+            f"{part}, {name}": fingerprint(tensor.to(self._accelerator.device))
             for part, held in self.parts.items()
             for name, tensor in held.tensors().items()
         }
         self._must_agree(prints, what="holds other bits than the other ranks", when=when)
         return prints
 
-    def listen(self, network: nn.Module) -> None:
-        """Take down the gradients of ``network`` as this rank has them, before they meet those of the others."""
+    def observe(self, network: nn.Module) -> None:
+        """Record fingerprints of this rank's gradients of ``network``, before the all-reduce."""
         if not self.active or any(network is known for known in self._networks):
             return
         number = len(self._networks)
@@ -88,19 +88,21 @@ class ReplicaCheck:
         for name, parameter in _trained(network):
             key = f"{number}, {name}"
 
-            def take(gradient: Tensor, key: str = key) -> None:
+            def record(gradient: Tensor, key: str = key) -> None:
                 seen = self._local.get(key)
                 self._local[key] = fingerprint(gradient) + (0 if seen is None else seen)
 
-            self._handles.append(parameter.register_hook(take))
+            self._handles.append(parameter.register_hook(record))
 
     def check_terms(self, terms: Mapping[str, Tensor]) -> None:
-        """Take note of loss terms that move no parameter of the network that was listened to last."""
+        """Record the loss terms without a gradient at the network that was observed last."""
         if not self.active or not self._networks:
             return
+
+        # Differentiate each term by itself.
         parameters = [parameter for _, parameter in _trained(self._networks[-1])]
         for name, term in terms.items():
-            if name in self._silent_terms:
+            if name in self._terms_without_gradient:
                 continue
             gradients = (
                 torch.autograd.grad(term, parameters, retain_graph=True, allow_unused=True)
@@ -108,13 +110,15 @@ class ReplicaCheck:
                 else ()
             )
             if not any(gradient is not None and bool(gradient.any()) for gradient in gradients):
-                self._silent_terms.append(name)
+                self._terms_without_gradient.append(name)
+
+        # Forget what the hooks recorded of that.
         number = len(self._networks) - 1
         for key in [key for key in self._local if key.startswith(f"{number}, ")]:
-            del self._local[key]  # the terms' gradients came past the hooks, too
+            del self._local[key]
 
-    def take_reduced(self) -> None:
-        """Take down the gradients as they are applied."""
+    def record_reduced(self) -> None:
+        """Record fingerprints of the gradients as they are applied, after the all-reduce."""
         if not self.active:
             return
         while self._handles:
@@ -126,11 +130,11 @@ class ReplicaCheck:
                 self._reduced[f"{number}, {name}"] = fingerprint(parameter.grad)
 
     def end(self, update: int, *, moves: bool) -> None:
-        """Judge the update that was tested. A collective.
+        """Compare gradients and results of the update that was checked. A collective.
 
         Args:
             update: Its number.
-            moves: Whether the learning rate lets anything move.
+            moves: Whether anything is to move: the learning rate is above 0 and the update counts.
 
         Raises:
             ReplicaError: On every rank.
@@ -138,11 +142,17 @@ class ReplicaCheck:
         if not self.active:
             return
         self.active, self._passed = False, True
+
+        # Gradients: the same on all ranks after the all-reduce, others before it, and some from each term.
         when = f"in update {update}"
         self._must_agree(self._reduced, what="applies other gradients than the other ranks", when=when)
         self._local_must_differ(when)
-        if self._silent_terms:
-            raise ReplicaError(f"No gradient comes from the loss term {', '.join(self._silent_terms)} {when}.")
+        if self._terms_without_gradient:
+            raise ReplicaError(
+                f"No gradient comes from the loss term {', '.join(self._terms_without_gradient)} {when}."
+            )
+
+        # Results: the same on all ranks, and moved.
         after = self.compare(f"after update {update}")
         if not moves:
             return
@@ -154,41 +164,29 @@ class ReplicaCheck:
                     raise ReplicaError(f"Nothing of {part} has moved {when}.")
 
     def _local_must_differ(self, when: str) -> None:
-        if self.world_size == 1 or not self._local:
+        if self._accelerator.num_processes == 1 or not self._local:
             return
-        mine = torch.stack(list(self._local.values()))
-        everyone = self._gathered(mine)
-        for rank in range(1, self.world_size):
+        by_rank = gathered(torch.stack(list(self._local.values())), self._accelerator)
+        for rank in range(1, len(by_rank)):
             for other in range(rank):
-                if everyone[rank].equal(everyone[other]):
+                if by_rank[rank].equal(by_rank[other]):
                     raise ReplicaError(
                         f"Ranks {other} and {rank} have the same gradients {when}, before they are averaged: they "
                         "train on the same samples."
                     )
 
     def _must_agree(self, prints: Mapping[str, Tensor], *, what: str, when: str) -> None:
-        if self.world_size == 1 or not prints:
+        if self._accelerator.num_processes == 1 or not prints:
             return
-        everyone = self._gathered(torch.stack(list(prints.values())))  # (rank, tensor, 2)
+        by_rank = gathered(torch.stack(list(prints.values())), self._accelerator)  # (rank, tensor, 2)
         for number, name in enumerate(prints):
-            column = [tuple(values) for values in everyone[:, number].tolist()]
-            usual = max(column, key=column.count)  # with two ranks nobody can tell who is right: rank 0 is believed
-            for rank in _odd_ones(column, usual):
+            column = [tuple(values) for values in by_rank[:, number].tolist()]
+            usual = max(column, key=column.count)  # of two ranks that differ, rank 0 is taken for right
+            if odd := [rank for rank, value in enumerate(column) if value != usual]:
                 raise ReplicaError(
-                    f"Rank {rank} {what} {when}: {name}. Memory or network of that machine may be failing. Nothing "
+                    f"Rank {odd[0]} {what} {when}: {name}. Memory or network of that machine may be failing. Nothing "
                     "was saved since all ranks agreed; leave the machine out and run the same command again."
                 )
-
-    def _gathered(self, prints: Tensor) -> Tensor:
-        everyone = torch.empty(self.world_size, *prints.shape, dtype=prints.dtype, device=prints.device)
-        dist.all_gather_into_tensor(everyone, prints) if prints.is_cuda else dist.all_gather(
-            list(everyone.unbind()), prints
-        )
-        return everyone
-
-
-def _odd_ones(column: list[tuple[int, ...]], usual: tuple[int, ...]) -> Iterator[int]:
-    return (rank for rank, value in enumerate(column) if value != usual)
 
 
 def _trained(network: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

@@ -1,0 +1,56 @@
+"""Global batches of a training: this rank's share of each, a pure function of the batch's index."""
+
+from abc import ABC, abstractmethod
+from typing import Generic, TypeVar
+
+import numpy as np
+
+from data.order.order import OrderConfig
+from data.prefetch import Prefetch
+from data.shards.split import ShardSet
+from pipelines.runtime.stage.fingerprint import config_error_at
+from pipelines.runtime.stage.stage import Stage
+from pipelines.runtime.training.config import BatchShare, TrainingConfig
+
+Batch = TypeVar("Batch")
+
+
+class GlobalBatches(ABC, Generic[Batch]):
+    """This rank's share of every global batch; a training says in ``make`` what a batch consists of.
+
+    Args:
+        config: Of the training.
+        stage: The running training.
+        shards: Samples to take.
+        order: Order of the samples.
+        threads: Batches that are made at once, each in a thread.
+
+    Raises:
+        ConfigError: The global batch does not split, or the order does not suit the samples.
+    """
+
+    def __init__(
+        self, config: TrainingConfig, stage: Stage, shards: ShardSet, *, order: OrderConfig, threads: int = 1
+    ) -> None:
+        rank, world_size = stage.accelerator.process_index, stage.accelerator.num_processes
+        self.share = BatchShare.of(config, table=stage.name, rank=rank, world_size=world_size)
+        with config_error_at(f"{stage.name}.order"):
+            self._order = shards.order(order, seed=config.seed, global_batch=config.global_batch)
+        self._shards, self._threads = shards, threads
+        self._global_batch, self._depth = config.global_batch, config.prefetch_batches
+
+    @abstractmethod
+    def make(self, index: int) -> Batch:
+        """Make this rank's share of global batch ``index``, with all its randomness."""
+
+    def samples(self, index: int, positions: range) -> np.ndarray:
+        """Return the indices of the samples at ``positions`` of global batch ``index``; int64 (n,)."""
+        return self._order.indices(index * self._global_batch + positions.start, len(positions))
+
+    def keys(self, index: int, positions: range) -> list[str]:
+        """Return the keys of the samples at ``positions`` of global batch ``index``."""
+        return self._shards.keys(self.samples(index, positions))
+
+    def from_index(self, start: int) -> Prefetch[Batch]:
+        """Make batches ahead, from ``start`` on."""
+        return Prefetch(self.make, start=start, depth=self._depth, threads=self._threads)

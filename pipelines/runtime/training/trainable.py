@@ -1,0 +1,48 @@
+"""A network in training: bare, wrapped for the ranks, and its optimizer."""
+
+import warnings
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+import torch
+import torch._functorch.config
+from accelerate import Accelerator
+from torch import nn
+
+from pipelines.runtime.training.checkpoint import Stateful, Weights
+from pipelines.runtime.training.config import TrainingConfig
+from pipelines.runtime.training.optim import Optimizer
+
+Network = TypeVar("Network", bound=nn.Module)
+
+
+@dataclass(kw_only=True)
+class Trainable(Generic[Network]):
+    """A network in training; the bare one keeps its parameters' names."""
+
+    network: Network
+    wrapped: nn.Module
+    optimizer: Optimizer
+
+    @classmethod
+    def of(cls, network: Network, config: TrainingConfig, accelerator: Accelerator) -> "Trainable[Network]":
+        """Make the optimizer of a network that is on its device, and wrap it."""
+        optimizer = Optimizer(network, config.optim, accelerator=accelerator)
+        return cls(network=network, wrapped=joined(network, accelerator, compiles=config.compile), optimizer=optimizer)
+
+    def parts(self, name: str) -> dict[str, Stateful]:
+        """Return weights and optimizer as parts of a checkpoint."""
+        return {name: Weights(self.network), f"{name}_optimizer": self.optimizer}
+
+
+def joined(network: nn.Module, accelerator: Accelerator, *, compiles: bool) -> nn.Module:
+    """Wrap a network so that its gradients are averaged over the ranks; compile it first, in place, when asked to."""
+    if compiles:
+        # The loss's terms are differentiated one by one, which needs their buffers more than once.
+        torch._functorch.config.donated_buffer = False
+        network.compile()
+    with warnings.catch_warnings():
+        # torch 2.13 has a new name for it, which neither accelerate 1.15 nor torch 2.10 knows.
+        warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
+        wrapped: nn.Module = accelerator.prepare_model(network)
+    return wrapped
