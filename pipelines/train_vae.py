@@ -32,8 +32,8 @@ from pipelines.model.device import Device, device_of
 from pipelines.model.grids import grid_png
 from pipelines.model.inputs import verify_shards
 from pipelines.model.weights import publish
-from pipelines.runtime.config.experiment import ConfigError, config_from_command_line
-from pipelines.runtime.stage.fingerprint import config_error_at
+from pipelines.runtime.config.command_line import config_from_command_line
+from pipelines.runtime.config.errors import ConfigError, config_error_at
 from pipelines.runtime.stage.launch import joined, launched_world_size
 from pipelines.runtime.stage.stage import Stage, running_stage
 from pipelines.runtime.training.checkpoint import Stateful, Weights

@@ -90,7 +90,7 @@ def test_the_runtime_knows_nothing_of_images() -> None:
         "data.files",
         "data.manifest",
         "data.randomness",
-        "pipelines.runtime.config.experiment",
+        "pipelines.runtime.config",
         "pipelines.runtime",
     )
     for path in (REPOSITORY / "pipelines" / "runtime").glob("*.py"):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from tiny_training import Recipe, Tiny
 
-from pipelines.runtime.config.experiment import ConfigError
+from pipelines.runtime.config.errors import ConfigError
 from pipelines.runtime.stage.provenance import code_version
 from pipelines.runtime.training.checkpoint import CheckpointConfig, Checkpoints, DamagedCheckpoint, verify
 

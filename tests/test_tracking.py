@@ -23,7 +23,7 @@ from pipelines.runtime.config.redaction import without_credentials
 from pipelines.runtime.tracking.identity import network_file_system, pipeline_identity, store_uri
 from pipelines.runtime.tracking.sender import points_of
 from pipelines.runtime.tracking.spool import EVENTS, FILES, METRICS, cut_torn_tail, entries, entries_backwards
-from pipelines.runtime.tracking.tracker import SilentTracker, Tracker, flattened, open_tracker
+from pipelines.runtime.tracking.tracker import SilentTracker, Tracker, open_tracker
 
 REPOSITORY = Path(__file__).parents[1]
 Opener = Callable[..., Tracker]
@@ -334,25 +334,6 @@ def test_credentials_reach_no_file_and_no_terminal(
 def test_stages_do_not_import_mlflow() -> None:
     code = "import sys, pipelines.runtime.tracking.tracker; sys.exit('mlflow' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY).returncode == 0
-
-
-def test_parameters_are_flattened_to_their_leaves() -> None:
-    tree = {
-        "a": {"b": 1, "c": {}},
-        "kinds": [{"kind": "class", "dims": (1, 2)}],
-        "name": "x",
-        "on": True,
-        "p": Path("/q"),
-    }
-    assert dict(flattened(tree)) == {
-        "a.b": "1",
-        "a.c": "{}",
-        "kinds.0.kind": "class",
-        "kinds.0.dims": "[1, 2]",
-        "name": "x",
-        "on": "true",
-        "p": '"/q"',
-    }
 
 
 @pytest.mark.parametrize(

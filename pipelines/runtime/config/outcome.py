@@ -1,4 +1,4 @@
-"""How a run of a stage ended, for scripts: ``outcome.json`` in its folder.
+"""Outcome of a stage's run, for scripts: ``outcome.json`` in its folder.
 
 ``accelerate launch`` makes 1 of every exit code, so this file holds the true one. Of the ranks of one run the first to
 end says why; those that it takes along do not write over it. Nobody writes into a folder that another run owns.
@@ -22,7 +22,7 @@ State = Literal["done", "failed", "stopped"]
 
 @dataclass
 class Outcome:
-    """How this process sees the end of its run; failed until it is known to be better."""
+    """End of this process's run as it sees it; failed until it is known to be better."""
 
     state: State = "failed"
     code: int = 1

@@ -9,19 +9,19 @@ dead, slow or wrong is therefore nothing that a stage could notice, and what was
 
 import contextlib
 import filecmp
-import json
 import os
 import re
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from data.files import FolderLock, temporary_beside
+from pipelines.runtime.config.dotted_keys import flattened_texts
 from pipelines.runtime.config.redaction import without_credentials
 from pipelines.runtime.tracking.identity import AUTO, OFFLINE, RunIdentity, run_identity, store_uri
 from pipelines.runtime.tracking.spool import (
@@ -205,7 +205,7 @@ class Tracker:
 
     def log_params(self, params: Mapping[str, Any]) -> None:
         """Add parameters, flattened with dots. A changed one stays as it was in MLflow and becomes a tag."""
-        self.event("params", params={key: without_credentials(text) for key, text in flattened(params)})
+        self.event("params", params={key: without_credentials(text) for key, text in flattened_texts(params).items()})
 
     def log_input(self, name: str, *, digest: str, source: str, context: str) -> None:
         """Name a data set that the run reads: its digest, where it lies, and what for (``training``, ...)."""
@@ -326,15 +326,3 @@ class _Known:
             elif "step" in line:
                 points |= {(attempt, line["step"], key) for key in line.keys() - NOT_METRICS}
         return cls(last_update=last_update, rows=frozenset(rows), points=frozenset(points))
-
-
-def flattened(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Yield (dotted key, text) for every leaf; a list of tables is numbered, a list of plain values is one leaf."""
-    for key, value in values.items():
-        name = f"{prefix}{key}"
-        if isinstance(value, Mapping) and value:
-            yield from flattened(value, f"{name}.")
-        elif isinstance(value, list | tuple) and any(isinstance(item, Mapping) for item in value):
-            yield from flattened({str(index): item for index, item in enumerate(value)}, f"{name}.")
-        else:
-            yield name, value if isinstance(value, str) else json.dumps(value, default=str)
