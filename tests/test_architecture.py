@@ -14,12 +14,7 @@ SOURCES = sorted(path for package in PACKAGES for path in (REPOSITORY / package)
 
 # Third-party package -> the only files that may import it.
 DOORS = {
-    "mlflow": (
-        "pipelines/runtime/tracking/tracker.py",
-        "pipelines/runtime/tracking/sender.py",
-        "pipelines/tools/compare.py",
-        "pipelines/tools/sync.py",
-    ),
+    "mlflow": ("pipelines/runtime/tracking/mlflow_store.py", "pipelines/tools/compare.py"),
     "xformers": ("models/attention.py",),
     "webdataset": ("data/", "pipelines/tools/benchmark_data.py"),
     "accelerate": ("pipelines/",),

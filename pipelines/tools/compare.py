@@ -24,16 +24,16 @@ from pipelines.runtime.config.dotted_keys import flattened_texts
 from pipelines.runtime.config.renamed_keys import with_new_names
 from pipelines.runtime.config.stage_config import STAGE_FOLDERS
 from pipelines.runtime.tracking.identity import RunIdentity
-from pipelines.runtime.tracking.spool import METRICS, NOT_METRICS, entries_backwards
+from pipelines.runtime.tracking.spool import METRICS, NOT_METRICS, read_spool_backwards
 
-LINES_TO_LOOK_THROUGH = 20_000  # of metrics.jsonl, from the end; a metric that is rarer than this is not shown
+RECORDS_TO_READ = 20_000  # of metrics.jsonl, from the end; a metric that is rarer than this is not shown
 SHORT_DIGEST = 12
 ABSENT = "-"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """What one run of one stage says of itself; all texts are ready to be shown."""
+    """Facts, metrics and settings of one run of one stage; all texts are ready to be shown."""
 
     name: str
     stage: str
@@ -106,10 +106,10 @@ def report_of_folder(folder: Path) -> Report:
 def last_values(path: Path) -> dict[str, str]:
     """Return the last value of each metric of a ``metrics.jsonl``, and ``update``, the last update."""
     values: dict[str, str] = {}
-    for count, line in enumerate(entries_backwards(path)):
-        if count == LINES_TO_LOOK_THROUGH:
+    for count, record in enumerate(read_spool_backwards(path)):
+        if count == RECORDS_TO_READ:
             break
-        for key, value in line.items():
+        for key, value in record.items():
             if key == "update" or key not in NOT_METRICS:
                 values.setdefault(key, _shown(value))
     return values

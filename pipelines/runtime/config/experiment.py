@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import tomli_w
 from pydantic import BaseModel, ValidationError
 
-from pipelines.runtime.config.dotted_keys import flattened
+from pipelines.runtime.config.dotted_keys import below, flattened
 from pipelines.runtime.config.errors import ConfigError
 from pipelines.runtime.config.mistakes import explained, nearest
 from pipelines.runtime.config.renamed_keys import new_name, with_new_names
@@ -146,11 +146,9 @@ def _override(
     value = [*(tree.get("run", {}).get("allow_changed", ())), raw] if appends else _value_of(raw, annotation)
     place: Any = tree
     for index, part in enumerate(parts[:-1]):
-        if isinstance(place, list) and part.isdigit() and int(part) < len(place):
-            place = place[int(part)]
-        elif isinstance(place, dict) and (part in place or not parts[index + 1].isdigit()):
-            place = place.setdefault(part, {})
-        else:
+        if isinstance(place, dict) and not parts[index + 1].isdigit():
+            place.setdefault(part, {})
+        if (place := below(place, part)) is None:
             missing = ".".join(parts[: index + 1])
             return [f"  --{key} {raw} (command line)\n      the experiment file has no {missing} to change"]
     last = parts[-1]

@@ -4,13 +4,13 @@
 end says why; those that it takes along do not write over it. Nobody writes into a folder that another run owns.
 """
 
-import json
 import os
 import shlex
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from data.files import FolderLock, temporary_beside, write_json
 from pipelines.runtime.config.redaction import without_credentials
@@ -29,7 +29,7 @@ class Outcome:
     working: bool = False  # past the checks, in a folder of its own
 
     def reached(self, state: State, *, code: int | None = None) -> None:
-        """Say how it ended; ``code`` where it is not the state's own."""
+        """Set how the run ended; ``code`` where it is not the state's own."""
         self.state, self.code = state, EXIT_CODES[state] if code is None else code
 
     def tell(self, folder: Path, *, is_main: bool) -> None:
@@ -37,7 +37,7 @@ class Outcome:
 
         Args:
             folder: The run's folder, whose outcome of an earlier run was removed when the work began.
-            is_main: True on the main process; the others only tell of failures in the work.
+            is_main: True on the main process; the others only write failures in the work.
         """
         if not self.working:
             if is_main:
@@ -46,7 +46,7 @@ class Outcome:
         if not is_main and self.state != "failed":
             return
         temporary = temporary_beside(folder / OUTCOME_NAME)
-        temporary.write_text(_text(self.state, self.code))
+        write_json(temporary, _content(self.state, self.code))
         try:
             os.link(temporary, folder / OUTCOME_NAME)  # fails when the name is taken, and never shows half a file
         except FileExistsError:
@@ -58,20 +58,12 @@ class Outcome:
 
 def leave_outcome(folder: Path, *, state: State, code: int) -> None:
     """Write the outcome of a run that ended before its work began, unless another run owns the folder."""
-    lock = FolderLock(folder)
-    try:
-        lock.acquire()
-    except BlockingIOError:
-        return
-    try:
-        write_json(folder / OUTCOME_NAME, json.loads(_text(state, code)))
-    finally:
-        lock.release()
+    with suppress(BlockingIOError), FolderLock(folder):
+        write_json(folder / OUTCOME_NAME, _content(state, code))
 
 
-def _text(state: State, code: int) -> str:
-    outcome = {"state": state, "exit_code": code, "resume_command": resume_command()}
-    return json.dumps(outcome, indent=2) + "\n"
+def _content(state: State, code: int) -> dict[str, Any]:
+    return {"state": state, "exit_code": code, "resume_command": resume_command()}
 
 
 def resume_command() -> str:

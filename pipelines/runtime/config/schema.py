@@ -147,24 +147,18 @@ def model_paths(
     comments = field_comments(model)
     for name, field in model.model_fields.items():
         value = getattr(default, name, field.get_default(call_default_factory=False))
-        variants = variants_of(field.annotation)
+        annotation, path_below = unwrapped(field.annotation), (*path, name)
+        if get_origin(annotation) in (tuple, list):
+            annotation, path_below = get_args(annotation)[0], (*path, f"{name}.0")
+        variants = variants_of(annotation)
         if not variants:
-            element = get_args(unwrapped(field.annotation))[:1]
-            variants = (
-                variants_of(element[0]) if element and get_origin(unwrapped(field.annotation)) in (tuple, list) else ()
-            )
-            if not variants:
-                shown = f"<run.root>/{name}" if path == ("inputs",) else _shown(value)
-                yield path, name, shown, comments.get(name, "")
-                continue
-            path_below: tuple[str, ...] = (*path, f"{name}.0")
-        else:
-            path_below = (*path, name)
+            shown = f"<run.root>/{name}" if path == ("inputs",) else _shown(value)
+            yield path, name, shown, comments.get(name, "")
         for variant in variants:
             kind = kind_of(variant)
             chosen = value if isinstance(value, variant) else None
             if len(variants) > 1 or kind is not None:
-                text = (variant.__doc__ or "").strip().splitlines()[0] if variant.__doc__ else ""
+                text = (variant.__doc__ or "").strip().partition("\n")[0]
                 yield path_below, "kind", f"{kind}{' (default)' if chosen is not None else ''}", text
             for row in model_paths(variant, chosen, path_below):
                 if row[1] != "kind" or row[0] != path_below:

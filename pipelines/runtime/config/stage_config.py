@@ -15,7 +15,7 @@ TOOL_TABLES = ("sample", "export", "reconstruct", "benchmark", "doctor", "plan")
 
 
 class RunConfig(BaseModel, frozen=True, extra="forbid"):
-    """Place and manner of a run. Nothing here changes the result, so nothing here ever counts as a difference."""
+    """Settings of a run that do not change its result, so that none of them ever counts as a difference."""
 
     root: str = "runs/default"  # folder of the experiment; the stages' folders lie in it
     experiment: str = "latentline"  # MLflow experiment
