@@ -13,12 +13,11 @@ import tempfile
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from data.files import FolderLock, temporary_beside
 from pipelines.runtime.config.redaction import without_credentials
 from pipelines.runtime.tracking.identity import RunIdentity, network_file_system, sqlite_file
-from pipelines.runtime.tracking.sender import Metric, RefusedError
 
 CLIENT_SETTINGS = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",  # the sender repeats by itself, and wants to know
@@ -36,8 +35,25 @@ RESULT_PREFIX = "eval/"
 REFUSALS = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST")  # of MLflow's error codes, those that no repetition mends
 
 
+class Metric(NamedTuple):
+    """One named number of a record."""
+
+    name: str
+    value: float
+    milliseconds: int  # Unix time
+    step: int
+
+
+class RefusedError(Exception):
+    """The store will never take this metric or event."""
+
+
 class MlflowStore:
-    """One stage's run in an MLflow store (see `pipelines.runtime.tracking.sender.Store`)."""
+    """One stage's run in an MLflow store. Every method may be called again with the same content, and stores it once.
+
+    Methods raise `RefusedError` for what no repetition mends, anything else for what may pass. ``name`` is the URI,
+    without credentials.
+    """
 
     def __init__(self, uri: str, say: Callable[[str], None]) -> None:
         """``say`` shows the user a line."""

@@ -1,7 +1,7 @@
 """Sender: spools of a stage to a store, in order, once each, with a memory of how far it came.
 
-Knows no MLflow; `Store` says what a store is. Whatever the store does not take now stays in the spool, and is tried
-again by the next `Sender.send`. What it will never take is counted and written to ``tracking/refused.log``.
+Whatever the store does not take now stays in the spool, and is tried again by the next `Sender.send`. What it will
+never take is counted and written to ``tracking/refused.log``.
 """
 
 import contextlib
@@ -11,11 +11,12 @@ import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 from data.files import FolderLock
 from pipelines.runtime.config.redaction import without_credentials
 from pipelines.runtime.tracking.identity import RunIdentity, pipeline_lock
+from pipelines.runtime.tracking.mlflow_store import Metric, MlflowStore, RefusedError
 from pipelines.runtime.tracking.spool import (
     EVENTS,
     FILES,
@@ -33,47 +34,14 @@ POLL_SECONDS = 1.0
 BACKOFF_SECONDS = (1.0, 1.0, 2.0, 5.0, 10.0, 30.0)  # between attempts at a store that does not answer
 
 
-class Metric(NamedTuple):
-    """One named number of a record."""
-
-    name: str
-    value: float
-    milliseconds: int  # Unix time
-    step: int
-
-
-class RefusedError(Exception):
-    """The store will never take this metric or event."""
-
-
 class StoreUnavailableError(Exception):
     """The store did not take what it was sent, and may take it later."""
-
-
-class Store(Protocol):
-    """Destination of a sender. Every method may be called again with the same content, and then stores nothing twice.
-
-    Methods raise `RefusedError` for what no repetition mends, anything else for what may pass.
-    """
-
-    name: str  # the URI, without credentials
-
-    def connect(self, identity: RunIdentity) -> str: ...  # finds or makes the run; returns its id in the store
-    def set_status(self, status: str, *, since: float) -> None: ...  # Unix seconds
-    def log_metrics(self, metrics: Sequence[Metric]) -> None: ...
-    def log_tags(self, tags: Mapping[str, str]) -> None: ...
-    def log_params(self, params: Mapping[str, str]) -> None: ...
-    def log_input(self, name: str, *, digest: str, source: str, context: str) -> None: ...
-    def log_artifact(self, path: Path, *, folder: str) -> None: ...
-    def log_text(self, name: str, text: str) -> None: ...
-    def log_image(self, key: str, path: Path, *, step: int, milliseconds: int) -> None: ...
-    def log_model(self, name: str, folder: Path) -> None: ...
 
 
 class Sender:
     """Sends the spools of one stage's folder. Only the holder of the folder's sender lock may."""
 
-    def __init__(self, folder: Path, store: Store) -> None:
+    def __init__(self, folder: Path, store: MlflowStore) -> None:
         self.folder = folder
         self.store = store
         self.sent = Sent.read(folder)
