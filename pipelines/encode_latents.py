@@ -41,8 +41,9 @@ from pipelines.model.encoding_progress import EncodingProgress
 from pipelines.model.inputs import verify_shards
 from pipelines.model.latent_audit import alarms, audit_keys, statistics_plot
 from pipelines.model.weights import load_vae
-from pipelines.runtime.config.experiment import ConfigError, StageConfig, config_from_command_line
-from pipelines.runtime.stage.fingerprint import config_error_at
+from pipelines.runtime.config.command_line import config_from_command_line
+from pipelines.runtime.config.errors import ConfigError, config_error_at
+from pipelines.runtime.config.stage_config import StageConfig
 from pipelines.runtime.stage.launch import Precision
 from pipelines.runtime.stage.progress import progress_line
 from pipelines.runtime.stage.quarantine import REPORTED, BadSamplePolicy, settle_quarantine

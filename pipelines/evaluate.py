@@ -27,8 +27,8 @@ from pipelines.evaluation.metrics import Reference, distribution_metrics, fideli
 from pipelines.evaluation.samples import DrawConfig, PartMaker, Plan, key_prefix
 from pipelines.model.grids import grid_png
 from pipelines.model.weights import check_same_vae, check_sampler_suits, denoiser_config
-from pipelines.runtime.config.experiment import ConfigError, config_from_command_line
-from pipelines.runtime.stage.fingerprint import config_error_at
+from pipelines.runtime.config.command_line import config_from_command_line
+from pipelines.runtime.config.errors import ConfigError, config_error_at
 from pipelines.runtime.stage.progress import progress_line
 from pipelines.runtime.stage.stage import Stage, running_stage
 from pipelines.runtime.stage.work_items import make_items

@@ -25,8 +25,9 @@ from data.sources import Corpus, FashionMNISTConfig, Source, SourceConfig, WebDa
 from data.sources.in_place import index_in_place
 from data.transforms import DEFAULT_MAX_PIXELS, FILTER_REASONS, ImageViewConfig, MaxPixels, view_sample
 from pipelines.model.grids import grid_png
-from pipelines.runtime.config.experiment import ConfigError, StageConfig, config_from_command_line
-from pipelines.runtime.stage.fingerprint import config_error_at
+from pipelines.runtime.config.command_line import config_from_command_line
+from pipelines.runtime.config.errors import ConfigError, config_error_at
+from pipelines.runtime.config.stage_config import StageConfig
 from pipelines.runtime.stage.progress import progress_line
 from pipelines.runtime.stage.quarantine import REPORTED, BadSamplePolicy, settle_quarantine
 from pipelines.runtime.stage.stage import Stage, running_stage

@@ -30,8 +30,8 @@ from pipelines.model.diffusers_weights import RandomStart, StartConfig, check_st
 from pipelines.model.inputs import verify_shards
 from pipelines.model.validation import GridConfig, UNetValidation
 from pipelines.model.weights import Normalisation, check_same_vae, check_sampler_suits, publish
-from pipelines.runtime.config.experiment import ConfigError, config_from_command_line
-from pipelines.runtime.stage.fingerprint import config_error_at
+from pipelines.runtime.config.command_line import config_from_command_line
+from pipelines.runtime.config.errors import ConfigError, config_error_at
 from pipelines.runtime.stage.launch import launched_world_size
 from pipelines.runtime.stage.stage import Stage, running_stage
 from pipelines.runtime.training.config import BatchShare, TrainingConfig

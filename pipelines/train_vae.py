@@ -29,8 +29,8 @@ from pipelines.model.device import device_of
 from pipelines.model.inputs import verify_shards
 from pipelines.model.validation import VAEValidation
 from pipelines.model.weights import publish
-from pipelines.runtime.config.experiment import ConfigError, config_from_command_line
-from pipelines.runtime.stage.fingerprint import config_error_at
+from pipelines.runtime.config.command_line import config_from_command_line
+from pipelines.runtime.config.errors import ConfigError, config_error_at
 from pipelines.runtime.stage.launch import launched_world_size
 from pipelines.runtime.stage.stage import Stage, running_stage
 from pipelines.runtime.training.checkpoint import Stateful

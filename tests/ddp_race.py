@@ -24,7 +24,8 @@ from data.prefetch import Loaded
 from data.randomness import SampleDraws
 from models.denoiser import Denoiser
 from pipelines.model.device import device_of
-from pipelines.runtime.config.experiment import RunConfig, load_config
+from pipelines.runtime.config.experiment import load_config
+from pipelines.runtime.config.stage_config import RunConfig
 from pipelines.runtime.stage.launch import StopSignal, start_accelerator
 from pipelines.runtime.stage.stage import Stage
 from pipelines.runtime.tracking.tracker import SilentTracker

@@ -8,7 +8,7 @@ import torch
 from tiny_training import Recipe, Tiny
 
 from data.files import sha256_of
-from pipelines.runtime.config.experiment import ConfigError
+from pipelines.runtime.config.errors import ConfigError
 from pipelines.runtime.stage.provenance import code_version
 from pipelines.runtime.stage.stage import running_stage
 from pipelines.runtime.training.checkpoint import CheckpointConfig, Checkpoints, DamagedCheckpoint, verify

@@ -11,7 +11,12 @@ from clocks import processor_seconds_of
 from conftest import REPOSITORY, SMOKE, STAGES, environment
 from pydantic import BaseModel, Field, PositiveFloat, PositiveInt, model_validator
 
-from pipelines.runtime.config.experiment import ConfigError, StageConfig, config_as_toml, help_text, load_config
+from pipelines.runtime.config.command_line import help_text
+from pipelines.runtime.config.dotted_keys import flattened_texts
+from pipelines.runtime.config.errors import ConfigError
+from pipelines.runtime.config.experiment import config_as_toml, load_config
+from pipelines.runtime.config.renamed_keys import RENAMED_KEYS, with_new_names
+from pipelines.runtime.config.stage_config import StageConfig
 
 
 class Circle(BaseModel, frozen=True, extra="forbid"):
@@ -124,6 +129,61 @@ def test_all_mistakes_are_shown_at_once_with_source_and_advice(tmp_path: Path) -
         assert phrase in message, f"{phrase}\n--- not in\n{message}"
 
 
+OLD_KEYS = """
+[train_unet]
+updates = 1
+global_batch = 2
+self_test_every = 3
+panel = { rows = 2, sampler = { kind = "ddim" } }
+"""
+
+
+def test_every_old_key_is_told_its_new_name_whatever_its_depth(tmp_path: Path) -> None:
+    from pipelines.train_unet import TrainUNetConfig
+
+    path = tmp_path / "experiment.toml"
+    path.write_text(OLD_KEYS)
+    words = ["--config", str(path), "--panel-every", "0", "--panel.guidance.scale", "2", "--train_unet.panel.rows", "4"]
+    with pytest.raises(ConfigError) as error:
+        load_config(TrainUNetConfig, table="train_unet", argv=words)
+    for phrase in (
+        "7 mistakes in the configuration",
+        f"train_unet.panel.rows = 2 ({path})\n      unknown key; it is called train_unet.grid.rows now",
+        f"train_unet.panel.sampler.kind = 'ddim' ({path})\n      unknown key; it is called train_unet.grid.sampler",
+        f"train_unet.self_test_every = 3 ({path})\n      unknown key; it is called train_unet.replica_check_every now",
+        "train_unet.panel_every = '0' (command line)\n      unknown key; it is called train_unet.validate_every now",
+        "train_unet.validate_every = 0 (command line)\n      expected greater than 0",  # checked under its new name
+        "train_unet.panel.guidance.scale = '2' (command line)\n      unknown key; it is called train_unet.grid",
+        "train_unet.panel.rows = '4' (command line)\n      unknown key; it is called train_unet.grid.rows now",
+    ):
+        assert phrase in str(error.value), f"{phrase}\n--- not in\n{error.value}"
+
+
+def test_old_names_become_new_ones_whatever_else_the_configuration_holds() -> None:
+    old = {"panel": {"rows": 2}, "panel_every": 5, "seed": 3}
+    assert with_new_names("train_unet", old) == {"grid": {"rows": 2}, "validate_every": 5, "seed": 3}
+    assert with_new_names("train_vae", old) == {"panel": {"rows": 2}, "validate_every": 5, "seed": 3}
+    assert with_new_names("evaluate", old) == old
+    assert old == {"panel": {"rows": 2}, "panel_every": 5, "seed": 3}
+
+
+@pytest.mark.parametrize("stage", list(RENAMED_KEYS))
+def test_every_new_name_is_a_key_and_no_old_one_is(stage: str) -> None:
+    import importlib
+
+    from pipelines.runtime.config.schema import annotation_at
+
+    module = importlib.import_module(f"pipelines.{stage}")
+    (model,) = [
+        value
+        for value in vars(module).values()
+        if isinstance(value, type) and issubclass(value, StageConfig) and value.__module__ == module.__name__
+    ]
+    for old, new in RENAMED_KEYS[stage].items():
+        assert annotation_at(model, {}, old.split(".")) is None
+        assert annotation_at(model, {}, new.split(".")) is not None
+
+
 def test_a_number_in_quotes_is_no_number_in_a_file(tmp_path: Path) -> None:
     assert "expected a valid integer" in mistakes(tmp_path, '[train_vae]\nglobal_batch = "32"')
 
@@ -172,6 +232,25 @@ def test_every_field_of_every_stage_has_its_comment(stage: str) -> None:
     ]
     bare = [".".join((*path, name)) for path, name, _, comment in model_paths(model) if not comment]
     assert not bare, f"fields without a comment: {bare}"
+
+
+def test_parameters_are_flattened_to_their_leaves() -> None:
+    tree = {
+        "a": {"b": 1, "c": {}},
+        "kinds": [{"kind": "class", "dims": (1, 2)}],
+        "name": "x",
+        "on": True,
+        "p": Path("/q"),
+    }
+    assert flattened_texts(tree) == {
+        "a.b": "1",
+        "a.c": "{}",
+        "kinds.0.kind": "class",
+        "kinds.0.dims": "[1, 2]",
+        "name": "x",
+        "on": "true",
+        "p": '"/q"',
+    }
 
 
 @pytest.mark.parametrize("path", sorted((REPOSITORY / "pipelines" / "configs").glob("*.toml")), ids=lambda p: p.stem)

@@ -26,7 +26,7 @@ from data.shards.writer import ShardWriter
 from data.sources import WebDatasetConfig
 from data.transforms import FILTER_REASONS, ImageViewConfig, view_sample
 from pipelines.prepare_corpus import PrepareCorpusConfig, shard_makers, view_at_reading
-from pipelines.runtime.config.experiment import ConfigError
+from pipelines.runtime.config.errors import ConfigError
 from pipelines.runtime.stage.quarantine import settle_quarantine
 
 SAMPLES = 7

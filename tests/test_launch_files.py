@@ -14,7 +14,7 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from pipelines.runtime.config.experiment import STAGE_FOLDERS
+from pipelines.runtime.config.stage_config import STAGE_FOLDERS
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = sorted(

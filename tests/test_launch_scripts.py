@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 
-from pipelines.runtime.config.experiment import STAGE_FOLDERS
+from pipelines.runtime.config.stage_config import STAGE_FOLDERS
 
 ROOT = Path(__file__).parent.parent
 STAGES = list(STAGE_FOLDERS)

@@ -13,7 +13,8 @@ from models.attention import RequestedBackend, SelfAttention
 from models.autoencoder.vae import AutoencoderKL, VAEConfig
 from models.unet import UNet, UNetConfig
 from pipelines.model.device import Device, attention_on, device_of
-from pipelines.runtime.config.experiment import ConfigError, RunConfig
+from pipelines.runtime.config.errors import ConfigError
+from pipelines.runtime.config.stage_config import RunConfig
 from pipelines.tools import sample
 
 CPU = torch.device("cpu")

@@ -21,7 +21,8 @@ from data.sources import SyntheticConfig, UnionConfig, WebDatasetConfig
 from data.sources.source import safe_key
 from data.transforms import decode_image
 from pipelines.prepare_corpus import PrepareCorpusConfig
-from pipelines.runtime.config.experiment import ConfigError, load_config
+from pipelines.runtime.config.errors import ConfigError
+from pipelines.runtime.config.experiment import load_config
 
 SIZES = {"photos": 600, "toys": 77, "maps": 9}
 

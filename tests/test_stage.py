@@ -13,15 +13,8 @@ from conftest import REPOSITORY, SMOKE, environment, kill_tree, run_stage
 from manifests import commit_unet
 
 from pipelines.model.grids import grid_png
-from pipelines.runtime.config.experiment import ConfigError
-from pipelines.runtime.stage.fingerprint import (
-    already_done,
-    begin,
-    config_error_at,
-    differing_keys,
-    fingerprint_of,
-    ignored_values,
-)
+from pipelines.runtime.config.errors import ConfigError, config_error_at
+from pipelines.runtime.stage.fingerprint import already_done, begin, differing_keys, fingerprint_of, ignored_values
 from pipelines.runtime.stage.stage import running_stage
 from pipelines.runtime.training.config import TrainingConfig
 
@@ -89,6 +82,23 @@ def test_what_an_older_version_took_for_a_difference_is_none(tmp_path: Path) -> 
     assert already_done(
         tmp_path, fingerprint_of("train_unet", config, {}), allowed=(), fingerprint_ignores=config.fingerprint_ignores
     )
+
+
+def test_a_folder_with_old_names_of_keys_is_the_same_work(tmp_path: Path) -> None:
+    config = training_config(tmp_path, validate_every=7)
+    now, ignored = fingerprint_of("train_unet", config, {}), ignored_values(config)
+    was = {**now, "config": {**now["config"], "panel_every": 7, "panel": {"rows": 2}}}
+    names = {"validate_every": "panel_every", "replica_check_every": "self_test_every"}
+    harmless = {names.get(key, key): value for key, value in ignored.items()}
+    (tmp_path / "request.json").write_text(json.dumps({**was, "harmless": harmless}))
+    ignores = config.fingerprint_ignores | {"grid"}
+    assert differing_keys(was, now, fingerprint_ignores=ignores) == []
+    assert not already_done(tmp_path, now, allowed=(), fingerprint_ignores=ignores)
+    again = {**now, "config": {**now["config"], "validate_every": 7, "grid": {"rows": 2}}}
+    assert begin(tmp_path, again, fingerprint_ignores=ignored) == []
+    content = {"format_version": 1, "files": [], **was}
+    (tmp_path / "manifest.json").write_text(json.dumps({"content": content, "provenance": {}}))
+    assert already_done(tmp_path, now, allowed=(), fingerprint_ignores=ignores)
 
 
 def test_a_finished_stage_is_done_though_what_it_started_from_is_gone(
@@ -272,7 +282,7 @@ def test_a_second_signal_ends_at_once_and_what_one_ctrl_c_sends_twice_does_not()
     code = (
         "import sys, time\n"
         "from pathlib import Path\n"
-        "from pipelines.runtime.config.experiment import RunConfig\n"
+        "from pipelines.runtime.config.stage_config import RunConfig\n"
         "from pipelines.runtime.stage.launch import StopSignal, start_accelerator\n"
         "stop = StopSignal(Path(sys.argv[1]), start_accelerator(RunConfig()))\n"
         "with stop.handling_signals():\n"

@@ -21,7 +21,7 @@ from models.conditioning import TextConditionerConfig
 from models.conditioning.text_encoder import MiniLMConfig
 from models.denoiser import DenoiserConfig
 from pipelines.model.captions import CaptionEncoder, CaptionFeatures, ComputedFeaturesConfig
-from pipelines.runtime.config.experiment import ConfigError
+from pipelines.runtime.config.errors import ConfigError
 
 EMOJI = REPOSITORY / "pipelines" / "configs" / "emoji.toml"
 NUM_DRAWINGS, MAX_TOKENS = 96, 12

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,10 +21,10 @@ from clocks import FOREVER_SECONDS, quietest_round, seconds_of
 from PIL import Image
 
 from pipelines.runtime.config.redaction import without_credentials
-from pipelines.runtime.tracking.identity import network_file_system, pipeline_identity, store_uri
-from pipelines.runtime.tracking.sender import points_of
-from pipelines.runtime.tracking.spool import EVENTS, FILES, METRICS, cut_torn_tail, entries, entries_backwards
-from pipelines.runtime.tracking.tracker import SilentTracker, Tracker, flattened, open_tracker
+from pipelines.runtime.tracking.identity import RunIdentity, network_file_system, pipeline_identity, store_uri
+from pipelines.runtime.tracking.sender import metrics_of
+from pipelines.runtime.tracking.spool import EVENTS, FILES, METRICS, cut_torn_tail, read_spool, read_spool_backwards
+from pipelines.runtime.tracking.tracker import SilentTracker, Tracker, open_tracker
 
 REPOSITORY = Path(__file__).parents[1]
 Opener = Callable[..., Tracker]
@@ -45,7 +46,7 @@ def start(tmp_path: Path) -> Iterator[Opener]:
         opened[-1].close("FINISHED", wait_seconds=2)
 
 
-def rows(first: int, last: int, **more: float) -> list[dict[str, float]]:
+def records(first: int, last: int, **more: float) -> list[dict[str, float]]:
     return [{"update": n, "batch": n, "time": 1e9 + n, "train/loss": 1 / n, **more} for n in range(first, last + 1)]
 
 
@@ -53,16 +54,16 @@ def metrics(tmp_path: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (tmp_path / "runs/demo/unet" / METRICS).read_text().splitlines()]
 
 
-def test_rows_are_written_as_they_are_and_in_full_precision(tmp_path: Path, start: Opener) -> None:
+def test_records_are_written_as_they_are_and_in_full_precision(tmp_path: Path, start: Opener) -> None:
     given = [
-        *rows(1, 50),
+        *records(1, 50),
         {"update": 51, "batch": 51, "time": 5.5, "train/loss": np.float64(0.1) + 0.2, "n": np.int64(3)},
     ]
     tracker = start()
     tracker.log_records(given)
     given[0]["train/loss"] = -1.0  # what the caller does afterwards with his dictionaries is his own affair
     tracker.flush()
-    assert metrics(tmp_path) == [*rows(1, 50), {**given[-1], "train/loss": 0.1 + 0.2}]
+    assert metrics(tmp_path) == [*records(1, 50), {**given[-1], "train/loss": 0.1 + 0.2}]
 
 
 @pytest.mark.parametrize("kept", range(30))
@@ -88,42 +89,45 @@ def test_reading_backwards_gives_the_lines_of_reading_forwards_reversed(tmp_path
     path.write_text(
         "".join(json.dumps({"update": n, "text": "x" * int(length)}) + "\n" for n, length in enumerate(lengths))
     )
-    forwards = [line for _, line in entries(path, start=0)]
-    assert list(entries_backwards(path)) == forwards[::-1]
+    forwards = [line for _, line in read_spool(path, start=0)]
+    assert list(read_spool_backwards(path)) == forwards[::-1]
 
 
 def test_updates_that_are_there_already_are_not_written_again(tmp_path: Path, start: Opener) -> None:
     first = start()
-    first.log_records(rows(1, 30))
+    first.log_records(records(1, 30))
     first.log_metrics({"val/loss": 0.5}, step=20)
     first.close("KILLED")
     with open(tmp_path / "runs/demo/unet" / METRICS, "a") as file:
         file.write('{"update": 31, "tr')
 
     again = start()
-    assert again.last_update == 30
     again.resume_after(15)
-    again.log_records(rows(16, 40))
+    again.log_records(records(16, 40))
     again.log_metrics({"val/loss": 0.5, "val/new": 1.0}, step=20)
     again.log_metrics({"val/loss": 0.25}, step=40)
     again.flush()
     lines = metrics(tmp_path)
-    assert [line for line in lines if "update" in line] == rows(1, 40)
-    points = [{key: line[key] for key in line if key != "time"} for line in lines if "step" in line]
-    assert points == [{"step": 20, "val/loss": 0.5}, {"step": 20, "val/new": 1.0}, {"step": 40, "val/loss": 0.25}]
+    assert [line for line in lines if "update" in line] == records(1, 40)
+    logged = [{key: line[key] for key in line if key != "time"} for line in lines if "step" in line]
+    assert logged == [
+        {"step": 20, "val/loss": 0.5},
+        {"step": 20, "val/new": 1.0},
+        {"step": 40, "val/loss": 0.25},
+    ]
 
 
 def test_a_rewind_adds_lines_and_its_replay_does_not(tmp_path: Path, start: Opener) -> None:
     first = start()
-    first.log_records(rows(1, 80))
-    first.log_records(rows(61, 75, attempt=2))
+    first.log_records(records(1, 80))
+    first.log_records(records(61, 75, attempt=2))
     first.close("KILLED")
     again = start()
     again.resume_after(60)  # the checkpoint is older than the rewind: both attempts are gone through again
-    again.log_records(rows(61, 80))
-    again.log_records(rows(61, 90, attempt=2))
+    again.log_records(records(61, 80))
+    again.log_records(records(61, 90, attempt=2))
     again.flush()
-    assert metrics(tmp_path) == [*rows(1, 80), *rows(61, 90, attempt=2)]
+    assert metrics(tmp_path) == [*records(1, 80), *records(61, 90, attempt=2)]
 
 
 def test_resuming_reads_only_what_is_replayed(tmp_path: Path, start: Opener) -> None:
@@ -131,28 +135,27 @@ def test_resuming_reads_only_what_is_replayed(tmp_path: Path, start: Opener) -> 
     path.parent.mkdir(parents=True)
     with open(path, "wb") as file:  # a terabyte of hole stands for the years before the checkpoint
         file.seek(1 << 40)
-        file.write(b"\n" + "".join(json.dumps(row) + "\n" for row in rows(990, 1000)).encode())
+        file.write(b"\n" + "".join(json.dumps(record) + "\n" for record in records(990, 1000)).encode())
     tracker = start()
     tracker.resume_after(995)
-    assert tracker.last_update == 1000
-    tracker.log_records(rows(996, 1001))
+    tracker.log_records(records(996, 1001))
     tracker.flush()
     with open(path, "rb") as file:
         file.seek(1 << 40)
-        assert [json.loads(line) for line in file.read().decode().splitlines()[1:]] == rows(990, 1001)
+        assert [json.loads(line) for line in file.read().decode().splitlines()[1:]] == records(990, 1001)
 
 
 def test_logging_takes_microseconds_even_when_the_disk_hangs(tmp_path: Path, start: Opener) -> None:
     folder = tmp_path / "runs/demo/unet"
     tracker = start()
-    tracker.log_records(rows(1, 1))
+    tracker.log_records(records(1, 1))
     tracker.flush()
     (folder / METRICS).unlink()
     os.mkfifo(folder / METRICS)  # opening a pipe that nobody reads takes for ever
     numbers = itertools.count(2)
 
     def logging() -> list[float]:
-        return [seconds_of(lambda n=n: tracker.log_records(rows(n, n))) for n in itertools.islice(numbers, 2000)]
+        return [seconds_of(lambda n=n: tracker.log_records(records(n, n))) for n in itertools.islice(numbers, 2000)]
 
     seconds = quietest_round(logging, limit=5e-3)
     assert np.median(seconds) < 50e-6
@@ -160,7 +163,7 @@ def test_logging_takes_microseconds_even_when_the_disk_hangs(tmp_path: Path, sta
     last = next(numbers) - 1
     with open(os.open(folder / METRICS, os.O_RDWR), "rb") as pipe:  # the disk is back
         lines = [json.loads(pipe.readline()) for _ in range(2, last + 1)]
-    assert lines == rows(2, last)
+    assert lines == records(2, last)
 
 
 def test_many_lines_at_once_do_not_take_the_interpreter_from_the_step(start: Opener) -> None:
@@ -192,21 +195,21 @@ def test_what_a_full_disk_refuses_is_written_whole_when_there_is_room(
     tmp_path: Path, start: Opener, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tracker = start()
-    tracker.log_records(rows(1, 20))
+    tracker.log_records(records(1, 20))
     tracker.flush()
     path = tmp_path / "runs/demo/unet" / METRICS
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 100, hard))  # room for a line and a half
     try:
-        tracker.log_records(rows(21, 40))
+        tracker.log_records(records(21, 40))
         with pytest.raises(OSError, match=os.strerror(errno.EFBIG)):
             tracker.flush()
-        assert metrics(tmp_path) == rows(1, 20)
-        tracker.log_records(rows(41, 60))
+        assert metrics(tmp_path) == records(1, 20)
+        tracker.log_records(records(41, 60))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     tracker.flush()
-    assert metrics(tmp_path) == rows(1, 60)
+    assert metrics(tmp_path) == records(1, 60)
     assert f"{METRICS} cannot be written" in capsys.readouterr().err
 
 
@@ -219,7 +222,7 @@ def test_an_image_is_kept_as_it_was_and_known_again_when_it_is_replayed(tmp_path
     drawn.unlink()
     tracker.flush()
     folder = tmp_path / "runs/demo/unet"
-    logged = [line for _, line in entries(folder / FILES, start=0) if line["kind"] == "image"]
+    logged = [line for _, line in read_spool(folder / FILES, start=0) if line["kind"] == "image"]
     assert [np.asarray(Image.open(folder / line["path"])).max() for line in logged] == [1, 1, 2]
     first, again, other = [{key: line[key] for key in line if key != "time"} for line in logged]
     assert first == again
@@ -238,8 +241,9 @@ def test_a_run_keeps_its_identity_over_restarts_and_stages_share_the_pipeline(tm
         folder=root / "vae", root=root, stage="train_vae", experiment="e", tracking_uri="offline", params={}, tags={}
     )
     assert again.run_id == first.run_id != other.run_id
-    assert again.pipeline_id == other.pipeline_id == json.loads((root / "pipeline.json").read_text())["pipeline_id"]
-    kinds = [line["kind"] for _, line in entries(root / "unet" / EVENTS, start=0)]
+    pipelines = {RunIdentity.read(root / stage).pipeline_id for stage in ("unet", "vae")}
+    assert pipelines == {json.loads((root / "pipeline.json").read_text())["pipeline_id"]}
+    kinds = [line["kind"] for _, line in read_spool(root / "unet" / EVENTS, start=0)]
     assert [kind for kind in kinds if kind in ("start", "close")] == ["start", "close", "start"]
     other.close("FINISHED")
 
@@ -275,12 +279,15 @@ def test_a_uri_that_names_no_store_is_refused(uri: str, tmp_path: Path) -> None:
         store_uri(uri, root=tmp_path)
 
 
-MOUNTS = """/dev/vda / ext4 rw 0 0
-server:/home /home nfs4 rw 0 0
-/dev/vdb /home/local\\040disk xfs rw 0 0
-lus@tcp:/scratch /scratch lustre rw 0 0
-sshfs /remote fuse.sshfs rw 0 0
-"""
+MOUNTS = [
+    ("/", "ext4"),
+    ("/home", "nfs4"),
+    ("/home/local disk", "xfs"),
+    ("/scratch", "lustre"),
+    ("/remote", "fuse.sshfs"),
+    ("/data", "nfs"),
+    ("/data", "ext4"),  # mounted over the one before
+]
 
 
 @pytest.mark.parametrize(
@@ -294,8 +301,10 @@ sshfs /remote fuse.sshfs rw 0 0
         ("/remote/mlflow.db", "fuse.sshfs"),
     ],
 )
-def test_network_folders_are_told_from_local_ones(path: str, kind: str) -> None:
-    assert network_file_system(Path(path), mounts=MOUNTS) == kind
+def test_network_folders_are_told_from_local_ones(path: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    mounts = [SimpleNamespace(mountpoint=point, fstype=type_) for point, type_ in MOUNTS]
+    monkeypatch.setattr("psutil.disk_partitions", lambda all: mounts)
+    assert network_file_system(Path(path)) == kind
 
 
 def test_an_sqlite_store_on_a_network_folder_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -327,7 +336,8 @@ def test_credentials_reach_no_file_and_no_terminal(
     said = capfd.readouterr()
     assert "opensesame" not in said.out + said.err
     assert re.search(
-        r"\d+ entries are not sent yet to http://\*\*\*@127.0.0.1:9.*python -m pipelines.tools.sync", said.err
+        r"\d+ records and events are not sent yet to http://\*\*\*@127.0.0.1:9.*-m pipelines.tools.sync",
+        said.err,
     )
 
 
@@ -336,31 +346,12 @@ def test_stages_do_not_import_mlflow() -> None:
     assert subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY).returncode == 0
 
 
-def test_parameters_are_flattened_to_their_leaves() -> None:
-    tree = {
-        "a": {"b": 1, "c": {}},
-        "kinds": [{"kind": "class", "dims": (1, 2)}],
-        "name": "x",
-        "on": True,
-        "p": Path("/q"),
-    }
-    assert dict(flattened(tree)) == {
-        "a.b": "1",
-        "a.c": "{}",
-        "kinds.0.kind": "class",
-        "kinds.0.dims": "[1, 2]",
-        "name": "x",
-        "on": "true",
-        "p": '"/q"',
-    }
-
-
 @pytest.mark.parametrize(
     "line", [None, {"time": 1.0, "x": 1}, {"step": 1, "x": 1}, {"step": 1, "time": 2.0, "x": "high"}]
 )
-def test_a_line_that_is_no_measurement_is_told(line: dict | None) -> None:
-    with pytest.raises(ValueError, match="no measurement"):
-        points_of(line)
+def test_a_line_that_is_no_record_is_told(line: dict | None) -> None:
+    with pytest.raises(ValueError, match="no record of metrics"):
+        metrics_of(line)
 
 
 def test_the_silent_tracker_takes_everything_that_the_real_one_does() -> None:

@@ -25,6 +25,7 @@ from PIL import Image
 from safetensors.numpy import save_file
 from tiny_training import Recipe, Tiny
 
+from pipelines.runtime.tracking.mlflow_store import CLIENT_SETTINGS
 from pipelines.runtime.tracking.spool import METRICS, SENT_FILE
 from pipelines.runtime.tracking.tracker import Tracker, open_tracker
 from pipelines.tools import sync
@@ -33,7 +34,7 @@ from pipelines.tools.paired_timing import Ratio
 FAULTS = ("refuse", "blackhole", "slow", "503")
 TURNS, TURN_STEPS = 320, 20
 REPOSITORY = Path(__file__).parents[1]
-os.environ.update(sync.CLIENT_SETTINGS, MLFLOW_HTTP_REQUEST_TIMEOUT="30")  # for a machine that does much else
+os.environ.update(CLIENT_SETTINGS, MLFLOW_HTTP_REQUEST_TIMEOUT="30")  # for a machine that does much else
 
 
 class FaultProxy:
@@ -443,7 +444,7 @@ def test_a_parameter_changed_on_resume_becomes_a_tag_and_a_lost_or_broken_file_i
     assert run.data.params == {"peak_lr": "0.001", "seed": "1"}
     assert {key: value for key, value in run.data.tags.items() if "changed" in key} == {"changed.peak_lr": "0.002"}
     assert len(losses(root, proxy.uri)) == 3
-    assert "2 entries refused" in capsys.readouterr().out
+    assert "2 metrics or events refused" in capsys.readouterr().out
     assert "never-written.json" in (root / "unet" / "tracking" / "refused.log").read_text()
 
 

@@ -22,7 +22,7 @@ from data.files import FolderLock
 from data.manifest import Parents
 from data.prefetch import Loaded
 from data.randomness import SampleDraws
-from pipelines.runtime.config.experiment import RunConfig
+from pipelines.runtime.config.stage_config import RunConfig
 from pipelines.runtime.stage.launch import StopSignal, start_accelerator
 from pipelines.runtime.stage.stage import Stage
 from pipelines.runtime.tracking.tracker import SilentTracker

@@ -28,8 +28,8 @@ from pipelines.model.captions import as_tensors, prompt_encoder
 from pipelines.model.device import device_of
 from pipelines.model.sampling import ImageSampler
 from pipelines.model.weights import load_denoiser, load_vae
-from pipelines.runtime.config.experiment import StageConfig
-from pipelines.runtime.stage.fingerprint import config_error_at
+from pipelines.runtime.config.errors import config_error_at
+from pipelines.runtime.config.stage_config import StageConfig
 from pipelines.runtime.stage.launch import Precision
 from pipelines.runtime.stage.stage import Stage
 

@@ -8,7 +8,7 @@ import numpy as np
 from data.order.order import OrderConfig
 from data.prefetch import Prefetch
 from data.shards.split import ShardSet
-from pipelines.runtime.stage.fingerprint import config_error_at
+from pipelines.runtime.config.errors import config_error_at
 from pipelines.runtime.stage.stage import Stage
 from pipelines.runtime.training.config import BatchShare, TrainingConfig
 

@@ -21,7 +21,7 @@ from models.conditioning import TextConditionerConfig
 from models.conditioning.text import TEXT_POOLED, TEXT_TOKENS
 from models.conditioning.text_encoder import MiniLMConfig, PretrainedConfig
 from models.denoiser import DenoiserConfig
-from pipelines.runtime.config.experiment import ConfigError
+from pipelines.runtime.config.errors import ConfigError
 
 MAX_KEPT_CAPTIONS = 1_024
 FEATURES = (TEXT_TOKENS, TEXT_POOLED)

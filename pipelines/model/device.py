@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from models.attention import Backend, ChosenBackend, choose_attention_backend, use_attention_backend
-from pipelines.runtime.config.experiment import RunConfig
-from pipelines.runtime.stage.fingerprint import config_error_at
+from pipelines.runtime.config.errors import config_error_at
+from pipelines.runtime.config.stage_config import RunConfig
 from pipelines.runtime.stage.stage import Stage
 
 Network = TypeVar("Network", bound=nn.Module)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from data.shards.remote import is_remote
 from data.shards.verification import verify_once
-from pipelines.runtime.config.experiment import ConfigError
+from pipelines.runtime.config.errors import ConfigError
 from pipelines.runtime.stage.launch import any_rank
 from pipelines.runtime.stage.stage import Stage
 

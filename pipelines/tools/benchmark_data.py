@@ -36,7 +36,7 @@ from data.shards.writer import ShardWriter
 from data.transforms import ImageViewConfig, to_unit_range
 from models.autoencoder.vae import AutoencoderKL, VAEConfig
 from pipelines.encode_latents import SHARDS_AT_ONCE, EncodeLatentsConfig, EncodeLatentsInputs, encode_shard
-from pipelines.runtime.config.experiment import RunConfig
+from pipelines.runtime.config.stage_config import RunConfig
 from pipelines.runtime.stage.launch import StopSignal, start_accelerator
 from pipelines.runtime.stage.stage import Stage
 from pipelines.runtime.stage.work_items import make_items

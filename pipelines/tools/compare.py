@@ -20,19 +20,20 @@ from pathlib import Path
 from typing import Any
 
 from data.manifest import digest_of, read_manifest
+from pipelines.runtime.config.dotted_keys import flattened_texts
+from pipelines.runtime.config.renamed_keys import with_new_names
+from pipelines.runtime.config.stage_config import STAGE_FOLDERS
 from pipelines.runtime.tracking.identity import RunIdentity
-from pipelines.runtime.tracking.spool import METRICS, NOT_METRICS, entries_backwards
-from pipelines.runtime.tracking.tracker import flattened
+from pipelines.runtime.tracking.spool import METRICS, NOT_METRICS, read_spool_backwards
 
-STAGES = ("prepare_corpus", "train_vae", "encode_latents", "train_unet", "evaluate")
-LINES_TO_LOOK_THROUGH = 20_000  # of metrics.jsonl, from the end; a metric that is rarer than this is not shown
+RECORDS_TO_READ = 20_000  # of metrics.jsonl, from the end; a metric that is rarer than this is not shown
 SHORT_DIGEST = 12
 ABSENT = "-"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """What one run of one stage says of itself; all texts are ready to be shown."""
+    """Facts, metrics and settings of one run of one stage; all texts are ready to be shown."""
 
     name: str
     stage: str
@@ -59,8 +60,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.json:
         print(json.dumps([vars(report) for report in reports], indent=2))
         return 0
-    order = {stage: place for place, stage in enumerate(STAGES)}
-    for stage in sorted({report.stage for report in reports}, key=lambda stage: order.get(stage, len(order))):
+    found = {report.stage for report in reports}
+    for stage in [*(stage for stage in STAGE_FOLDERS if stage in found), *sorted(found - STAGE_FOLDERS.keys())]:
         print(comparison([report for report in reports if report.stage == stage]), end="\n\n")
     return 0
 
@@ -91,12 +92,12 @@ def report_of_folder(folder: Path) -> Report:
         facts |= {f"upstream.{key}": str(text)[:SHORT_DIGEST] for key, text in manifest.parents.items()}
     if (folder / "config.toml").exists():
         tables = tomllib.loads((folder / "config.toml").read_text())
-        settings = dict(flattened(tables.get(identity.stage, {})))
+        settings = flattened_texts(with_new_names(identity.stage, tables.get(identity.stage, {})))
     metrics = last_values(folder / METRICS)
     scores = _json_of(folder / "metrics.json")
     if scores:
         facts["contract"] = digest_of(scores["contract"])[:SHORT_DIGEST]
-        metrics = dict(flattened(_scores(scores)))
+        metrics = flattened_texts(_scores(scores))
     if update := metrics.pop("update", ""):
         facts["updates"] = update
     return Report(name=identity.name, stage=identity.stage, facts=facts, metrics=metrics, settings=settings)
@@ -105,10 +106,10 @@ def report_of_folder(folder: Path) -> Report:
 def last_values(path: Path) -> dict[str, str]:
     """Return the last value of each metric of a ``metrics.jsonl``, and ``update``, the last update."""
     values: dict[str, str] = {}
-    for count, line in enumerate(entries_backwards(path)):
-        if count == LINES_TO_LOOK_THROUGH:
+    for count, record in enumerate(read_spool_backwards(path)):
+        if count == RECORDS_TO_READ:
             break
-        for key, value in line.items():
+        for key, value in record.items():
             if key == "update" or key not in NOT_METRICS:
                 values.setdefault(key, _shown(value))
     return values

@@ -22,7 +22,9 @@ import torch
 import torch.distributed as dist
 from pydantic import NonNegativeFloat
 
-from pipelines.runtime.config.experiment import ConfigError, StageConfig, config_from_command_line
+from pipelines.runtime.config.command_line import config_from_command_line
+from pipelines.runtime.config.errors import ConfigError
+from pipelines.runtime.config.stage_config import StageConfig
 from pipelines.runtime.stage.launch import launched_world_size, start_accelerator, threads_per_process
 from pipelines.tools.doctor_checks import (
     attention,

@@ -25,8 +25,8 @@ import torch.distributed as dist
 
 from data.manifest import CorpusManifest, digest_of
 from models.attention import probe_backend
-from pipelines.runtime.config.experiment import StageConfig
 from pipelines.runtime.config.redaction import without_credentials
+from pipelines.runtime.config.stage_config import StageConfig
 from pipelines.runtime.stage.fingerprint import inputs_of
 from pipelines.runtime.stage.provenance import REPOSITORY
 from pipelines.runtime.tracking.identity import OFFLINE, sqlite_file, store_uri

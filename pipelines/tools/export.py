@@ -32,8 +32,10 @@ from pipelines.model.captions import as_tensors, prompt_encoder
 from pipelines.model.device import Device
 from pipelines.model.grids import grid_png
 from pipelines.model.weights import PublishedDenoiser, check_same_vae, denoiser_config, load_denoiser, load_vae
-from pipelines.runtime.config.experiment import ConfigError, StageConfig, config_from_command_line
-from pipelines.runtime.stage.fingerprint import config_error_at, read_parents
+from pipelines.runtime.config.command_line import config_from_command_line
+from pipelines.runtime.config.errors import ConfigError, config_error_at
+from pipelines.runtime.config.stage_config import StageConfig
+from pipelines.runtime.stage.fingerprint import read_parents
 from pipelines.tools.model_card import model_card
 
 EXAMPLE_SAMPLES = 4

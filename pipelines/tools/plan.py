@@ -41,14 +41,10 @@ from models.autoencoder.vae import AutoencoderKL
 from models.denoiser import DenoiserConfig
 from pipelines import encode_latents, evaluate, prepare_corpus, train_unet, train_vae
 from pipelines.model.captions import NoTextConfig, blank_features
-from pipelines.runtime.config.experiment import (
-    STAGE_FOLDERS,
-    ConfigError,
-    RunConfig,
-    StageConfig,
-    config_from_command_line,
-    load_config,
-)
+from pipelines.runtime.config.command_line import config_from_command_line
+from pipelines.runtime.config.errors import ConfigError
+from pipelines.runtime.config.experiment import load_config
+from pipelines.runtime.config.stage_config import STAGE_FOLDERS, RunConfig, StageConfig
 from pipelines.runtime.stage.fingerprint import differing_keys, fingerprint_of, inputs_of
 from pipelines.runtime.stage.progress import duration
 from pipelines.runtime.training.config import TrainingConfig

@@ -20,8 +20,10 @@ from torch import Tensor
 
 from data.files import sha256_of, write_atomically, write_json
 from data.manifest import MANIFEST_NAME, FileEntry, Reconstruction, UNetManifest, write_manifest
-from pipelines.runtime.config.experiment import ConfigError, StageConfig, config_from_command_line
-from pipelines.runtime.stage.fingerprint import config_error_at, read_parents
+from pipelines.runtime.config.command_line import config_from_command_line
+from pipelines.runtime.config.errors import ConfigError, config_error_at
+from pipelines.runtime.config.stage_config import StageConfig
+from pipelines.runtime.stage.fingerprint import read_parents
 from pipelines.runtime.stage.provenance import code_version
 from pipelines.runtime.training.checkpoint import PREFIX, verify
 from pipelines.runtime.training.ema import Combination, Snapshot, combine_snapshots

@@ -26,8 +26,10 @@ from pipelines.model.device import Device, attention_on
 from pipelines.model.grids import grid_png
 from pipelines.model.sampling import ImageSampler
 from pipelines.model.weights import check_same_vae, check_sampler_suits, denoiser_config, load_denoiser, load_vae
-from pipelines.runtime.config.experiment import ConfigError, StageConfig, config_from_command_line
-from pipelines.runtime.stage.fingerprint import config_error_at, read_parents
+from pipelines.runtime.config.command_line import config_from_command_line
+from pipelines.runtime.config.errors import ConfigError, config_error_at
+from pipelines.runtime.config.stage_config import StageConfig
+from pipelines.runtime.stage.fingerprint import read_parents
 from pipelines.runtime.stage.progress import progress_line
 
 GRID_COLUMNS = 8

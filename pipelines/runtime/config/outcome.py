@@ -4,13 +4,13 @@
 end writes it; those that end because of it do not write over it. No run writes into a folder that another one owns.
 """
 
-import json
 import os
 import shlex
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from data.files import FolderLock, temporary_beside, write_json
 from pipelines.runtime.config.redaction import without_credentials
@@ -46,7 +46,7 @@ class Outcome:
         if not is_main and self.state != "failed":
             return
         temporary = temporary_beside(folder / OUTCOME_NAME)
-        temporary.write_text(json.dumps(_content(self.state, self.code), indent=2) + "\n")
+        write_json(temporary, _content(self.state, self.code))
         try:
             os.link(temporary, folder / OUTCOME_NAME)  # fails when the name is taken, and never shows half a file
         except FileExistsError:
@@ -58,18 +58,11 @@ class Outcome:
 
 def leave_outcome(folder: Path, *, state: State, code: int) -> None:
     """Write the outcome of a run that ended before its work began, unless another run owns the folder."""
-    lock = FolderLock(folder)
-    try:
-        lock.acquire()
-    except BlockingIOError:
-        return
-    try:
+    with suppress(BlockingIOError), FolderLock(folder):
         write_json(folder / OUTCOME_NAME, _content(state, code))
-    finally:
-        lock.release()
 
 
-def _content(state: State, code: int) -> dict[str, str | int]:
+def _content(state: State, code: int) -> dict[str, Any]:
     return {"state": state, "exit_code": code, "resume_command": resume_command()}
 
 

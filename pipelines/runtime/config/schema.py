@@ -1,4 +1,4 @@
-"""Walks over configuration models: what fields there are, at which dotted names, with which defaults and comments."""
+"""Walks over configuration models: their fields by dotted name, with types, defaults and comments."""
 
 import ast
 import inspect
@@ -12,6 +12,8 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
+
+from pipelines.runtime.config.dotted_keys import below
 
 
 def unwrapped(annotation: Any) -> Any:
@@ -38,17 +40,13 @@ def kind_of(variant: type[BaseModel]) -> str | None:
 
 
 def _chosen(annotation: Any, tree: Any, default: Any) -> type[BaseModel] | None:
-    """Return the variant that ``tree`` is_main of: the one of its ``kind``, else the default's, else the only one."""
+    """Return the variant that ``tree`` describes: the one of its ``kind``, else the default's, else the only one."""
     variants = variants_of(annotation)
     if len(variants) == 1:
         return variants[0]
     given = tree.get("kind") if isinstance(tree, dict) else None
     wanted = given if given is not None else getattr(default, "kind", None)
     return next((variant for variant in variants if kind_of(variant) == wanted), None)
-
-
-def _is_mapping(annotation: Any) -> bool:
-    return get_origin(unwrapped(annotation)) is Mapping
 
 
 def complete(model: type[BaseModel], tree: dict[str, Any]) -> dict[str, Any]:
@@ -90,66 +88,35 @@ def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 
 def annotation_at(model: type[BaseModel], tree: Any, parts: Sequence[str]) -> Any:
     """Return the type at a dotted name: ``str`` for anything textual, else the annotation; None where there is none."""
-    name, rest = parts[0], parts[1:]
-    field = model.model_fields.get(name)
-    if field is None:
-        return None
-    annotation, default = unwrapped(field.annotation), field.get_default(call_default_factory=False)
-    below = tree.get(name) if isinstance(tree, dict) else None
-    if rest and rest[0].isdigit() and get_origin(annotation) in (tuple, list):
-        annotation, default = unwrapped(get_args(annotation)[0]), None
-        index = int(rest[0])
-        below = below[index] if isinstance(below, list) and index < len(below) else None
-        rest = rest[1:]
-    elif rest and get_origin(annotation) is Mapping:
-        annotation, default = get_args(annotation)[1], None
-        below = below.get(rest[0]) if isinstance(below, dict) else None
-        rest = rest[1:]
-    if not rest:
-        choices = get_args(annotation) if get_origin(annotation) is Literal else ()
-        return (
-            str
-            if annotation in (str, Path) or (choices and all(isinstance(choice, str) for choice in choices))
-            else annotation
-        )
-    if rest == ["kind"]:
-        return str
-    variant = _chosen(annotation, below, default)
-    return annotation_at(variant, below, rest) if variant is not None else None
-
-
-def names_at(model: type[BaseModel], tree: Any, parts: Sequence[str]) -> list[str]:
-    """Return the field names that are valid below a dotted name, given the variants that ``tree`` chose."""
-    variant = variant_at(model, tree, parts)
-    return list(variant.model_fields) if variant is not None else []
-
-
-def kind_at(model: type[BaseModel], tree: Any, parts: Sequence[str]) -> str | None:
-    """Return the ``kind`` of the variant at a dotted name: the one that ``tree`` chose, else the default's."""
-    variant = variant_at(model, tree, parts)
-    return kind_of(variant) if variant is not None else None
+    annotation = _at(model, tree, parts)[0]
+    choices = get_args(annotation) if get_origin(annotation) is Literal else ()
+    textual = annotation in (str, Path) or (choices and all(isinstance(choice, str) for choice in choices))
+    return str if textual else annotation
 
 
 def variant_at(model: type[BaseModel], tree: Any, parts: Sequence[str]) -> type[BaseModel] | None:
     """Return the model at a dotted name, given the variants that ``tree`` chose."""
-    current: type[BaseModel] | None = model
-    element: Any = None
+    return _at(model, tree, parts)[1]
+
+
+def _at(model: type[BaseModel], tree: Any, parts: Sequence[str]) -> tuple[Any, type[BaseModel] | None]:
+    """Return annotation and chosen model at a dotted name; None for what is not there."""
+    annotation: Any = model
+    chosen: type[BaseModel] | None = model
     for part in parts:
-        if part.isdigit() and isinstance(tree, list):
-            tree = tree[int(part)]
-            current, element = _chosen(element, tree, None), None
-            continue
-        if current is None and element is not None:  # the name of an entry of a mapping
-            tree = tree.get(part) if isinstance(tree, dict) else None
-            current, element = _chosen(element, tree, None), None
-            continue
-        field = current.model_fields.get(part) if current is not None else None
-        if field is None:
-            return None
-        tree = tree.get(part) if isinstance(tree, dict) else None
-        element = (get_args(unwrapped(field.annotation)) or (None,))[-1 if _is_mapping(field.annotation) else 0]
-        current = _chosen(field.annotation, tree, field.get_default(call_default_factory=False))
-    return current
+        default = None
+        if get_origin(annotation) in (tuple, list) and part.isdigit():
+            annotation = get_args(annotation)[0]
+        elif get_origin(annotation) is Mapping:
+            annotation = get_args(annotation)[1]
+        elif chosen is not None and part in chosen.model_fields:
+            field = chosen.model_fields[part]
+            annotation, default = field.annotation, field.get_default(call_default_factory=False)
+        else:
+            return str if part == "kind" else None, None
+        annotation, tree = unwrapped(annotation), below(tree, part)
+        chosen = _chosen(annotation, tree, default)
+    return annotation, chosen
 
 
 @lru_cache(maxsize=256)
@@ -180,28 +147,22 @@ def model_paths(
     comments = field_comments(model)
     for name, field in model.model_fields.items():
         value = getattr(default, name, field.get_default(call_default_factory=False))
-        variants = variants_of(field.annotation)
+        annotation, path_below = unwrapped(field.annotation), (*path, name)
+        if get_origin(annotation) in (tuple, list):
+            annotation, path_below = get_args(annotation)[0], (*path, f"{name}.0")
+        variants = variants_of(annotation)
         if not variants:
-            element = get_args(unwrapped(field.annotation))[:1]
-            variants = (
-                variants_of(element[0]) if element and get_origin(unwrapped(field.annotation)) in (tuple, list) else ()
-            )
-            if not variants:
-                shown = f"<run.root>/{name}" if path == ("inputs",) else _shown(value)
-                yield path, name, shown, comments.get(name, "")
-                continue
-            path_below: tuple[str, ...] = (*path, f"{name}.0")
-        else:
-            path_below = (*path, name)
+            shown = f"<run.root>/{name}" if path == ("inputs",) else _shown(value)
+            yield path, name, shown, comments.get(name, "")
         for variant in variants:
             kind = kind_of(variant)
             chosen = value if isinstance(value, variant) else None
             if len(variants) > 1 or kind is not None:
-                text = (variant.__doc__ or "").strip().splitlines()[0] if variant.__doc__ else ""
+                text = (variant.__doc__ or "").strip().partition("\n")[0]
                 yield path_below, "kind", f"{kind}{' (default)' if chosen is not None else ''}", text
-            for below in model_paths(variant, chosen, path_below):
-                if below[1] != "kind" or below[0] != path_below:
-                    yield below
+            for row in model_paths(variant, chosen, path_below):
+                if row[1] != "kind" or row[0] != path_below:
+                    yield row
 
 
 def _shown(value: Any) -> str:

@@ -1,15 +1,17 @@
 """What a stage is asked to do: its inputs, its configuration, and whether that very thing is done already."""
 
 import json
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping
 from functools import reduce
 from pathlib import Path
 from typing import Any
 
 from data.files import write_json
 from data.manifest import MANIFEST_NAME, Manifest, Parents, read_input, read_manifest
-from pipelines.runtime.config.experiment import STAGE_FOLDERS, ConfigError, StageConfig
+from pipelines.runtime.config.dotted_keys import flattened, is_among
+from pipelines.runtime.config.errors import ConfigError
+from pipelines.runtime.config.renamed_keys import new_name, with_new_names
+from pipelines.runtime.config.stage_config import STAGE_FOLDERS, StageConfig
 
 
 def read_parents(config: StageConfig) -> Parents:
@@ -54,9 +56,9 @@ def fingerprint_of(name: str, config: StageConfig, parents: Mapping[str, Manifes
 
 
 def ignored_values(config: StageConfig) -> dict[str, Any]:
-    """Return the values of a configuration's fingerprint_ignores keys, by dotted key."""
+    """Return the values of the keys that the fingerprint ignores, by dotted key."""
     leaves = flattened(config.model_dump(mode="json", exclude={"run", "inputs"}))
-    return {key: value for key, value in leaves.items() if _is_among(key, config.fingerprint_ignores)}
+    return {key: value for key, value in leaves.items() if is_among(key, config.fingerprint_ignores)}
 
 
 def begin(folder: Path, request: Mapping[str, Any], *, fingerprint_ignores: Mapping[str, Any]) -> list[str]:
@@ -65,10 +67,10 @@ def begin(folder: Path, request: Mapping[str, Any], *, fingerprint_ignores: Mapp
     if path.is_file():
         before = json.loads(path.read_bytes())
         lines = [line for _, line in differing_keys(before, request)]
-        lines += [
-            line
-            for _, line in _differences(before.get("fingerprint_ignores", fingerprint_ignores), fingerprint_ignores)
-        ]
+        # Up to a renaming the object was called "harmless".
+        ignored = before.get("fingerprint_ignores", before.get("harmless", fingerprint_ignores))
+        ignored = {new_name(request["stage"], key): value for key, value in ignored.items()}
+        lines += [line for _, line in _differences(ignored, fingerprint_ignores)]
     write_json(path, {**request, "fingerprint_ignores": dict(fingerprint_ignores)})
     return lines
 
@@ -129,9 +131,13 @@ def already_done(
 def differing_keys(
     before: Mapping[str, Any], now: Mapping[str, Any], *, fingerprint_ignores: Collection[str] = ()
 ) -> list[tuple[str, str]]:
-    """Return (key, "key: was X, is now Y") for each difference between two requests that matters."""
-    old, new = (flattened({"parents": each["parents"], **each["config"]}) for each in (before, now))
-    return [(key, line) for key, line in _differences(old, new) if not _is_among(key, fingerprint_ignores)]
+    """Return (key, "key: was X, is now Y") for each difference between two requests that matters.
+
+    Keys of ``before`` that were renamed since are compared under their present names.
+    """
+    old = flattened({"parents": before["parents"], **with_new_names(now["stage"], before["config"])})
+    new = flattened({"parents": now["parents"], **now["config"]})
+    return [(key, line) for key, line in _differences(old, new) if not is_among(key, fingerprint_ignores)]
 
 
 def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -140,33 +146,6 @@ def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[tuple[s
         for key in sorted(old.keys() | new.keys())
         if old.get(key) != new.get(key)
     ]
-
-
-@contextmanager
-def config_error_at(key: str) -> Iterator[None]:
-    """Turn a ValueError or OSError of the layers below into a ConfigError about ``key``: the user can mend it there."""
-    try:
-        yield
-    except (ValueError, OSError) as error:
-        raise ConfigError(f"{key}: {error}") from error
-
-
-def flattened(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """Return the leaves of nested tables by dotted name."""
-    if isinstance(tree, Mapping) and tree:
-        return {
-            k: v
-            for key, value in tree.items()
-            for k, v in flattened(value, f"{prefix}.{key}" if prefix else str(key)).items()
-        }
-    if isinstance(tree, list) and any(isinstance(item, Mapping) for item in tree):
-        return flattened({str(index): item for index, item in enumerate(tree)}, prefix)
-    return {prefix: tree}
-
-
-def _is_among(key: str, names: Collection[str]) -> bool:
-    """Return whether a dotted key is one of ``names`` or lies in one of their tables."""
-    return any(key == name or key.startswith(f"{name}.") for name in names)
 
 
 def _show(value: Any) -> str:

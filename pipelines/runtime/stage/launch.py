@@ -18,7 +18,8 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, parse_flag_from_env
 from torch import Tensor
 
-from pipelines.runtime.config.experiment import ConfigError, RunConfig
+from pipelines.runtime.config.errors import ConfigError
+from pipelines.runtime.config.stage_config import RunConfig
 
 Precision = Literal["float32", "bf16", "fp16"]
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)

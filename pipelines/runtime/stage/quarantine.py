@@ -6,7 +6,7 @@ from collections.abc import Collection, Sequence
 from typing import Literal
 
 from data.files import write_atomically
-from pipelines.runtime.config.experiment import ConfigError
+from pipelines.runtime.config.errors import ConfigError
 from pipelines.runtime.stage.stage import Stage
 from pipelines.runtime.stage.work_items import Result
 

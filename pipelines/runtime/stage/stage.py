@@ -24,16 +24,16 @@ from accelerate import Accelerator
 
 from data.files import FolderLock, sweep_temporaries, write_atomically
 from data.manifest import FORMAT_VERSION, MANIFEST_NAME, FileEntry, Manifest, Parents, digest_of, write_manifest
-from pipelines.runtime.config.experiment import STAGE_FOLDERS, ConfigError, StageConfig, config_as_toml
+from pipelines.runtime.config.errors import ConfigError, config_error_at
+from pipelines.runtime.config.experiment import config_as_toml
 from pipelines.runtime.config.outcome import OUTCOME_NAME, Outcome, resume_command
 from pipelines.runtime.config.redaction import without_credentials
+from pipelines.runtime.config.stage_config import STAGE_FOLDERS, StageConfig
 from pipelines.runtime.stage.fingerprint import (
     already_done,
     ancestors,
     begin,
-    config_error_at,
     fingerprint_of,
-    flattened,
     ignored_values,
     read_parents,
 )
@@ -321,7 +321,7 @@ def start_tracker(
             stage=name,
             experiment=config.run.experiment,
             tracking_uri=config.run.tracking_uri,
-            params=flattened(config.model_dump(mode="json")),
+            params=config.model_dump(mode="json"),
             tags=tags,
             config_file=folder / "config.toml",
         )

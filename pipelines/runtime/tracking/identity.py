@@ -1,4 +1,4 @@
-"""Which run a stage's folder is, which pipeline it belongs to, and which store it is sent to."""
+"""Identity of a run: its id in ``run.json``, its pipeline in ``pipeline.json``, and the store that it is sent to."""
 
 import contextlib
 import fcntl
@@ -10,6 +10,8 @@ import uuid
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+
+import psutil
 
 from data.files import temporary_beside, write_json
 from pipelines.runtime.config.redaction import without_credentials
@@ -23,7 +25,7 @@ NETWORK_FILE_SYSTEMS = re.compile(r"nfs|cifs|smb|lustre|gpfs|beegfs|ceph|gluster
 
 @dataclass(frozen=True, kw_only=True)
 class RunIdentity:
-    """Which run a stage's folder is; kept in ``run.json`` from the first start over all restarts.
+    """Identity of the run in a stage's folder; kept in ``run.json`` from the first start over all restarts.
 
     ``tracking_uri`` holds no credentials. ``mlflow_run_id`` is empty until the sender has made or found the run.
     """
@@ -107,7 +109,7 @@ def pipeline_identity(root: Path) -> tuple[str, float]:
 
 @contextlib.contextmanager
 def pipeline_lock(root: Path) -> Iterator[None]:
-    """Let one of a pipeline's stages at a time look for their parent run, so that they make one and not two."""
+    """Lock the search for the parent run among a pipeline's stages, so that they make one and not two."""
     try:
         descriptor = os.open(root / PIPELINE_FILE, os.O_RDWR)
     except OSError:  # a stage's folder that was copied alone
@@ -151,21 +153,15 @@ def sqlite_file(uri: str) -> Path | None:
     return Path(match[1]) if match else None
 
 
-def network_file_system(path: Path, *, mounts: str = "") -> str:
+def network_file_system(path: Path) -> str:
     """Return the type of the network file system that ``path`` lies on (``nfs4``, ``lustre``); empty when it is local.
 
-    Args:
-        path: A file or folder that need not be there yet.
-        mounts: A text as in /proc/self/mounts; empty reads that file (where there is none, nothing is refused).
+    ``path`` need not exist yet.
     """
-    if not mounts:
-        with contextlib.suppress(OSError):
-            mounts = Path("/proc/self/mounts").read_text()
     resolved = os.path.realpath(path)
     best, kind = "", ""
-    for line in mounts.splitlines():
-        _, point, type_, *_ = line.split(" ")
-        point = re.sub(r"\\(\d{3})", lambda octal: chr(int(octal[1], 8)), point)
+    for mount in psutil.disk_partitions(all=True):
+        point = mount.mountpoint
         if os.path.commonpath([point, resolved]) == point and len(point) >= len(best):
-            best, kind = point, type_  # the later of two mounts on one point hides the earlier
+            best, kind = point, mount.fstype  # the later of two mounts on one point hides the earlier
     return kind if NETWORK_FILE_SYSTEMS.match(kind) else ""

@@ -1,9 +1,10 @@
-"""The files through which a run is tracked: written by a stage, read by whoever sends them to MLflow.
+"""Spools: the append-only files between a stage and the sender of its metrics.
 
-In the stage's folder lie ``metrics.jsonl`` (every measured number, the source of truth) and ``tracking/``:
-``system.jsonl`` (load of the machine), ``events.jsonl`` (start, parameters, tags, data sets, end), ``files.jsonl``
-(images, artefacts, models), ``images/`` and ``sent.json`` (how far the sender came). The ``.jsonl`` files are spools:
-lines are only ever appended, so a place in one is a number of bytes, and a line without its newline is not there yet.
+In the stage's folder lie ``metrics.jsonl`` (a record an update; the source of truth) and ``tracking/`` with
+``system.jsonl`` (records of the machine's load), ``events.jsonl`` (start, parameters, tags, data sets, end),
+``files.jsonl`` (images, artefacts, models), ``images/`` and ``sent.json`` (how far the sender came). A ``.jsonl`` file
+holds one JSON object a line and only ever grows, so a place in it is a number of bytes; an object without its newline
+is not there yet.
 """
 
 import contextlib
@@ -16,7 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from data.files import flush_file, write_json
 
@@ -28,26 +29,27 @@ SPOOLS = (METRICS, SYSTEM, EVENTS, FILES)  # in the order in which they are sent
 SENT_FILE = "tracking/sent.json"
 WRITER_LOCK = "tracking/writer"  # held by the stage for its lifetime
 SENDER_LOCK = "tracking/sender"  # held by whoever sends
+ORPHAN_SECONDS = 3.0  # a sender may still work for this long after its stage was killed
 NOT_METRICS = frozenset({"update", "batch", "time", "step", "attempt"})
 BLOCK_BYTES = 1 << 16
 # A thread that asks for the interpreter waits 5 ms for one that does not offer it, and writing JSON never does.
 HOLD_SECONDS = 0.3e-3  # of formatting at a time
 REST_SECONDS = 0.1e-3  # between two such, in which the training step takes the interpreter when it wants it
 
-Line = Mapping[str, Any]
+JsonObject = Mapping[str, Any]  # a record or an event
 
 
 @dataclass(kw_only=True)
 class Sent:
-    """How far a spool has been sent, and to which run of which store."""
+    """Progress of sending: how far each spool has been sent, and to which run of which store."""
 
     store: str = ""
     mlflow_run_id: str = ""
     offsets: dict[str, int] = field(default_factory=dict)  # bytes of each spool that the store has
-    refused: int = 0  # entries that the store will never take; each is named in tracking/sender.log
+    refused: int = 0  # records and events that the store will never take; tracking/refused.log names each
 
     def write(self, folder: Path) -> None:
-        """Commit it. A stale one only causes entries to be sent again, which stores nothing twice."""
+        """Commit it. A stale one only causes objects to be sent again, which stores nothing twice."""
         write_json(folder / SENT_FILE, asdict(self))
 
     @classmethod
@@ -60,27 +62,23 @@ class Sent:
 
 
 def unsent(folder: Path, sent: Sent) -> int:
-    """Return how many entries of the spools are not sent yet."""
-    lines = 0
+    """Return how many records and events of the spools are not sent yet."""
+    count = 0
     for spool in SPOOLS:
         with contextlib.suppress(FileNotFoundError), open(folder / spool, "rb") as file:
             file.seek(sent.offsets.get(spool, 0))
             while block := file.read(BLOCK_BYTES):
-                lines += block.count(b"\n")
-    return lines
+                count += block.count(b"\n")
+    return count
 
 
-def entries(path: Path, *, start: int) -> Iterator[tuple[int, dict[str, Any] | None]]:
-    """Yield (offset behind the line, what the line says) for every complete line from byte ``start`` on.
+def read_spool(path: Path, *, start: int) -> Iterator[tuple[int, dict[str, Any] | None]]:
+    """Yield (offset behind it, record or event) for every complete line from byte ``start`` on.
 
     A line that is no JSON object yields None: the reader counts it and goes on. A spool shorter than ``start`` was
-    replaced, and is read from its beginning.
+    replaced, and is read from its beginning. A missing spool is an empty one.
     """
-    try:
-        file = open(path, "rb")  # noqa: SIM115 (closed below; a missing spool is an empty one)
-    except FileNotFoundError:
-        return
-    with file:
+    with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
         if start > os.fstat(file.fileno()).st_size:
             start = 0
         file.seek(start)
@@ -88,11 +86,48 @@ def entries(path: Path, *, start: int) -> Iterator[tuple[int, dict[str, Any] | N
             if not line.endswith(b"\n"):
                 return
             start += len(line)
-            yield start, parsed(line)
+            yield start, _object_in(line)
 
 
-def parsed(line: bytes) -> dict[str, Any] | None:
-    """Return the object that a line holds, or None."""
+def read_spool_backwards(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield records or events from the last to the first, reading only as far as the caller goes."""
+    with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
+        for _, line in _lines_backwards(file):
+            if (value := _object_in(line)) is not None:
+                yield value
+
+
+def cut_torn_tail(path: Path) -> int:
+    """Cut what a killed process or a power cut left behind the last whole line; return the number of bytes cut."""
+    with contextlib.suppress(FileNotFoundError), open(path, "rb+") as file:
+        size = file.seek(0, os.SEEK_END)
+        ends = (
+            start + len(line) + 1
+            for start, line in _lines_backwards(file)
+            if start + len(line) < size and _object_in(line) is not None
+        )
+        if (end := next(ends, 0)) < size:
+            file.truncate(end)
+        return size - end
+    return 0
+
+
+def _lines_backwards(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
+    """Yield (offset, line without newline) from the last to the first; the last is empty where the file is whole."""
+    end = place = file.seek(0, os.SEEK_END)
+    rest = b""
+    while place > 0:
+        size = min(BLOCK_BYTES, place)
+        place -= size
+        file.seek(place)
+        rest, *lines = (file.read(size) + rest).split(b"\n")
+        for line in reversed(lines):
+            yield end - len(line), line
+            end -= len(line) + 1
+    yield 0, rest
+
+
+def _object_in(line: bytes) -> dict[str, Any] | None:
     try:
         value = json.loads(line)
     except ValueError:
@@ -100,84 +135,29 @@ def parsed(line: bytes) -> dict[str, Any] | None:
     return value if isinstance(value, dict) else None
 
 
-def entries_backwards(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the objects of a spool from the last line to the first, reading only as far as the caller goes."""
-    try:
-        file = open(path, "rb")  # noqa: SIM115
-    except FileNotFoundError:
-        return
-    with file:
-        place = file.seek(0, os.SEEK_END)
-        rest = b""
-        while place > 0:
-            size = min(BLOCK_BYTES, place)
-            place -= size
-            file.seek(place)
-            first, *lines = (file.read(size) + rest).split(b"\n")
-            for line in reversed(lines):
-                if (value := parsed(line)) is not None:
-                    yield value
-            rest = first
-        if (value := parsed(rest)) is not None:
-            yield value
-
-
-def cut_torn_tail(path: Path) -> int:
-    """Cut what a killed process or a power cut left behind the last whole line; return the number of bytes cut."""
-    try:
-        file = open(path, "rb+")  # noqa: SIM115
-    except FileNotFoundError:
-        return 0
-    with file:
-        size = end = file.seek(0, os.SEEK_END)
-        while end > 0:
-            start = _start_of_line(file, end)
-            file.seek(start)
-            line = file.read(end - start)
-            if line.endswith(b"\n") and parsed(line) is not None:
-                break
-            end = start
-        if end < size:
-            file.truncate(end)
-    return size - end
-
-
-def _start_of_line(file: Any, end: int) -> int:
-    """Return where the line begins that ends just before byte ``end``."""
-    place = end - 1
-    while place > 0:
-        begin = max(0, place - BLOCK_BYTES)
-        file.seek(begin)
-        newline = file.read(place - begin).rfind(b"\n")
-        if newline >= 0:
-            return begin + newline + 1
-        place = begin
-    return 0
-
-
 class SpoolWriter:
-    """Appends lines to spools in a thread of its own, so that a slow or full disk never holds up the caller.
+    """Appends records and events in a thread of its own, so that a slow or full disk never holds up the caller.
 
     What cannot be written is kept, tried again every second and reported once; ``flush`` raises it.
     """
 
-    def __init__(self, folder: Path, *, every_second: Callable[[], None] = lambda: None) -> None:
+    def __init__(self, folder: Path, *, every_second: Callable[[], None]) -> None:
         """Open the spools below ``folder``; ``every_second`` is called in the thread, about once a second."""
         (folder / EVENTS).parent.mkdir(parents=True, exist_ok=True)
         for spool in SPOOLS:
             cut_torn_tail(folder / spool)
         self._folder = folder
         self._every_second = every_second
-        self._queue: queue.SimpleQueue[tuple[str, Sequence[Line]] | threading.Event | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[tuple[str, Sequence[JsonObject]] | threading.Event | None] = queue.SimpleQueue()
         self._pending: dict[str, bytearray] = {}
         self._rest_at = 0.0
         self._error: OSError | None = None
         self._thread = threading.Thread(target=self._run, name="spool", daemon=True)
         self._thread.start()
 
-    def append(self, spool: str, lines: Sequence[Line]) -> None:
-        """Queue lines for a spool. Takes microseconds; the caller must not change the mappings afterwards."""
-        self._queue.put((spool, lines))
+    def append(self, spool: str, objects: Sequence[JsonObject]) -> None:
+        """Queue objects for a spool. Takes microseconds; the caller must not change them afterwards."""
+        self._queue.put((spool, objects))
 
     def flush(self, *, timeout_seconds: float) -> None:
         """Wait until everything queued so far is on the disk (fsync).
@@ -221,53 +201,41 @@ class SpoolWriter:
                 tick = time.monotonic()
                 self._every_second()
 
-    def _format(self, spool: str, lines: Sequence[Line]) -> None:
+    def _format(self, spool: str, objects: Sequence[JsonObject]) -> None:
         pending = self._pending.setdefault(spool, bytearray())
-        for line in lines:
-            pending += (json.dumps(line, default=_plain) + "\n").encode()
+        for each in objects:
+            pending += (json.dumps(each, default=_plain) + "\n").encode()
             if time.perf_counter() > self._rest_at:
                 time.sleep(REST_SECONDS)
                 self._rest_at = time.perf_counter() + HOLD_SECONDS
 
     def _write_pending(self, *, durable: bool) -> None:
-        for spool, payload in list(self._pending.items()):
-            try:
-                _append(self._folder / spool, payload)
-            except OSError as error:
-                self._failed(spool, error)
-                return
-            del self._pending[spool]
-        if durable:
-            try:
-                for spool in filter(lambda spool: (self._folder / spool).exists(), SPOOLS):
+        spool = ""
+        try:
+            for spool in list(self._pending):
+                _append(self._folder / spool, self._pending[spool])
+                del self._pending[spool]
+            for spool in SPOOLS if durable else ():
+                if (self._folder / spool).exists():
                     flush_file(self._folder / spool)
-            except OSError as error:
-                self._failed(spool, error)
-                return
-        self._error = None
-
-    def _failed(self, spool: str, error: OSError) -> None:
-        if self._error is None:
-            print(
-                f"{self._folder / spool} cannot be written: {error}. It is tried again every second.", file=sys.stderr
-            )
-        self._error = error
+            self._error = None
+        except OSError as error:
+            if self._error is None:
+                path = self._folder / spool
+                print(f"{path} cannot be written: {error}. It is tried again every second.", file=sys.stderr)
+            self._error = error
 
 
 def _append(path: Path, payload: bytes | bytearray) -> None:
     """Append all of ``payload`` or nothing: what a full disk took of it is cut off again."""
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    try:
-        size = os.fstat(descriptor).st_size
+    with open(path, "ab", buffering=0) as file:
+        size, rest = os.fstat(file.fileno()).st_size, bytes(payload)
         try:
-            written = 0
-            while written < len(payload):
-                written += os.write(descriptor, memoryview(payload)[written:])
+            while rest:
+                rest = rest[file.write(rest) :]
         except OSError:
-            os.ftruncate(descriptor, size)
+            file.truncate(size)
             raise
-    finally:
-        os.close(descriptor)
 
 
 def _plain(value: Any) -> Any:

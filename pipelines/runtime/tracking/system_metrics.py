@@ -1,4 +1,4 @@
-"""Load of the machine and of this process, in the names that MLflow's page for system metrics knows."""
+"""System metrics: load of the machine and of this process, under the names that MLflow's page for them knows."""
 
 import importlib
 import sys
@@ -9,22 +9,22 @@ import psutil
 
 MIB = 1 << 20
 FIRST_AFTER_SECONDS = 2.0
+EVERY_SECONDS = 10.0
 
 
 class SystemSampler:
     """Reads counters that the kernel and torch's allocator keep anyway: no CUDA call, so no wait for the GPU."""
 
-    def __init__(self, folder: Path, *, since: float, every_seconds: float) -> None:
-        """``folder`` names the disk to watch; ``since`` (Unix seconds) is second 0 of the samples."""
+    def __init__(self, folder: Path, *, since: float) -> None:
+        """``folder`` names the disk to measure; ``since`` (Unix seconds) is step 0 of the records."""
         self._folder = folder
         self._since = since
-        self._every_seconds = every_seconds
         self._process = psutil.Process()
         self._network = psutil.net_io_counters()
         self._due = 0.0
 
     def due(self) -> dict[str, float] | None:
-        """Return a sample when it is time for one; its step is in seconds since the run began.
+        """Return a record when it is time for one; its step is in seconds since the run began.
 
         Call it from one thread only: psutil measures processor time between two calls of the same thread.
         """
@@ -35,15 +35,15 @@ class SystemSampler:
             self._process.cpu_percent()
             self._due = time.monotonic() + FIRST_AFTER_SECONDS
             return None
-        self._due = time.monotonic() + self._every_seconds
+        self._due = time.monotonic() + EVERY_SECONDS
         now = time.time()
-        return {"step": int(now - self._since), "time": round(now, 3), **self.sample()}
+        return {"step": int(now - self._since), "time": round(now, 3), **self._metrics()}
 
     def stop(self) -> None:
-        """Take no more samples."""
+        """Return no more records."""
         self._due = float("inf")
 
-    def sample(self) -> dict[str, float]:
+    def _metrics(self) -> dict[str, float]:
         """Measure now. Megabytes are MiB; network traffic counts from the start of this process's run."""
         memory = psutil.virtual_memory()
         disk = psutil.disk_usage(str(self._folder))
@@ -60,10 +60,10 @@ class SystemSampler:
         if network is not None and self._network is not None:
             values["system/network_receive_megabytes"] = (network.bytes_recv - self._network.bytes_recv) / MIB
             values["system/network_transmit_megabytes"] = (network.bytes_sent - self._network.bytes_sent) / MIB
-        return values | gpu_sample()
+        return values | _gpu_metrics()
 
 
-def gpu_sample() -> dict[str, float]:
+def _gpu_metrics() -> dict[str, float]:
     """Return this process's GPU memory, and each GPU's utilisation where NVIDIA's Python bindings are installed."""
     torch = sys.modules.get("torch")  # a stage that has not imported torch uses no GPU
     if torch is None or not torch.cuda.is_available() or not torch.cuda.is_initialized():

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from data.files import atomic_folder, sha256_of, sweep_temporaries, verify_file, write_json
-from pipelines.runtime.config.experiment import ConfigError
+from pipelines.runtime.config.errors import ConfigError
 
 PREFIX = "update-"
 RETRIES = 8  # of a failed save, spread over grace_updates

@@ -6,7 +6,8 @@ from typing import ClassVar
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
-from pipelines.runtime.config.experiment import ConfigError, StageConfig
+from pipelines.runtime.config.errors import ConfigError
+from pipelines.runtime.config.stage_config import StageConfig
 from pipelines.runtime.stage.launch import Precision
 from pipelines.runtime.training.anomalies import BadUpdateConfig
 from pipelines.runtime.training.checkpoint import CheckpointConfig

@@ -1,0 +1,17 @@
+"""ConfigError, for mistakes that the user can mend, and the context manager that names the key to mend."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+class ConfigError(Exception):
+    """A user's mistake: the message says what, why, and what to do. The program ends with exit code 2."""
+
+
+@contextmanager
+def config_error_at(key: str) -> Iterator[None]:
+    """Turn a ValueError or OSError of the layers below into a ConfigError about ``key``: the user can mend it there."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        raise ConfigError(f"{key}: {error}") from error

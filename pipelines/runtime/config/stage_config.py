@@ -1,0 +1,36 @@
+"""Base models of every stage's configuration, and the tables of an experiment file."""
+
+from typing import ClassVar, Literal
+
+from pydantic import BaseModel, NonNegativeInt
+
+STAGE_FOLDERS = {
+    "prepare_corpus": "corpus",
+    "train_vae": "vae",
+    "encode_latents": "latents",
+    "train_unet": "unet",
+    "evaluate": "evaluation",
+}
+TOOL_TABLES = ("sample", "export", "reconstruct", "benchmark", "doctor", "plan")
+
+
+class RunConfig(BaseModel, frozen=True, extra="forbid"):
+    """Settings of a run that do not change its result, so that none of them ever counts as a difference."""
+
+    root: str = "runs/default"  # folder of the experiment; the stages' folders lie in it
+    experiment: str = "latentline"  # MLflow experiment
+    tracking_uri: str = "auto"  # MLflow server or store; "auto" is MLFLOW_TRACKING_URI, else sqlite beside run.root
+    num_processes: NonNegativeInt = 0  # world size to insist on; 0 accepts what was launched
+    threads: NonNegativeInt = 0  # CPU threads of each process; 0 divides the machine's cores among its processes
+    attention: Literal["auto", "sdpa", "xformers", "math"] = "auto"  # its backend; auto takes the first that runs here
+    deterministic: bool = False  # bit-reproducible GPU kernels, at some speed; CPU runs always are
+    allow_changed: tuple[str, ...] = ()  # keys whose change is accepted on resume (also: --allow-changed KEY)
+
+
+class StageConfig(BaseModel, frozen=True, extra="forbid"):
+    """Base of every stage's configuration. ``inputs.NAME`` defaults to the folder NAME below ``run.root``."""
+
+    # Dotted keys that do not change the result: left out of the fingerprint, so they may differ on resume.
+    fingerprint_ignores: ClassVar[frozenset[str]] = frozenset()
+
+    run: RunConfig = RunConfig()
