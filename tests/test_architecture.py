@@ -147,7 +147,7 @@ def test_networks_and_diffusion_meet_in_the_denoiser_alone() -> None:
 
 
 def test_the_runtime_knows_nothing_of_images() -> None:
-    allowed = ("data.files", "data.manifest", "data.randomness", "pipelines.runtime")
+    allowed = ("data.files", "data.manifest", "data.prefetch", "data.randomness", "pipelines.runtime")
     for path in (REPOSITORY / "pipelines" / "runtime").rglob("*.py"):
         for module in imports_of(path):
             if module.split(".")[0] in PACKAGES and module not in PACKAGES:
