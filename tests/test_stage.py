@@ -96,8 +96,7 @@ def test_a_folder_with_old_names_of_keys_is_the_same_work(tmp_path: Path) -> Non
     assert not already_done(tmp_path, now, allowed=(), fingerprint_ignores=ignores)
     again = {**now, "config": {**now["config"], "validate_every": 7, "grid": {"rows": 2}}}
     assert begin(tmp_path, again, fingerprint_ignores=ignored) == []
-    content = {"format_version": 1, "files": [], **was}
-    (tmp_path / "manifest.json").write_text(json.dumps({"content": content, "provenance": {}}))
+    commit_unet(tmp_path, was)
     assert already_done(tmp_path, now, allowed=(), fingerprint_ignores=ignores)
 
 
