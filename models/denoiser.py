@@ -4,14 +4,14 @@ Shapes: b batch, c latent channels, h and w latent size, k number of conditioner
 mean and unit variance in every channel.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Self
 
 import torch
 from pydantic import BaseModel, model_validator
 from torch import Tensor, nn
 
-from models.conditioning import ConditionerConfig, Conditioning, combine
+from models.conditioning import ConditionerConfig, Conditioning
 from models.diffusion.guidance import GuidanceConfig, guided_output
 from models.diffusion.objective import (
     DenoisingLoss,
@@ -200,3 +200,15 @@ class Denoiser(nn.Module):
 def _halvings(size: int) -> int:
     """How often ``size`` can be halved."""
     return (size & -size).bit_length() - 1
+
+
+def combine(parts: Sequence[Conditioning]) -> Conditioning:
+    """Add the pooled embeddings and line up the tokens of several conditions."""
+    embeddings = [part.embedding for part in parts if part.embedding is not None]
+    tokens = [part.tokens for part in parts if part.tokens is not None]
+    masks = [part.token_mask for part in parts if part.token_mask is not None]
+    return Conditioning(
+        embedding=sum(embeddings[1:], start=embeddings[0]) if embeddings else None,
+        tokens=torch.cat(tokens, dim=1) if tokens else None,
+        token_mask=torch.cat(masks, dim=1) if masks else None,
+    )

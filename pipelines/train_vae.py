@@ -36,8 +36,8 @@ from pipelines.runtime.stage.stage import Stage, running_stage
 from pipelines.runtime.training.checkpoint import Stateful
 from pipelines.runtime.training.config import BatchShare, TrainingConfig
 from pipelines.runtime.training.ema import Averages
+from pipelines.runtime.training.flops import flops_of
 from pipelines.runtime.training.loop import Training
-from pipelines.runtime.training.throughput import flops_of
 from pipelines.runtime.training.trainable import Trainable
 
 

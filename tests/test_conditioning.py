@@ -9,8 +9,8 @@ from models.conditioning import (
     Conditioning,
     TextConditioner,
     TextConditionerConfig,
-    combine,
 )
+from models.denoiser import combine
 
 # ---------------------------------------------------------------------------------------------------------- class
 

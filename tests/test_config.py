@@ -334,7 +334,7 @@ def test_the_shares_of_all_ranks_are_the_whole_batch_once(world_size: int, per_d
     seen: list[int] = []
     for rank in range(world_size):
         share = BatchShare.of(config, table="train_unet", rank=rank, world_size=world_size)
-        pieces = [list(share.positions)[part] for part in share.micro_batches()]
+        pieces = [list(share.positions)[part] for part in share.micro_batches]
         assert len({len(piece) for piece in pieces}) == 1
         assert not per_device or len(pieces[0]) == per_device
         seen += [position for piece in pieces for position in piece]

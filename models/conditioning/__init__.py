@@ -9,7 +9,7 @@ from typing import Annotated
 from pydantic import Field
 
 from models.conditioning.class_label import ClassConditioner, ClassConditionerConfig
-from models.conditioning.conditioning import Conditioning, combine
+from models.conditioning.conditioning import Conditioning
 from models.conditioning.text import TextConditioner, TextConditionerConfig
 
 ConditionerConfig = Annotated[ClassConditionerConfig | TextConditionerConfig, Field(discriminator="kind")]
@@ -21,5 +21,4 @@ __all__ = [
     "Conditioning",
     "TextConditioner",
     "TextConditionerConfig",
-    "combine",
 ]

@@ -1,9 +1,7 @@
-"""What a conditioner gives to the network, and how several of them combine."""
+"""Conditioning: the output of a conditioner, and of a text encoder."""
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 
@@ -16,19 +14,7 @@ class Conditioning(NamedTuple):
 
 
 class TextFeatures(NamedTuple):
-    """What a text encoder says about captions."""
+    """Features of captions by a text encoder."""
 
     tokens: Tensor  # (b s d), float32; zero where a caption has ended
     pooled: Tensor  # (b d), float32; about unit variance over d
-
-
-def combine(parts: Sequence[Conditioning]) -> Conditioning:
-    """Add the pooled embeddings and line up the tokens of several conditions."""
-    embeddings = [part.embedding for part in parts if part.embedding is not None]
-    tokens = [part.tokens for part in parts if part.tokens is not None]
-    masks = [part.token_mask for part in parts if part.token_mask is not None]
-    return Conditioning(
-        embedding=sum(embeddings[1:], start=embeddings[0]) if embeddings else None,
-        tokens=torch.cat(tokens, dim=1) if tokens else None,
-        token_mask=torch.cat(masks, dim=1) if masks else None,
-    )

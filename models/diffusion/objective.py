@@ -19,7 +19,7 @@ import torch
 from pydantic import BaseModel, Field, NonNegativeFloat, PositiveFloat
 from torch import Tensor
 
-from models.diffusion.likelihood import NATS_PER_BIT, move_term, per_sample, reconstruction_term
+from models.diffusion.likelihood import NATS_PER_BIT, move_term, reconstruction_term
 from models.diffusion.posterior import posterior_variance, reverse_log_variance, step_variance
 from models.diffusion.prediction import Prediction, estimate_from_output, split_learned_variance, training_target
 from models.diffusion.schedule import DiscreteDiffusion, FlowMatchingConfig, NoiseLevel, Process, ScheduleConfig
@@ -230,7 +230,7 @@ def denoising_loss(
     level = process.level(times, like=x)
     value, _ = split_learned_variance(output, num_channels=x.shape[1])
     target = training_target(x0, eps, level, objective.prediction)
-    error = per_sample((value - target).square())
+    error = (value - target).square().flatten(1).mean(dim=1)  # (b,)
     loss = loss_weights(objective.weighting, level, objective.prediction).flatten() * error
     if objective.variance == "fixed":
         return DenoisingLoss(loss=loss, error=error, bound=None)

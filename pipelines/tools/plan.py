@@ -48,7 +48,7 @@ from pipelines.runtime.config.stage_config import STAGE_FOLDERS, RunConfig, Stag
 from pipelines.runtime.stage.fingerprint import differing_keys, fingerprint_of, inputs_of
 from pipelines.runtime.stage.progress import duration
 from pipelines.runtime.training.config import TrainingConfig
-from pipelines.runtime.training.throughput import peak_flops
+from pipelines.runtime.training.flops import peak_flops
 from pipelines.tools.corpus_size import promised_corpus
 
 CONFIGS: dict[str, type[StageConfig]] = {

@@ -72,11 +72,10 @@ class Stage:
     lock: FolderLock
     watchdog: Watchdog | None = None  # where it reports from when it fails; training stages have one
     began: float = field(default_factory=time.time)
+    is_main: bool = field(init=False)  # this process writes and logs for all
 
-    @property
-    def is_main(self) -> bool:
-        """Whether this process writes and logs for all."""
-        return bool(self.accelerator.is_main_process)
+    def __post_init__(self) -> None:
+        self.is_main = bool(self.accelerator.is_main_process)
 
     def say(self, text: str) -> None:
         """Print a line on the main process."""

@@ -50,7 +50,8 @@ class Watchdog:
         self.rank, self.world_size = accelerator.process_index, accelerator.num_processes
         self._keys = keys
         self._tick = min(5.0, hang_seconds / 10)
-        self._update, self._batch, self._began = 0, 0, time.monotonic()
+        #: Update, batch and time (monotonic) of its beginning; set by the loop.
+        self.current = (0, 0, time.monotonic())
         self._end = threading.Event()
         self._stderr = 2  # the descriptor: sys.stderr may be anything
 
@@ -60,7 +61,7 @@ class Watchdog:
         self.folder.mkdir(parents=True, exist_ok=True)
         self._end.clear()
         self._path(self.rank, "report.txt").unlink(missing_ok=True)
-        self._began = time.monotonic()
+        self.current = (*self.current[:2], time.monotonic())
         thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
         self._write_heartbeat()  # the first report of a straggler may come before the first tick, and names hosts
         self._start_native_timer()
@@ -72,18 +73,15 @@ class Watchdog:
             thread.join()
             faulthandler.cancel_dump_traceback_later()
 
-    def begin_update(self, *, update: int, batch: int) -> None:
-        """Note that an update begins: the time without one starts anew."""
-        self._update, self._batch, self._began = update, batch, time.monotonic()
-
     def report(self, reason: str) -> Path:
         """Write this rank's report and return its path."""
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self._path(self.rank, "report.txt")
+        update, batch, began = self.current
         with open(path, "w", encoding="utf-8") as file:
             file.write(
                 f"{reason}\nrank {self.rank} on {socket.gethostname()}, process {os.getpid()}: in update "
-                f"{self._update} (batch {self._batch}) for {time.monotonic() - self._began:.1f} s\n\nother ranks:\n"
+                f"{update} (batch {batch}) for {time.monotonic() - began:.1f} s\n\nother ranks:\n"
             )
             file.writelines(f"  {line}\n" for line in self._other_ranks())
             file.write("\nstacks:\n")
@@ -100,7 +98,7 @@ class Watchdog:
         while not self._end.wait(self._tick):
             self._start_native_timer()
             self._write_heartbeat()
-            if time.monotonic() - self._began > self.hang_seconds:
+            if time.monotonic() - self.current[2] > self.hang_seconds:
                 self._report_and_exit()
 
     def _start_native_timer(self) -> None:
@@ -114,8 +112,8 @@ class Watchdog:
         except OSError as error:
             report = f"lost ({error})"
         print(
-            f"rank {self.rank}: no update has begun for {self.hang_seconds:g} s (update {self._update}, batch "
-            f"{self._batch}); stack and sample keys: {report}. This process ends; the same command continues.",
+            f"rank {self.rank}: no update has begun for {self.hang_seconds:g} s (update {self.current[0]}, batch "
+            f"{self.current[1]}); stack and sample keys: {report}. This process ends; the same command continues.",
             file=sys.stderr,
             flush=True,
         )
@@ -126,13 +124,14 @@ class Watchdog:
         os._exit(1)
 
     def _write_heartbeat(self) -> None:
+        update, batch, began = self.current
         heartbeat = {
             "rank": self.rank,
             "host": socket.gethostname(),
             "process": os.getpid(),
-            "update": self._update,
-            "batch": self._batch,
-            "began": time.time() - (time.monotonic() - self._began),
+            "update": update,
+            "batch": batch,
+            "began": time.time() - (time.monotonic() - began),
             "written": time.time(),
         }
         path = self._path(self.rank, "json")
@@ -164,7 +163,7 @@ class Watchdog:
 
         def read() -> None:
             try:
-                found.extend(self._keys(self._batch))
+                found.extend(self._keys(self.current[1]))
             except Exception as error:
                 found.append(f"(not found: {error})")
 

@@ -169,16 +169,12 @@ class Checkpoints:
     def __init__(self, folder: Path, config: CheckpointConfig, *, writes: bool) -> None:
         self.folder, self.config, self.writes = folder, config, writes
         self._writer: threading.Thread | None = None
-        self._failure: BaseException | None = None
+        self.failure: BaseException | None = None
         self._failing_since: int | None = None
         self._retry_at = 0
         if writes:
             folder.mkdir(parents=True, exist_ok=True)
             sweep_temporaries(folder)
-
-    def due(self, update: int) -> bool:
-        """Return whether a checkpoint is to be written after this update."""
-        return update % self.config.every_updates == 0
 
     def updates(self) -> list[int]:
         """Return the updates of all committed checkpoints, oldest first."""
@@ -247,7 +243,7 @@ class Checkpoints:
         """
         if self._writer is not None and not self._writer.is_alive():
             self._join()
-        failure, self._failure = self._failure, None
+        failure, self.failure = self.failure, None
         if failure is None:
             return
         self._failing_since = update if self._failing_since is None else self._failing_since
@@ -268,7 +264,7 @@ class Checkpoints:
             OSError: It failed; the checkpoints before it are untouched.
         """
         self._join()
-        failure, self._failure = self._failure, None
+        failure, self.failure = self.failure, None
         if failure is not None:
             raise self._unwritable(failure)
 
@@ -276,7 +272,7 @@ class Checkpoints:
         if self._writer is not None:
             self._writer.join()
             self._writer = None
-            if self._failure is None:
+            if self.failure is None:
                 self._failing_since = None
 
     def _unwritable(self, failure: BaseException) -> OSError:
@@ -312,7 +308,7 @@ class Checkpoints:
                 write_json(folder / "manifest.json", {"update": update, "files": listed})
             self._retire(best)
         except BaseException as error:
-            self._failure = error
+            self.failure = error
 
     def _retire(self, best: int | None) -> None:
         for update in self.updates()[: -self.config.keep_last]:

@@ -47,7 +47,7 @@ class BatchShare:
     """The slice of every global batch that one rank trains on, cut into equal micro-batches."""
 
     positions: range  # in the global batch
-    num_micro_batches: int
+    micro_batches: tuple[slice, ...]  # of this slice, one a forward pass
 
     @classmethod
     def of(cls, config: TrainingConfig, *, table: str, rank: int, world_size: int) -> "BatchShare":
@@ -69,10 +69,6 @@ class BatchShare:
 
         # Each rank takes one slice, in micro-batches of what its device holds at once.
         share = config.global_batch // world_size
-        num_micro_batches = share // config.images_per_device if config.images_per_device else 1
-        return cls(positions=range(rank * share, (rank + 1) * share), num_micro_batches=num_micro_batches)
-
-    def micro_batches(self) -> list[slice]:
-        """Slices of this rank's share, one a forward pass."""
-        size = len(self.positions) // self.num_micro_batches
-        return [slice(index * size, (index + 1) * size) for index in range(self.num_micro_batches)]
+        size = config.images_per_device or share
+        micro_batches = tuple(slice(start, start + size) for start in range(0, share, size))
+        return cls(positions=range(rank * share, (rank + 1) * share), micro_batches=micro_batches)

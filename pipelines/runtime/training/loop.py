@@ -5,6 +5,7 @@ killed at any moment and changes nothing by it.
 """
 
 import math
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from typing import Any, TypeVar
@@ -23,10 +24,9 @@ from pipelines.runtime.stage.watchdog import Watchdog
 from pipelines.runtime.training.anomalies import AnomalyDetector, CheckedUpdate, write_report
 from pipelines.runtime.training.checkpoint import Best, Checkpoints, Stateful, first_not_finite
 from pipelines.runtime.training.config import BatchShare, TrainingConfig
-from pipelines.runtime.training.metrics import MetricBuffer
+from pipelines.runtime.training.metrics import MetricBuffer, Throughput, straggler
 from pipelines.runtime.training.optim import LossScale, Optimizer, learning_rate
 from pipelines.runtime.training.replica_check import ReplicaCheck
-from pipelines.runtime.training.throughput import Throughput, straggler
 
 Batch = TypeVar("Batch")
 
@@ -58,6 +58,7 @@ class Training:
         self.update, self.next_batch, self.attempt = 0, 0, 1
         self._bad_batches: list[int] = []
         self._on_last_micro_batch = False
+        self._dropout_seed = key_of(config.seed, "dropout")[0] >> 2
 
         # Guards beside the loop: updates that do not count, ranks that differ, updates that do not come.
         self._anomalies = self.parts["anomalies"] = AnomalyDetector(config.on_bad_update, accelerator)
@@ -123,7 +124,7 @@ class Training:
         self.update, self.next_batch = update + 1, batch + 1
         self._anomalies.freeze()
         with self._watchdog.watching():
-            self._watchdog.begin_update(update=self.update, batch=batch)
+            self._watchdog.current = (self.update, batch, time.monotonic())
             one_update(make_batch(batch))
         self._anomalies.unfreeze()
 
@@ -156,11 +157,12 @@ class Training:
             ):
                 while self.update < config.updates:
                     # The stage makes an update of the next batch.
-                    self._watchdog.begin_update(update=self.update + 1, batch=self.next_batch)
+                    self._watchdog.current = (self.update + 1, self.next_batch, time.monotonic())
                     loaded = next(stream)
                     self.update, self.next_batch = self.update + 1, loaded.index + 1
                     self._throughput.begin_update(waited=loaded.wait_seconds)
-                    self._replica_check.begin(self.update)
+                    if self.update >= self._replica_check.next_update:
+                        self._replica_check.begin(self.update)
                     yield loaded.batch
 
                     # When one was bad, go back to before it and past its batch.
@@ -180,12 +182,13 @@ class Training:
         Gradients are averaged over the ranks on the last one only. Dropout is seeded anew for each: nothing carries
         over, so there is nothing to save.
         """
-        self._replica_check.observe(wrapped)
-        accelerator, parts = self.stage.accelerator, self.share.micro_batches()
+        if self._replica_check.active:
+            self._replica_check.observe(wrapped)
+        accelerator, parts = self.stage.accelerator, self.share.micro_batches
+        passes = ((self.next_batch - 1) * accelerator.num_processes + accelerator.process_index) * len(parts)
         for number, part in enumerate(parts):
             self._on_last_micro_batch = number == len(parts) - 1
-            name = f"dropout/{self.next_batch - 1}/{accelerator.process_index}/{number}"
-            seed_networks(key_of(self.config.seed, name)[0] >> 1, device=accelerator.device)
+            seed_networks(self._dropout_seed + passes + number, device=accelerator.device)
             with nullcontext() if self._on_last_micro_batch else accelerator.no_sync(wrapped):
                 yield part
 
@@ -196,14 +199,15 @@ class Training:
             loss: Its mean over images.
             terms: What the loss is made of; the replica check demands a gradient from each.
         """
-        self._replica_check.check_terms(terms or {"train/loss": loss})
+        if self._replica_check.active:
+            self._replica_check.check_terms(terms or {"train/loss": loss})
         if self._on_last_micro_batch:
             self._throughput.before_all_reduce()
-        self.stage.accelerator.backward(loss / self.share.num_micro_batches)
+        self.stage.accelerator.backward(loss / len(self.share.micro_batches))
 
     def log(self, metrics: Mapping[str, Tensor]) -> None:
         """Log a micro-batch's metrics, means over its images: scalars that stay on the device until the next flush."""
-        self._buffer.add(metrics, share=1 / self.share.num_micro_batches)
+        self._buffer.add(metrics, share=1 / len(self.share.micro_batches))
 
     def log_once(self, metrics: Mapping[str, Tensor]) -> None:
         """Log metrics that come once an update, not with every micro-batch; scalars as for ``log``."""
@@ -213,7 +217,8 @@ class Training:
         """Apply the gradients of an update, those of all its networks or none, and log their norms by name."""
         # Check the update, and agree on a stop by the way. The main process alone looks for the file.
         stage, scaler = self.stage, self.stage.accelerator.scaler
-        self._replica_check.record_reduced()
+        if self._replica_check.active:
+            self._replica_check.record_reduced()
         norms = {name: optimizer.clip() for name, optimizer in optimizers.items()}
         stops = stage.stop.requested() if stage.is_main else stage.stop.reason is not None
         self._anomalies.check(self._buffer.current, norms, stops=stops)
@@ -283,10 +288,10 @@ class Training:
         saves = self._saves_now() or stopping
         if saves or self.update % config.log_every == 0:
             self.flush()
-        line.advance_to(self.update, self._shown)
+            line.advance_to(self.update, self._shown)
 
         # Save. Between two flushes the newest check has not been read yet: what may still be refused is not saved.
-        if stage.is_main:
+        if self._checkpoints.failure is not None:
             self._checkpoints.check(self.update)
         if saves or (self.is_due(config.log_every) and self._checkpoints.retry_due(self.update)):
             self._save(compares=saves)
@@ -338,7 +343,7 @@ class Training:
         stage.say(f"{text} {done}.")
 
     def _saves_now(self) -> bool:
-        return self._checkpoints.due(self.update) or self.update == self.config.updates or self._save_for_best
+        return self.is_due(self.config.checkpoint.every_updates) or self._save_for_best
 
     def _save(self, *, compares: bool) -> None:
         """Write a checkpoint.

@@ -4,6 +4,7 @@ It finds a flipped bit, ranks that read the same samples, a loss term without a 
 updated: with any of them training goes on for weeks, and its losses look right.
 """
 
+import sys
 from collections.abc import Iterator, Mapping
 
 import torch
@@ -50,7 +51,7 @@ class ReplicaCheck:
     def __init__(self, parts: Mapping[str, Stateful], accelerator: Accelerator, *, every: int) -> None:
         self.parts, self.every, self._accelerator = parts, every, accelerator
         self.active = False
-        self._passed = False
+        self.next_update = 0  # the next one to be checked
         self._before: dict[str, Tensor] = {}
         self._networks: list[nn.Module] = []
         self._local: dict[str, Tensor] = {}
@@ -59,11 +60,10 @@ class ReplicaCheck:
         self._terms_without_gradient: list[str] = []
 
     def begin(self, update: int) -> None:
-        """Compare what the ranks hold when ``update`` is to be checked; a collective then."""
-        self.active = not self._passed or bool(self.every and update % self.every == 0)
+        """Begin to check ``update``: compare what the ranks hold. A collective."""
+        self.active = True
         self._networks, self._local, self._reduced, self._terms_without_gradient = [], {}, {}, []
-        if self.active:
-            self._before = self.compare(f"before update {update}")
+        self._before = self.compare(f"before update {update}")
 
     def compare(self, when: str) -> dict[str, Tensor]:
         """Compare every tensor of every part over the ranks, and return the fingerprints. A collective.
@@ -81,7 +81,7 @@ class ReplicaCheck:
 
     def observe(self, network: nn.Module) -> None:
         """Record fingerprints of this rank's gradients of ``network``, before the all-reduce."""
-        if not self.active or any(network is known for known in self._networks):
+        if any(network is known for known in self._networks):
             return
         number = len(self._networks)
         self._networks.append(network)
@@ -96,7 +96,7 @@ class ReplicaCheck:
 
     def check_terms(self, terms: Mapping[str, Tensor]) -> None:
         """Record the loss terms without a gradient at the network that was observed last."""
-        if not self.active or not self._networks:
+        if not self._networks:
             return
 
         # Differentiate each term by itself.
@@ -119,8 +119,6 @@ class ReplicaCheck:
 
     def record_reduced(self) -> None:
         """Record fingerprints of the gradients as they are applied, after the all-reduce."""
-        if not self.active:
-            return
         while self._handles:
             self._handles.pop().remove()
         for number, network in enumerate(self._networks):
@@ -139,9 +137,8 @@ class ReplicaCheck:
         Raises:
             ReplicaError: On every rank.
         """
-        if not self.active:
-            return
-        self.active, self._passed = False, True
+        self.active = False
+        self.next_update = (update // self.every + 1) * self.every if self.every else sys.maxsize
 
         # Gradients: the same on all ranks after the all-reduce, others before it, and some from each term.
         when = f"in update {update}"
