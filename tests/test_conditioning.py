@@ -4,12 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from models.conditioning import (
-    ClassConditionerConfig,
-    Conditioning,
-    TextConditioner,
-    TextConditionerConfig,
-)
+from models.conditioning.class_label import ClassConditionerConfig
+from models.conditioning.conditioning import Conditioning
+from models.conditioning.text import TextConditioner, TextConditionerConfig
 from models.denoiser import combine
 
 # ---------------------------------------------------------------------------------------------------------- class
