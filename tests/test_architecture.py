@@ -258,3 +258,21 @@ def test_long_functions_of_the_stages_and_of_training_have_paragraph_comments() 
                 inside = range(body[0].lineno if body else 0, (node.end_lineno or 0) + 1)
                 if len(code.intersection(inside)) > LONG_FUNCTION:
                     assert comments.intersection(range(node.lineno, inside.stop)), f"{path}: {node.name} has no comment"
+
+
+def named(node: ast.expr) -> str:
+    return node.attr if isinstance(node, ast.Attribute) else node.id if isinstance(node, ast.Name) else ""
+
+
+def test_only_the_model_object_normalises_latents() -> None:
+    for path in SOURCES:
+        if name_of(path) == "models.latent_diffusion" or path.parent.name in ("features", "metrics", "shards"):
+            continue
+        for node in ast.walk(tree_of(path)):
+            if isinstance(node, ast.BinOp) and isinstance(node.left, ast.BinOp):
+                names = {named(node.right), named(node.left.right), named(node.left.left)}
+                kinds = (type(node.left.op), type(node.op))
+                scales = kinds in ((ast.Sub, ast.Div), (ast.Mult, ast.Add)) and {"mean", "std"} <= names
+                assert not scales, f"{path}:{node.lineno} normalises or restores: {ast.unparse(node)}"
+            if isinstance(node, ast.Call) and named(node.func) in ("normalise", "restore"):
+                raise AssertionError(f"{path}:{node.lineno} normalises or restores: {ast.unparse(node)}")
