@@ -175,12 +175,14 @@ def contract_of(config: EvaluateConfig, stage: Stage, maker: ItemMaker, referenc
     """Return everything two evaluations must share for their metrics to be comparable."""
     corpus, extractor = stage.parents.corpus, maker.extractor
     return {
+        # The samples: their number, and how they are drawn.
         "num_samples": config.num_samples,
         "seed": config.seed,
         "sampler": config.sampler.model_dump(mode="json"),
         "guidance": config.guidance.model_dump(mode="json", exclude={"scale"}),
         "precision": config.precision,
         "likelihood": config.likelihood.model_dump(mode="json"),
+        # What they are compared with, and by.
         "extractor": {
             "name": extractor.name,
             "weights_sha256": extractor.weights_sha256,

@@ -248,6 +248,7 @@ def test_no_public_definition_is_there_for_tests_alone() -> None:
 def test_long_functions_of_the_stages_and_of_training_have_paragraph_comments() -> None:
     rooms = [REPOSITORY / "pipelines" / f"{stage}.py" for stage in STAGES]
     rooms += (REPOSITORY / "pipelines" / "runtime" / "training").glob("*.py")
+    bare = []
     for path in rooms:
         lines = path.read_text(encoding="utf-8").splitlines()
         comments = {number for number, line in enumerate(lines, start=1) if line.strip().startswith("#")}
@@ -256,8 +257,10 @@ def test_long_functions_of_the_stages_and_of_training_have_paragraph_comments() 
             if isinstance(node, ast.FunctionDef):
                 body = node.body[1:] if ast.get_docstring(node) else node.body
                 inside = range(body[0].lineno if body else 0, (node.end_lineno or 0) + 1)
-                if len(code.intersection(inside)) > LONG_FUNCTION:
-                    assert comments.intersection(range(node.lineno, inside.stop)), f"{path}: {node.name} has no comment"
+                commented = comments.intersection(range(node.lineno, inside.stop))
+                if len(code.intersection(inside)) > LONG_FUNCTION and not commented:
+                    bare.append(f"{path.name}:{node.lineno} {node.name}")
+    assert not bare
 
 
 def named(node: ast.expr) -> str:
@@ -266,7 +269,8 @@ def named(node: ast.expr) -> str:
 
 def test_only_the_model_object_normalises_latents() -> None:
     for path in SOURCES:
-        if name_of(path) == "models.latent_diffusion" or path.parent.name in ("features", "metrics", "shards"):
+        images = path.parent.name in ("features", "metrics") or path.name == "perceptual.py"
+        if name_of(path) == "models.latent_diffusion" or images:
             continue
         for node in ast.walk(tree_of(path)):
             if isinstance(node, ast.BinOp) and isinstance(node.left, ast.BinOp):

@@ -1,4 +1,4 @@
-"""What a stage is asked to do: its inputs, its configuration, and whether that very thing is done already."""
+"""Fingerprint of a stage: its configuration and its inputs' digests, and whether that very work is done already."""
 
 import json
 from collections.abc import Collection, Mapping
