@@ -1,4 +1,4 @@
-"""The commands of the README build the image without a Docker engine, and the image runs the smoke experiment."""
+"""The commands of docker/README.md build the image without a Docker engine, and the image runs the smoke experiment."""
 
 import os
 import re
@@ -23,7 +23,7 @@ buildah --storage-driver vfs run --isolation chroot "$worker" -- ls -A
 
 
 def commands_of_the_readme() -> str:
-    text = (REPOSITORY / "README.md").read_text()
+    text = (REPOSITORY / "docker" / "README.md").read_text()
     found = re.search(r"Without a Docker engine.*?```bash\n(.*?)```", text, flags=re.DOTALL)
     assert found
     return found.group(1)
