@@ -13,7 +13,7 @@ from data.files import sha256_of
 
 # The discriminator is_main from update 10 on, so that faults fall before and after.
 DISCRIMINATOR = (
-    *("--objective.adversary.kind", "patchgan", "--objective.adversary.start_update", "10"),
+    *("--objective.adversary.kind", "patchgan", "--objective.adversary.start.update", "10"),
     *("--objective.adversary.discriminator.channels", "8", "--objective.adversary.discriminator.downsamplings", "1"),
     *("--objective.adversary.discriminator.norm_groups", "8"),
 )
