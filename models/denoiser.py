@@ -90,7 +90,7 @@ class Denoiser(nn.Module):
                 f"by the U-Net: give channels at most {_halvings(latent_size) + 1} entries, or change the resolution."
             )
         self.config = config
-        self.latent_channels = latent_channels
+        self.latent_shape = (latent_channels, latent_size, latent_size)
         with torch.device("cpu"):  # tables on the host, also when the network is only sketched on the meta device
             self.process = config.schedule.build()
         self.conditioners = nn.ModuleList(

@@ -91,7 +91,7 @@ def encode(config: EncodeLatentsConfig, stage: Stage) -> None:
     device = device_of(stage)
     verify_shards(stage, "corpus")
     with config_error_at("inputs.vae"):
-        vae = load_vae(config.inputs.vae, stage.parents.vae, device=device).network
+        vae = load_vae(config.inputs.vae, stage.parents.vae, device=device)
     with config_error_at("encode_latents.captions"):
         captions = caption_encoder(config, stage)
     corpus = stage.parents.corpus

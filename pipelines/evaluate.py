@@ -7,11 +7,11 @@ Reads: ``runs/NAME/corpus/`` (reference images), ``runs/NAME/vae/``, ``runs/NAME
 
 Sample i has class i mod K, or with a text condition the caption of a validation image, and noise (seed, i); batches
 have a fixed size and are composed by sample index; ranks take whole batches. So the number of processes changes neither
-an image nor a figure.
+an image nor a metric.
 """
 
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Iterator, Mapping
+from itertools import islice
 from typing import Annotated, Any
 
 import numpy as np
@@ -22,13 +22,14 @@ from data.files import write_atomically, write_json
 from data.manifest import EvaluationManifest, FileEntry, Parents, digest_of
 from data.samples import Split, image_members
 from data.shards.writer import ShardWriter
-from pipelines.evaluation.likelihood import TERMS, bound_metrics, check_bound
-from pipelines.evaluation.metrics import Reference, distribution_metrics, fidelity_metrics, sweep_plot
-from pipelines.evaluation.samples import DrawConfig, PartMaker, Plan, key_prefix
+from models.diffusion.samplers import SamplerConfig
+from pipelines.evaluation.likelihood import TERMS, VariationalBoundConfig
+from pipelines.evaluation.metrics import Metrics, Reference, distribution_metrics, mean_metrics, sweep_plot
+from pipelines.evaluation.samples import DrawConfig, ItemMaker, ItemNames, key_prefix
 from pipelines.model.grids import grid_png
-from pipelines.model.weights import check_same_vae, check_sampler_suits, denoiser_config
+from pipelines.model.weights import check_latent_diffusion
 from pipelines.runtime.config.command_line import config_from_command_line
-from pipelines.runtime.config.errors import ConfigError, config_error_at
+from pipelines.runtime.config.errors import ConfigError
 from pipelines.runtime.stage.progress import progress_line
 from pipelines.runtime.stage.stage import Stage, running_stage
 from pipelines.runtime.stage.work_items import make_items
@@ -38,7 +39,7 @@ MAX_GRID_COLUMNS = 12
 
 
 class EvaluateConfig(DrawConfig):
-    """How samples are drawn, judged and stored."""
+    """Drawing, measuring and storing of samples."""
 
     fingerprint_ignores = frozenset({"name"})
 
@@ -52,29 +53,25 @@ def main() -> None:
         config,
         name="evaluate",
         precision=config.precision,
-        check=lambda parents: check_request(config, parents),
+        check=lambda parents: check_inputs(config, parents),
         folder_name=f"evaluation-{config.name}" if config.name else None,
     ) as stage:
         evaluate(config, stage)
 
 
-def check_request(config: EvaluateConfig, parents: Parents) -> None:
+def check_inputs(config: EvaluateConfig, parents: Parents) -> None:
     """Refuse what cannot be compared, before any work.
 
     Raises:
         ConfigError: Another VAE than the U-Net's, other classes, or no validation images.
     """
-    with config_error_at("inputs.vae"):
-        check_same_vae(
-            parents.unet.vae,
-            given=parents.vae,
-            given_at=config.inputs.vae,
-            user=f"inputs.unet = {config.inputs.unet!r}",
-        )
-    with config_error_at("evaluate.sampler"):
-        check_sampler_suits(config.sampler, denoiser_config(config.inputs.unet))
-    with config_error_at("evaluate.likelihood"):
-        check_bound(config.likelihood, denoiser_config(config.inputs.unet))
+    # The model: its VAE, and the samplers that its process takes.
+    samplers: dict[str, SamplerConfig] = {"evaluate.sampler": config.sampler}
+    if isinstance(config.likelihood, VariationalBoundConfig):
+        samplers["evaluate.likelihood"] = config.likelihood.sampler
+    check_latent_diffusion(config.inputs, parents, samplers)
+
+    # The images to compare with.
     corpus, unet = parents.corpus, parents.unet
     if corpus.classes != unet.classes:
         raise ConfigError(
@@ -86,56 +83,62 @@ def check_request(config: EvaluateConfig, parents: Parents) -> None:
 
 
 def evaluate(config: EvaluateConfig, stage: Stage) -> None:
-    """Draw every sample that is missing, then judge them all."""
-    maker = PartMaker(config, stage)
-    parts = maker.plan()
-    with progress_line("evaluate", total=len(parts.own), unit="batches", is_main=stage.is_main) as line:
-        make_items(stage, parts.reference, maker.make_reference, folder=maker.reference_folder)
-        make_items(
-            stage,
-            parts.own,
-            maker.make_own,
-            after_each=lambda done, _, __: line.advance_to(done),
-        )
+    """Draw every sample that is missing, then measure them all."""
+    # What to evaluate, and by what.
+    maker = ItemMaker(config, stage)
+    names = maker.names()
+
+    # Make the batches that are missing, each with its features; all ranks share the work.
+    with progress_line("evaluate", total=len(names.own), unit="batches", is_main=stage.is_main) as line:
+        make_items(stage, names.reference, maker.make_reference, folder=maker.reference_folder)
+        make_items(stage, names.own, maker.make_own, after_each=lambda done, _, __: line.advance_to(done))
+
+    # Measure the whole, and write what people and other programs read.
+    files: list[FileEntry] = []
     if stage.is_main:
-        judge(config, stage, maker, parts)
+        measure(config, stage, maker, names)
+        files = [
+            *store_samples(config, stage, maker, names),
+            *(
+                FileEntry.of(stage.folder / name)
+                for name in ("metrics.json", "samples.png", "guidance.png", "sweep.png")
+            ),
+        ]
+
+    # Commit.
+    num_samples = len(config.scales) * config.num_samples
     stage.finish(
         EvaluationManifest,
-        files=[
-            FileEntry.of(path, samples=samples_in(config, path))
-            for path in [
-                *sorted(stage.folder.glob("samples-*.tar")),
-                *(stage.folder / name for name in ("metrics.json", "samples.png", "guidance.png", "sweep.png")),
-            ]
-        ]
-        if stage.is_main
-        else [],
+        files=files,
         weights=stage.parents.unet.weights,
         vae=stage.parents.vae.weights,
-        counts={"in": len(config.scales) * config.num_samples, "out": len(config.scales) * config.num_samples},
+        counts={"in": num_samples, "out": num_samples},
         classes=stage.parents.unet.classes,
         value_range=(0, 255),
     )
 
 
-def judge(config: EvaluateConfig, stage: Stage, maker: PartMaker, parts: Plan) -> None:
-    """Compute all metrics, draw all pictures, store all samples; on the main process."""
+def measure(config: EvaluateConfig, stage: Stage, maker: ItemMaker, names: ItemNames) -> None:
+    """Compute all metrics and draw all pictures; on the main process."""
     folder, classes = stage.folder, stage.parents.unet.classes
 
     def real(split: Split) -> tuple[Tensor, Tensor]:
-        names = [name for name in parts.reference if name.startswith(split)]
-        features = maker.read(names, "features", folder=maker.reference_folder)
-        return features, maker.read(names, "labels", folder=maker.reference_folder)
+        of_split = [name for name in names.reference if name.startswith(split)]
+        features = maker.read(of_split, "features", folder=maker.reference_folder)
+        return features, maker.read(of_split, "labels", folder=maker.reference_folder)
 
+    # Compare samples and reconstructions with real images.
     reference = Reference.of(train=real("train"), validation=real("val"), num_classes=len(classes))
     labels = maker.labels(range(config.num_samples))
     by_scale = {
-        scale: distribution_metrics(maker.read(names, "features"), labels, reference)
-        for scale, names in parts.samples.items()
+        scale: distribution_metrics(maker.read(of_scale, "features"), labels, reference)
+        for scale, of_scale in names.samples.items()
     }
-    floor = distribution_metrics(maker.read(parts.reconstructions, "features"), reference.labels, reference)
-    vae = fidelity_metrics(*(maker.read(parts.reconstructions, name) for name in ("psnr", "ssim")))
-    likelihood = bound_metrics({name: maker.read(parts.bounds, name) for name in TERMS}) if parts.bounds else {}
+    floor = distribution_metrics(maker.read(names.reconstructions, "features"), reference.labels, reference)
+    vae = mean_metrics({name: maker.read(names.reconstructions, name) for name in ("psnr", "ssim")})
+    likelihood = mean_metrics({name: maker.read(names.bounds, name) for name in TERMS}) if names.bounds else {}
+
+    # Write them down with all that makes them comparable, and draw them.
     contract = contract_of(config, stage, maker, reference)
     write_json(
         folder / "metrics.json",
@@ -148,26 +151,27 @@ def judge(config: EvaluateConfig, stage: Stage, maker: PartMaker, parts: Plan) -
             "default_guidance": config.guidance.scale,
         },
     )
-    draw_pictures(config, stage, maker, parts, by_scale, floor)
-    store_samples(config, stage, maker, parts)
+    draw_pictures(config, stage, maker, names, by_scale, floor)
 
-    flat = {f"eval/{name}": metric["value"] for name, metric in by_scale[config.guidance.scale].items()}
-    flat |= {f"eval/floor/{name}": metric["value"] for name, metric in floor.items()}
-    flat |= {f"eval/vae/{name}": metric["value"] for name, metric in vae.items()}
-    flat |= {f"eval/likelihood/{name}": metric["value"] for name, metric in likelihood.items()}
-    stage.tracker.log_metrics(flat, step=0)
+    # Send them to the tracker, and say the default guidance's.
+    default = by_scale[config.guidance.scale]
+    groups = {"eval": default, "eval/floor": floor, "eval/vae": vae, "eval/likelihood": likelihood}
+    stage.tracker.log_metrics(
+        {f"{group}/{name}": metric["value"] for group, metrics in groups.items() for name, metric in metrics.items()},
+        step=0,
+    )
     for scale, metrics in by_scale.items():
         sweep = {f"eval/sweep/{name}": metric["value"] for name, metric in metrics.items()}
         stage.tracker.log_metrics(sweep, step=round(100 * scale))
     stage.tracker.set_tags({"digest.evaluation_contract": digest_of(contract)})
     for name in ("metrics.json", "sweep.png"):
         stage.tracker.log_artifact(folder / name)
-    shown = {**by_scale[config.guidance.scale], **vae, **likelihood}
+    shown = {**default, **vae, **likelihood}
     stage.say(", ".join(f"{name} {metric['value']:.4g}" for name, metric in shown.items()))
     stage.say(f"{folder / 'samples.png'}, {folder / 'metrics.json'}")
 
 
-def contract_of(config: EvaluateConfig, stage: Stage, maker: PartMaker, reference: Reference) -> dict[str, Any]:
+def contract_of(config: EvaluateConfig, stage: Stage, maker: ItemMaker, reference: Reference) -> dict[str, Any]:
     """Return everything two evaluations must share for their metrics to be comparable."""
     corpus, extractor = stage.parents.corpus, maker.extractor
     return {
@@ -193,12 +197,13 @@ def contract_of(config: EvaluateConfig, stage: Stage, maker: PartMaker, referenc
 def draw_pictures(
     config: EvaluateConfig,
     stage: Stage,
-    maker: PartMaker,
-    parts: Plan,
-    by_scale: Mapping[float, Mapping[str, Any]],
-    floor: Mapping[str, Any],
+    maker: ItemMaker,
+    names: ItemNames,
+    by_scale: Mapping[float, Metrics],
+    floor: Metrics,
 ) -> None:
     """Draw the sample grid, the same samples at every guidance, and the metrics over guidance."""
+    # A column a class, or a caption.
     folder, classes, default = stage.folder, stage.parents.unet.classes, config.guidance.scale
     in_turn = classes if maker.prompts is None else ()
     columns = min(len(in_turn), MAX_GRID_COLUMNS) if in_turn else min(10, config.num_samples)
@@ -208,15 +213,18 @@ def draw_pictures(
     needed = -(-rows * stride // config.batch_size)
 
     def grid(scale: float, num_rows: int) -> np.ndarray:
-        images = maker.read(parts.samples[scale][:needed], "images").numpy()
+        images = maker.read(names.samples[scale][:needed], "images").numpy()
         places = [[row * stride + column for column in range(columns)] for row in range(num_rows)]
         return images[np.array(places) % len(images)]
 
+    # Many samples of the default guidance.
     steps = config.sampler.num_steps
     title = f"guidance {default:g}, {config.sampler.kind} with {steps} steps, seed {config.seed}"
     write_atomically(
         folder / "samples.png", grid_png(grid(default, rows), column_labels=in_turn[:columns], title=title)
     )
+
+    # A few samples, and the metrics, of every guidance.
     scales = sorted(by_scale)
     across = np.concatenate([grid(scale, 1) for scale in scales])
     labels = [f"guidance {scale:g}" for scale in scales]
@@ -226,46 +234,37 @@ def draw_pictures(
     stage.tracker.log_image("eval/guidance", folder / "guidance.png", step=0)
 
 
-def samples_in(config: EvaluateConfig, path: Path) -> int:
-    """Return how many samples a file of the evaluation holds."""
-    if path.suffix != ".tar":
-        return 0
-    first = int(path.stem.removeprefix("samples-")) * config.samples_per_shard
-    return min(config.samples_per_shard, len(config.scales) * config.num_samples - first)
-
-
-def store_samples(config: EvaluateConfig, stage: Stage, maker: PartMaker, parts: Plan) -> None:
-    """Write all samples into tars, those of the default guidance first; one batch in memory at a time."""
-    batches = [(scale, name) for scale, names in parts.samples.items() for name in names]
-    pending: list[tuple[str, dict[str, bytes]]] = []
-    number = 0
-
-    def write(count: int) -> None:
-        nonlocal number
-        with ShardWriter(stage.folder / f"samples-{number:06}.tar") as writer:
-            for key, members in pending[:count]:
+def store_samples(config: EvaluateConfig, stage: Stage, maker: ItemMaker, names: ItemNames) -> list[FileEntry]:
+    """Write all samples into tars, those of the default guidance first; return the tars."""
+    samples = stored_samples(config, maker, names)
+    files: list[FileEntry] = []
+    while shard := list(islice(samples, config.samples_per_shard)):
+        with ShardWriter(stage.folder / f"samples-{len(files):06}.tar") as writer:
+            for key, members in shard:
                 writer.add(key, members)
-        del pending[:count]
-        number += 1
+        assert writer.entry is not None
+        files.append(writer.entry)
+    return files
 
-    for scale, name in batches:
-        images = maker.read([name], "images").numpy()
-        first = int(name.rsplit("-", 1)[1]) * config.batch_size
-        indices = range(first, first + len(images))
-        labels, captions = maker.labels(indices).tolist(), maker.captions(indices)
-        for offset, (image, label, caption) in enumerate(zip(images, labels, captions, strict=True)):
-            key = f"{key_prefix(scale)}-{first + offset:06}"
-            metadata = {
-                "seed": config.seed,
-                "index": first + offset,
-                "guidance": scale,
-                "steps": config.sampler.num_steps,
-            }
-            pending.append((key, image_members(key, image, label=label, caption=caption, metadata=metadata)))
-        while len(pending) >= config.samples_per_shard:
-            write(config.samples_per_shard)
-    if pending:
-        write(len(pending))
+
+def stored_samples(
+    config: EvaluateConfig, maker: ItemMaker, names: ItemNames
+) -> Iterator[tuple[str, dict[str, bytes]]]:
+    """Yield key and members of every sample; one batch of images in memory at a time."""
+    for scale, of_scale in names.samples.items():
+        for number, name in enumerate(of_scale):
+            images = maker.read([name], "images").numpy()
+            indices = range(number * config.batch_size, number * config.batch_size + len(images))
+            labels, captions = maker.labels(indices).tolist(), maker.captions(indices)
+            for index, image, label, caption in zip(indices, images, labels, captions, strict=True):
+                key = f"{key_prefix(scale)}-{index:06}"
+                metadata = {
+                    "seed": config.seed,
+                    "index": index,
+                    "guidance": scale,
+                    "steps": config.sampler.num_steps,
+                }
+                yield key, image_members(key, image, label=label, caption=caption, metadata=metadata)
 
 
 if __name__ == "__main__":

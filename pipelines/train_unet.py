@@ -23,13 +23,14 @@ from data.order.order import FullShuffleConfig, OrderConfig
 from data.randomness import SampleDraws
 from models.autoencoder.vae import Posterior
 from models.denoiser import Denoiser, DenoiserConfig
+from models.latent_diffusion import Normalisation
 from pipelines.model.batches import GlobalBatches
 from pipelines.model.captions import CaptionFeatures, FeatureSourceConfig, StoredFeaturesConfig
 from pipelines.model.device import device_of
 from pipelines.model.diffusers_weights import RandomStart, StartConfig, check_start, load_start
 from pipelines.model.inputs import verify_shards
 from pipelines.model.validation import GridConfig, UNetValidation
-from pipelines.model.weights import Normalisation, check_same_vae, check_sampler_suits, publish
+from pipelines.model.weights import check_same_vae, check_sampler_suits, publish
 from pipelines.runtime.config.command_line import config_from_command_line
 from pipelines.runtime.config.errors import ConfigError, config_error_at
 from pipelines.runtime.stage.launch import launched_world_size
@@ -245,7 +246,7 @@ class BatchMaker(GlobalBatches[LatentDraw]):
 
         # What is drawn for each of them.
         super().__init__(config, stage, self.latents, order=config.order)
-        self.normalisation = Normalisation(manifest.statistics)
+        self.normalisation = Normalisation(manifest.statistics.mean, manifest.statistics.std)
         self.drop_probabilities = np.array(config.denoiser.drop_probabilities)
         self.config, self.times, self.captions = config, denoiser.times, captions
 
@@ -264,10 +265,9 @@ class BatchMaker(GlobalBatches[LatentDraw]):
         moments = torch.from_numpy(stored.moments).float()
         shape = tuple(moments.shape[2:])
         posterior = Posterior(mean=moments[:, 0], log_variance=moments[:, 1])
-        latents = posterior.sample(torch.from_numpy(draws.normals("posterior", shape)))
         dropped = draws.uniforms("drop", (len(self.drop_probabilities),)) < self.drop_probabilities
         return LatentDraw(
-            x0=self.normalisation.normalise(latents),
+            x0=self.normalisation.draw(posterior, torch.from_numpy(draws.normals("posterior", shape))),
             noise=torch.from_numpy(draws.normals("noise", shape)),
             times=self.times(
                 torch.from_numpy(draws.uniforms("time")),

@@ -142,7 +142,7 @@ def test_diffusion_is_pure_mathematics() -> None:
 
 def test_networks_and_diffusion_meet_in_the_denoiser_alone() -> None:
     for path in (REPOSITORY / "models").glob("*.py"):
-        if path.name not in ("denoiser.py", "diffusers_format.py", "diffusers_config.py"):
+        if path.name not in ("denoiser.py", "latent_diffusion.py"):
             assert not reaches(imports_of(path), "models.diffusion"), path
 
 

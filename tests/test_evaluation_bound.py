@@ -1,6 +1,5 @@
-"""The likelihood figure of an evaluation: of a model whose likelihood is known, and through the stage."""
+"""The likelihood of an evaluation: of a model whose likelihood is known, and through the stage."""
 
-import contextlib
 import json
 import math
 from pathlib import Path
@@ -10,13 +9,14 @@ import torch
 from conftest import Run, run_here, run_stage
 from torch import Tensor
 
-from data.manifest import LatentScaling
 from models.autoencoder.vae import AutoencoderKL, Posterior, VAEConfig
 from models.denoiser import Denoiser, DenoiserConfig
 from models.diffusion.posterior import Variance
+from models.latent_diffusion import LatentDiffusion, Normalisation
 from models.unet import UNetConfig
-from pipelines.evaluation.likelihood import BoundMeter, VariationalBoundConfig, bound_metrics
-from pipelines.model.weights import Normalisation
+from pipelines.evaluation.likelihood import VariationalBoundConfig, measure_bound
+from pipelines.evaluation.metrics import mean_metrics
+from pipelines.model.noise import noise_of
 
 NETWORK = UNetConfig(
     channels=(8, 8), blocks=(1, 1), attention=(False, False), heads=(1, 1), transformer_depth=(1, 1), norm_groups=4
@@ -31,30 +31,26 @@ class GaussianLatents(AutoencoderKL):
         return Posterior(torch.full(shape, 3.0), torch.full(shape, 2 * math.log(2.0)))
 
 
-def meter_of(num_steps: int, *, variance: Variance = "step") -> BoundMeter:
+def bound_of(indices: range, *, num_steps: int, variance: Variance = "step") -> dict[str, Tensor]:
     """An untrained U-Net says v = 0, which is right for standard normal latents: the ideal denoiser of this data.
 
     So is the step's variance, beta (Ho et al. 2020, section 3.2).
     """
     torch.manual_seed(0)
-    denoiser = Denoiser(DenoiserConfig(network=NETWORK), latent_channels=2, latent_size=4, num_classes=0).eval()
-    return BoundMeter(
-        VariationalBoundConfig(num_steps=num_steps, variance=variance),
-        network=denoiser,
-        normalisation=Normalisation(LatentScaling(mean=(3.0, 3.0), std=(2.0, 2.0))),
-        vae=GaussianLatents(VAEConfig(latent_channels=2, channels=(8, 8), norm_groups=4), image_channels=1),
-        seed=0,
+    model = LatentDiffusion(
+        autoencoder=GaussianLatents(VAEConfig(latent_channels=2, channels=(8, 8), norm_groups=4), image_channels=1),
+        denoiser=Denoiser(DenoiserConfig(network=NETWORK), latent_channels=2, latent_size=4, num_classes=0).eval(),
+        normalisation=Normalisation(mean=(3.0, 3.0), std=(2.0, 2.0)),
     )
+    noise = noise_of(0, indices, shape=model.denoiser.latent_shape, device=model.device)
+    chain = VariationalBoundConfig(num_steps=num_steps, variance=variance)
+    return measure_bound(chain, model, torch.zeros(len(indices), 1, 8, 8), {}, noise=noise)
 
 
 def test_the_bound_of_an_ideal_model_is_the_entropy_of_its_data() -> None:
     entropy = 0.5 * math.log2(2 * math.pi * math.e)  # of a standard normal, bits per dimension
-    images = torch.zeros(200, 1, 8, 8)
-    terms = {
-        variance: meter_of(20, variance=variance).measure(range(200), images, {}, autocast=contextlib.nullcontext())
-        for variance in ("step", "posterior")
-    }
-    metrics = {variance: bound_metrics(terms[variance])["bits_per_dimension"] for variance in terms}
+    terms = {variance: bound_of(range(200), num_steps=20, variance=variance) for variance in ("step", "posterior")}
+    metrics = {variance: mean_metrics(terms[variance])["bits_per_dimension"] for variance in terms}
     assert metrics["step"]["value"] == pytest.approx(entropy, abs=4 * metrics["step"]["error"])
     assert metrics["step"]["error"] < 0.05
     assert metrics["posterior"]["value"] > entropy + 0.5  # a chain of another variance is a looser bound
@@ -64,9 +60,8 @@ def test_the_bound_of_an_ideal_model_is_the_entropy_of_its_data() -> None:
 
 
 def test_draws_depend_on_the_image_alone() -> None:
-    meter, images = meter_of(5), torch.zeros(4, 1, 8, 8)
-    whole = meter.measure(range(4), images, {}, autocast=contextlib.nullcontext())["bits_per_dimension"]
-    last = meter.measure([2, 3], images[:2], {}, autocast=contextlib.nullcontext())["bits_per_dimension"]
+    whole = bound_of(range(4), num_steps=5)["bits_per_dimension"]
+    last = bound_of(range(2, 4), num_steps=5)["bits_per_dimension"]
     torch.testing.assert_close(last, whole[2:], rtol=1e-5, atol=1e-6)
 
 

@@ -14,16 +14,17 @@ import torch
 from conftest import Run, environment, run_here
 from safetensors.torch import load_file
 
-from data.manifest import LatentScaling, read_input
+from data.manifest import Parents, read_input
 from models.autoencoder.vae import AutoencoderKL, VAEConfig
 from models.conditioning import ClassConditionerConfig, TextConditionerConfig
 from models.conditioning.text_encoder import MiniLMConfig
 from models.denoiser import Denoiser, DenoiserConfig
 from models.diffusion.samplers import DDIMConfig
+from models.latent_diffusion import LatentDiffusion, Normalisation
 from models.unet import UNetConfig
 from pipelines.model.device import Device
-from pipelines.model.weights import Normalisation, PublishedDenoiser, load_denoiser, load_vae
-from pipelines.tools.export import ExportConfig, ExportInputs, compute_example
+from pipelines.model.weights import ModelInputs, load_latent_diffusion
+from pipelines.tools.export import ExportConfig, compute_example
 from pipelines.tools.model_card import model_card
 
 
@@ -62,28 +63,25 @@ def test_the_lines_of_the_model_card_reproduce_our_samples(exported: Path) -> No
 def test_each_call_of_the_exported_networks_is_ours(exported: Path, two_process_run: Run) -> None:
     unet = diffusers.UNet2DModel.from_pretrained(exported / "unet")
     vae = diffusers.AutoencoderKL.from_pretrained(exported / "vae")
-    device = Device(torch.device("cpu"))
-    ours = load_denoiser(
-        two_process_run.root / "unet", read_input("unet", two_process_run.root / "unet"), device=device
-    )
-    our_vae = load_vae(
-        two_process_run.root / "vae", read_input("vae", two_process_run.root / "vae"), device=device
-    ).network
+    folders = {name: two_process_run.root / name for name in ("vae", "unet")}
+    parents = Parents({name: read_input(name, folder) for name, folder in folders.items()})
+    inputs = ModelInputs(vae=str(folders["vae"]), unet=str(folders["unet"]))
+    ours = load_latent_diffusion(inputs, parents, device=Device(torch.device("cpu")))
     example = load_file(exported / "example.safetensors")
     times = torch.tensor([0, 250, 700, 999])
     with torch.no_grad():
         for labels in (example["class_labels"], example["null_class_labels"]):
             dropped = (labels == 4)[:, None]
-            expected = ours.network.output(example["noise"], times, {"labels": labels}, dropped)
+            expected = ours.denoiser.output(example["noise"], times, {"labels": labels}, dropped)
             found = unet(example["noise"], times, class_labels=labels).sample
             assert (found - expected).norm() / expected.norm() < 1e-5
         restored = ours.normalisation.restore(example["latents"])
         mean, std = (torch.tensor(vae.config[name])[:, None, None] for name in ("latents_mean", "latents_std"))
         assert torch.equal(example["latents"] * std + mean, restored)
-        found, expected = vae.decode(restored).sample, our_vae.decode(restored)
+        found, expected = vae.decode(restored).sample, ours.autoencoder.decode(restored)
         assert (found - expected).norm() / expected.norm() < 1e-5
         posterior = vae.encode(expected.clamp(-1, 1)).latent_dist
-        ours_posterior = our_vae.encode(expected.clamp(-1, 1))
+        ours_posterior = ours.autoencoder.encode(expected.clamp(-1, 1))
         assert (posterior.mean - ours_posterior.mean).norm() / ours_posterior.mean.norm() < 1e-5
     assert vae.config.scaling_factor == 1
 
@@ -161,16 +159,9 @@ def test_cards_of_other_conditions_reproduce_their_samples_too(kind: str, tmp_pa
     for parameter in denoiser.parameters():
         if parameter.dim() > 1:
             torch.nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5)
-    statistics = {"mean": [0.1, -0.2, 0.3], "std": [1.5, 0.7, 1.1]}
-    published = PublishedDenoiser(
-        network=denoiser,
-        normalisation=Normalisation(LatentScaling(**statistics)),
-        latent_channels=3,
-        latent_size=4,
-        vae_weights="",
-        text=None,
-    )
     vae = AutoencoderKL(VAEConfig(latent_channels=3, channels=(8, 8), norm_groups=4), image_channels=1).eval()
+    normalisation = Normalisation(mean=(0.1, -0.2, 0.3), std=(1.5, 0.7, 1.1))
+    model = LatentDiffusion(autoencoder=vae, denoiser=denoiser, normalisation=normalisation)
     tokens = torch.randn(4, 5, 12)
     tokens[1, 3:] = 0
     conditions = {
@@ -178,15 +169,15 @@ def test_cards_of_other_conditions_reproduce_their_samples_too(kind: str, tmp_pa
         "text_tokens": tokens,
         "text_pooled": torch.randn(4, 12),
     }
-    config = ExportConfig(inputs=ExportInputs(vae="", unet=""), num_inference_steps=10, guidance_scale=2.5)
+    config = ExportConfig(inputs=ModelInputs(vae="", unet=""), num_inference_steps=10, guidance_scale=2.5)
     sampler = DDIMConfig(num_steps=10)
     if kind == "unconditional":
         config = config.model_copy(update={"guidance_scale": 1.0})
-    example = compute_example(config, published, vae, sampler=sampler, conditions=conditions)
-    configs = export.network_configs(published, vae, num_classes=3)
+    example = compute_example(config, model, sampler=sampler, conditions=conditions)
+    configs = export.network_configs(model, num_classes=3)
     export.write_export(
         tmp_path,
-        networks={"vae": vae, "unet": denoiser},
+        model,
         configs=configs,
         scheduler=export.scheduler_config_to_diffusers(denoiser.config, sampler),
         example=example,

@@ -1,4 +1,4 @@
-"""The metrics of an evaluation: distances to real images, a probe's opinion, and their plot over guidance."""
+"""Metrics of an evaluation: distances to real images, accuracy of a class probe, and their plot over guidance."""
 
 import io
 from collections.abc import Mapping
@@ -21,7 +21,7 @@ Metrics = dict[str, dict[str, float]]
 
 @dataclass(frozen=True, kw_only=True)
 class Reference:
-    """Real images as the extractor sees them: validation features and labels, and a probe."""
+    """Real images by their features: validation features and labels, and a class probe."""
 
     features: Tensor
     labels: Tensor
@@ -80,20 +80,18 @@ def distribution_metrics(features: Tensor, labels: Tensor, reference: Reference)
     return metrics
 
 
-def fidelity_metrics(decibels: Tensor, similarity: Tensor) -> Metrics:
-    """Average the PSNR (dB) and the SSIM of single images; (n,) each."""
-    return {"psnr": _metric(mean_estimate(decibels)), "ssim": _metric(mean_estimate(similarity))}
+def mean_metrics(values: Mapping[str, Tensor]) -> Metrics:
+    """Average the values of single images, (n,) each, with standard errors."""
+    return {name: _metric(mean_estimate(of_images)) for name, of_images in values.items()}
 
 
 def sweep_plot(by_scale: Mapping[float, Mapping[str, Any]], floor: Mapping[str, Any]) -> bytes:
-    """Plot every figure over guidance, with one standard error, and the VAE's floor; PNG."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    """Plot every metric over guidance, with one standard error, and the VAE's floor; PNG."""
     from matplotlib.figure import Figure
 
     scales = sorted(by_scale)
     names = [name for name in by_scale[scales[0]] if name != "worst_class_accuracy"]
     figure = Figure(figsize=(3.2 * len(names), 3.0), layout="constrained")
-    FigureCanvasAgg(figure)
     for axis, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
         values = [by_scale[scale][name] for scale in scales]
         axis.errorbar(scales, [v["value"] for v in values], yerr=[v["error"] for v in values], marker="o", capsize=3)

@@ -1,17 +1,18 @@
-"""What an evaluation looks at: batches of samples, of reconstructions and of real images, each with its features.
+"""Images of an evaluation: batches of samples, of reconstructions and of real images, each with its features.
 
-Every batch is a part that any rank can make on its own, a pure function of its name: sample i has class i mod K, or the
-caption and class of a validation image that i picks, and noise (seed, i); batches have a fixed size and are composed by
-sample index.
+Every batch is a work item that any rank can make on its own, a pure function of its name: sample i has class i mod K,
+or the caption and class of a validation image that i picks, and noise (seed, i); batches have a fixed size and are
+composed by sample index.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 import torch
-from pydantic import BaseModel, NonNegativeFloat, NonNegativeInt, PositiveInt, model_validator
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt, model_validator
 from safetensors.torch import load_file, save
 from torch import Tensor
 
@@ -23,27 +24,25 @@ from models.diffusion.guidance import GuidanceConfig
 from models.diffusion.samplers import DDIMConfig, SamplerConfig
 from models.features import FeatureExtractor, FeatureExtractorConfig, ScatteringConfig
 from models.metrics import psnr, ssim
-from pipelines.evaluation.likelihood import BoundConfig, BoundMeter, NoBoundConfig, VariationalBoundConfig
+from pipelines.evaluation.likelihood import BoundConfig, NoBoundConfig, VariationalBoundConfig, measure_bound
 from pipelines.model.captions import as_tensors, prompt_encoder
 from pipelines.model.device import device_of
-from pipelines.model.sampling import ImageSampler
-from pipelines.model.weights import load_denoiser, load_vae
+from pipelines.model.noise import noise_of
+from pipelines.model.weights import ModelInputs, load_latent_diffusion
 from pipelines.runtime.config.errors import config_error_at
 from pipelines.runtime.config.stage_config import StageConfig
 from pipelines.runtime.stage.launch import Precision
 from pipelines.runtime.stage.stage import Stage
 
 
-class EvaluateInputs(BaseModel, frozen=True, extra="forbid"):
-    """What is evaluated, and against what."""
+class EvaluateInputs(ModelInputs):
+    """The trained model, and the images that its samples are compared with."""
 
     corpus: str  # folder of the image shards; its validation images are the reference
-    vae: str  # folder of the autoencoder that made the U-Net's latents
-    unet: str  # folder of the U-Net
 
 
 class DrawConfig(StageConfig):
-    """Which images are drawn, from what, and what looks at them."""
+    """Images that are drawn, their conditions, and the features that they are compared by."""
 
     inputs: EvaluateInputs  # where the stage reads
     seed: NonNegativeInt = 0  # of the samples' noise
@@ -52,7 +51,7 @@ class DrawConfig(StageConfig):
     sampler: SamplerConfig = DDIMConfig(num_steps=50)  # how samples are drawn
     guidance: GuidanceConfig = GuidanceConfig(scale=2.0)  # the default guidance, which is shown and stored first
     sweep: tuple[NonNegativeFloat, ...] = (1.0, 1.5, 2.0, 3.0)  # guidance scales compared; the default's is added
-    extractor: FeatureExtractorConfig = ScatteringConfig()  # what metrics look at images with
+    extractor: FeatureExtractorConfig = ScatteringConfig()  # features that metrics compare
     probe_images: PositiveInt = 10_000  # training images that the class probe is fitted on, at most
     likelihood: BoundConfig = NoBoundConfig()  # how probable the model finds validation latents
     precision: Precision = "float32"  # what the networks compute in
@@ -73,8 +72,8 @@ class DrawConfig(StageConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
-    """The names of all parts."""
+class ItemNames:
+    """Names of all work items."""
 
     reference: list[str]
     reconstructions: list[str]
@@ -83,38 +82,31 @@ class Plan:
 
     @property
     def own(self) -> list[str]:
-        """Parts that belong to this evaluation; those of the reference are shared by all of one corpus."""
+        """Items of this evaluation; those of the reference are shared by all of one corpus."""
         return [*self.reconstructions, *self.bounds, *(name for names in self.samples.values() for name in names)]
 
 
-class PartMaker:
-    """Makes parts: a batch of images each, with their features; a pure function of the part's name."""
+class ItemMaker:
+    """Work items of an evaluation: a batch of images each, with their features; a pure function of the item's name."""
 
     def __init__(self, config: DrawConfig, stage: Stage) -> None:
         self.config, self.stage = config, stage
+
+        # The model, and what prompts and images are encoded by.
         device = device_of(stage)
-        with config_error_at("inputs.vae"):
-            self.vae = load_vae(config.inputs.vae, stage.parents.vae, device=device).network
+        self.model = load_latent_diffusion(config.inputs, stage.parents, device=device)
         with config_error_at("inputs.unet"):
-            published = load_denoiser(config.inputs.unet, stage.parents.unet, device=device)
-        self.sampler = ImageSampler(
-            published.network,
-            published.normalisation,
-            self.vae,
-            latent_shape=(published.latent_channels, published.latent_size, published.latent_size),
-            seed=config.seed,
-        )
+            self.prompts = prompt_encoder(self.model)
+        with config_error_at("evaluate.extractor"):
+            self.extractor: FeatureExtractor = config.extractor.build().to(device.torch)
+
+        # Real images: all validation images, and a draw of training images for the probe.
         corpus = stage.parents.corpus
         with config_error_at("inputs.corpus"):
             self.images: dict[str, ImageShards] = {
                 "train": ImageShards(config.inputs.corpus, split="train", manifest=corpus, scattered=True),
                 "val": ImageShards(config.inputs.corpus, split="val", manifest=corpus),
             }
-        with config_error_at("inputs.unet"):
-            self.prompts = prompt_encoder(published.network.config, published.text, device=device.torch)
-        with config_error_at("evaluate.extractor"):
-            self.extractor: FeatureExtractor = config.extractor.build().to(device.torch)
-        # Which real images are looked at: all validation images, and a draw of training images for the probe.
         order = Order(FullShuffleConfig(), num_samples=len(self.images["train"]), seed=0)
         probed = np.sort(order.indices(0, min(config.probe_images, len(self.images["train"]))))
         self.real_indices = {"train": probed, "val": np.arange(len(self.images["val"]))}
@@ -122,11 +114,11 @@ class PartMaker:
         shape = f"{len(probed)}-{config.batch_size}"
         self.reference_folder = Path(config.run.root).parent / "cache" / "features" / f"{name}-{shape}"
 
-    def plan(self) -> Plan:
-        """Name every part: what it holds, and the number of its batch."""
+    def names(self) -> ItemNames:
+        """Name every item: what it holds, and the number of its batch."""
         size = self.config.batch_size
         batches = {split: -(-len(indices) // size) for split, indices in self.real_indices.items()}
-        return Plan(
+        return ItemNames(
             reference=[f"{split}-{number:06}" for split in ("train", "val") for number in range(batches[split])],
             reconstructions=[f"reconstruction-{number:06}" for number in range(batches["val"])],
             bounds=[f"bound-{number:06}" for number in range(-(-self._num_bounds() // size))],
@@ -160,32 +152,35 @@ class PartMaker:
         return {"samples": len(next(iter(tensors.values())))}
 
     def read(self, names: list[str], key: str, *, folder: Path | None = None) -> Tensor:
-        """Return one tensor of all named parts, concatenated."""
+        """Return one tensor of all named items, concatenated."""
         folder = folder or self.stage.folder / "parts"
         return torch.cat([load_file(folder / f"{name}.safetensors")[key] for name in names])
 
     def labels(self, indices: range) -> Tensor:
         """Classes of samples: in turn, so that all are equally frequent, or the captions'; -1 for none."""
         if self.prompts is not None:
-            return torch.from_numpy(self._subjects(indices)[0])
+            return torch.from_numpy(self._captioned(indices)[0])
         num_classes = len(self.stage.parents.unet.classes)
         return torch.tensor([index % num_classes if num_classes else -1 for index in indices])
 
     def captions(self, indices: range) -> list[str]:
         """Captions that samples are drawn for; "" where the model reads none."""
-        return self._subjects(indices)[1] if self.prompts is not None else [""] * len(indices)
+        return self._captioned(indices)[1] if self.prompts is not None else [""] * len(indices)
 
-    def _subjects(self, indices: range) -> tuple[np.ndarray, list[str]]:
+    def _captioned(self, indices: range) -> tuple[np.ndarray, list[str]]:
         """Labels and captions of the validation images that samples are drawn for; each image once before any twice."""
         order = Order(FullShuffleConfig(), num_samples=len(self.images["val"]), seed=0)
         return self.images["val"].labels_and_captions(order.indices(indices.start, len(indices)))
 
-    def _conditions(self, indices: range) -> dict[str, Tensor]:
-        conditions = {"labels": self.labels(indices)}
-        if self.prompts is not None:
-            self.prompts.forget()  # A part depends on its name alone.
-            conditions |= as_tensors(self.prompts(self.captions(indices)))
-        return conditions
+    def _conditions(self, labels: Tensor, captions: Sequence[str]) -> dict[str, Tensor]:
+        if self.prompts is None:
+            return {"labels": labels}
+        self.prompts.forget()  # An item depends on its name alone.
+        return {"labels": labels, **as_tensors(self.prompts(captions))}
+
+    def _noise(self, indices: Sequence[int], *, latent_size: int) -> Callable[[str], Tensor]:
+        shape = (self.model.denoiser.latent_shape[0], latent_size, latent_size)
+        return noise_of(self.config.seed, indices, shape=shape, device=self.model.device)
 
     def _real(self, split: str, number: int) -> tuple[Tensor, Tensor]:
         size = self.config.batch_size
@@ -194,12 +189,16 @@ class PartMaker:
 
     @torch.no_grad()
     def _reconstructions(self, number: int) -> dict[str, Tensor]:
+        # Filled up by repetition: a batch has one size.
         real, _ = self._real("val", number)
         size = self.config.batch_size
         whole = torch.cat([real] * -(-size // len(real)))[:size]
+
+        autoencoder = self.model.autoencoder
         with self.stage.accelerator.autocast():
-            posterior = self.vae.encode(to_unit_range(whole).to(self.stage.accelerator.device))
-            levels = torch.from_numpy(to_levels(self.vae.decode(posterior.mode())))[: len(real)]
+            posterior = autoencoder.encode(to_unit_range(whole).to(self.model.device))
+            levels = torch.from_numpy(to_levels(autoencoder.decode(posterior.mode())))[: len(real)]
+
         found, expected = levels.movedim(-1, 1), real.movedim(-1, 1)
         return {
             "images": levels,
@@ -219,39 +218,32 @@ class PartMaker:
         likelihood, size = self.config.likelihood, self.config.batch_size
         assert isinstance(likelihood, VariationalBoundConfig)
         first, last = number * size, min((number + 1) * size, self._num_bounds())
+
         # Filled up by repetition: a batch has one size.
         indices = np.resize(np.arange(first, last), size)
         batch = self.images["val"].read(indices)
-        conditions = {"labels": torch.from_numpy(batch.labels)}
-        if self.prompts is not None:
-            self.prompts.forget()
-            conditions |= as_tensors(self.prompts(batch.captions))
-        meter = BoundMeter(
-            likelihood,
-            network=self.sampler.network,
-            normalisation=self.sampler.normalisation,
-            vae=self.vae,
-            seed=self.config.seed,
-        )
-        terms = meter.measure(
-            indices.tolist(),
-            to_unit_range(batch.images),
-            conditions,
-            autocast=self.stage.accelerator.autocast(),
-        )
+        conditions = self._conditions(torch.from_numpy(batch.labels), batch.captions)
+        latent_size = batch.images.shape[1] // self.model.autoencoder.factor
+        noise = self._noise(indices.tolist(), latent_size=latent_size)
+
+        with self.stage.accelerator.autocast():
+            terms = measure_bound(likelihood, self.model, to_unit_range(batch.images), conditions, noise=noise)
         return {name: values[: last - first].contiguous() for name, values in terms.items()}
 
     def _samples(self, kind: str, number: int) -> dict[str, Tensor]:
         scale = next(scale for scale in self.config.scales if key_prefix(scale) == kind)
         indices = range(number * self.config.batch_size, (number + 1) * self.config.batch_size)
-        images = self.sampler.draw(
-            indices,
-            self._conditions(indices),
-            sampler=self.config.sampler,
-            guidance=self.config.guidance.model_copy(update={"scale": scale}),
-            autocast=self.stage.accelerator.autocast(),
-        )
-        levels = torch.from_numpy(images)
+        conditions = self._conditions(self.labels(indices), self.captions(indices))
+        noise = self._noise(indices, latent_size=self.model.denoiser.latent_shape[1])
+        with self.stage.accelerator.autocast():
+            images = self.model.sample(
+                noise("sample"),
+                conditions,
+                sampler=self.config.sampler,
+                guidance=self.config.guidance.model_copy(update={"scale": scale}),
+                fresh_noise=lambda step: noise(f"sample/{step}"),
+            )
+        levels = torch.from_numpy(to_levels(images))
         return {"images": levels, "features": self._features(levels)}
 
     def _features(self, levels: Tensor) -> Tensor:
@@ -259,5 +251,5 @@ class PartMaker:
 
 
 def key_prefix(scale: float) -> str:
-    """Return the part of a sample's key that names its guidance scale; keys hold no dot."""
+    """Return the beginning of a sample's key, which names its guidance scale; keys hold no dot."""
     return f"guidance_{scale:g}".replace(".", "p")

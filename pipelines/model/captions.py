@@ -21,6 +21,7 @@ from models.conditioning import TextConditionerConfig
 from models.conditioning.text import TEXT_POOLED, TEXT_TOKENS
 from models.conditioning.text_encoder import MiniLMConfig, PretrainedConfig
 from models.denoiser import DenoiserConfig
+from models.latent_diffusion import LatentDiffusion
 from pipelines.runtime.config.errors import ConfigError
 
 MAX_KEPT_CAPTIONS = 1_024
@@ -225,23 +226,16 @@ def check_features(denoiser: DenoiserConfig, about: Mapping[str, Any] | None) ->
             )
 
 
-def prompt_encoder(
-    denoiser: DenoiserConfig, about: Mapping[str, Any] | None, *, device: torch.device
-) -> CaptionEncoder | None:
+def prompt_encoder(model: LatentDiffusion) -> CaptionEncoder | None:
     """Return the encoder of a trained model's prompts, None for a model that reads no text.
-
-    Args:
-        denoiser: The model.
-        about: What its manifest says of the features that it was trained on.
-        device: Where the encoder computes.
 
     Raises:
         ValueError: The encoder is not there, or is another one than that of the training.
     """
-    conditioners = text_conditioners(denoiser)
+    conditioners, about = text_conditioners(model.denoiser.config), model.caption_features
     if not conditioners or about is None:
         return None
-    encoder = CaptionEncoder(conditioners[0].encoder, device=device)
+    encoder = CaptionEncoder(conditioners[0].encoder, device=model.device)
     if encoder.about != about:
         raise ValueError(
             f"the text encoder here is {encoder.about}, but the U-Net was trained on features of {dict(about)}. A "

@@ -10,18 +10,19 @@ from torch import Tensor, nn
 
 from data.files import write_atomically
 from data.loading import ImageBatch, ImageShards, LatentBatch, LatentShards
-from data.randomness import SampleDraws
 from data.samples import Split
 from data.transforms import to_levels, to_unit_range
-from models.autoencoder.vae import AutoencoderKL
+from models.autoencoder.vae import AutoencoderKL, Posterior
 from models.denoiser import Denoiser
 from models.diffusion.guidance import GuidanceConfig
 from models.diffusion.samplers import DDIMConfig, SamplerConfig
+from models.latent_diffusion import LatentDiffusion, Normalisation
 from models.metrics import psnr
 from pipelines.model.captions import CaptionFeatures
 from pipelines.model.device import Device
 from pipelines.model.grids import grid_png
-from pipelines.model.weights import Normalisation, load_vae
+from pipelines.model.noise import noise_of
+from pipelines.model.weights import load_vae
 from pipelines.runtime.stage.stage import Stage
 
 NUM_VALIDATION_IMAGES = 256
@@ -121,8 +122,9 @@ class UNetValidation:
         self.stage, self.grid, self.captions = stage, grid, captions
         self.device = device.torch
         self.manifest = stage.parents.latents
-        self.normalisation = Normalisation(self.manifest.statistics).to(self.device)
-        self.vae = load_vae(vae_folder, stage.parents.vae, device=device).network
+        statistics = self.manifest.statistics
+        self.normalisation = Normalisation(statistics.mean, statistics.std).to(self.device)
+        self.vae = load_vae(vae_folder, stage.parents.vae, device=device)
         has_validation = bool(self.manifest.splits["val"])
         split: Split = "val" if has_validation else "train"
         shards = LatentShards(
@@ -155,8 +157,8 @@ class UNetValidation:
         return {name: field.to(self.device) for name, field in fields.items()}
 
     def _validation(self, stored: LatentBatch) -> tuple[Tensor, dict[str, Tensor]]:
-        means = torch.from_numpy(stored.moments[:, 0]).float().to(self.device)
-        return self.normalisation.normalise(means), self._conditions(stored)
+        mean, log_variance = torch.from_numpy(stored.moments).float().to(self.device).unbind(dim=1)
+        return self.normalisation.draw(Posterior(mean, log_variance)), self._conditions(stored)
 
     def _columns(self, stored: LatentBatch) -> tuple[list[str], dict[str, Tensor]]:
         """Return the columns of the grid, and their conditions: the classes or, with captions, different captions."""
@@ -177,8 +179,7 @@ class UNetValidation:
         if self.validation is None:
             return {}
         x0, conditions = self.validation
-        draws = SampleDraws(0, 0, range(len(x0)))
-        noise = torch.from_numpy(draws.normals("validation", tuple(x0.shape[1:]))).to(self.device)
+        noise = noise_of(0, range(len(x0)), shape=x0.shape[1:], device=self.device)("validation")
         strata = (torch.arange(len(x0)) % NUM_VALIDATION_TIMES + 0.5) / NUM_VALIDATION_TIMES
         times = network.process.time(strata.double()).to(self.device)
         nothing_dropped = torch.zeros(len(x0), len(network.conditioners), dtype=torch.bool, device=self.device)
@@ -192,20 +193,15 @@ class UNetValidation:
     def _picture(self, network: Denoiser, *, title: str) -> bytes:
         """Draw samples of every column from the same noise in every run; PNG."""
         rows, columns = self.grid.rows, len(self.conditions["labels"])
-        shape = self.manifest.latent
-        draws = SampleDraws(0, 0, range(rows * columns))
-
-        def normals(purpose: str) -> Tensor:
-            drawn = draws.normals(purpose, (shape.channels, shape.size, shape.size))
-            return torch.from_numpy(drawn).to(self.device)
-
-        latents = network.sample(
-            normals("grid"),
+        noise = noise_of(0, range(rows * columns), shape=network.latent_shape, device=self.device)
+        model = LatentDiffusion(autoencoder=self.vae, denoiser=network, normalisation=self.normalisation)
+        sampled = model.sample(
+            noise("grid"),
             {name: torch.cat([field] * rows) for name, field in self.conditions.items()},
             sampler=self.grid.sampler,
             guidance=self.grid.guidance,
-            fresh_noise=lambda step: normals(f"grid/{step}"),
+            fresh_noise=lambda step: noise(f"grid/{step}"),
         )
-        images = to_levels(self.vae.decode(self.normalisation.restore(latents)))
+        images = to_levels(sampled)
         grid = images.reshape(rows, columns, *images.shape[1:])
         return grid_png(grid, column_labels=self.heads, title=title)

@@ -1,71 +1,36 @@
-"""Published weights: what a training stage leaves for the others, and how they take it up again.
+"""Weights of the trained model: written by the training stages, checked and loaded by everything after them.
 
-``vae.safetensors`` and ``unet.safetensors`` are averaged weights, written once, each with a ``config.json`` that says
-how to build its network. The manifest beside them holds their digest; weights that do not match it are refused.
+``vae.safetensors`` and ``unet.safetensors`` are averaged weights, written once, each with a ``config.json`` from which
+its network is built. The manifest beside them holds their digest; weights that do not match it are refused.
 """
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
-import torch
+from pydantic import BaseModel
 from safetensors.torch import load_file, save
-from torch import Tensor, nn
+from torch import nn
 
 from data.files import sha256_of, verify_file, write_atomically, write_json
-from data.manifest import AnyVAEManifest, DiffusersVAEManifest, FileEntry, LatentScaling, UNetManifest, VAEManifest
+from data.manifest import AnyVAEManifest, DiffusersVAEManifest, FileEntry, Parents, UNetManifest, VAEManifest
 from models.autoencoder.vae import AutoencoderKL, VAEConfig
 from models.denoiser import Denoiser, DenoiserConfig
 from models.diffusion.samplers import SamplerConfig, check_sampler
+from models.latent_diffusion import LatentDiffusion, Normalisation
 from pipelines.model.device import Device
 from pipelines.model.diffusers_weights import read_diffusers_vae
+from pipelines.runtime.config.errors import config_error_at
 from pipelines.runtime.stage.stage import Stage
 
 
-@dataclass(frozen=True, kw_only=True)
-class PublishedVAE:
-    """A trained autoencoder, and the sha256 of its weights file."""
+class ModelInputs(BaseModel, frozen=True, extra="forbid"):
+    """The trained model."""
 
-    network: AutoencoderKL
-    weights: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class PublishedDenoiser:
-    """A trained latent diffusion model, with what its latents are normalised by."""
-
-    network: Denoiser
-    normalisation: "Normalisation"
-    latent_channels: int
-    latent_size: int
-    vae_weights: str
-    text: Mapping[str, Any] | None  # of the captions' features that it was trained on; None without captions
-
-
-class Normalisation(nn.Module):
-    """Per-channel mean and standard deviation of latents, measured over the whole corpus.
-
-    Args:
-        scaling: One number a channel, as in the manifest of the latents.
-    """
-
-    mean: Tensor
-    std: Tensor
-
-    def __init__(self, scaling: LatentScaling) -> None:
-        super().__init__()
-        for name in ("mean", "std"):
-            self.register_buffer(name, torch.tensor(getattr(scaling, name), dtype=torch.float32)[:, None, None])
-
-    def normalise(self, latents: Tensor) -> Tensor:
-        """Latents of the VAE (b c h w) to about zero mean and unit variance in every channel."""
-        return (latents - self.mean) / self.std
-
-    def restore(self, latents: Tensor) -> Tensor:
-        """The inverse of ``normalise``."""
-        return latents * self.std + self.mean
+    vae: str  # folder of the autoencoder
+    unet: str  # folder of the U-Net
 
 
 def publish(stage: Stage, *, name: str, network: nn.Module, config: Mapping[str, Any]) -> tuple[list[FileEntry], str]:
@@ -83,49 +48,69 @@ def publish(stage: Stage, *, name: str, network: nn.Module, config: Mapping[str,
     return [FileEntry.of(path), FileEntry.of(folder / "config.json")], sha256_of(path)
 
 
-def load_vae(folder: str | Path, manifest: AnyVAEManifest, *, device: Device) -> PublishedVAE:
-    """Build a published VAE, ours or that of a diffusers folder, frozen.
+def load_vae(folder: str | Path, manifest: AnyVAEManifest, *, device: Device) -> AutoencoderKL:
+    """Load an autoencoder, ours or that of a diffusers folder, frozen.
 
     Raises:
         ValueError: The weights are missing or not those of the manifest.
     """
     if isinstance(manifest, DiffusersVAEManifest):
-        theirs = read_diffusers_vae(Path(folder), manifest)
-        return PublishedVAE(network=device.place(theirs.requires_grad_(False).eval()), weights=manifest.weights)
-    config, weights = _read(Path(folder), manifest, name="vae")
-    network = AutoencoderKL(VAEConfig(**config["network"]), image_channels=config["image_channels"])
-    network.load_state_dict(load_file(Path(folder) / "vae.safetensors"))
-    return PublishedVAE(network=device.place(network.requires_grad_(False).eval()), weights=weights)
+        network = read_diffusers_vae(Path(folder), manifest)
+    else:
+        config = _checked_config(Path(folder), manifest, name="vae")
+        network = AutoencoderKL(VAEConfig(**config["network"]), image_channels=config["image_channels"])
+        network.load_state_dict(load_file(Path(folder) / "vae.safetensors"))
+    return device.place(network.requires_grad_(False).eval())
 
 
-def load_denoiser(folder: str | Path, manifest: UNetManifest, *, device: Device) -> PublishedDenoiser:
-    """Build a published U-Net with its process, frozen.
+def load_latent_diffusion(inputs: ModelInputs, parents: Parents, *, device: Device) -> LatentDiffusion:
+    """Load the trained model, frozen: the VAE, the U-Net with its process, and the normalisation of its latents.
 
     Raises:
-        ValueError: The weights are missing or not those of the manifest.
+        ConfigError: Weights are missing or not those of their manifest, or the VAE is not the U-Net's.
     """
-    config, _ = _read(Path(folder), manifest, name="unet")
-    network = Denoiser(
-        DenoiserConfig.model_validate(config["denoiser"]),
-        latent_channels=config["latent_channels"],
-        latent_size=config["latent_size"],
-        num_classes=len(manifest.classes),
+    check_latent_diffusion(inputs, parents)
+    with config_error_at("inputs.vae"):
+        autoencoder = load_vae(inputs.vae, parents.vae, device=device)
+    with config_error_at("inputs.unet"):
+        config = _checked_config(Path(inputs.unet), parents.unet, name="unet")
+        denoiser = Denoiser(
+            DenoiserConfig.model_validate(config["denoiser"]),
+            latent_channels=config["latent_channels"],
+            latent_size=config["latent_size"],
+            num_classes=len(parents.unet.classes),
+        )
+        denoiser.load_state_dict(load_file(Path(inputs.unet) / "unet.safetensors"))
+    return LatentDiffusion(
+        autoencoder=autoencoder,
+        denoiser=device.place(denoiser.requires_grad_(False).eval()),
+        normalisation=Normalisation(config["statistics"]["mean"], config["statistics"]["std"]).to(device.torch),
+        caption_features=config.get("text"),
     )
-    network.load_state_dict(load_file(Path(folder) / "unet.safetensors"))
-    return PublishedDenoiser(
-        network=device.place(network.requires_grad_(False).eval()),
-        normalisation=Normalisation(LatentScaling(**{name: config["statistics"][name] for name in ("mean", "std")})).to(
-            device.torch
-        ),
-        latent_channels=config["latent_channels"],
-        latent_size=config["latent_size"],
-        vae_weights=manifest.vae,
-        text=config.get("text"),
-    )
+
+
+def check_latent_diffusion(
+    inputs: ModelInputs, parents: Parents, samplers: Mapping[str, SamplerConfig] = MappingProxyType({})
+) -> None:
+    """Refuse a VAE that is not the U-Net's and samplers that its process does not take, before weights are read.
+
+    Args:
+        inputs: Folders of the model.
+        parents: Their manifests.
+        samplers: Samplers by the key that configures them.
+
+    Raises:
+        ConfigError: Naming the key.
+    """
+    with config_error_at("inputs.vae"):
+        check_same_vae(parents.unet.vae, given=parents.vae, given_at=inputs.vae, user=f"inputs.unet = {inputs.unet!r}")
+    for key, sampler in samplers.items():
+        with config_error_at(key):
+            check_sampler_suits(sampler, denoiser_config(inputs.unet))
 
 
 def denoiser_config(folder: str | Path) -> DenoiserConfig:
-    """Read how a published U-Net is built, without its weights."""
+    """Read the configuration of a trained U-Net, without its weights."""
     return DenoiserConfig.model_validate(json.loads((Path(folder) / "config.json").read_bytes())["denoiser"])
 
 
@@ -146,7 +131,7 @@ def check_same_vae(used: str, *, given: AnyVAEManifest, given_at: str, user: str
         used: sha256 of the weights that made the latents.
         given: Manifest of the VAE at hand.
         given_at: Its folder, for the message.
-        user: Who holds ``used``, for the message.
+        user: The latents or the U-Net that were made with ``used``, for the message.
 
     Raises:
         ValueError: They differ.
@@ -159,7 +144,8 @@ def check_same_vae(used: str, *, given: AnyVAEManifest, given_at: str, user: str
         )
 
 
-def _read(folder: Path, manifest: VAEManifest | UNetManifest, *, name: str) -> tuple[dict[str, Any], str]:
+def _checked_config(folder: Path, manifest: VAEManifest | UNetManifest, *, name: str) -> dict[str, Any]:
+    """Return ``config.json`` of weights that are those of the manifest."""
     path = folder / f"{name}.safetensors"
     verify_file(path, sha256=manifest.weights)
-    return json.loads((folder / "config.json").read_bytes()), manifest.weights
+    return dict(json.loads((folder / "config.json").read_bytes()))

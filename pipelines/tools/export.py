@@ -14,24 +14,24 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, NonNegativeFloat, NonNegativeInt, PositiveInt
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt
 from safetensors.torch import save
-from torch import Tensor, nn
+from torch import Tensor
 
 from data.files import write_atomically, write_json
-from data.randomness import SampleDraws
 from data.transforms import to_levels
-from models.autoencoder.vae import AutoencoderKL
 from models.conditioning import ClassConditioner, TextConditioner
 from models.denoiser import Denoiser
 from models.diffusers.config import scheduler_config_to_diffusers, unet_config_to_diffusers, vae_config_to_diffusers
 from models.diffusers.weights import denoiser_to_diffusers, vae_to_diffusers
 from models.diffusion.guidance import GuidanceConfig
 from models.diffusion.samplers import DDIMConfig
+from models.latent_diffusion import LatentDiffusion
 from pipelines.model.captions import as_tensors, prompt_encoder
 from pipelines.model.device import Device
 from pipelines.model.grids import grid_png
-from pipelines.model.weights import PublishedDenoiser, check_same_vae, denoiser_config, load_denoiser, load_vae
+from pipelines.model.noise import noise_of
+from pipelines.model.weights import ModelInputs, check_latent_diffusion, denoiser_config, load_latent_diffusion
 from pipelines.runtime.config.command_line import config_from_command_line
 from pipelines.runtime.config.errors import ConfigError, config_error_at
 from pipelines.runtime.config.stage_config import StageConfig
@@ -42,17 +42,10 @@ EXAMPLE_SAMPLES = 4
 ON_CPU = Device(torch.device("cpu"))  # in float32, so that the example is the same for whoever checks it
 
 
-class ExportInputs(BaseModel, frozen=True, extra="forbid"):
-    """The trained model."""
-
-    vae: str  # folder of the autoencoder
-    unet: str  # folder of the U-Net
-
-
 class ExportConfig(StageConfig):
-    """What is exported, and where to."""
+    """Export of a trained model: its format, its folder, and an example."""
 
-    inputs: ExportInputs  # where the weights are
+    inputs: ModelInputs  # where the weights are
     format: Literal["diffusers"] = "diffusers"  # whose files are written
     output: str = "export"  # folder to write to
     prompts: tuple[str, ...] = ()  # captions of the example's samples, for a model that reads text; none: class names
@@ -74,30 +67,28 @@ def main() -> None:
 def export(config: ExportConfig) -> None:
     """Write the folder; the card comes last."""
     parents = read_parents(config)
-    output = Path(config.output)
+    output, classes = Path(config.output), parents.unet.classes
     if output.is_dir() and any(output.iterdir()) and not (output / "example.safetensors").is_file():
         raise ConfigError(f"output = {config.output!r} is a folder with other things in it. Give a new one.")
-    unet_manifest = parents.unet
-    with config_error_at("inputs"):
-        check_same_vae(unet_manifest.vae, given=parents.vae, given_at=config.inputs.vae, user=config.inputs.unet)
-        # What cannot be exported is refused before any weight is read.
-        described = denoiser_config(config.inputs.unet)
-        sampler = DDIMConfig(num_steps=config.num_inference_steps, spacing=config.spacing)
-        scheduler = scheduler_config_to_diffusers(described, sampler)
-        vae = load_vae(config.inputs.vae, parents.vae, device=ON_CPU).network
-        published = load_denoiser(config.inputs.unet, unet_manifest, device=ON_CPU)
-        configs = network_configs(published, vae, num_classes=len(unet_manifest.classes))
-        conditions = example_conditions(config, published, unet_manifest.classes)
-    example = compute_example(config, published, vae, sampler=sampler, conditions=conditions)
 
-    networks = {"vae": vae, "unet": published.network}
-    write_export(output, networks=networks, configs=configs, scheduler=scheduler, example=example)
+    # What cannot be exported is refused before any weight is read.
+    check_latent_diffusion(config.inputs, parents)
+    sampler = DDIMConfig(num_steps=config.num_inference_steps, spacing=config.spacing)
+    with config_error_at("inputs"):
+        scheduler = scheduler_config_to_diffusers(denoiser_config(config.inputs.unet), sampler)
+    model = load_latent_diffusion(config.inputs, parents, device=ON_CPU)
+    with config_error_at("inputs"):
+        configs = network_configs(model, num_classes=len(classes))
+        conditions = example_conditions(config, model, classes)
+    example = compute_example(config, model, sampler=sampler, conditions=conditions)
+
+    write_export(output, model, configs=configs, scheduler=scheduler, example=example)
     write_atomically(output / "grid.png", grid_of(config, example))
     card = model_card(
         unet_class=configs["unet"]["_class_name"],
         example=example,
-        classes=unet_manifest.classes,
-        digests={"VAE": parents.vae.weights, "U-Net": unet_manifest.weights},
+        classes=classes,
+        digests={"VAE": parents.vae.weights, "U-Net": parents.unet.weights},
         experiment=config.run.experiment,
     )
     write_atomically(output / "README.md", card.encode())
@@ -106,20 +97,18 @@ def export(config: ExportConfig) -> None:
 
 def write_export(
     output: Path,
+    model: LatentDiffusion,
     *,
-    networks: Mapping[str, nn.Module],
     configs: Mapping[str, Any],
     scheduler: Mapping[str, Any],
     example: Mapping[str, Tensor],
 ) -> None:
     """Write the folders that diffusers loads, and the example."""
-    for name, network in networks.items():
-        weights = network.state_dict()
-        if isinstance(network, Denoiser):
-            renamed = denoiser_to_diffusers(weights, network.config)
-        else:
-            assert isinstance(network, AutoencoderKL)
-            renamed = vae_to_diffusers(weights, network.config)
+    weights = {
+        "vae": vae_to_diffusers(model.autoencoder.state_dict(), model.autoencoder.config),
+        "unet": denoiser_to_diffusers(model.denoiser.state_dict(), model.denoiser.config),
+    }
+    for name, renamed in weights.items():
         (output / name).mkdir(parents=True, exist_ok=True)
         contiguous = {key: tensor.contiguous() for key, tensor in renamed.items()}
         write_atomically(output / name / "diffusion_pytorch_model.safetensors", save(contiguous, {"format": "pt"}))
@@ -129,19 +118,17 @@ def write_export(
     write_atomically(output / "example.safetensors", save(dict(example)))
 
 
-def network_configs(published: PublishedDenoiser, vae: AutoencoderKL, *, num_classes: int) -> dict[str, Any]:
+def network_configs(model: LatentDiffusion, *, num_classes: int) -> dict[str, Any]:
     """Return ``config.json`` of both networks.
 
     Raises:
         ValueError: The model has parts that diffusers lacks.
     """
-    latent_size, normalisation = published.latent_size, published.normalisation
+    vae, normalisation = model.autoencoder, model.normalisation
+    channels, latent_size, _ = model.denoiser.latent_shape
     return {
         "unet": unet_config_to_diffusers(
-            published.network.config,
-            latent_channels=published.latent_channels,
-            latent_size=latent_size,
-            num_classes=num_classes,
+            model.denoiser.config, latent_channels=channels, latent_size=latent_size, num_classes=num_classes
         ),
         "vae": vae_config_to_diffusers(
             vae.config,
@@ -153,13 +140,11 @@ def network_configs(published: PublishedDenoiser, vae: AutoencoderKL, *, num_cla
     }
 
 
-def example_conditions(
-    config: ExportConfig, published: PublishedDenoiser, classes: tuple[str, ...]
-) -> dict[str, Tensor]:
+def example_conditions(config: ExportConfig, model: LatentDiffusion, classes: tuple[str, ...]) -> dict[str, Tensor]:
     """Return the fields that the example's samples are conditioned on: classes, and prompts, in turn."""
     numbers = range(EXAMPLE_SAMPLES)
     conditions = {"labels": torch.tensor([index % len(classes) if classes else -1 for index in numbers])}
-    encoder = prompt_encoder(published.network.config, published.text, device=ON_CPU.torch)
+    encoder = prompt_encoder(model)
     if encoder is None:
         if config.prompts:
             raise ValueError("the model reads no text, so prompts cannot be drawn. Remove export.prompts.")
@@ -170,18 +155,12 @@ def example_conditions(
 
 @torch.no_grad()
 def compute_example(
-    config: ExportConfig,
-    published: PublishedDenoiser,
-    vae: AutoencoderKL,
-    *,
-    sampler: DDIMConfig,
-    conditions: Mapping[str, Tensor],
+    config: ExportConfig, model: LatentDiffusion, *, sampler: DDIMConfig, conditions: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
     """Draw a few samples by our own code, in float32; with all that another program needs to draw them again."""
-    network = published.network
-    shape = (published.latent_channels, published.latent_size, published.latent_size)
-    noise = torch.from_numpy(SampleDraws(config.seed, 0, range(EXAMPLE_SAMPLES)).normals("sample", shape))
-    latents = network.sample(
+    denoiser = model.denoiser
+    noise = noise_of(config.seed, range(EXAMPLE_SAMPLES), shape=denoiser.latent_shape, device=model.device)("sample")
+    latents = denoiser.sample(
         noise,
         conditions,
         sampler=sampler,
@@ -189,7 +168,7 @@ def compute_example(
         fresh_noise=lambda step: torch.zeros_like(noise),
     )
     nothing = torch.zeros(EXAMPLE_SAMPLES, dtype=torch.bool)
-    cond, uncond = (arguments_in_diffusers(network, conditions, dropped) for dropped in (nothing, ~nothing))
+    cond, uncond = (arguments_in_diffusers(denoiser, conditions, dropped) for dropped in (nothing, ~nothing))
     example = {
         "noise": noise,
         **cond,
@@ -197,7 +176,7 @@ def compute_example(
         "guidance_scale": torch.tensor(config.guidance_scale),
         "num_inference_steps": torch.tensor(config.num_inference_steps),
         "latents": latents,
-        "images": vae.decode(published.normalisation.restore(latents)),
+        "images": model.decode(latents),
     }
     return {name: tensor.contiguous() for name, tensor in example.items()}
 

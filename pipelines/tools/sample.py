@@ -9,23 +9,25 @@ Reads: ``runs/NAME/vae/``, ``runs/NAME/unet/``. Writes: ``OUTPUT/KEY.png`` for e
 
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from pydantic import BaseModel, NonNegativeInt, PositiveInt
+from pydantic import NonNegativeInt, PositiveInt
 from torch import Tensor
 
 from data.files import write_atomically
 from data.samples import encode_png
+from data.transforms import to_levels
 from models.diffusion.guidance import GuidanceConfig
 from models.diffusion.samplers import DDIMConfig, SamplerConfig, slerp
+from models.latent_diffusion import LatentDiffusion
 from pipelines.model.captions import as_tensors, prompt_encoder
 from pipelines.model.device import Device, attention_on
 from pipelines.model.grids import grid_png
-from pipelines.model.sampling import ImageSampler
-from pipelines.model.weights import check_same_vae, check_sampler_suits, denoiser_config, load_denoiser, load_vae
+from pipelines.model.noise import noise_of
+from pipelines.model.weights import ModelInputs, check_latent_diffusion, load_latent_diffusion
 from pipelines.runtime.config.command_line import config_from_command_line
 from pipelines.runtime.config.errors import ConfigError, config_error_at
 from pipelines.runtime.config.stage_config import StageConfig
@@ -35,17 +37,10 @@ from pipelines.runtime.stage.progress import progress_line
 GRID_COLUMNS = 8
 
 
-class SampleInputs(BaseModel, frozen=True, extra="forbid"):
-    """The trained model."""
-
-    vae: str  # folder of the autoencoder
-    unet: str  # folder of the U-Net
-
-
 class SampleConfig(StageConfig):
-    """Which images to draw, and how."""
+    """Images to draw: their conditions, number, seed and sampler."""
 
-    inputs: SampleInputs  # where the weights are
+    inputs: ModelInputs  # where the weights are
     prompt: str = ""  # what to draw, in words, for a model with a text condition; empty for anything
     class_name: str = "all"  # a class of the corpus by name or number, "all" in turn, or "none" for any
     number: PositiveInt = 16  # images
@@ -69,60 +64,58 @@ def main() -> None:
 
 def draw(config: SampleConfig) -> None:
     """Draw the images and write them."""
+    # The model, and the device.
     parents = read_parents(config)
-    unet = parents.unet
-    with config_error_at("inputs"):
-        check_same_vae(unet.vae, given=parents.vae, given_at=config.inputs.vae, user=config.inputs.unet)
-        check_sampler_suits(config.sampler, denoiser_config(config.inputs.unet))
+    check_latent_diffusion(config.inputs, parents, {"sampler": config.sampler})
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     attention = attention_on(device, config.run)
     print(f"sample: on {device}, attention by {attention.name}: {attention.reason}")
-    placed = Device(device, attention.name)
-    with config_error_at("inputs"):
-        vae = load_vae(config.inputs.vae, parents.vae, device=placed)
-        published = load_denoiser(config.inputs.unet, unet, device=placed)
-    reads = published.network.config.fields
-    labels = labels_of(config, unet.classes if "labels" in reads else ())
+    model = load_latent_diffusion(config.inputs, parents, device=Device(device, attention.name))
+
+    # The conditions: a caption is encoded once, since all images have the same.
+    classes = parents.unet.classes
+    labels = labels_of(config, classes if "labels" in model.denoiser.config.fields else ())
     with config_error_at("inputs.unet"):
-        encoder = prompt_encoder(published.network.config, published.text, device=device)
+        encoder = prompt_encoder(model)
     if config.prompt and encoder is None:
         raise ConfigError(f"prompt = {config.prompt!r}, but {config.inputs.unet} was not trained on captions.")
-    # A caption is encoded once: all images have the same.
     prompt = as_tensors(encoder([config.prompt])) if encoder is not None else {}
-    sampler = ImageSampler(
-        published.network,
-        published.normalisation,
-        vae.network,
-        latent_shape=(published.latent_channels, published.latent_size, published.latent_size),
-        seed=config.seed,
-        tile=config.tile,
-    )
 
+    # Batch by batch.
     images: list[np.ndarray] = []
     with progress_line("sample", total=config.number, unit="images") as line:
         for first in range(0, config.number, config.batch_size):
             indices = range(first, min(first + config.batch_size, config.number))
             conditions = {"labels": torch.tensor([labels[index] for index in indices])}
             conditions |= {name: torch.cat([field] * len(indices)) for name, field in prompt.items()}
-            drawn = sampler.draw(
-                indices,
-                conditions,
-                sampler=config.sampler,
-                guidance=config.guidance,
-                noise=start_of(config, sampler, indices),
-            )
-            images.extend(drawn)
+            images.extend(draw_batch(config, model, indices, conditions))
             line.advance_to(len(images))
-    write_images(config, images, [unet.classes[label] if label >= 0 else "" for label in labels])
+    write_images(config, images, [classes[label] if label >= 0 else "" for label in labels])
 
 
-def start_of(config: SampleConfig, sampler: ImageSampler, indices: range) -> Tensor:
-    """Return the noise that the images start from; (n c h w)."""
-    if not config.interpolate or config.number == 1:
-        return sampler.noise(indices)
+def draw_batch(
+    config: SampleConfig, model: LatentDiffusion, indices: Sequence[int], conditions: Mapping[str, Tensor]
+) -> np.ndarray:
+    """Draw the images ``indices``; uint8 (n h w C)."""
+    noise = noise_of(config.seed, indices, shape=model.denoiser.latent_shape, device=model.device)
+    images = model.sample(
+        start_of(config, model, indices),
+        conditions,
+        sampler=config.sampler,
+        guidance=config.guidance,
+        fresh_noise=lambda step: noise(f"sample/{step}"),
+        tile=config.tile,
+    )
+    return to_levels(images)
+
+
+def start_of(config: SampleConfig, model: LatentDiffusion, indices: Sequence[int]) -> Tensor:
+    """Return the noise that the images start from: their own, or their places on the arc; (n c h w)."""
     last = config.number - 1
-    first, end = (sampler.noise([index]) for index in (0, last))
-    return torch.cat([slerp(first, end, index / last) for index in indices])
+    arc = config.interpolate and last > 0
+    ends_or_all = [0, last] if arc else indices
+    noise = noise_of(config.seed, ends_or_all, shape=model.denoiser.latent_shape, device=model.device)("sample")
+    return torch.cat([slerp(noise[:1], noise[1:], index / last) for index in indices]) if arc else noise
 
 
 def write_images(config: SampleConfig, images: Sequence[np.ndarray], names: Sequence[str]) -> None:
