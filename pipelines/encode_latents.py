@@ -7,7 +7,8 @@ Reads: ``runs/NAME/corpus/``, ``runs/NAME/vae/``. Writes: ``runs/NAME/latents/``
 (``captions``) the features of each caption lie beside its latent, and the manifest holds the encoder's digest.
 """
 
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from threading import Lock
@@ -30,6 +31,8 @@ from data.manifest import (
 )
 from data.prefetch import Prefetch
 from data.samples import BadSample, Split, latent_members
+from data.shards.index import ShardIndex
+from data.shards.keys import check_unique
 from data.shards.split import ShardRange
 from data.shards.writer import ShardWriter
 from data.statistics import ChannelSums
@@ -37,31 +40,30 @@ from data.transforms import to_unit_range
 from models.autoencoder.vae import AutoencoderKL
 from pipelines.model.captions import CaptionEncoder, CaptionFeaturesConfig, NoTextConfig
 from pipelines.model.device import device_of
-from pipelines.model.encoding_progress import EncodingProgress
 from pipelines.model.inputs import verify_shards
-from pipelines.model.latent_audit import alarms, audit_keys, statistics_plot
+from pipelines.model.latent_statistics import alarms, statistics_plot
 from pipelines.model.weights import load_vae
 from pipelines.runtime.config.command_line import config_from_command_line
 from pipelines.runtime.config.errors import ConfigError, config_error_at
 from pipelines.runtime.config.stage_config import StageConfig
 from pipelines.runtime.stage.launch import Precision
-from pipelines.runtime.stage.progress import progress_line
-from pipelines.runtime.stage.quarantine import REPORTED, BadSamplePolicy, settle_quarantine
+from pipelines.runtime.stage.progress import PLAIN_LINE_EVERY_SECONDS, ProgressLine, progress_line
+from pipelines.runtime.stage.quarantine import REPORTED, BadSamplePolicy, files_and_counts, settle_quarantine
 from pipelines.runtime.stage.stage import Stage, running_stage
-from pipelines.runtime.stage.work_items import finished_items, make_items
+from pipelines.runtime.stage.work_items import Result, finished_items, make_items
 
 SHARDS_AT_ONCE = 2
 
 
 class EncodeLatentsInputs(BaseModel, frozen=True, extra="forbid"):
-    """What is encoded, and by what."""
+    """Images, and the autoencoder that encodes them."""
 
     corpus: str  # folder of the image shards
     vae: str  # folder of the autoencoder, or of an AutoencoderKL in the format of diffusers
 
 
 class EncodeLatentsConfig(StageConfig):
-    """How images become stored moments."""
+    """Encoding of images to stored moments, and of captions to features."""
 
     fingerprint_ignores = frozenset({"bad_samples", "max_bad_fraction"})
 
@@ -77,17 +79,13 @@ class EncodeLatentsConfig(StageConfig):
 
 def main() -> None:
     config = config_from_command_line(EncodeLatentsConfig, table="encode_latents", about=__doc__)
-    with running_stage(
-        config,
-        name="encode_latents",
-        precision=config.precision,
-        joinable=True,
-    ) as stage:
+    with running_stage(config, name="encode_latents", precision=config.precision, joinable=True) as stage:
         encode(config, stage)
 
 
 def encode(config: EncodeLatentsConfig, stage: Stage) -> None:
     """Encode every shard that is missing, then account for every sample and measure the whole."""
+    # What to encode, and by what.
     device = device_of(stage)
     verify_shards(stage, "corpus")
     with config_error_at("inputs.vae"):
@@ -98,13 +96,13 @@ def encode(config: EncodeLatentsConfig, stage: Stage) -> None:
     shards = {part.entry.name: (images, part) for images in open_splits(config, corpus) for part in images.shards}
     check_images(corpus, vae)
 
+    # Encode the shards that are missing; while one is read or committed, the other's batches keep the network busy.
     sizes = {name: part.entry.samples for name, (_, part) in shards.items()}
     num_images, turn = sum(sizes.values()), Lock()
     start = sum(sizes[name] for name in finished_items(stage, list(shards)))
     with progress_line("encode_latents", total=num_images, unit="images", start=start, is_main=stage.is_main) as line:
         progress = EncodingProgress(stage, line, num_shards=len(shards), done_before=start)
-        # While one shard is read or committed, the other's batches keep the network busy.
-        records = make_items(
+        results = make_items(
             stage,
             list(shards),
             lambda name: encode_shard(config, stage, vae, captions, *shards[name], turn),
@@ -114,40 +112,107 @@ def encode(config: EncodeLatentsConfig, stage: Stage) -> None:
         )
         progress.finish()
 
-    bad = settle_quarantine(stage, records, num_in=num_images, max_bad_fraction=config.max_bad_fraction)
-    files = [FileEntry(**record["entry"]) for record in records if record["entry"]["samples"]]
-    kept = sum(entry.samples for entry in files)
-    assert num_images == kept + bad.total(), "a sample was lost without being counted"
+    # Account for every sample, and measure the whole.
+    bad = settle_quarantine(stage, results, num_in=num_images, max_bad_fraction=config.max_bad_fraction)
+    files, counts = files_and_counts(results, bad, num_in=num_images)
     statistics = ChannelSums.merged(
-        ChannelSums.from_json(record["sums"]) for record in records if record["entry"]["name"].startswith("train")
+        ChannelSums.from_json(result["sums"]) for result in results if result["entry"]["name"].startswith("train")
     )
     if stage.is_main:
         with config_error_at("inputs.corpus"):
-            audit_keys(stage.folder, shards, records)
+            audit_keys(stage.folder, shards, results)
         write_atomically(stage.folder / "statistics.png", statistics_plot(statistics))
     stage.tracker.log_image("latents/statistics", stage.folder / "statistics.png", step=0)
     found = alarms(statistics, Path(config.inputs.vae))
     for alarm in found:
         stage.say(f"warning: {alarm}")
     stage.tracker.set_tags({"latents.alarms": "; ".join(found) or "none"})
-    stage.tracker.log_metrics({"latents/samples": kept, **statistics.metrics("latents")}, step=0)
+    stage.tracker.log_metrics({"latents/samples": counts["out"], **statistics.metrics("latents")}, step=0)
+
+    # Commit.
     stage.finish(
         LatentsManifest,
         files=files,
-        counts={"in": num_images, "out": kept, "quarantined": dict(sorted(bad.items()))},
+        counts=counts,
         splits=samples_by_split(files),
         classes=corpus.classes,
         vae=stage.parents.vae.weights,
         latent={"channels": statistics.num_channels, "size": corpus.image.resolution // vae.factor},
-        statistics=normalised_by(statistics, stage.parents.vae),
+        statistics=latent_statistics(statistics, stage.parents.vae),
         text=captions.about if captions else None,
         **({"alarms": found} if found else {}),
     )
-    metrics = ", ".join(f"{value:.3g}" for value in statistics.std)
-    stage.say(f"{kept} latents in {len(files)} shards, {bad.total()} quarantined; std of the channels: {metrics}")
+    std = ", ".join(f"{value:.3g}" for value in statistics.std)
+    stage.say(f"{counts['out']} latents in {len(files)} shards, {bad.total()} quarantined; std of the channels: {std}")
 
 
-def normalised_by(statistics: ChannelSums, vae: AnyVAEManifest) -> dict[str, Any]:
+class EncodingProgress:
+    """Progress and throughput of encoding over all ranks and runs: on a line for people, and as metrics.
+
+    Args:
+        stage: The running stage.
+        line: Of the images.
+        num_shards: Of the corpus.
+        done_before: Images that were encoded when this process began.
+    """
+
+    def __init__(self, stage: Stage, line: ProgressLine, *, num_shards: int, done_before: int) -> None:
+        self._stage, self._line, self._num_shards, self._before = stage, line, num_shards, done_before
+        self._began = time.monotonic()
+        self._logged = self._began
+        self._bytes = self._images = 0
+
+    def show(self, shards: int, done: int, result: Result) -> None:
+        """Count a shard that this process made, when ``done`` images in ``shards`` shards are encoded in all."""
+        self._bytes += result["entry"]["bytes"]
+        self._images += result["entry"]["samples"]
+        metrics = self._metrics(shards, done)
+        self._line.advance_to(done, {"shards": shards, "MB/s": metrics["progress/mb_per_s"]})
+        if time.monotonic() - self._logged >= PLAIN_LINE_EVERY_SECONDS:
+            self._logged = time.monotonic()
+            self._stage.tracker.log_metrics(metrics, step=done)
+
+    def finish(self) -> None:
+        """Log the metrics of the whole."""
+        self._stage.tracker.log_metrics(self._metrics(self._num_shards, self._line.total), step=self._line.total)
+
+    def _metrics(self, shards: int, done: int) -> dict[str, float]:
+        images_per_s = (done - self._before) / max(time.monotonic() - self._began, 1e-9)
+        return {
+            "progress/shards": float(shards),
+            "progress/images": float(done),
+            "progress/images_per_s": images_per_s,
+            # Of the others' shards only the number of images is known, so their bytes are estimated from ours.
+            "progress/mb_per_s": images_per_s * self._bytes / max(self._images, 1) / 1e6,
+            "progress/eta_s": (self._line.total - done) / images_per_s if images_per_s else 0.0,
+        }
+
+
+def audit_keys(folder: Path, shards: Mapping[str, tuple[ImageShards, ShardRange]], results: Sequence[Result]) -> None:
+    """Check that each latent shard holds the keys of its image shard, those of bad samples excepted, and each key once.
+
+    Raises:
+        ValueError: Naming the shard and a key that is missing or was never there, or two shards that share one.
+    """
+    for result in results:
+        entry = FileEntry(**result["entry"])
+        images, part = shards[entry.name]
+        opened, _ = images.locate(part.indices[:1])
+        expected = set(opened[0].index.keys() if opened else ()) - {report["key"] for report in result["quarantined"]}
+        found = set(ShardIndex.of(folder / entry.name, entry=entry).keys())
+        if found != expected:
+            key, what = min(
+                [*((k, "is missing") for k in expected - found), *((k, "is new") for k in found - expected)]
+            )
+            raise ValueError(
+                f"{folder / entry.name}: key {key!r} {what}; its latents are not those of its images. Delete "
+                f"{folder} and encode again."
+            )
+
+    check_unique(folder, [FileEntry(**result["entry"]) for result in results])
+
+
+def latent_statistics(statistics: ChannelSums, vae: AnyVAEManifest) -> dict[str, Any]:
     """Return the latents' statistics; a VAE with a scaling of its own, as published ones have, keeps that.
 
     ``mean`` and ``std`` are what latents are normalised by: a U-Net published with the VAE was trained on them so.
@@ -206,6 +271,7 @@ def encode_shard(
 
     Batches have one size, the last one filled up by repetition: a convolution's bits may depend on the batch size.
     """
+    # Read batches ahead.
     indices, size = part.indices, config.batch_size
     quarantined, sums = [], ChannelSums.empty(vae.config.latent_channels)
     num_batches = -(-len(indices) // size)
@@ -223,12 +289,10 @@ def encode_shard(
             ) from error
         quarantined.append({name: getattr(error, name) for name in REPORTED})
 
+    # Encode and write batch by batch.
     if captions is not None:
-        captions.forget()  # The shard's bytes depend on the shard alone.
-    with (
-        ShardWriter(stage.folder / part.entry.name) as writer,
-        Prefetch(read, depth=2) as batches,
-    ):
+        captions.forget()  # the shard's bytes depend on the shard alone
+    with ShardWriter(stage.folder / part.entry.name) as writer, Prefetch(read, depth=2) as batches:
         for _ in range(num_batches):
             batch, unreadable = next(batches).batch
             for error in unreadable:

@@ -29,7 +29,7 @@ from pipelines.runtime.config.command_line import config_from_command_line
 from pipelines.runtime.config.errors import ConfigError, config_error_at
 from pipelines.runtime.config.stage_config import StageConfig
 from pipelines.runtime.stage.progress import progress_line
-from pipelines.runtime.stage.quarantine import REPORTED, BadSamplePolicy, settle_quarantine
+from pipelines.runtime.stage.quarantine import REPORTED, BadSamplePolicy, files_and_counts, settle_quarantine
 from pipelines.runtime.stage.stage import Stage, running_stage
 from pipelines.runtime.stage.work_items import finished_items, make_items
 
@@ -38,7 +38,7 @@ MAX_EXAMPLE_COLUMNS = 12
 
 
 class PrepareCorpusConfig(StageConfig):
-    """The source, what becomes of each image, and how many share a shard."""
+    """Source, view of each image, and size of a shard."""
 
     fingerprint_ignores = frozenset({"bad_samples", "max_bad_fraction"})
 
@@ -58,34 +58,37 @@ def main() -> None:
 
 def prepare(config: PrepareCorpusConfig, stage: Stage) -> None:
     """Write every shard that is missing, then account for every sample."""
+    # What to store.
     with config_error_at("prepare_corpus.source"):
         source = config.source.open()
     if not source.count("train"):
         raise ConfigError("prepare_corpus.source: it holds no training image. Look at its path and its split.")
-
     check_listing(source, stage)
+
+    # Write the shards that are missing.
     make = shard_makers(config, source, stage.folder)
     start = len(finished_items(stage, list(make)))
     with progress_line("prepare_corpus", total=len(make), unit="shards", start=start, is_main=stage.is_main) as line:
-        records = make_items(
+        results = make_items(
             stage, list(make), lambda name: make[name](), after_each=lambda done, _, __: line.advance_to(done)
         )
 
+    # Account for every sample, and show the first ones.
     given = sum(source.count(split) for split in get_args(Split))
-    bad = settle_quarantine(stage, records, num_in=given, max_bad_fraction=config.max_bad_fraction, free=FILTER_REASONS)
-    files = [FileEntry(**record["entry"]) for record in records if record["entry"]["samples"]]
-    kept = sum(entry.samples for entry in files)
-    assert given == kept + bad.total(), "a sample was lost without being counted"
+    bad = settle_quarantine(stage, results, num_in=given, max_bad_fraction=config.max_bad_fraction, free=FILTER_REASONS)
+    files, counts = files_and_counts(results, bad, num_in=given)
     if stage.is_main:
         with config_error_at("prepare_corpus.source"):
             check_unique(stage.folder, files)
         write_atomically(stage.folder / "examples.png", example_grid(config, source))
     stage.tracker.log_image("corpus/examples", stage.folder / "examples.png", step=0)
-    stage.tracker.log_metrics({"corpus/samples": kept, "corpus/quarantined": bad.total()}, step=0)
+    stage.tracker.log_metrics({"corpus/samples": counts["out"], "corpus/quarantined": bad.total()}, step=0)
+
+    # Commit.
     stage.finish(
         CorpusManifest,
         files=files,
-        counts={"in": given, "out": kept, "quarantined": dict(sorted(bad.items()))},
+        counts=counts,
         splits=samples_by_split(files),
         **by_corpus(files),
         classes=source.classes,
@@ -93,7 +96,9 @@ def prepare(config: PrepareCorpusConfig, stage: Stage) -> None:
         image={"resolution": config.view.resolution, "channels": config.view.channels},
         **(view_at_reading(config) if any(entry.url for entry in files) else {}),
     )
-    stage.say(f"{kept} images in {len(files)} shards, {bad.total()} quarantined, {len(source.classes)} classes")
+    stage.say(
+        f"{counts['out']} images in {len(files)} shards, {bad.total()} quarantined, {len(source.classes)} classes"
+    )
 
 
 def by_corpus(files: list[FileEntry]) -> dict[str, Any]:
@@ -122,7 +127,7 @@ def check_listing(source: Source, stage: Stage) -> None:
 
 
 def shard_makers(config: PrepareCorpusConfig, source: Source, folder: Path) -> dict[str, Callable[[], dict[str, Any]]]:
-    """Return what makes each shard of the corpus: file name -> a function that returns its record.
+    """Return the maker of each shard of the corpus: file name -> a function that returns its result.
 
     No shard holds samples of two corpora, and those of one corpus follow each other.
     """
@@ -141,7 +146,7 @@ def shard_makers(config: PrepareCorpusConfig, source: Source, folder: Path) -> d
 
 
 def parts_of(source: Source, split: Split, *, size: int) -> list[range] | list[int]:
-    """Return which source indices go into each shard; of shards that are used where they lie, their numbers."""
+    """Return the source indices of each shard; of shards that are used in place, their numbers."""
     if isinstance(source, WebDataset) and not source.copied:
         return [number for number in range(len(source.urls)) if source.holds(number, split)]
     total = source.count(split)
@@ -149,14 +154,14 @@ def parts_of(source: Source, split: Split, *, size: int) -> list[range] | list[i
 
 
 def view_at_reading(config: PrepareCorpusConfig) -> dict[str, Any]:
-    """Return what readers of shards in place need to know: these hold images as they were found."""
+    """Return how readers of shards in place view their images, which are stored as they were found."""
     return {"view": config.view.model_dump(mode="json"), "max_pixels": config.max_pixels}
 
 
 def write_shard(
     config: PrepareCorpusConfig, corpus: Corpus, path: Path, split: Split, indices: range
 ) -> dict[str, Any]:
-    """Write one shard and return its record: the file's entry and the samples that were set aside."""
+    """Write one shard; return the file's entry and the samples that were set aside."""
     quarantined = []
     with ShardWriter(path) as writer:
         for index in indices:
@@ -170,7 +175,7 @@ def write_shard(
 
 
 def index_shard(config: PrepareCorpusConfig, corpus: Corpus, path: Path, split: Split, number: int) -> dict[str, Any]:
-    """Index one shard where it lies, looking at every image, and return its record as ``write_shard`` does."""
+    """Index one shard in place after viewing every image; return the same as ``write_shard``."""
     quarantined = []
     assert isinstance(corpus.source, WebDataset)
     url = corpus.source.urls[number]
@@ -190,7 +195,7 @@ def index_shard(config: PrepareCorpusConfig, corpus: Corpus, path: Path, split: 
 
 
 def set_aside(config: PrepareCorpusConfig, error: BadSample) -> dict[str, str]:
-    """Return what the report says of a bad sample.
+    """Return a bad sample's line of the report.
 
     Raises:
         ConfigError: The policy is to stop.

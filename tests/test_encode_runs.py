@@ -23,8 +23,8 @@ from data.loading import ImageShards
 from data.manifest import FileEntry
 from data.shards.writer import ShardWriter
 from data.statistics import ChannelSums
-from pipelines.model.encoding_progress import EncodingProgress
-from pipelines.model.latent_audit import alarms, audit_keys, scale_in_validation, scale_of, statistics_plot
+from pipelines.encode_latents import EncodingProgress, audit_keys
+from pipelines.model.latent_statistics import alarms, scale_in_validation, scale_of, statistics_plot
 from pipelines.runtime.stage import leases as leases_module
 from pipelines.runtime.stage.leases import Leases
 from pipelines.runtime.stage.progress import progress_line

@@ -3,9 +3,10 @@
 import json
 from collections import Counter
 from collections.abc import Collection, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 from data.files import write_atomically
+from data.manifest import FileEntry
 from pipelines.runtime.config.errors import ConfigError
 from pipelines.runtime.stage.stage import Stage
 from pipelines.runtime.stage.work_items import Result
@@ -41,3 +42,13 @@ def settle_quarantine(
             f"{max_bad_fraction} allows. {stage.folder / REPORT_NAME} lists them; mend the corpus or raise the budget."
         )
     return counts
+
+
+def files_and_counts(
+    results: Sequence[Result], quarantined: Counter[str], *, num_in: int
+) -> tuple[list[FileEntry], dict[str, Any]]:
+    """Return the shards that hold samples, and a manifest's counts: every sample is stored or counted as bad."""
+    files = [FileEntry(**result["entry"]) for result in results if result["entry"]["samples"]]
+    num_out = sum(entry.samples for entry in files)
+    assert num_in == num_out + quarantined.total(), "a sample was lost without being counted"
+    return files, {"in": num_in, "out": num_out, "quarantined": dict(sorted(quarantined.items()))}

@@ -1,48 +1,17 @@
-"""What is said of all latents together: whether every key is accounted for, whether the scale is sound, a plot."""
+"""Statistics of all latents: alarms about collapsed channels and a scale that is not the VAE's, and their plot."""
 
 import io
 import json
 import math
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from data.loading import ImageShards
-from data.manifest import FileEntry
-from data.shards.index import ShardIndex
-from data.shards.keys import check_unique
-from data.shards.split import ShardRange
 from data.statistics import ChannelSums
 
-COLLAPSED_STD = 1e-3  # of the posterior's means; a channel below it says nothing about the image
+COLLAPSED_STD = 1e-3  # of the posterior's means; a channel below it carries nothing of the image
 SCALE_TOLERANCE = 0.2  # how far the scale may be from the VAE's own, relative
-SCALE_FIGURE = "val/latent_std"  # what train_vae measured of it
-
-
-def audit_keys(folder: Path, shards: Mapping[str, tuple[ImageShards, ShardRange]], records: list[Any]) -> None:
-    """Check that each latent shard holds the keys of its image shard, but for those that were set aside, and each once.
-
-    Raises:
-        ValueError: Naming the shard and a key that is missing or was never there, or two shards that share one.
-    """
-    for record in records:
-        entry = FileEntry(**record["entry"])
-        images, part = shards[entry.name]
-        opened, _ = images.locate(part.indices[:1])
-        expected = set(opened[0].index.keys() if opened else ()) - {report["key"] for report in record["quarantined"]}
-        found = set(ShardIndex.of(folder / entry.name, entry=entry).keys())
-        if found != expected:
-            key, what = min(
-                [*((k, "is missing") for k in expected - found), *((k, "is new") for k in found - expected)]
-            )
-            raise ValueError(
-                f"{folder / entry.name}: key {key!r} {what}; its latents are not those of its images. Delete "
-                f"{folder} and encode again."
-            )
-
-    check_unique(folder, [FileEntry(**record["entry"]) for record in records])
+SCALE_METRIC = "val/latent_std"  # what train_vae measured of it
 
 
 def alarms(sums: ChannelSums, vae_folder: Path) -> list[str]:
@@ -68,20 +37,18 @@ def scale_of(sums: ChannelSums) -> float:
 
 
 def scale_in_validation(vae_folder: Path) -> float:
-    """Return the same figure as the VAE's training measured it last, 0 when it did not."""
+    """Return the same as the VAE's training measured it last, 0 when it did not."""
     path = vae_folder / "metrics.jsonl"
     lines = path.read_text().splitlines() if path.is_file() else []
-    values = [row[SCALE_FIGURE] for row in map(json.loads, lines) if SCALE_FIGURE in row]
+    values = [row[SCALE_METRIC] for row in map(json.loads, lines) if SCALE_METRIC in row]
     return float(values[-1]) if values else 0.0
 
 
 def statistics_plot(sums: ChannelSums) -> bytes:
     """Draw mean, standard deviation and range of each channel; PNG."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(max(4.0, 1.5 + 0.4 * sums.num_channels), 3.6), layout="constrained")
-    FigureCanvasAgg(figure)
     axis = figure.subplots()
     channels = np.arange(sums.num_channels)
     axis.vlines(channels, sums.low, sums.high, color="0.75", label="range of the means")
