@@ -1,6 +1,11 @@
 """Networks and the mathematics of diffusion: tensors in, tensors out.
 
-What is equal to somebody else's implementation, and how exactly. Theirs are of diffusers where nothing else is said;
+Read ``latent_diffusion`` (the trained model: encode, decode, sample) first, then its parts: ``autoencoder``, and
+``denoiser``, where ``unet``, ``conditioning`` and ``diffusion`` meet. ``layers`` and ``attention`` serve the networks,
+``features`` and ``metrics`` the evaluation, ``diffusers`` converts configs and weights. Nothing of ``data`` or
+``pipelines`` is imported here, users' mistakes are ``ValueError``, and all noise is handed in.
+
+Equivalences with other implementations, and their tolerances. Theirs are of diffusers where nothing else is said;
 whole trajectories of samplers and whole calls of networks are compared, with the same weights and the same noise.
 
     ours                           theirs                                  tolerance       test_...

@@ -1,4 +1,4 @@
-"""The latent diffusion model: where the network, its conditions and the diffusion process meet.
+"""The denoiser: the U-Net, its conditions and the diffusion process together.
 
 Shapes: b batch, c latent channels, h and w latent size, k number of conditioners. Latents are normalised: about zero
 mean and unit variance in every channel.
@@ -22,7 +22,7 @@ from models.diffusion.objective import (
 )
 from models.diffusion.prediction import Estimate, estimate_from_output
 from models.diffusion.samplers import Denoise, NoiseSource, SamplerConfig, sample
-from models.diffusion.schedule import CosineScheduleConfig, Moment, NoiseLevel, ScheduleConfig, add_noise
+from models.diffusion.schedule import CosineScheduleConfig, Moment, ScheduleConfig, add_noise
 from models.unet import UNet, UNetConfig
 
 
@@ -30,7 +30,7 @@ class DenoiserConfig(BaseModel, frozen=True, extra="forbid"):
     """A U-Net, what it is conditioned on, and the process that it reverses."""
 
     network: UNetConfig = UNetConfig()  # the U-Net
-    conditioners: tuple[ConditionerConfig, ...] = ()  # what the U-Net is told; none makes it unconditional
+    conditioners: tuple[ConditionerConfig, ...] = ()  # inputs besides latents and time; none makes it unconditional
     schedule: ScheduleConfig = CosineScheduleConfig()  # how noise grows with time
     objective: ObjectiveConfig = ObjectiveConfig()  # what the U-Net learns to predict
 
@@ -66,10 +66,10 @@ class DenoiserConfig(BaseModel, frozen=True, extra="forbid"):
 
 
 class Denoiser(nn.Module):
-    """Trains by ``forward``, answers by ``estimate``, makes latents by ``sample``.
+    """A network with its conditioners and process: the training loss by ``forward``, latents by ``sample``.
 
     ``conditions`` holds fields of a batch, each (b ...), among them those that the conditioners read (see their
-    docstrings); ``dropped`` says which samples go without which conditioner.
+    docstrings); ``dropped`` marks the samples that go without a conditioner.
     """
 
     def __init__(self, config: DenoiserConfig, *, latent_channels: int, latent_size: int, num_classes: int) -> None:
@@ -134,16 +134,12 @@ class Denoiser(nn.Module):
         )
 
     def output(self, x: Tensor, times: Tensor, conditions: Mapping[str, Tensor], dropped: Tensor) -> Tensor:
-        """What the network says about noisy latents x (b c h w) at times (b,), before any reading of it.
+        """The network's raw output for noisy latents x (b c h w) at times (b,).
 
         (b c h w), or (b 2c h w) with a learned variance; in the dtype of ``x``, whatever the network computes in.
         """
         condition = self._condition(conditions, dropped)
         return self.network(x, times, condition.embedding, condition.tokens, condition.token_mask).to(x.dtype)
-
-    def estimate(self, x: Tensor, times: Tensor, conditions: Mapping[str, Tensor], dropped: Tensor) -> Estimate:
-        """The data and the noise that the model sees in noisy latents x (b c h w) at times (b,)."""
-        return self._read(self.output(x, times, conditions, dropped), x, self.process.level(times, like=x))
 
     def denoise(self, conditions: Mapping[str, Tensor], guidance: GuidanceConfig) -> Denoise:
         """The model with its conditions and guidance, as the samplers and the variational bound take it."""
@@ -155,7 +151,8 @@ class Denoiser(nn.Module):
             return self.output(x, times, repeated, is_null[:, None].expand(-1, len(self.conditioners)))
 
         def denoise(x: Tensor, moment: Moment) -> Estimate:
-            return self._read(guided_output(predict, x, moment, guidance), x, moment.level)
+            output = guided_output(predict, x, moment, guidance)
+            return estimate_from_output(output, x, moment.level, self.config.objective.prediction)
 
         return denoise
 
@@ -177,7 +174,7 @@ class Denoiser(nn.Module):
 
     @torch.no_grad()
     def condition_gap(self, x0: Tensor, noise: Tensor, times: Tensor, conditions: Mapping[str, Tensor]) -> Tensor:
-        """How much the conditions change the prediction: (b,), 0 if they are ignored.
+        """Relative change of the prediction by the conditions: (b,), 0 if they are ignored.
 
         Root mean square of the difference between the outputs with all conditions and with none, over that of the
         former. Arguments as in ``forward``.
@@ -193,10 +190,7 @@ class Denoiser(nn.Module):
             [conditioner(conditions, dropped[:, index]) for index, conditioner in enumerate(self.conditioners)]
         )
 
-    def _read(self, output: Tensor, x: Tensor, level: NoiseLevel) -> Estimate:
-        return estimate_from_output(output, x, level, self.config.objective.prediction)
-
 
 def _halvings(size: int) -> int:
-    """How often ``size`` can be halved."""
+    """Number of times that ``size`` can be halved."""
     return (size & -size).bit_length() - 1

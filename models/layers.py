@@ -1,7 +1,7 @@
-"""The convolutional parts that the U-Net and the VAE are built from.
+"""Convolutional blocks of the U-Net and the VAE.
 
-Shapes: b batch, c channels, h and w height and width, d embedding width. Blocks take a feature map and, where they are
-told the time, an embedding that has already passed its activation: every block of a network would otherwise repeat it.
+Shapes: b batch, c channels, h and w height and width, d embedding width. Blocks take a feature map and,
+where they depend on time, an embedding that has already passed its activation: every block would otherwise repeat it.
 """
 
 import math
@@ -46,7 +46,7 @@ class TimeEmbedding(nn.Module):
 
 
 class TimeModulation(nn.Module):
-    """How a block hears the time: its features are shifted, or scaled and shifted (Dhariwal & Nichol 2021, sec. 3)."""
+    """Time injection: a block's features are shifted, or scaled and shifted (Dhariwal & Nichol 2021, sec. 3)."""
 
     def __init__(self, *, embedding_width: int, channels: int, kind: TimeInjection) -> None:
         super().__init__()
@@ -81,7 +81,7 @@ class ResidualBlock(nn.Module):
         embedding_width: int = 0,
         time_injection: TimeInjection = "shift",
     ) -> None:
-        """``embedding_width`` 0 makes a block that knows no time, as the VAE uses."""
+        """``embedding_width`` 0 makes a block without a time, as the VAE uses."""
         super().__init__()
         self.norm_1 = nn.GroupNorm(norm_groups, in_channels, eps=norm_eps)
         self.conv_1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
@@ -148,7 +148,7 @@ class ConvNeXtBlock(nn.Module):
 class Downsample(nn.Module):
     """Halve height and width by a convolution of stride 2.
 
-    ``pads`` says where a row and a column of zeros go: on all sides as in the U-Net, or at the far end only as in the
+    ``pads`` is the place of a row and a column of zeros: on all sides as in the U-Net, or at the far end only as in the
     VAE of latent diffusion, whose published weights depend on it.
     """
 

@@ -1,4 +1,4 @@
-"""The U-Net of latent diffusion: what it is told is noisy latents and a time, and optionally a condition.
+"""The U-Net of latent diffusion: from noisy latents, a time and optionally a condition to a prediction.
 
 Shapes: b batch, c channels, h and w height and width, d embedding width, s tokens of a condition.
 
@@ -32,7 +32,7 @@ class UNetConfig(BaseModel, frozen=True, extra="forbid"):
     mid_attention: bool = True  # attention between the two blocks at the bottom
     block: Literal["residual", "convnext"] = "residual"  # kind of convolutional block
     time_injection: TimeInjection = (
-        "scale_shift"  # how blocks hear the time: scale_shift learns faster, shift is smaller
+        "scale_shift"  # injection of the time into blocks: scale_shift learns faster, shift is smaller
     )
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0  # probability, inside blocks
     norm_groups: PositiveInt = 32  # groups of every GroupNorm; divides every width

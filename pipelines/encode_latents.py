@@ -1,4 +1,4 @@
-"""From image shards and a VAE to latent shards: the posterior's moments of every image, and statistics of the whole.
+"""Latent shards from image shards and a VAE: the posterior's moments of every image, and statistics of the whole.
 
     accelerate launch -m pipelines.encode_latents --config pipelines/configs/demo.toml
 
@@ -8,7 +8,7 @@ Reads: ``runs/NAME/corpus/``, ``runs/NAME/vae/``. Writes: ``runs/NAME/latents/``
 """
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from threading import Lock
@@ -90,10 +90,12 @@ def encode(config: EncodeLatentsConfig, stage: Stage) -> None:
     verify_shards(stage, "corpus")
     with config_error_at("inputs.vae"):
         vae = load_vae(config.inputs.vae, stage.parents.vae, device=device)
-    with config_error_at("encode_latents.captions"):
-        captions = caption_encoder(config, stage)
+    captions: CaptionEncoder | None = None
+    if not isinstance(config.captions, NoTextConfig):
+        with config_error_at("encode_latents.captions"):
+            captions = CaptionEncoder(config.captions, device=device.torch)
     corpus = stage.parents.corpus
-    shards = {part.entry.name: (images, part) for images in open_splits(config, corpus) for part in images.shards}
+    shards = shards_of(config, corpus)
     check_images(corpus, vae)
 
     # Encode the shards that are missing; while one is read or committed, the other's batches keep the network busy.
@@ -228,19 +230,15 @@ def latent_statistics(statistics: ChannelSums, vae: AnyVAEManifest) -> dict[str,
     }
 
 
-def caption_encoder(config: EncodeLatentsConfig, stage: Stage) -> CaptionEncoder | None:
-    """Load the text encoder, if one is asked for."""
-    if isinstance(config.captions, NoTextConfig):
-        return None
-    return CaptionEncoder(config.captions, device=stage.accelerator.device)
-
-
-def open_splits(config: EncodeLatentsConfig, corpus: CorpusManifest) -> Iterator[ImageShards]:
-    """Yield the splits of the corpus that hold samples."""
-    for split in get_args(Split):
-        if corpus.splits[split]:
-            with config_error_at("inputs.corpus"):
-                yield ImageShards(config.inputs.corpus, split=split, manifest=corpus, cache_bytes=0)
+def shards_of(config: EncodeLatentsConfig, corpus: CorpusManifest) -> dict[str, tuple[ImageShards, ShardRange]]:
+    """Return the shards of the corpus by file name, each with the split that it is read through."""
+    with config_error_at("inputs.corpus"):
+        splits = [
+            ImageShards(config.inputs.corpus, split=split, manifest=corpus, cache_bytes=0)
+            for split in get_args(Split)
+            if corpus.splits[split]
+        ]
+    return {part.entry.name: (images, part) for images in splits for part in images.shards}
 
 
 def check_images(corpus: CorpusManifest, vae: AutoencoderKL) -> None:

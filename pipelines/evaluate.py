@@ -1,4 +1,4 @@
-"""From a U-Net and its VAE to DDIM samples, grids, and metrics over a sweep of guidance scales.
+"""Evaluation of a U-Net and its VAE: DDIM samples, grids, and metrics over a sweep of guidance scales.
 
     accelerate launch -m pipelines.evaluate --config pipelines/configs/demo.toml
 
@@ -84,7 +84,7 @@ def check_inputs(config: EvaluateConfig, parents: Parents) -> None:
 
 def evaluate(config: EvaluateConfig, stage: Stage) -> None:
     """Draw every sample that is missing, then measure them all."""
-    # What to evaluate, and by what.
+    # The model, the real images, and the names of all batches.
     maker = ItemMaker(config, stage)
     names = maker.names()
 
@@ -93,7 +93,7 @@ def evaluate(config: EvaluateConfig, stage: Stage) -> None:
         make_items(stage, names.reference, maker.make_reference, folder=maker.reference_folder)
         make_items(stage, names.own, maker.make_own, after_each=lambda done, _, __: line.advance_to(done))
 
-    # Measure the whole, and write what people and other programs read.
+    # Measure the whole, and write metrics, pictures and sample shards.
     files: list[FileEntry] = []
     if stage.is_main:
         measure(config, stage, maker, names)
@@ -153,7 +153,7 @@ def measure(config: EvaluateConfig, stage: Stage, maker: ItemMaker, names: ItemN
     )
     draw_pictures(config, stage, maker, names, by_scale, floor)
 
-    # Send them to the tracker, and say the default guidance's.
+    # Send them to the tracker; print those of the default guidance.
     default = by_scale[config.guidance.scale]
     groups = {"eval": default, "eval/floor": floor, "eval/vae": vae, "eval/likelihood": likelihood}
     stage.tracker.log_metrics(

@@ -1,4 +1,4 @@
-"""From an image source to WebDataset shards of ``png``, ``cls``, ``txt`` and ``json``, split into train and val.
+"""Corpus of WebDataset shards from an image source: ``png``, ``cls``, ``txt`` and ``json``, split into train and val.
 
     accelerate launch -m pipelines.prepare_corpus --config pipelines/configs/demo.toml
 
@@ -167,7 +167,11 @@ def write_shard(
         for index in indices:
             try:
                 sample = corpus.read(split, index)
-                writer.add(sample.key, stored_members(config, sample))
+                image = view_sample(sample, config.view, max_pixels=config.max_pixels)
+                members = image_members(
+                    sample.key, image, label=sample.label, caption=sample.caption, metadata=sample.metadata
+                )
+                writer.add(sample.key, members)
             except BadSample as error:
                 quarantined.append(set_aside(config, error.at(shard=path.name)))
     assert writer.entry is not None
@@ -208,14 +212,9 @@ def set_aside(config: PrepareCorpusConfig, error: BadSample) -> dict[str, str]:
     return {name: getattr(error, name) for name in REPORTED}
 
 
-def stored_members(config: PrepareCorpusConfig, sample: ImageSample) -> dict[str, bytes]:
-    """Return the members of a sample, by suffix, as its shard holds them."""
-    image = view_sample(sample, config.view, max_pixels=config.max_pixels)
-    return image_members(sample.key, image, label=sample.label, caption=sample.caption, metadata=sample.metadata)
-
-
 def example_grid(config: PrepareCorpusConfig, source: Source) -> bytes:
     """Draw the first training images of each class, as the corpus has them; PNG."""
+    # A few of each class; of several corpora, in turn.
     columns: dict[int, list[np.ndarray]] = {}
     num_columns = min(max(len(source.classes), 1), MAX_EXAMPLE_COLUMNS)
     corpora = [(corpus, corpus.source.count("train")) for corpus in corpora_of(source)]
@@ -225,10 +224,12 @@ def example_grid(config: PrepareCorpusConfig, source: Source) -> bytes:
             sample = corpus.read("train", index)
             image = view_sample(sample, config.view, max_pixels=config.max_pixels)
         except BadSample:
-            continue  # Counted where its shard was written.
+            continue  # counted where its shard was written
         column = columns.setdefault(max(sample.label, 0), [])
         if len(column) < EXAMPLE_ROWS:
             column.append(image)
+
+    # A column a class, filled up with white.
     blank = np.full((config.view.resolution, config.view.resolution, config.view.channels), 255, dtype=np.uint8)
     cells = [(columns.get(label, []) + [blank] * EXAMPLE_ROWS)[:EXAMPLE_ROWS] for label in range(num_columns)]
     return grid_png(

@@ -10,7 +10,7 @@ from models.diffusion.guidance import GuidanceConfig
 from models.diffusion.objective import ObjectiveConfig
 from models.diffusion.prediction import training_target
 from models.diffusion.samplers import DDIMConfig
-from models.diffusion.schedule import FlowMatchingConfig, add_noise
+from models.diffusion.schedule import FlowMatchingConfig, Moment, add_noise
 from models.unet import UNetConfig
 
 NETWORK = UNetConfig(
@@ -66,9 +66,10 @@ def test_the_loss_is_the_squared_error_of_the_prediction(prediction: str) -> Non
 def test_an_estimate_explains_the_latents_that_it_was_made_from() -> None:
     denoiser = build(CLASS)
     x, _ = latents()
-    estimate = denoiser.estimate(x, TIMES, conditions(), kept(denoiser))
-    level = denoiser.process.level(TIMES, like=x)
-    torch.testing.assert_close(level.alpha * estimate.x0 + level.sigma * estimate.eps, x)
+    for time in TIMES.tolist():
+        moment = Moment(time=time, level=denoiser.process.level(torch.tensor([time]), like=x))
+        estimate = denoiser.denoise(conditions(), GuidanceConfig(scale=1.0))(x, moment)
+        torch.testing.assert_close(moment.level.alpha * estimate.x0 + moment.level.sigma * estimate.eps, x)
 
 
 @pytest.mark.parametrize("conditioners", [(), (CLASS,), (TEXT,), (CLASS, TEXT)], ids=["none", "class", "text", "both"])
@@ -146,7 +147,9 @@ def test_a_learned_variance_doubles_the_output_and_adds_a_bound() -> None:
     loss = denoiser(*latents(), TIMES, conditions(), kept(denoiser))
     assert loss.bound is not None
     assert denoiser.network.conv_out.out_channels == 6
-    estimate = denoiser.estimate(latents()[0], TIMES, conditions(), kept(denoiser))
+    level = denoiser.process.level(torch.tensor([500]), like=latents()[0])
+    predict = denoiser.denoise(conditions(), GuidanceConfig(scale=1.0))
+    estimate = predict(latents()[0], Moment(time=500, level=level))
     assert estimate.log_variance_weight is not None
 
 

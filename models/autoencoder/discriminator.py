@@ -1,4 +1,4 @@
-"""The adversary of the VAE: which patches of an image are real, and how much its opinion weighs.
+"""The patch discriminator of the VAE, and the weight of its loss.
 
 Isola et al. 2017 (arXiv:1611.07004, PatchGAN), with the adaptive weight of Esser et al. 2021 (arXiv:2012.09841, eq. 7).
 GroupNorm stands where the original has batch normalisation, whose statistics would depend on the number of ranks.
@@ -14,7 +14,7 @@ class DiscriminatorConfig(BaseModel, frozen=True, extra="forbid"):
     """A PatchGAN discriminator."""
 
     channels: PositiveInt = 64  # width of the first layer; doubles a layer, up to eight times
-    downsamplings: PositiveInt = 3  # halvings of the image; 3 judge patches of 70 pixels
+    downsamplings: PositiveInt = 3  # halvings of the image; 3 give patches of 70 pixels
     norm_groups: PositiveInt = 32  # groups of every GroupNorm; divides channels times 2
 
 
@@ -46,7 +46,7 @@ class Discriminator(nn.Module):
 
 
 def discriminator_hinge_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
-    """What the discriminator minimises: both sides at their margin of 1 give 0 (Lim & Ye 2017, arXiv:1705.02894).
+    """Hinge loss of the discriminator: both sides at their margin of 1 give 0 (Lim & Ye 2017, arXiv:1705.02894).
 
     Logits of any shape to a scalar.
     """
@@ -54,7 +54,7 @@ def discriminator_hinge_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor
 
 
 def generator_hinge_loss(fake_logits: Tensor) -> Tensor:
-    """What the autoencoder minimises against the discriminator: a scalar without bounds."""
+    """Adversarial loss of the autoencoder: a scalar without bounds."""
     return -fake_logits.mean()
 
 
@@ -65,7 +65,7 @@ def adaptive_weight(reconstruction_gradient: Tensor, adversarial_gradient: Tenso
         reconstruction_gradient: Of the reconstruction loss with respect to the decoder's last layer, any shape.
         adversarial_gradient: Of the generator's loss, same shape. Both averaged over all ranks before they come here:
             a norm of averages is not the average of norms, and each rank would weigh its own loss differently.
-        maximum: Bound, for when the discriminator has no opinion.
+        maximum: Bound, for when the discriminator's gradient vanishes.
 
     Returns:
         A scalar in [0, maximum] without a gradient.

@@ -1,4 +1,4 @@
-"""When the autoencoder starts to hear of its discriminator: at a set update, or when reconstruction stops improving.
+"""Start of the adversarial term: at a set update, or when reconstruction stops improving.
 
 A discriminator that joins too early drowns a reconstruction that still has much to learn from pixels alone. Both kinds
 are functions of the configuration and of losses that are averaged over the ranks, so that all ranks start together, any
@@ -17,14 +17,14 @@ class StartAtUpdate(BaseModel, frozen=True, extra="forbid"):
     """Start after a number of updates."""
 
     kind: Literal["update"] = "update"  # at a time that is known
-    update: NonNegativeInt = 50_000  # updates before the autoencoder hears of the discriminator
+    update: NonNegativeInt = 50_000  # updates without the adversarial term
 
 
 class StartOnPlateau(BaseModel, frozen=True, extra="forbid"):
     """Start when the reconstruction loss has stopped improving."""
 
     kind: Literal["plateau"] = "plateau"  # when pixels have no more to teach
-    every: PositiveInt = 100  # updates that make one look at the loss
+    every: PositiveInt = 100  # updates between two tests of the loss
     window: PositiveInt = 20  # looks that are averaged, to see through noise
     min_improvement: PositiveFloat = 0.01  # share of the loss that a window must gain on the one before it
     latest_update: PositiveInt = 100_000  # start after it in any case
@@ -34,7 +34,7 @@ AdversaryStartConfig = Annotated[StartAtUpdate | StartOnPlateau, Field(discrimin
 
 
 class AdversaryStart:
-    """Whether the discriminator is_main; a part of the checkpoint, the same on every rank.
+    """State of the adversarial term; a part of the checkpoint, the same on every rank.
 
     Args:
         config: What is waited for.
@@ -50,7 +50,7 @@ class AdversaryStart:
         self._count = torch.zeros((), dtype=wide, device=device)
 
     def has_started(self, update: int) -> bool:
-        """Whether the autoencoder hears of the discriminator in ``update``, counted from 1."""
+        """Return whether ``update``, counted from 1, has the adversarial term."""
         match self.config:
             case StartAtUpdate(update=first):
                 return update > first

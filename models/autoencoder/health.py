@@ -1,4 +1,4 @@
-"""The health of an autoencoder in training: which terms of the loss pull on it, and which latent channels say anything.
+"""The health of an autoencoder in training: gradient of each loss term, and activity of each latent channel.
 
 Metrics are of one micro-batch on each rank, averaged over the ranks: all ranks get the same, and all must call.
 """

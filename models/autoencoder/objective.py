@@ -1,4 +1,4 @@
-"""What the VAE minimises: reconstruction, compression, and, when asked for, perception and an adversary.
+"""The objective of the VAE: reconstruction, compression, and optionally a perceptual and an adversarial term.
 
 Every term is a mean over image elements: sums over an image are divided by C H W, so that the weights are those of
 Rombach et al. 2022 (arXiv:2112.10752, appendix G) at any resolution.
@@ -35,7 +35,7 @@ class LPIPSTerm(BaseModel, frozen=True, extra="forbid"):
     """LPIPS with VGG16 (Zhang et al. 2018, arXiv:1801.03924)."""
 
     kind: Literal["lpips"] = "lpips"  # needs a weights file
-    weights: Path  # safetensors file; models/autoencoder/perceptual_weights.py says how to make it
+    weights: Path  # safetensors file; made by models/autoencoder/perceptual_weights.py
     weight: PositiveFloat = 1.0  # of the term
 
 
@@ -50,7 +50,7 @@ class PatchAdversary(BaseModel, frozen=True, extra="forbid"):
 
     kind: Literal["patchgan"] = "patchgan"  # sharper textures, after the reconstruction has settled
     weight: PositiveFloat = 0.5  # of the adversarial term, on top of the adaptive weight
-    start: AdversaryStartConfig = StartAtUpdate()  # when the autoencoder begins to hear of the discriminator
+    start: AdversaryStartConfig = StartAtUpdate()  # start of the adversarial term
     discriminator: DiscriminatorConfig = DiscriminatorConfig()  # the network
 
 
@@ -102,7 +102,7 @@ class VAEObjective(nn.Module):
             reconstruction: Same shape.
             posterior: Of the latents.
             last_layer: Weight of the decoder's last layer, where gradients are compared.
-            discriminator: The bare network, or None as long as there is none to hear of; the same on every rank. Its
+            discriminator: The bare network, or None before the adversarial term starts; the same on every rank. Its
                 weights get no gradient here.
         """
         elements = images[0].numel()

@@ -1,4 +1,4 @@
-"""LPIPS: how different two images look, by the features of a network trained on photographs.
+"""LPIPS: the perceptual distance of two images, by the features of a network trained on photographs.
 
 Zhang et al. 2018 (arXiv:1801.03924), eq. 1, version 0.1 with VGG16: unit-length features of five layers, squared
 differences weighed by channel, averaged over space, summed over layers.
@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 # Convolutions of each stage of VGG16 (Simonyan & Zisserman 2014, arXiv:1409.1556, configuration D); a pooling halves
-# the map between stages, and LPIPS looks at the end of each.
+# the map between stages, and LPIPS takes the end of each.
 STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
 SMALLEST_IMAGE = 2 ** (len(STAGES) - 1)
 

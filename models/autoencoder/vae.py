@@ -147,7 +147,7 @@ class AutoencoderKL(nn.Module):
 
 
 def _tile_starts(size: int, tile: int, overlap: int) -> list[int]:
-    """Where tiles start along one side; spread evenly, the last one ends at the border."""
+    """Starts of tiles along one side; spread evenly, the last one ends at the border."""
     if size <= tile:
         return [0]
     count = math.ceil((size - overlap) / (tile - overlap))

@@ -46,7 +46,7 @@ class ClassConditioner(nn.Module):
         self.table = nn.Embedding(num_classes + 1, embedding_width)
 
     def forward(self, conditions: Mapping[str, Tensor], dropped: Tensor) -> Conditioning:
-        """Reads ``labels`` int64 (b), -1 where an image has none; ``dropped`` bool (b) says who goes without theirs.
+        """Reads ``labels`` int64 (b), -1 where an image has none; ``dropped`` bool (b) marks those without theirs.
 
         Null labels are chosen by ``where``, so that the graph is the same for every batch.
         """

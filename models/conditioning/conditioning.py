@@ -1,4 +1,4 @@
-"""What a conditioner gives to the network, and how several of them combine."""
+"""Conditioning: the embedding and tokens that a conditioner gives to the network, and their combination."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -16,7 +16,7 @@ class Conditioning(NamedTuple):
 
 
 class TextFeatures(NamedTuple):
-    """What a text encoder says about captions."""
+    """Features of captions by a text encoder."""
 
     tokens: Tensor  # (b s d), float32; zero where a caption has ended
     pooled: Tensor  # (b d), float32; about unit variance over d

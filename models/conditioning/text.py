@@ -97,7 +97,7 @@ class TextConditioner(nn.Module):
         return Conditioning(embedding=embedding, tokens=tokens, token_mask=token_mask)
 
     def pooled(self, conditions: Mapping[str, Tensor], dropped: Tensor) -> Tensor:
-        """What is projected: the pooled vectors (b width), the null's among them; arguments as in ``forward``."""
+        """Input of the projection: the pooled vectors (b width), the null's among them; arguments as in ``forward``."""
         given = conditions[TEXT_POOLED].to(self.null_pooled.dtype)
         absent = dropped | (given == 0).all(dim=1)
         return torch.where(absent[:, None], self.null_pooled, given)

@@ -1,4 +1,4 @@
-"""Text to token numbers as BERT does it: clean, lower-case, strip accents, split at punctuation, then WordPiece.
+"""WordPiece, text to token numbers as in BERT: clean, lower-case, strip accents, split at punctuation, then WordPiece.
 
 Devlin et al. 2019 (arXiv:1810.04805); the longest-match rule is Wu et al. 2016 (arXiv:1609.08144), section 4.1.
 Only the vocabulary file is needed.

@@ -208,7 +208,7 @@ def _head_widths(network: UNetConfig) -> set[int]:
 
 
 class ForeignUNet(NamedTuple):
-    """What the ``config.json`` of a diffusers U-Net says, in our terms."""
+    """The ``config.json`` of a diffusers U-Net in our terms."""
 
     network: UNetConfig
     in_channels: int

@@ -80,7 +80,7 @@ def move_term(estimate: Estimate, x0: Tensor, *, log_variance: Tensor, now: Nois
     """L_{t-1} of the move from ``now`` to ``then``, which is not yet clean; (b,).
 
     Args:
-        estimate: What the denoiser believes about the latents at ``now``; gives the mean of p(x_{t-1} | x_t).
+        estimate: The denoiser's estimate from the latents at ``now``; gives the mean of p(x_{t-1} | x_t).
         x0: The data in them; (b c h w).
         log_variance: Of p(x_{t-1} | x_t); broadcasts over x0.
     """

@@ -1,4 +1,4 @@
-"""What a denoiser is trained to do: at which times, to predict what, and how errors are weighed.
+"""The training objective of a denoiser: its times, its target, and the weight of its errors.
 
 The loss is the mean squared error of the prediction, in its own units, times a weight that depends on the noise level
 only. A weighting is a function of the signal-to-noise ratio on the error of x0; ``loss_weights`` turns it
@@ -165,7 +165,7 @@ def x0_error_per_error(level: NoiseLevel, snr: Tensor, prediction: Prediction) -
 
 
 class ObjectiveConfig(BaseModel, frozen=True, extra="forbid"):
-    """What the network learns to predict, at which times, and how errors are weighed."""
+    """Target of the network, its training times, and the weight of its errors."""
 
     prediction: Prediction = "v"  # what the network's output means: eps, x0, v, velocity or score
     weighting: WeightingConfig = UniformWeighting()  # of the noise levels

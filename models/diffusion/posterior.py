@@ -75,12 +75,12 @@ def posterior_mean_to_x0(mean: Tensor, x: Tensor, *, now: NoiseLevel, then: Nois
 
 
 def posterior_mean_to_eps(mean: Tensor, x: Tensor, *, now: NoiseLevel, then: NoiseLevel) -> Tensor:
-    """Ho et al. 2020, eq. 11 solved for the noise. Finite everywhere, but says nothing of the mean at alpha = 0."""
+    """Ho et al. 2020, eq. 11 solved for the noise. Finite everywhere, but without the mean at alpha = 0."""
     return (x - step_scale(now=now, then=then) * mean) * now.sigma / step_variance(now=now, then=then)
 
 
 def posterior_mean_to_score(mean: Tensor, x: Tensor, *, now: NoiseLevel, then: NoiseLevel) -> Tensor:
-    """Song et al. 2021, eq. 4 solved for the score. Finite everywhere, but says nothing of the mean at alpha = 0."""
+    """Song et al. 2021, eq. 4 solved for the score. Finite everywhere, but without the mean at alpha = 0."""
     return (step_scale(now=now, then=then) * mean - x) / step_variance(now=now, then=then)
 
 

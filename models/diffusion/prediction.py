@@ -1,6 +1,6 @@
-"""What a network can predict, and how each prediction turns into every other.
+"""Predictions of a network, and the conversion of each into every other.
 
-Noisy latents are ``x = alpha x0 + sigma eps``. Given ``x`` and its noise level, each of these says all the others:
+Noisy latents are ``x = alpha x0 + sigma eps``. Given ``x`` and its noise level, each of these gives all the others:
 
     x0         the data
     eps        the noise                                        Ho et al. 2020 (arXiv:2006.11239), eq. 14
@@ -15,8 +15,8 @@ Every ``<from>_to_<to>(value, x, level)`` is written for any alpha and sigma, so
 flow matching (alpha + sigma = 1) share it. At the ends of a schedule some questions have no answer; those conversions
 divide by zero, and the result is infinite or nan, as in the mathematics:
 
-    pure noise, alpha = 0      x says nothing of x0: from eps or score, only eps and score follow
-    clean data, sigma = 0      x says nothing of eps: from x0, only x0 follows; no score exists
+    pure noise, alpha = 0      x holds nothing of x0: from eps or score, only eps and score follow
+    clean data, sigma = 0      x holds nothing of eps: from x0, only x0 follows; no score exists
 
 From v and from velocity, everything but the score is finite everywhere, which is why they suit schedules that end in
 pure noise. All tensors are (b c h w) of one dtype; levels broadcast over them.
@@ -37,7 +37,7 @@ Prediction = Literal["eps", "x0", "v", "velocity", "score"]
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a denoiser believes about noisy latents: the data and the noise in them, (b c h w) each.
+    """Estimate of a denoiser: the data and the noise in noisy latents, (b c h w) each.
 
     ``log_variance_weight`` is the learned variance of Nichol & Dhariwal 2021, eq. 15, where a network has one: the
     weight of log beta against log beta-tilde, in [0, 1] when well trained; (b c h w).
@@ -49,7 +49,7 @@ class Estimate:
 
 
 Denoise = Callable[[Tensor, Moment], Estimate]
-"""A network with its conditions and guidance, as samplers see it: what it believes about latents x (b c h w)."""
+"""A network with its conditions and guidance, as samplers call it: its estimate from latents x (b c h w)."""
 
 
 # ------------------------------------------------------------------------------------------------------- from eps
@@ -212,7 +212,7 @@ def split_learned_variance(output: Tensor, *, num_channels: int) -> tuple[Tensor
 
 
 def training_target(x0: Tensor, eps: Tensor, level: NoiseLevel, prediction: Prediction) -> Tensor:
-    """What a network that predicts ``prediction`` should say when the data is ``x0`` and the noise is ``eps``."""
+    """The target of a network that predicts ``prediction``, for data ``x0`` and noise ``eps``."""
     match prediction:
         case "x0":
             return x0

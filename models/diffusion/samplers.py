@@ -1,4 +1,4 @@
-"""From noise to data: DDPM, DDIM and its inversion, Euler, Heun and DPM-Solver++(2M).
+"""Samplers, from noise to data: DDPM, DDIM and its inversion, Euler, Heun and DPM-Solver++(2M).
 
 A sampler is a generator: it is given a denoiser, initial noise and a list of moments from noisy to clean, and yields a
 ``SamplerStep`` after each move. It knows no network and draws no randomness: fresh noise comes from a callable, so that
@@ -9,7 +9,7 @@ an image can depend on its own seed only. The last move always ends on clean dat
 
 ``now`` is the level of the latents and ``then`` the cleaner one that a step moves them to. All formulas are finite when
 ``now`` is pure noise, so schedules with zero terminal SNR and flow matching need no special case, provided that the
-network's prediction says something there (v, velocity, x0; not eps).
+network's prediction is informative there (v, velocity, x0; not eps).
 """
 
 from __future__ import annotations
@@ -34,17 +34,17 @@ from models.diffusion.prediction import Denoise, Estimate, eps_to_x0
 from models.diffusion.schedule import CLEAN, Moment, NoiseLevel, NoiseSource, Process
 from models.diffusion.spacing import Spacing, sampling_moments
 
-DATA = Moment(time=0.0, level=CLEAN)  # where every sampler ends; the network is never asked about it
+DATA = Moment(time=0.0, level=CLEAN)  # where every sampler ends; the network is never called there
 
 
 @dataclass(frozen=True)
 class SamplerStep:
-    """Where a sampler stands after a move."""
+    """State of a sampler after a move."""
 
     index: int  # of the move, from 0
     x: Tensor  # latents after it; (b c h w)
     level: NoiseLevel  # their noise level
-    estimate: Estimate  # the belief that the move followed; ``estimate.x0`` is the preview worth showing
+    estimate: Estimate  # the estimate that the move followed; ``estimate.x0`` is the preview worth showing
 
 
 # ------------------------------------------------------------------------------------------------------- single steps
@@ -70,7 +70,7 @@ def stochastic_ddim_step(estimate: Estimate, z: Tensor, *, now: NoiseLevel, then
 
 
 def heun_correction(here: Estimate, there: Estimate, *, now: NoiseLevel, then: NoiseLevel, straight: bool) -> Tensor:
-    """What the trapezoidal rule adds to an Euler step from ``now`` to ``then``. Karras et al. 2022, algorithm 1.
+    """Correction by the trapezoidal rule to an Euler step from ``now`` to ``then``. Karras et al. 2022, algorithm 1.
 
     On the chain it integrates in (x / alpha, sigma / alpha), where the slope is eps; on the straight path in (x, t),
     where the slope is eps - x0. From pure noise the former has no finite slope and the step stays an Euler step.
@@ -168,8 +168,8 @@ def dpm_solver_pp(denoise: Denoise, x: Tensor, moments: Sequence[Moment]) -> Ite
 def ddim_inversion(denoise: Denoise, x0: Tensor, moments: Sequence[Moment]) -> Iterator[SamplerStep]:
     """From data to the noise that deterministic DDIM turns back into it, along the same moments.
 
-    Song et al. 2021, section 4.3; Dhariwal & Nichol 2021 (arXiv:2105.05233), appendix F. The network is told the time
-    of the level that the step leads to, since clean data has none. The round trip closes as the steps become finer.
+    Song et al. 2021, section 4.3; Dhariwal & Nichol 2021 (arXiv:2105.05233), appendix F. The network's input is the
+    time of the level that the step leads to, since clean data has none. The round trip closes as steps become finer.
 
     Args:
         denoise: Must be able to tell the noise in clean data: a prediction of x0 or of the score cannot.

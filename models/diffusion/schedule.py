@@ -1,10 +1,10 @@
-"""How noisy the latents are at each time: noise schedules, and the process that each of them defines.
+"""Noise schedules: the noise level of the latents at each time, and the process that each schedule defines.
 
 Everything in this folder shares one picture. Noisy latents are a mixture of data and standard normal noise,
 
     x_t = alpha_t x0 + sigma_t eps,
 
-and a *process* says which ``NoiseLevel(alpha, sigma)`` belongs to which time. There are two: the Markov chain of DDPM
+and a *process* maps each time to its ``NoiseLevel(alpha, sigma)``. There are two: the Markov chain of DDPM
 with T discrete steps, which keeps alpha^2 + sigma^2 = 1, and flow matching on the straight path, alpha + sigma = 1.
 
 Steps are numbered 0 (nearly clean) to T - 1 (noisiest), as in the code of Ho et al.; their paper says 1 to T. Clean
@@ -32,7 +32,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class NoiseLevel:
-    """How much data and how much noise: ``x = alpha x0 + sigma eps``.
+    """Shares of data and noise: ``x = alpha x0 + sigma eps``.
 
     In training one level a sample, shaped to broadcast over the latents, (b 1 1 1). In a sampler one level for the
     whole batch: float64 scalars on the CPU, which take the dtype of the latents and cost no wait for a GPU.
@@ -59,7 +59,7 @@ class NoiseLevel:
 
 @dataclass(frozen=True)
 class Moment:
-    """A point on a sampler's way: what the network is told (``time``), and what is true of the latents (``level``)."""
+    """A point on a sampler's way: the network's input (``time``) and the noise level of the latents (``level``)."""
 
     time: float
     level: NoiseLevel
@@ -144,7 +144,7 @@ class DiscreteDiffusion:
 class FlowMatching:
     """The straight path x_t = (1 - t) x0 + t eps with t in [0, 1]. Lipman et al. 2023; Liu et al. 2023, eq. 1.
 
-    The network is told ``num_steps * t``, so that its time embedding sees the range that it sees with a chain. Step i
+    The network's input is ``num_steps * t``, so that its time embedding has the same range as with a chain. Step i
     of a sampler is t = (i + 1) / num_steps; in training, t is continuous.
     """
 
@@ -279,7 +279,7 @@ class FlowMatchingConfig(BaseModel, frozen=True, extra="forbid"):
     """The straight path from data to noise (Lipman et al. 2023; Liu et al. 2023)."""
 
     kind: Literal["flow_matching"] = "flow_matching"
-    num_steps: PositiveInt = 1000  # the network is told t * num_steps; the finest grid of a sampler
+    num_steps: PositiveInt = 1000  # the network's input is t * num_steps; the finest grid of a sampler
 
     def build(self) -> FlowMatching:
         """The flow along this path."""

@@ -1,4 +1,4 @@
-"""At which noise levels a sampler asks the network."""
+"""Spacing: the noise levels at which a sampler calls the network."""
 
 from __future__ import annotations
 

@@ -1,6 +1,8 @@
 """Feature extractors for metrics: images to vectors whose distances mean something.
 
-A new extractor is one file with a config that has ``build()``, and its name in the union below.
+Read ``extractor`` (the interface), then ``scattering``, ``efficientnet_lite0`` and ``inception``. No other
+package of ours is imported. A new extractor is one file with a config that has ``build()``, and its name in the union
+below.
 """
 
 from typing import Annotated

@@ -1,4 +1,4 @@
-"""What all feature extractors share: images in as a file holds them, features out that depend on nothing else."""
+"""Interface of the feature extractors: 8-bit images in, features out that depend on nothing else."""
 
 import abc
 import hashlib
@@ -17,7 +17,7 @@ class FeatureExtractor(nn.Module, abc.ABC):
     threads: every pass has the same fixed shape, filled up with black images.
     """
 
-    name: str  # says which features these are; figures compare only under one name and digest
+    name: str  # of the features; metrics compare only under one name and digest
     weights_sha256: str  # of the weights file, or of the definition where there is none
     dimension: int  # features an image
     resolution: int  # pixels a side to which images are resized

@@ -3,7 +3,7 @@
 Szegedy et al. 2016 (arXiv:1512.00567), in the variant of Heusel et al. 2017's TensorFlow graph of 2015: averages in
 the mixed blocks leave out the padding, and the last block pools by the maximum. Names are those of the usual PyTorch
 weights file (``pt_inception-2015-12-05``), which is not downloaded here. Inputs are resized by an antialiased bicubic
-filter as "clean" FID does (Parmar et al. 2022), so figures differ a little from those of tools that do not filter.
+filter as "clean" FID does (Parmar et al. 2022), so metrics differ a little from those of tools that do not filter.
 """
 
 from collections.abc import Callable

@@ -1,9 +1,8 @@
-"""How far a set of generated images is from a set of real ones, by their features.
+"""Distances between a set of generated images and a set of real ones, by their features.
 
-Three views of one question. The Frechet distance compares mean and covariance, the kernel distance compares all
-moments up to the third without bias, precision and recall tell fidelity from variety. All work in float64 on the CPU,
-draw nothing at random and give the same bits under any number of threads. Letters: n samples, m reference samples,
-d features.
+The Frechet distance compares mean and covariance, the kernel distance compares all moments up to the third without
+bias, precision and recall separate fidelity from variety. All work in float64 on the CPU, draw nothing at random and
+give the same bits under any number of threads. Letters: n samples, m reference samples, d features.
 """
 
 import math

@@ -1,4 +1,4 @@
-"""What every metric shares: a value with its standard error, checked inputs, and the same bits on any machine load."""
+"""Estimates: a value with its standard error, from checked inputs, with the same bits on any machine load."""
 
 import functools
 import math

@@ -1,4 +1,4 @@
-"""How close a reconstruction is to its image: peak signal-to-noise ratio and structural similarity, image by image.
+"""Fidelity of a reconstruction to its image: peak signal-to-noise ratio and structural similarity, image by image.
 
 Images are (b c h w), either uint8 or float in [-1, 1]; float images outside the range are clamped, as they are when
 they are written to a file. Results are float64 on the images' device.

@@ -1,4 +1,4 @@
-"""A linear classifier on fixed features: what class does an image show, judged by real images only."""
+"""A linear classifier on fixed features, fitted on real images only: the class that an image shows."""
 
 from dataclasses import dataclass
 

@@ -16,7 +16,7 @@ Batch = TypeVar("Batch")
 
 
 class GlobalBatches(ABC, Generic[Batch]):
-    """This rank's share of every global batch; a training says in ``make`` what a batch consists of.
+    """This rank's share of every global batch; ``make`` of a training defines a batch.
 
     Args:
         config: Of the training.

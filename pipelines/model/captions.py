@@ -1,8 +1,7 @@
-"""Captions to features: what encoding stores beside a latent, and what a prompt becomes when images are drawn.
+"""Features of captions: stored beside latents by encoding, computed in training, and of prompts when images are drawn.
 
 The text encoder is frozen, so the features of a caption are computed once, or anew in each batch where space is dearer
-than time. A digest of the encoder's files goes with them to the U-Net: a prompt of another encoder would mean nothing
-to it.
+than time. A digest of the encoder's files goes with them to the U-Net, which accepts prompts of no other encoder.
 """
 
 import threading
@@ -51,11 +50,11 @@ FeatureSourceConfig = Annotated[StoredFeaturesConfig | ComputedFeaturesConfig, F
 
 
 class CaptionEncoder:
-    """A frozen text encoder that works in batches of one size and remembers recent captions.
+    """A frozen text encoder that computes in batches of one size and keeps the features of recent captions.
 
     Args:
         config: The encoder.
-        device: Where it computes.
+        device: Its device.
         batch_size: Captions of one forward pass; fewer are filled up, since bits may depend on it.
 
     Raises:
@@ -66,7 +65,7 @@ class CaptionEncoder:
         self._encoder = config.build().to(device)
         self._batch_size = batch_size
         self._of_thread = threading.local()  # shards are encoded at once, and none may see what another has kept
-        #: What a manifest says of the features: the encoder's digest, and their sizes.
+        #: The features in a manifest: the encoder's digest, and their sizes.
         self.about: dict[str, Any] = {
             "kind": config.kind,
             "encoder": digest_of({path.name: sha256_of(path) for path in self._encoder.files}),
@@ -111,10 +110,10 @@ class CaptionFeatures:
     the batch, in batches of one size, so that a restart gives the same bits.
 
     Args:
-        source: Where features come from.
+        source: Origin of the features.
         denoiser: The model; its text conditioners name the encoder.
         latents: Manifest of the latents.
-        device: Where an encoder computes.
+        device: Device of an encoder.
 
     Raises:
         ValueError: The latents do not have the features, or there is no such encoder, or it has another width.
@@ -138,7 +137,7 @@ class CaptionFeatures:
             self._encoder = CaptionEncoder(text_conditioners(denoiser)[0].encoder, device=device)
             about = self._encoder.about
         check_features(denoiser, about)
-        #: What a manifest says of the features; None without any.
+        #: The features in a manifest; None without any.
         self.about: Mapping[str, Any] | None = about
 
     @property
@@ -148,12 +147,12 @@ class CaptionFeatures:
 
     @property
     def computes(self) -> bool:
-        """Whether captions are to be read with each latent instead."""
+        """True where captions are read with each latent instead."""
         return self._encoder is not None
 
     @property
     def are_read(self) -> bool:
-        """Whether the denoiser reads captions at all."""
+        """True where the denoiser reads captions at all."""
         return bool(self._read)
 
     def of(self, batch: LatentBatch) -> dict[str, Tensor]:
@@ -170,10 +169,10 @@ class CaptionFeatures:
         return {"encoder": torch.tensor(list(bytes.fromhex(self._encoder.about["encoder"])), dtype=torch.uint8)}
 
     def load(self, tensors: dict[str, Tensor]) -> None:
-        """Make sure that the encoder is the one of the checkpoint.
+        """Refuse a checkpoint of another encoder.
 
         Raises:
-            ConfigError: It is another.
+            ConfigError: Naming both.
         """
         mine = self.tensors()["encoder"]
         if not tensors["encoder"].equal(mine):
@@ -203,7 +202,7 @@ def check_features(denoiser: DenoiserConfig, about: Mapping[str, Any] | None) ->
 
     Args:
         denoiser: The model.
-        about: What is known of the captions' features, as the latents' manifest has it; None when there are none.
+        about: The features as in the latents' manifest; None when there are none.
 
     Raises:
         ValueError: There are none, or they have another width or length.

@@ -1,6 +1,6 @@
-"""Where networks lie: on which device, in which memory format, and by what their attention is computed there.
+"""The device of the networks: torch device, memory format and attention backend.
 
-A stage or tool asks once for its ``Device`` and puts every network there; ``run.attention`` is honoured here alone.
+A stage or tool chooses its ``Device`` once and places every network there; ``run.attention`` is read here alone.
 """
 
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from pipelines.runtime.stage.stage import Stage
 
 Network = TypeVar("Network", bound=nn.Module)
 
-# accelerate's words for what networks compute in.
+# accelerate's names of the dtypes that networks compute in.
 _DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -34,7 +34,7 @@ class Device:
 
 
 def device_of(stage: Stage) -> Device:
-    """Choose where the networks of a stage lie, say why, and tag the MLflow run with it. Before any work.
+    """Choose the device of a stage's networks, print why, and tag the MLflow run with it. Before any work.
 
     Raises:
         ConfigError: ``run.attention`` does not run on this rank's device.
@@ -50,9 +50,9 @@ def attention_on(device: torch.device, run: RunConfig, *, precision: str = "no")
     """Choose the attention backend that ``run`` asks for.
 
     Args:
-        device: Where networks will lie.
-        run: Says what is wanted.
-        precision: accelerate's word for what networks compute in. They are looked at in float32 besides, so the
+        device: Device of the networks.
+        run: Configuration with ``attention``.
+        precision: accelerate's name of the dtype that networks compute in. They are validated in float32, so the
             backend has to run in both.
 
     Raises:

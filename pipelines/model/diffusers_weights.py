@@ -1,4 +1,4 @@
-"""Networks that others published in the format of diffusers: an autoencoder as ``inputs.vae``, a U-Net to start from.
+"""Weights in the format of diffusers: a published autoencoder as ``inputs.vae``, a U-Net to start from.
 
 Only safetensors are read. A folder of diffusers has no manifest of ours, so one is made of what it holds: the sha256
 of its weights ties latents to it as to a VAE of our own. Its scaling is taken over, since a published U-Net expects
@@ -100,13 +100,13 @@ def load_start(start: RandomStart | DiffusersStart, denoiser: Denoiser) -> str |
 
 
 def _comparable(network: UNetConfig, token_width: int) -> dict[str, Any]:
-    """Return what decides the weights of a U-Net: heads only where there is attention, depth only with tokens."""
+    """Return the settings that decide the weights of a U-Net: heads only with attention, depth only with tokens."""
     last = len(network.channels) - 1
     attends = [on or (level == last and network.mid_attention) for level, on in enumerate(network.attention)]
-    told = network.model_dump(exclude={"checkpointed_levels", "dropout", "heads", "transformer_depth"})
+    found = network.model_dump(exclude={"checkpointed_levels", "dropout", "heads", "transformer_depth"})
     for name in ("heads", "transformer_depth") if token_width else ("heads",):
-        told[name] = [each if on else 0 for each, on in zip(getattr(network, name), attends, strict=True)]
-    return told
+        found[name] = [each if on else 0 for each, on in zip(getattr(network, name), attends, strict=True)]
+    return found
 
 
 def _shown(value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Panels: grids of images as one PNG, for people."""
+"""Grids of images as one PNG, for people."""
 
 import io
 from collections.abc import Sequence

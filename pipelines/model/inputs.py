@@ -1,4 +1,4 @@
-"""Inputs as promised: every shard that a stage reads is the one its manifest names."""
+"""Verification of inputs: every shard that a stage reads is the one its manifest names."""
 
 from pathlib import Path
 
@@ -15,7 +15,7 @@ def verify_shards(stage: Stage, name: str) -> None:
     Shards behind a URL are checked as they are fetched.
 
     Raises:
-        ConfigError: On every rank, when one found a shard that is not what its manifest says.
+        ConfigError: On every rank, when one found a shard that is not the one of its manifest.
     """
     folder: str = getattr(stage.config.inputs, name)  # type: ignore[attr-defined]
     manifest = stage.parents[name]

@@ -40,7 +40,7 @@ class VAEValidation:
         images_per_pass: Images that are encoded and decoded at once.
 
     Raises:
-        ValueError: The folder does not hold what its manifest says.
+        ValueError: The folder does not hold the files of its manifest.
     """
 
     def __init__(self, stage: Stage, *, corpus_folder: str, images_per_pass: int) -> None:
@@ -90,23 +90,23 @@ class GridConfig(BaseModel, frozen=True, extra="forbid"):
 
     rows: PositiveInt = 4  # samples of each class or caption
     max_columns: PositiveInt = 12  # classes or captions shown
-    sampler: SamplerConfig = DDIMConfig(num_steps=25)  # how they are drawn
-    guidance: GuidanceConfig = GuidanceConfig(scale=2.0)  # how strongly the condition pulls
+    sampler: SamplerConfig = DDIMConfig(num_steps=25)  # sampler of the grid
+    guidance: GuidanceConfig = GuidanceConfig(scale=2.0)  # weight of the condition
 
 
 class UNetValidation:
-    """Looks at the averaged weights now and then, on the main process.
+    """Validation of an averaged U-Net, on the main process: loss on validation latents, and a grid of samples.
 
     Args:
         stage: The running training.
         grid: The grid.
-        latents_folder: Latents that it trains on; those of the validation split are looked at.
+        latents_folder: Latents that it trains on; those of the validation split are measured.
         vae_folder: Folder of the autoencoder.
-        placed: Where networks lie.
-        captions: Their features.
+        device: Device of the networks.
+        captions: Features of their captions.
 
     Raises:
-        ValueError: A folder does not hold what its manifest says.
+        ValueError: A folder does not hold the files of its manifest.
     """
 
     def __init__(
@@ -175,7 +175,7 @@ class UNetValidation:
 
     @torch.no_grad()
     def _metrics(self, network: Denoiser) -> dict[str, float]:
-        """Return the loss on validation latents with fixed noise, at stratified times, and the condition's pull."""
+        """Return the loss on validation latents with fixed noise, at stratified times, and the conditions' effect."""
         if self.validation is None:
             return {}
         x0, conditions = self.validation

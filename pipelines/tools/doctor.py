@@ -9,7 +9,6 @@ all-reduce. Exit code 0: nothing stands in the way (warnings may). 2: the experi
 """
 
 import json
-import os
 import socket
 import sys
 import time
@@ -22,8 +21,7 @@ import torch
 import torch.distributed as dist
 from pydantic import NonNegativeFloat
 
-from pipelines.runtime.config.command_line import config_from_command_line
-from pipelines.runtime.config.errors import ConfigError
+from pipelines.runtime.config.command_line import config_from_command_line, exit_on_config_error
 from pipelines.runtime.config.stage_config import StageConfig
 from pipelines.runtime.stage.launch import launched_world_size, start_accelerator, threads_per_process
 from pipelines.tools.doctor_checks import (
@@ -62,13 +60,9 @@ class Finding:
 def main() -> None:
     argv = [word for word in sys.argv[1:] if word != "--json"]
     config = config_from_command_line(DoctorConfig, table="doctor", about=__doc__, argv=argv)
-    try:
+    with exit_on_config_error("doctor"):
         stages = stage_configs(experiment_path(argv), root=config.run.root)
         accelerator = start_accelerator(config.run)
-    except ConfigError as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"doctor: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
     rank, world_size = accelerator.process_index, accelerator.num_processes
     mine = list(own_findings(config, stages, device=accelerator.device, rank=rank))
     if world_size > 1:

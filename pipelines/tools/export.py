@@ -1,4 +1,4 @@
-"""Export a trained run for diffusers: VAE, U-Net, scheduler, and an example by which anyone can check them.
+"""Export of a trained run for diffusers: VAE, U-Net, scheduler, and an example to check them by.
 
     python -m pipelines.tools.export --config pipelines/configs/demo.toml --format diffusers --output exports/demo
 
@@ -8,7 +8,6 @@ model card ``README.md``, whose few lines reproduce the example. There is no ``m
 normalises latents channel by channel, so none would draw our images.
 """
 
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -32,7 +31,7 @@ from pipelines.model.device import Device
 from pipelines.model.grids import grid_png
 from pipelines.model.noise import noise_of
 from pipelines.model.weights import ModelInputs, check_latent_diffusion, denoiser_config, load_latent_diffusion
-from pipelines.runtime.config.command_line import config_from_command_line
+from pipelines.runtime.config.command_line import config_from_command_line, exit_on_config_error
 from pipelines.runtime.config.errors import ConfigError, config_error_at
 from pipelines.runtime.config.stage_config import StageConfig
 from pipelines.runtime.stage.fingerprint import read_parents
@@ -57,11 +56,8 @@ class ExportConfig(StageConfig):
 
 def main() -> None:
     config = config_from_command_line(ExportConfig, table="export", about=__doc__)
-    try:
+    with exit_on_config_error("export"):
         export(config)
-    except ConfigError as error:
-        print(f"export: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
 
 
 def export(config: ExportConfig) -> None:
@@ -182,7 +178,7 @@ def compute_example(
 
 
 def arguments_in_diffusers(network: Denoiser, conditions: Mapping[str, Tensor], dropped: Tensor) -> dict[str, Tensor]:
-    """Return what the exported U-Net is called with for these conditions: its keyword arguments, each (n ...)."""
+    """Return the keyword arguments of the exported U-Net for these conditions, each (n ...)."""
     arguments: dict[str, Tensor] = {}
     for conditioner in network.conditioners:
         if isinstance(conditioner, ClassConditioner):

@@ -1,4 +1,4 @@
-"""The model card of an export: what the model is, and the lines that reproduce its example in diffusers."""
+"""The model card of an export: description, and the lines that reproduce its example in diffusers."""
 
 from collections.abc import Mapping
 
@@ -71,7 +71,7 @@ def model_card(
         unet_class: Its class in diffusers.
         example: What ``example.safetensors`` holds.
         classes: Class names by label.
-        digests: sha256 of the weights, by what they are.
+        digests: sha256 of the weights by network.
         experiment: The experiment's name.
     """
     return CARD.format(

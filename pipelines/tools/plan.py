@@ -41,7 +41,7 @@ from models.autoencoder.vae import AutoencoderKL
 from models.denoiser import DenoiserConfig
 from pipelines import encode_latents, evaluate, prepare_corpus, train_unet, train_vae
 from pipelines.model.captions import NoTextConfig, blank_features
-from pipelines.runtime.config.command_line import config_from_command_line
+from pipelines.runtime.config.command_line import config_from_command_line, exit_on_config_error
 from pipelines.runtime.config.errors import ConfigError
 from pipelines.runtime.config.experiment import load_config
 from pipelines.runtime.config.stage_config import STAGE_FOLDERS, RunConfig, StageConfig
@@ -93,11 +93,8 @@ class StagePlan:
 def main() -> None:
     argv = [word for word in sys.argv[1:] if word != "--json"]
     config = config_from_command_line(PlanConfig, table="plan", about=__doc__, argv=argv)
-    try:
+    with exit_on_config_error("plan"):
         plans = plan(config, experiment_path(argv))
-    except ConfigError as error:
-        print(f"plan: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
     hours = sum(one.device_hours for one in plans) / config.devices
     ends = time.time() + 3600 * hours
     if "--json" in sys.argv:

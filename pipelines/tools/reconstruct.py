@@ -8,7 +8,6 @@ for a good match, and have kept checkpoints (``checkpoint.keep_every``). Writes:
 """
 
 import json
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -20,7 +19,7 @@ from torch import Tensor
 
 from data.files import sha256_of, write_atomically, write_json
 from data.manifest import MANIFEST_NAME, FileEntry, Reconstruction, UNetManifest, write_manifest
-from pipelines.runtime.config.command_line import config_from_command_line
+from pipelines.runtime.config.command_line import config_from_command_line, exit_on_config_error
 from pipelines.runtime.config.errors import ConfigError, config_error_at
 from pipelines.runtime.config.stage_config import StageConfig
 from pipelines.runtime.stage.fingerprint import read_parents
@@ -38,21 +37,18 @@ class ReconstructInputs(BaseModel, frozen=True, extra="forbid"):
 
 
 class ReconstructConfig(StageConfig):
-    """Which average is wanted."""
+    """The wanted average: width, and update that it ends with."""
 
     inputs: ReconstructInputs  # where the checkpoints are
     relative_std: Annotated[float, Field(gt=0, lt=0.28)] = 0.1  # width of its profile, as a fraction of training
-    update: NonNegativeInt = 0  # when it ends; 0 is the last update
+    update: NonNegativeInt = 0  # that it ends with; 0 is the last one
     output: str  # folder to write to
 
 
 def main() -> None:
     config = config_from_command_line(ReconstructConfig, table="reconstruct", about=__doc__)
-    try:
+    with exit_on_config_error("reconstruct"):
         reconstruct(config)
-    except ConfigError as error:
-        print(f"reconstruct: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
 
 
 def reconstruct(config: ReconstructConfig) -> None:
@@ -87,7 +83,7 @@ def reconstruct(config: ReconstructConfig) -> None:
 
 
 def snapshots_in(folder: Path, unet: UNetManifest) -> list[tuple[Snapshot, Path, int]]:
-    """Return every power average in the folder's checkpoints: what it is, its checkpoint, and its number there.
+    """Return every power average in the folder's checkpoints: width and update, checkpoint, and number there.
 
     Raises:
         ConfigError: The training had none, or a checkpoint is damaged.

@@ -1,4 +1,4 @@
-"""Draw images from a trained run: for a class or a prompt, a number, a guidance scale, steps and a seed.
+"""Images from a trained run: for a class or a prompt, with a guidance scale, a number of steps and a seed.
 
     python -m pipelines.tools.sample --config pipelines/configs/demo.toml --class_name sneaker --guidance.scale 3
     python -m pipelines.tools.sample --config pipelines/configs/demo.toml --class_name bag --interpolate true --number 8
@@ -8,7 +8,6 @@ Reads: ``runs/NAME/vae/``, ``runs/NAME/unet/``. Writes: ``OUTPUT/KEY.png`` for e
 """
 
 import re
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -28,7 +27,7 @@ from pipelines.model.device import Device, attention_on
 from pipelines.model.grids import grid_png
 from pipelines.model.noise import noise_of
 from pipelines.model.weights import ModelInputs, check_latent_diffusion, load_latent_diffusion
-from pipelines.runtime.config.command_line import config_from_command_line
+from pipelines.runtime.config.command_line import config_from_command_line, exit_on_config_error
 from pipelines.runtime.config.errors import ConfigError, config_error_at
 from pipelines.runtime.config.stage_config import StageConfig
 from pipelines.runtime.stage.fingerprint import read_parents
@@ -45,8 +44,8 @@ class SampleConfig(StageConfig):
     class_name: str = "all"  # a class of the corpus by name or number, "all" in turn, or "none" for any
     number: PositiveInt = 16  # images
     seed: NonNegativeInt = 0  # image i depends on (seed, i) only
-    sampler: SamplerConfig = DDIMConfig(num_steps=50)  # how they are drawn; --sampler.num_steps N
-    guidance: GuidanceConfig = GuidanceConfig(scale=2.0)  # how strongly class and prompt pull; --guidance.scale S
+    sampler: SamplerConfig = DDIMConfig(num_steps=50)  # from noise to latents; --sampler.num_steps N
+    guidance: GuidanceConfig = GuidanceConfig(scale=2.0)  # weight of class and prompt; --guidance.scale S
     interpolate: bool = False  # images on the arc from the first one's noise to the last one's, both included
     batch_size: PositiveInt = 50  # images drawn at once
     tile: NonNegativeInt = 0  # decode in tiles of so many latent pixels a side, for large images; 0 decodes at once
@@ -55,11 +54,8 @@ class SampleConfig(StageConfig):
 
 def main() -> None:
     config = config_from_command_line(SampleConfig, table="sample", about=__doc__)
-    try:
+    with exit_on_config_error("sample"):
         draw(config)
-    except ConfigError as error:
-        print(f"sample: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
 
 
 def draw(config: SampleConfig) -> None:

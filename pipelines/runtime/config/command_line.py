@@ -2,7 +2,8 @@
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from pipelines.runtime.config.errors import ConfigError
@@ -34,6 +35,17 @@ def config_from_command_line(
             print(config_as_toml(config, table=table), end="")
         raise SystemExit(0)
     return config
+
+
+@contextmanager
+def exit_on_config_error(command: str) -> Iterator[None]:
+    """Print a ConfigError as the command's, on the main process, and end with exit code 2."""
+    try:
+        yield
+    except ConfigError as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"{command}: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
 
 
 def help_text(model: type[StageConfig], *, table: str, about: str | None) -> str:
