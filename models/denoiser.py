@@ -11,7 +11,8 @@ import torch
 from pydantic import BaseModel, model_validator
 from torch import Tensor, nn
 
-from models.conditioning import ConditionerConfig, Conditioning, combine
+from models.conditioning import ConditionerConfig
+from models.conditioning.conditioning import combine
 from models.diffusion.guidance import GuidanceConfig, guided_output
 from models.diffusion.objective import (
     DenoisingLoss,
@@ -138,7 +139,9 @@ class Denoiser(nn.Module):
 
         (b c h w), or (b 2c h w) with a learned variance; in the dtype of ``x``, whatever the network computes in.
         """
-        condition = self._condition(conditions, dropped)
+        condition = combine(
+            [conditioner(conditions, dropped[:, index]) for index, conditioner in enumerate(self.conditioners)]
+        )
         return self.network(x, times, condition.embedding, condition.tokens, condition.token_mask).to(x.dtype)
 
     def denoise(self, conditions: Mapping[str, Tensor], guidance: GuidanceConfig) -> Denoise:
@@ -184,11 +187,6 @@ class Denoiser(nn.Module):
         cond = self.output(x, times, conditions, nothing_dropped).flatten(1)
         uncond = self.output(x, times, conditions, ~nothing_dropped).flatten(1)
         return torch.linalg.vector_norm(cond - uncond, dim=1) / torch.linalg.vector_norm(cond, dim=1).clamp(min=1e-12)
-
-    def _condition(self, conditions: Mapping[str, Tensor], dropped: Tensor) -> Conditioning:
-        return combine(
-            [conditioner(conditions, dropped[:, index]) for index, conditioner in enumerate(self.conditioners)]
-        )
 
 
 def _halvings(size: int) -> int:

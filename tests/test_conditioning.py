@@ -4,13 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from models.conditioning import (
-    ClassConditionerConfig,
-    Conditioning,
-    TextConditioner,
-    TextConditionerConfig,
-    combine,
-)
+from models.conditioning.class_label import ClassConditionerConfig
+from models.conditioning.conditioning import Conditioning, combine
+from models.conditioning.text import TextConditioner, TextConditionerConfig
 
 # ---------------------------------------------------------------------------------------------------------- class
 

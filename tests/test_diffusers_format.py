@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from models.autoencoder.vae import AutoencoderKL, VAEConfig
-from models.conditioning import ClassConditionerConfig, TextConditionerConfig
+from models.conditioning.class_label import ClassConditionerConfig
+from models.conditioning.text import TextConditionerConfig
 from models.denoiser import Denoiser, DenoiserConfig
 from models.diffusers.config import (
     scheduler_config_to_diffusers,

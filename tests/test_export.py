@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 
 from data.manifest import Parents, read_input
 from models.autoencoder.vae import AutoencoderKL, VAEConfig
-from models.conditioning import ClassConditionerConfig, TextConditionerConfig
+from models.conditioning.class_label import ClassConditionerConfig
+from models.conditioning.text import TextConditionerConfig
 from models.conditioning.text_encoder import MiniLMConfig
 from models.denoiser import Denoiser, DenoiserConfig
 from models.diffusion.samplers import DDIMConfig

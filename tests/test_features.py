@@ -11,14 +11,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from data.sources.fashion_mnist import FashionMNISTConfig
-from models.features import (
-    FeatureExtractor,
-    FeatureExtractorConfig,
-    ScatteringConfig,
-    eight_bit,
-)
-from models.features.scattering import morlet_wavelets
-from models.metrics import LinearProbe, frechet_distance, kernel_distance
+from models.features import FeatureExtractorConfig
+from models.features.extractor import FeatureExtractor, eight_bit
+from models.features.scattering import ScatteringConfig, morlet_wavelets
+from models.metrics.distribution import frechet_distance, kernel_distance
+from models.metrics.probe import LinearProbe
 
 NUM_ANGLES, NUM_OCTAVES = 4, 3
 FIRST, SECOND = (

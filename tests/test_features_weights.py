@@ -12,9 +12,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from data.sources.fashion_mnist import FashionMNISTConfig
-from models.features import EfficientNetLite0Config, InceptionConfig, ScatteringConfig
-from models.features.inception import InceptionNetwork
-from models.metrics import LinearProbe
+from models.features.efficientnet_lite0 import EfficientNetLite0Config
+from models.features.inception import InceptionConfig, InceptionNetwork
+from models.features.scattering import ScatteringConfig
+from models.metrics.probe import LinearProbe
 
 
 def random_images(*shape: int, seed: int = 0) -> Tensor:

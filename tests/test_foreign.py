@@ -14,7 +14,8 @@ from torch import nn
 from data.loading import ImageShards, LatentShards
 from data.manifest import DiffusersVAEManifest, read_input
 from data.transforms import to_unit_range
-from models.conditioning import ClassConditionerConfig, TextConditionerConfig
+from models.conditioning.class_label import ClassConditionerConfig
+from models.conditioning.text import TextConditionerConfig
 from models.denoiser import Denoiser, DenoiserConfig
 from models.unet import UNetConfig
 from pipelines.model.diffusers_weights import DiffusersStart, RandomStart, check_start, load_start

@@ -11,15 +11,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from models.metrics import (
+from models.metrics.distribution import (
     GaussianStatistics,
-    LinearProbe,
     frechet_distance,
     gaussian_frechet_distance,
     kernel_distance,
-    mean_estimate,
     precision_recall,
 )
+from models.metrics.estimate import mean_estimate
+from models.metrics.probe import LinearProbe
 
 
 def normals(*shape: int, seed: int = 0) -> Tensor:

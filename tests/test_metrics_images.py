@@ -10,7 +10,8 @@ import scipy.optimize
 import torch
 from torch import Tensor
 
-from models.metrics import LinearProbe, psnr, ssim
+from models.metrics.fidelity import psnr, ssim
+from models.metrics.probe import LinearProbe
 
 
 def normals(*shape: int, seed: int = 0) -> Tensor:

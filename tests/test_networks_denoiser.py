@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from models.conditioning import ClassConditionerConfig, TextConditionerConfig
+from models.conditioning.class_label import ClassConditionerConfig
+from models.conditioning.text import TextConditionerConfig
 from models.denoiser import Denoiser, DenoiserConfig
 from models.diffusion.guidance import GuidanceConfig
 from models.diffusion.objective import ObjectiveConfig

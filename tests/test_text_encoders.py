@@ -13,7 +13,7 @@ import transformers
 from tiny_text import VOCABULARY, architecture, write_encoder
 from torch import nn
 
-from models.conditioning import TextConditionerConfig
+from models.conditioning.text import TextConditionerConfig
 from models.conditioning.text_encoder import MiniLMConfig, PretrainedConfig, SentenceEncoder
 from models.conditioning.wordpiece import WordPiece
 

@@ -17,7 +17,7 @@ from tiny_text import WIDTH, write_encoder
 from data.loading import LatentBatch, LatentShards
 from data.samples import latent_members
 from data.shards.writer import ShardWriter
-from models.conditioning import TextConditionerConfig
+from models.conditioning.text import TextConditionerConfig
 from models.conditioning.text_encoder import MiniLMConfig
 from models.denoiser import DenoiserConfig
 from pipelines.model.captions import CaptionEncoder, CaptionFeatures, ComputedFeaturesConfig

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from models.conditioning import ClassConditionerConfig
+from models.conditioning.class_label import ClassConditionerConfig
 from models.denoiser import Denoiser, DenoiserConfig
 from models.diffusion.objective import ObjectiveConfig
 from models.unet import UNetConfig

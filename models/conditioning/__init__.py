@@ -12,18 +12,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from models.conditioning.class_label import ClassConditioner, ClassConditionerConfig
-from models.conditioning.conditioning import Conditioning, combine
-from models.conditioning.text import TextConditioner, TextConditionerConfig
+from models.conditioning.class_label import ClassConditionerConfig
+from models.conditioning.text import TextConditionerConfig
 
 ConditionerConfig = Annotated[ClassConditionerConfig | TextConditionerConfig, Field(discriminator="kind")]
-
-__all__ = [
-    "ClassConditioner",
-    "ClassConditionerConfig",
-    "ConditionerConfig",
-    "Conditioning",
-    "TextConditioner",
-    "TextConditionerConfig",
-    "combine",
-]

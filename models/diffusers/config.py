@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from models.autoencoder.vae import VAEConfig
-from models.conditioning import ClassConditionerConfig, TextConditionerConfig
+from models.conditioning.class_label import ClassConditionerConfig
+from models.conditioning.text import TextConditionerConfig
 from models.denoiser import DenoiserConfig
 from models.diffusion.samplers import DDIMConfig
 from models.diffusion.schedule import (

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from models.autoencoder.vae import VAEConfig
-from models.conditioning import ClassConditionerConfig, TextConditionerConfig
+from models.conditioning.class_label import ClassConditionerConfig
+from models.conditioning.text import TextConditionerConfig
 from models.denoiser import DenoiserConfig
 from models.unet import UNetConfig
 

@@ -7,14 +7,9 @@ from typing import Any
 
 from torch import Tensor
 
-from models.metrics import (
-    Estimate,
-    LinearProbe,
-    frechet_distance,
-    kernel_distance,
-    mean_estimate,
-    precision_recall,
-)
+from models.metrics.distribution import frechet_distance, kernel_distance, precision_recall
+from models.metrics.estimate import Estimate, mean_estimate
+from models.metrics.probe import LinearProbe
 
 Metrics = dict[str, dict[str, float]]
 

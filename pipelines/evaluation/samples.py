@@ -22,8 +22,10 @@ from data.order.order import FullShuffleConfig, Order
 from data.transforms import to_levels, to_unit_range
 from models.diffusion.guidance import GuidanceConfig
 from models.diffusion.samplers import DDIMConfig, SamplerConfig
-from models.features import FeatureExtractor, FeatureExtractorConfig, ScatteringConfig
-from models.metrics import psnr, ssim
+from models.features import FeatureExtractorConfig
+from models.features.extractor import FeatureExtractor
+from models.features.scattering import ScatteringConfig
+from models.metrics.fidelity import psnr, ssim
 from pipelines.evaluation.likelihood import BoundConfig, NoBoundConfig, VariationalBoundConfig, measure_bound
 from pipelines.model.captions import as_tensors, prompt_encoder
 from pipelines.model.device import device_of

@@ -16,8 +16,7 @@ from torch import Tensor
 from data.files import sha256_of
 from data.loading import LatentBatch
 from data.manifest import LatentsManifest, digest_of
-from models.conditioning import TextConditionerConfig
-from models.conditioning.text import TEXT_POOLED, TEXT_TOKENS
+from models.conditioning.text import TEXT_POOLED, TEXT_TOKENS, TextConditionerConfig
 from models.conditioning.text_encoder import MiniLMConfig, PretrainedConfig
 from models.denoiser import DenoiserConfig
 from models.latent_diffusion import LatentDiffusion

@@ -17,7 +17,7 @@ from models.denoiser import Denoiser
 from models.diffusion.guidance import GuidanceConfig
 from models.diffusion.samplers import DDIMConfig, SamplerConfig
 from models.latent_diffusion import LatentDiffusion, Normalisation
-from models.metrics import psnr
+from models.metrics.fidelity import psnr
 from pipelines.model.captions import CaptionFeatures
 from pipelines.model.device import Device
 from pipelines.model.grids import grid_png
@@ -135,7 +135,10 @@ class UNetValidation:
             captions=captions.are_read,
         )
         stored = shards.read(np.arange(min(NUM_VALIDATION_LATENTS, len(shards))))
-        self.validation = self._validation(stored) if has_validation else None
+        self.validation: tuple[Tensor, dict[str, Tensor]] | None = None
+        if has_validation:
+            posterior = Posterior(*torch.from_numpy(stored.moments).float().to(self.device).unbind(dim=1))
+            self.validation = self.normalisation.draw(posterior), self._conditions(stored)
         self.heads, self.conditions = self._columns(stored)
 
     def validate(self, network: nn.Module, *, update: int) -> dict[str, float]:
@@ -155,10 +158,6 @@ class UNetValidation:
     def _conditions(self, stored: LatentBatch) -> dict[str, Tensor]:
         fields = {"labels": torch.from_numpy(stored.labels), **self.captions.of(stored)}
         return {name: field.to(self.device) for name, field in fields.items()}
-
-    def _validation(self, stored: LatentBatch) -> tuple[Tensor, dict[str, Tensor]]:
-        mean, log_variance = torch.from_numpy(stored.moments).float().to(self.device).unbind(dim=1)
-        return self.normalisation.draw(Posterior(mean, log_variance)), self._conditions(stored)
 
     def _columns(self, stored: LatentBatch) -> tuple[list[str], dict[str, Tensor]]:
         """Return the columns of the grid, and their conditions: the classes or, with captions, different captions."""
@@ -203,5 +202,4 @@ class UNetValidation:
             fresh_noise=lambda step: noise(f"grid/{step}"),
         )
         images = to_levels(sampled)
-        grid = images.reshape(rows, columns, *images.shape[1:])
-        return grid_png(grid, column_labels=self.heads, title=title)
+        return grid_png(images.reshape(rows, columns, *images.shape[1:]), column_labels=self.heads, title=title)

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from data.files import write_atomically, write_json
 from data.transforms import to_levels
-from models.conditioning import ClassConditioner, TextConditioner
+from models.conditioning.class_label import ClassConditioner
+from models.conditioning.text import TextConditioner
 from models.denoiser import Denoiser
 from models.diffusers.config import scheduler_config_to_diffusers, unet_config_to_diffusers, vae_config_to_diffusers
 from models.diffusers.weights import denoiser_to_diffusers, vae_to_diffusers
