@@ -196,6 +196,7 @@ def audit_keys(folder: Path, shards: Mapping[str, tuple[ImageShards, ShardRange]
     Raises:
         ValueError: Naming the shard and a key that is missing or was never there, or two shards that share one.
     """
+    # The keys of each image shard, those of bad samples excepted, and no others.
     for result in results:
         entry = FileEntry(**result["entry"])
         images, part = shards[entry.name]
@@ -211,6 +212,7 @@ def audit_keys(folder: Path, shards: Mapping[str, tuple[ImageShards, ShardRange]
                 f"{folder} and encode again."
             )
 
+    # No key in two shards.
     check_unique(folder, [FileEntry(**result["entry"]) for result in results])
 
 
