@@ -196,7 +196,7 @@ def audit_keys(folder: Path, shards: Mapping[str, tuple[ImageShards, ShardRange]
     Raises:
         ValueError: Naming the shard and a key that is missing or was never there, or two shards that share one.
     """
-    # Shard by shard: the keys of the images, without those that were set aside, are the keys of the latents.
+    # The keys of each image shard, those of bad samples excepted, and no others.
     for result in results:
         entry = FileEntry(**result["entry"])
         images, part = shards[entry.name]
@@ -212,7 +212,7 @@ def audit_keys(folder: Path, shards: Mapping[str, tuple[ImageShards, ShardRange]
                 f"{folder} and encode again."
             )
 
-    # No key is in two shards.
+    # No key in two shards.
     check_unique(folder, [FileEntry(**result["entry"]) for result in results])
 
 

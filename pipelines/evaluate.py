@@ -175,20 +175,21 @@ def contract_of(config: EvaluateConfig, stage: Stage, maker: ItemMaker, referenc
     """Return everything two evaluations must share for their metrics to be comparable."""
     corpus, extractor = stage.parents.corpus, maker.extractor
     return {
-        # The samples: their number, and how they are drawn.
+        # the samples
         "num_samples": config.num_samples,
         "seed": config.seed,
         "sampler": config.sampler.model_dump(mode="json"),
         "guidance": config.guidance.model_dump(mode="json", exclude={"scale"}),
         "precision": config.precision,
         "likelihood": config.likelihood.model_dump(mode="json"),
-        # What they are compared with, and by.
+        # the features
         "extractor": {
             "name": extractor.name,
             "weights_sha256": extractor.weights_sha256,
             "dimension": extractor.dimension,
             "resolution": extractor.resolution,
         },
+        # the real images, and the probe fitted on them
         "image": corpus.image.model_dump(),
         "conditions": "validation captions" if maker.prompts is not None else "classes in turn",
         "reference": {"digest": corpus.digest, "split": "val", "num_images": len(reference.features)},
@@ -253,6 +254,7 @@ def stored_samples(
     config: EvaluateConfig, maker: ItemMaker, names: ItemNames
 ) -> Iterator[tuple[str, dict[str, bytes]]]:
     """Yield key and members of every sample; one batch of images in memory at a time."""
+    # Keys are unique over all guidance scales: each begins with its scale.
     for scale, of_scale in names.samples.items():
         for number, name in enumerate(of_scale):
             images = maker.read([name], "images").numpy()

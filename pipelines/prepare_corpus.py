@@ -162,6 +162,7 @@ def write_shard(
     config: PrepareCorpusConfig, corpus: Corpus, path: Path, split: Split, indices: range
 ) -> dict[str, Any]:
     """Write one shard; return the file's entry and the samples that were set aside."""
+    # A sample is stored, or set aside with its reason.
     quarantined = []
     with ShardWriter(path) as writer:
         for index in indices:
@@ -180,6 +181,7 @@ def write_shard(
 
 def index_shard(config: PrepareCorpusConfig, corpus: Corpus, path: Path, split: Split, number: int) -> dict[str, Any]:
     """Index one shard in place after viewing every image; return the same as ``write_shard``."""
+    # An image that cannot be viewed would stop its reader later.
     quarantined = []
     assert isinstance(corpus.source, WebDataset)
     url = corpus.source.urls[number]
@@ -194,6 +196,7 @@ def index_shard(config: PrepareCorpusConfig, corpus: Corpus, path: Path, split: 
             return False
         return True
 
+    # The shard itself stays as it is.
     entry = index_in_place(corpus, number, split, path, is_good=is_good)
     return {"entry": entry.as_json(), "quarantined": quarantined}
 

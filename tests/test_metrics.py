@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from models.metrics.distribution import (
-    GaussianStatistics,
+    Gaussian,
+    Transport,
     frechet_distance,
-    gaussian_frechet_distance,
     kernel_distance,
     precision_recall,
 )
@@ -35,36 +35,25 @@ def random_gaussian(dimension: int, *, seed: int) -> tuple[Tensor, Tensor]:
     return normals(dimension, seed=seed), random_covariance(dimension, seed=seed + 1000)
 
 
+def gaussian_distance(mean1: Tensor, covariance1: Tensor, mean2: Tensor, covariance2: Tensor) -> float:
+    return Transport.between(Gaussian(mean1, covariance1), Gaussian(mean2, covariance2)).distance
+
+
 # ---- Gaussian statistics
 
 
 def test_statistics_are_the_mean_and_the_unbiased_covariance_over_the_samples() -> None:
     features = normals(40, 7) * 3 + 5
 
-    statistics = GaussianStatistics.of(features)
+    statistics = Gaussian.of(features)
 
     torch.testing.assert_close(statistics.mean, features.mean(dim=0))
     torch.testing.assert_close(statistics.covariance, torch.from_numpy(np.cov(features.numpy(), rowvar=False)))
 
 
-@given(cuts=st.lists(st.integers(1, 59), min_size=1, max_size=4, unique=True))
-@settings(max_examples=20, deadline=None)
-def test_statistics_of_parts_merge_to_those_of_the_whole(cuts: list[int]) -> None:
-    features = normals(60, 5) + torch.arange(60)[:, None]  # a drift, so that the parts have other means
-
-    merged, *rest = (GaussianStatistics.of(part) for part in torch.tensor_split(features, sorted(cuts)))
-    for part in rest:
-        merged = merged.merged(part)
-
-    whole = GaussianStatistics.of(features)
-    assert merged.count == whole.count
-    torch.testing.assert_close(merged.mean, whole.mean, rtol=1e-13, atol=0)
-    torch.testing.assert_close(merged.covariance, whole.covariance, rtol=1e-12, atol=1e-12)
-
-
 def test_the_covariance_of_one_sample_is_refused() -> None:
-    with pytest.raises(ValueError, match="covariance needs at least 2 samples, not 1"):
-        _ = GaussianStatistics.of(normals(1, 3)).covariance
+    with pytest.raises(ValueError, match="features: 1 samples are too few, this metric needs at least 2"):
+        Gaussian.of(normals(1, 3))
 
 
 # ---- Frechet distance
@@ -74,7 +63,7 @@ def test_the_frechet_distance_of_axis_aligned_gaussians_has_its_closed_form() ->
     mean1, mean2 = normals(9, seed=1), normals(9, seed=2)
     variance1, variance2 = normals(9, seed=3).square(), normals(9, seed=4).square()
 
-    distance = gaussian_frechet_distance(mean1, variance1.diag(), mean2, variance2.diag())
+    distance = gaussian_distance(mean1, variance1.diag(), mean2, variance2.diag())
 
     closed_form = (mean1 - mean2).square().sum() + (variance1.sqrt() - variance2.sqrt()).square().sum()
     assert distance == pytest.approx(float(closed_form), rel=1e-13)
@@ -83,7 +72,7 @@ def test_the_frechet_distance_of_axis_aligned_gaussians_has_its_closed_form() ->
 def test_the_frechet_distance_agrees_with_the_matrix_root_of_the_product() -> None:
     (mean1, covariance1), (mean2, covariance2) = random_gaussian(30, seed=5), random_gaussian(30, seed=6)
 
-    distance = gaussian_frechet_distance(mean1, covariance1, mean2, covariance2)
+    distance = gaussian_distance(mean1, covariance1, mean2, covariance2)
 
     root = scipy.linalg.sqrtm((covariance1 @ covariance2).numpy())
     expected = (mean1 - mean2).square().sum() + covariance1.trace() + covariance2.trace() - 2 * np.trace(root).real
@@ -104,7 +93,7 @@ def test_the_frechet_distance_of_gaussians_on_different_lines_is_the_sum_of_thei
         torch.diag(torch.tensor([0, 9.0, 0])),
     )
 
-    assert gaussian_frechet_distance(origin, along_x, origin, along_y) == pytest.approx(13, rel=1e-14)
+    assert gaussian_distance(origin, along_x, origin, along_y) == pytest.approx(13, rel=1e-14)
 
 
 def test_the_frechet_distance_keeps_its_digits_over_sixteen_orders_of_variance() -> None:
@@ -112,7 +101,7 @@ def test_the_frechet_distance_keeps_its_digits_over_sixteen_orders_of_variance()
     rotation = torch.linalg.qr(normals(16, 16)).Q
     origin = torch.zeros(16)
 
-    distance = gaussian_frechet_distance(
+    distance = gaussian_distance(
         origin, rotation @ variance1.diag() @ rotation.T, origin, rotation @ variance2.diag() @ rotation.T
     )
 
@@ -138,7 +127,7 @@ def test_the_root_of_the_frechet_distance_is_a_metric(seed: int) -> None:
     first, second, third = (random_gaussian(4, seed=3 * seed + index) for index in range(3))
 
     def distance(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> float:
-        return math.sqrt(gaussian_frechet_distance(*a, *b))
+        return math.sqrt(gaussian_distance(*a, *b))
 
     assert distance(first, second) == pytest.approx(distance(second, first), rel=1e-12)
     assert distance(first, third) <= distance(first, second) + distance(second, third) + 1e-12
@@ -146,7 +135,7 @@ def test_the_root_of_the_frechet_distance_is_a_metric(seed: int) -> None:
 
 def test_a_covariance_that_is_not_positive_is_refused_with_its_eigenvalue() -> None:
     with pytest.raises(ValueError, match=r"eigenvalue -0\.5 beside a largest of 1; none may be negative"):
-        gaussian_frechet_distance(torch.zeros(2), torch.diag(torch.tensor([1.0, -0.5])), torch.zeros(2), torch.eye(2))
+        gaussian_distance(torch.zeros(2), torch.diag(torch.tensor([1.0, -0.5])), torch.zeros(2), torch.eye(2))
 
 
 @pytest.mark.parametrize("shift", [0.0, 1.0])
@@ -331,7 +320,7 @@ def test_features_of_two_extractors_are_refused(metric: object) -> None:
 
 def test_features_that_are_no_table_are_refused() -> None:
     with pytest.raises(ValueError, match=re.escape("(samples, features), not of shape (4, 3, 2)")):
-        GaussianStatistics.of(normals(4, 3, 2))
+        Gaussian.of(normals(4, 3, 2))
 
 
 def test_a_mean_comes_with_the_deviation_of_means() -> None:

@@ -6,7 +6,6 @@ give the same bits under any number of threads. Letters: n samples, m reference 
 """
 
 import math
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -17,77 +16,60 @@ from models.metrics.estimate import Estimate, checked_features, checked_pair, on
 _ROWS_PER_BLOCK = 1024  # bounds memory: a block of kernel values or distances is (1024 m) float64
 
 
-@dataclass(frozen=True)
-class GaussianStatistics:
-    """Count, mean and centred second moment of features: enough for a Frechet distance, and mergeable in parts."""
+class Gaussian(NamedTuple):
+    """A Gaussian over features."""
 
-    count: int
     mean: Tensor  # (d,) float64
-    scatter: Tensor  # (d d) float64; sum over samples of (x - mean)(x - mean)^T
+    covariance: Tensor  # (d d) float64, symmetric and positive semi-definite up to rounding
 
     @classmethod
     @on_one_thread
-    def of(cls, features: Tensor) -> "GaussianStatistics":
-        """Statistics of ``features`` (n d), at least one row.
+    def of(cls, features: Tensor) -> "Gaussian":
+        """Fit to ``features`` (n d): sample mean and unbiased covariance.
 
         Raises:
-            ValueError: The table is empty or holds NaN or infinite values.
+            ValueError: Fewer than 2 rows, NaN or infinite values.
         """
-        features = checked_features(features, name="features", min_samples=1)
+        features = checked_features(features, name="features", min_samples=2)
         mean = features.mean(dim=0)
         centred = features - mean
-        return cls(count=len(features), mean=mean, scatter=centred.T @ centred)
+        return cls(mean, centred.T @ centred / (len(features) - 1))
 
-    def merged(self, other: "GaussianStatistics") -> "GaussianStatistics":
-        """Statistics of both parts together (Chan, Golub & LeVeque 1983, eq. 1.5), equal to one pass up to rounding."""
-        count = self.count + other.count
-        shift = other.mean - self.mean
-        return GaussianStatistics(
-            count=count,
-            mean=self.mean + shift * (other.count / count),
-            scatter=self.scatter + other.scatter + torch.outer(shift, shift) * (self.count * other.count / count),
-        )
 
-    @property
-    def covariance(self) -> Tensor:
-        """Unbiased covariance (d d).
+class Transport(NamedTuple):
+    """Optimal transport between two Gaussians with covariances ``S1 S1^T`` and ``S2 S2^T``."""
+
+    distance: float  # squared Frechet (2-Wasserstein) distance, >= 0, in squared feature units
+    roots: tuple["_Root", "_Root"]  # S1 and S2
+    axes: tuple[Tensor, Tensor]  # singular vectors of S1^T S2, left and right; (d d)
+    singular: Tensor  # its singular values; (d,)
+
+    @classmethod
+    @on_one_thread
+    def between(cls, first: Gaussian, second: Gaussian) -> "Transport":
+        """Compute the transport from ``first`` to ``second``.
+
+        Heusel et al. 2017 (arXiv:1706.08500), eq. 6: ``|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2))``. With roots
+        ``C = S S^T`` by symmetric eigen-decomposition, the trace of the matrix root is the sum of the singular values
+        of ``S1^T S2``. No root of a non-symmetric matrix is taken, and nothing is squared that is rooted afterwards, so
+        singular covariances (fewer samples than features) keep their digits.
 
         Raises:
-            ValueError: Of a single sample it is unknown.
+            ValueError: A covariance is clearly not positive semi-definite.
         """
-        if self.count < 2:
-            raise ValueError(f"A covariance needs at least 2 samples, not {self.count}.")
-        return self.scatter / (self.count - 1)
-
-
-@on_one_thread
-def gaussian_frechet_distance(mean1: Tensor, covariance1: Tensor, mean2: Tensor, covariance2: Tensor) -> float:
-    """Squared Frechet (2-Wasserstein) distance of two Gaussians.
-
-    Heusel et al. 2017 (arXiv:1706.08500), eq. 6: ``|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2))``. With roots
-    ``C = S S^T`` by symmetric eigen-decomposition, the trace of the matrix root is the sum of the singular values of
-    ``S1^T S2``. No root of a non-symmetric matrix is taken, and nothing is squared that is rooted afterwards, so
-    singular covariances (fewer samples than features) keep their digits.
-
-    Args:
-        mean1, mean2: (d,).
-        covariance1, covariance2: (d d), symmetric and positive semi-definite up to rounding.
-
-    Returns:
-        The distance, >= 0, in squared feature units.
-
-    Raises:
-        ValueError: A covariance is clearly not positive semi-definite.
-    """
-    root1, root2 = _Root.of(covariance1), _Root.of(covariance2)
-    return _frechet_distance(mean1, root1, mean2, root2, torch.linalg.svdvals(root1.matrix.T @ root2.matrix))
+        root1, root2 = _Root.of(first.covariance), _Root.of(second.covariance)
+        left, singular, right_t = torch.linalg.svd(root1.matrix.T @ root2.matrix)
+        shift = first.mean.detach().to("cpu", torch.float64) - second.mean.detach().to("cpu", torch.float64)
+        # Rounding can leave -1e-16 for equal Gaussians; a distance is not negative.
+        distance = max(0.0, float(shift.square().sum()) + root1.trace + root2.trace - 2 * float(singular.sum()))
+        return cls(distance, (root1, root2), (left, right_t.T), singular)
 
 
 @on_one_thread
 def frechet_distance(features: Tensor, reference: Tensor) -> Estimate:
     """Frechet distance between the Gaussians fitted to two feature tables, with its standard error.
 
-    The value is :func:`gaussian_frechet_distance` of the sample means and unbiased covariances; it is biased upwards
+    The value is ``Transport.distance`` between the sample means and unbiased covariances; it is biased upwards
     by O(d / n), so compare only values of equal sample counts. The error is the infinitesimal jackknife (delta method):
     the deviation of each sample's influence on the distance, which for ``x`` of the first set is, with ``T`` the
     optimal transport map from the first Gaussian to the second,
@@ -101,21 +83,18 @@ def frechet_distance(features: Tensor, reference: Tensor) -> Estimate:
         ValueError: Fewer than 2 rows, unequal dimensions, NaN or infinite values.
     """
     features, reference = checked_pair(features, reference)
-    statistics, statistics_ref = GaussianStatistics.of(features), GaussianStatistics.of(reference)
-    root, root_ref = _Root.of(statistics.covariance), _Root.of(statistics_ref.covariance)
-    left, singular, right_t = torch.linalg.svd(root.matrix.T @ root_ref.matrix)
-    shift = statistics.mean - statistics_ref.mean
+    first, second = Gaussian.of(features), Gaussian.of(reference)
+    transport = Transport.between(first, second)
+    shift = first.mean - second.mean
     variance = 0.0
-    for sample, mean, own_root, axes, direction in (
-        (features, statistics.mean, root, left, shift),
-        (reference, statistics_ref.mean, root_ref, right_t.T, -shift),
+    for sample, mean, root, axes, direction in zip(
+        (features, reference), (first.mean, second.mean), transport.roots, transport.axes, (shift, -shift), strict=True
     ):
         centred = sample - mean
-        transported = (centred @ own_root.inverse.T @ axes).square() @ singular  # (x - m)^T T (x - m)
+        transported = (centred @ root.inverse.T @ axes).square() @ transport.singular  # (x - m)^T T (x - m)
         influence = 2 * (centred @ direction) + centred.square().sum(dim=1) - transported
         variance += float(influence.var()) / len(sample)
-    value = _frechet_distance(statistics.mean, root, statistics_ref.mean, root_ref, singular)
-    return Estimate(value, math.sqrt(variance))
+    return Estimate(transport.distance, math.sqrt(variance))
 
 
 class _Root(NamedTuple):
@@ -144,12 +123,6 @@ class _Root(NamedTuple):
             inverse=(eigenvectors * inverse_scale).T,
             trace=float(scale.square().sum()),
         )
-
-
-def _frechet_distance(mean1: Tensor, root1: _Root, mean2: Tensor, root2: _Root, singular: Tensor) -> float:
-    shift = mean1.detach().to("cpu", torch.float64) - mean2.detach().to("cpu", torch.float64)
-    # Rounding can leave -1e-16 for equal Gaussians; a distance is not negative.
-    return max(0.0, float(shift.square().sum()) + root1.trace + root2.trace - 2 * float(singular.sum()))
 
 
 @on_one_thread
