@@ -18,6 +18,8 @@ from unittest import mock
 
 import pytest
 
+from pipelines.runtime.config.logs import set_up_logging
+
 REPOSITORY = Path(__file__).resolve().parents[1]
 SMOKE = REPOSITORY / "pipelines" / "configs" / "smoke.toml"
 STAGES = {
@@ -148,6 +150,12 @@ def run_pipeline(root: Path, *words: str, processes: int, stages: Mapping[str, s
         assert "FutureWarning" not in done.stderr, f"{stage} shows its user a warning:\n{done.stderr}"
         output[stage] = done.stdout
     return Run(root=root, output=output)
+
+
+@pytest.fixture(autouse=True)
+def log_lines() -> None:
+    """Show log lines on standard output and standard error, as every command does."""
+    set_up_logging("tests")
 
 
 @pytest.hookimpl(tryfirst=True)  # before xdist looks at the groups

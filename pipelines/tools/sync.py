@@ -24,7 +24,6 @@ from pipelines.runtime.tracking.sender import (
     Sender,
     StoreUnavailableError,
     is_running,
-    say,
     send_once,
     send_until_ended,
 )
@@ -68,7 +67,7 @@ def sync(folder: Path, *, tracking_uri: str, follow: bool) -> int:
         print(f"{folder}: the running stage sends by itself.")
         return 0
     with lock:
-        sender = Sender(folder, MlflowStore(uri, say))
+        sender = Sender(folder, MlflowStore(uri))
         try:
             killed = send_until_ended(sender) if follow else send_once(sender)
         except StoreUnavailableError as error:
