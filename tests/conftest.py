@@ -89,14 +89,14 @@ def run_here(name: str, *words: str, config: Path = SMOKE) -> subprocess.Complet
     """
     words = ("--config", str(config), "--run.tracking_uri", "offline", *words)
     module = f"pipelines.{name}" if name in STAGES else f"pipelines.tools.{name}"
-    out, err, code = io.StringIO(), io.StringIO(), 0
+    out, err = io.StringIO(), io.StringIO()
     with (
         mock.patch.object(sys, "argv", [module, *words]),
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(err),
     ):
         try:
-            importlib.import_module(module).main()
+            code = importlib.import_module(module).main() or 0
         except SystemExit as end:
             code = end.code if isinstance(end.code, int) else int(end.code is not None)
     return subprocess.CompletedProcess(words, code, out.getvalue(), err.getvalue())
