@@ -128,7 +128,7 @@ def encode(config: EncodeLatentsConfig, stage: Stage) -> None:
     stage.tracker.log_image("latents/statistics", stage.folder / "statistics.png", step=0)
     found = alarms(statistics, Path(config.inputs.vae))
     for alarm in found:
-        stage.say(f"warning: {alarm}")
+        stage.log.info(f"warning: {alarm}")
     stage.tracker.set_tags({"latents.alarms": "; ".join(found) or "none"})
     stage.tracker.log_metrics({"latents/samples": kept, **statistics.metrics("latents")}, step=0)
     stage.finish(
@@ -144,7 +144,7 @@ def encode(config: EncodeLatentsConfig, stage: Stage) -> None:
         **({"alarms": found} if found else {}),
     )
     metrics = ", ".join(f"{value:.3g}" for value in statistics.std)
-    stage.say(f"{kept} latents in {len(files)} shards, {bad.total()} quarantined; std of the channels: {metrics}")
+    stage.log.info(f"{kept} latents in {len(files)} shards, {bad.total()} quarantined; std of the channels: {metrics}")
 
 
 def normalised_by(statistics: ChannelSums, vae: AnyVAEManifest) -> dict[str, Any]:

@@ -163,8 +163,8 @@ def judge(config: EvaluateConfig, stage: Stage, maker: PartMaker, parts: Plan) -
     for name in ("metrics.json", "sweep.png"):
         stage.tracker.log_artifact(folder / name)
     shown = {**by_scale[config.guidance.scale], **vae, **likelihood}
-    stage.say(", ".join(f"{name} {metric['value']:.4g}" for name, metric in shown.items()))
-    stage.say(f"{folder / 'samples.png'}, {folder / 'metrics.json'}")
+    stage.log.info(", ".join(f"{name} {metric['value']:.4g}" for name, metric in shown.items()))
+    stage.log.info(f"{folder / 'samples.png'}, {folder / 'metrics.json'}")
 
 
 def contract_of(config: EvaluateConfig, stage: Stage, maker: PartMaker, reference: Reference) -> dict[str, Any]:

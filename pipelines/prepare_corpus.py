@@ -93,7 +93,7 @@ def prepare(config: PrepareCorpusConfig, stage: Stage) -> None:
         image={"resolution": config.view.resolution, "channels": config.view.channels},
         **(view_at_reading(config) if any(entry.url for entry in files) else {}),
     )
-    stage.say(f"{kept} images in {len(files)} shards, {bad.total()} quarantined, {len(source.classes)} classes")
+    stage.log.info(f"{kept} images in {len(files)} shards, {bad.total()} quarantined, {len(source.classes)} classes")
 
 
 def by_corpus(files: list[FileEntry]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ normalises latents channel by channel, so none would draw our images.
 """
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,7 +32,7 @@ from pipelines.model.captions import as_tensors, prompt_encoder
 from pipelines.model.device import Device
 from pipelines.model.grids import grid_png
 from pipelines.model.weights import PublishedDenoiser, check_same_vae, denoiser_config, load_denoiser, load_vae
-from pipelines.runtime.config.command_line import config_from_command_line
+from pipelines.runtime.config.command_line import Answer, run_tool
 from pipelines.runtime.config.errors import ConfigError, config_error_at
 from pipelines.runtime.config.stage_config import StageConfig
 from pipelines.runtime.stage.fingerprint import read_parents
@@ -62,16 +62,11 @@ class ExportConfig(StageConfig):
     seed: NonNegativeInt = 0  # of the example's noise
 
 
-def main() -> None:
-    config = config_from_command_line(ExportConfig, table="export", about=__doc__)
-    try:
-        export(config)
-    except ConfigError as error:
-        print(f"export: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+def main(argv: Sequence[str] | None = None) -> int:
+    return run_tool(ExportConfig, export, table="export", about=__doc__, argv=argv)
 
 
-def export(config: ExportConfig) -> None:
+def export(config: ExportConfig) -> Answer:
     """Write the folder; the card comes last."""
     parents = read_parents(config)
     output = Path(config.output)
@@ -101,7 +96,8 @@ def export(config: ExportConfig) -> None:
         experiment=config.run.experiment,
     )
     write_atomically(output / "README.md", card.encode())
-    print(f"export: {output} holds vae/, unet/, scheduler/, example.safetensors and README.md, which shows its use")
+    text = f"export: {output} holds vae/, unet/, scheduler/, example.safetensors and README.md, which shows its use"
+    return Answer({"output": str(output), "format": config.format, "unet_class": configs["unet"]["_class_name"]}, text)
 
 
 def write_export(
@@ -226,4 +222,4 @@ def grid_of(config: ExportConfig, example: Mapping[str, Tensor]) -> bytes:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -82,10 +82,6 @@ class Stage:
         """Logger of this stage; ranks other than 0 show its warnings only."""
         return logging.getLogger(f"latentline.{self.name}")
 
-    def say(self, text: str) -> None:
-        """Log a line."""
-        self.log.info(text)
-
     def finish(self, kind: type[Manifest], *, files: list[FileEntry], **content: Any) -> None:
         """Commit a manifest of ``kind`` with ``content`` on the main process; every rank waits for it.
 
