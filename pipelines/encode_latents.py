@@ -127,7 +127,7 @@ def encode(config: EncodeLatentsConfig, stage: Stage) -> None:
     stage.tracker.log_image("latents/statistics", stage.folder / "statistics.png", step=0)
     found = alarms(statistics, Path(config.inputs.vae))
     for alarm in found:
-        stage.say(f"warning: {alarm}")
+        stage.log.info(f"warning: {alarm}")
     stage.tracker.set_tags({"latents.alarms": "; ".join(found) or "none"})
     stage.tracker.log_metrics({"latents/samples": counts["out"], **statistics.metrics("latents")}, step=0)
 
@@ -145,7 +145,9 @@ def encode(config: EncodeLatentsConfig, stage: Stage) -> None:
         **({"alarms": found} if found else {}),
     )
     std = ", ".join(f"{value:.3g}" for value in statistics.std)
-    stage.say(f"{counts['out']} latents in {len(files)} shards, {bad.total()} quarantined; std of the channels: {std}")
+    stage.log.info(
+        f"{counts['out']} latents in {len(files)} shards, {bad.total()} quarantined; std of the channels: {std}"
+    )
 
 
 class EncodingProgress:

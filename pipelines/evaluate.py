@@ -167,8 +167,8 @@ def measure(config: EvaluateConfig, stage: Stage, maker: ItemMaker, names: ItemN
     for name in ("metrics.json", "sweep.png"):
         stage.tracker.log_artifact(folder / name)
     shown = {**default, **vae, **likelihood}
-    stage.say(", ".join(f"{name} {metric['value']:.4g}" for name, metric in shown.items()))
-    stage.say(f"{folder / 'samples.png'}, {folder / 'metrics.json'}")
+    stage.log.info(", ".join(f"{name} {metric['value']:.4g}" for name, metric in shown.items()))
+    stage.log.info(f"{folder / 'samples.png'}, {folder / 'metrics.json'}")
 
 
 def contract_of(config: EvaluateConfig, stage: Stage, maker: ItemMaker, reference: Reference) -> dict[str, Any]:

@@ -96,7 +96,7 @@ def prepare(config: PrepareCorpusConfig, stage: Stage) -> None:
         image={"resolution": config.view.resolution, "channels": config.view.channels},
         **(view_at_reading(config) if any(entry.url for entry in files) else {}),
     )
-    stage.say(
+    stage.log.info(
         f"{counts['out']} images in {len(files)} shards, {bad.total()} quarantined, {len(source.classes)} classes"
     )
 

@@ -196,7 +196,7 @@ def train(config: TrainUNetConfig, stage: Stage) -> None:
         counts=latents.counts,
         classes=latents.classes,
     )
-    stage.say(f"{training.update} updates, weights {weights[:12]} in {stage.folder}")
+    stage.log.info(f"{training.update} updates, weights {weights[:12]} in {stage.folder}")
 
 
 def one_update(training: Training, unet: Trainable[Denoiser], batch: LatentDraw) -> None:

@@ -172,7 +172,7 @@ def train(config: TrainVAEConfig, stage: Stage) -> None:
         factor=config.network.factor,
         latent_channels=config.network.latent_channels,
     )
-    stage.say(f"{training.update} updates, weights {weights[:12]} in {stage.folder}")
+    stage.log.info(f"{training.update} updates, weights {weights[:12]} in {stage.folder}")
 
 
 def one_update(
@@ -226,7 +226,9 @@ def one_update(
     if adversary is not None:
         mean_loss, update = torch.stack(losses).mean(), training.update
         if adversary.start.watch(mean_loss, update=update, refused=training.refused):
-            training.stage.say(f"update {update}: reconstruction has stopped improving; the discriminator joins in")
+            training.stage.log.info(
+                f"update {update}: reconstruction has stopped improving; the discriminator joins in"
+            )
 
 
 def log_health(training: Training, loss: VAELoss, posterior: Posterior, *, last_layer: Tensor) -> None:

@@ -18,6 +18,8 @@ from unittest import mock
 
 import pytest
 
+from pipelines.runtime.config.logs import set_up_logging
+
 REPOSITORY = Path(__file__).resolve().parents[1]
 SMOKE = REPOSITORY / "pipelines" / "configs" / "smoke.toml"
 STAGES = {
@@ -87,14 +89,14 @@ def run_here(name: str, *words: str, config: Path = SMOKE) -> subprocess.Complet
     """
     words = ("--config", str(config), "--run.tracking_uri", "offline", *words)
     module = f"pipelines.{name}" if name in STAGES else f"pipelines.tools.{name}"
-    out, err, code = io.StringIO(), io.StringIO(), 0
+    out, err = io.StringIO(), io.StringIO()
     with (
         mock.patch.object(sys, "argv", [module, *words]),
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(err),
     ):
         try:
-            importlib.import_module(module).main()
+            code = importlib.import_module(module).main() or 0
         except SystemExit as end:
             code = end.code if isinstance(end.code, int) else int(end.code is not None)
     return subprocess.CompletedProcess(words, code, out.getvalue(), err.getvalue())
@@ -148,6 +150,12 @@ def run_pipeline(root: Path, *words: str, processes: int, stages: Mapping[str, s
         assert "FutureWarning" not in done.stderr, f"{stage} shows its user a warning:\n{done.stderr}"
         output[stage] = done.stdout
     return Run(root=root, output=output)
+
+
+@pytest.fixture(autouse=True)
+def log_lines() -> None:
+    """Show log lines on standard output and standard error, as every command does."""
+    set_up_logging("tests")
 
 
 @pytest.hookimpl(tryfirst=True)  # before xdist looks at the groups

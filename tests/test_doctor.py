@@ -42,9 +42,8 @@ def tool(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> 
         module = importlib.import_module(f"pipelines.tools.{name}")
         monkeypatch.setattr(sys, "argv", [name, "--config", str(config), "--run.threads", "1", *words])
         capfd.readouterr()
-        code = 0
         try:
-            module.main()
+            code = module.main()
         except SystemExit as ended:
             code = int(ended.code or 0)
         return Answer(code, *capfd.readouterr())

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -45,7 +46,9 @@ def test_every_stage_leaves_its_artefacts(two_process_run: Run) -> None:
 
 def test_the_launcher_really_starts_two_processes(two_process_run: Run) -> None:
     for stage in STAGES:
-        assert two_process_run.output[stage].startswith(f"{stage}: 2 process(es) x 1 thread")
+        said = [line for line in two_process_run.output[stage].splitlines() if "2 process(es) x 1 thread" in line]
+        assert len(said) == 1, "the main process alone says so, and once"
+        assert re.match(rf"\d\d:\d\d:\d\d INFO {stage}\[0/2\] 2 process", said[0]), said
 
 
 def test_every_training_update_is_logged_once(two_process_run: Run) -> None:

@@ -1,6 +1,7 @@
 """Laws of a stage's frame: what counts as the same request, and what a shared folder refuses."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -113,6 +114,47 @@ def test_a_finished_stage_is_done_though_what_it_started_from_is_gone(
         pass
     assert end.value.code == 0
     assert "already finished" in capsys.readouterr().out
+
+
+def test_the_version_is_gits_only_where_the_work_tree_is_ours(tmp_path: Path) -> None:
+    user, packages = tmp_path / "user", tmp_path / "user" / ".venv" / "packages"
+    for package in ("pipelines", "models", "data"):
+        shutil.copytree(REPOSITORY / package, packages / package, ignore=shutil.ignore_patterns("__pycache__"))
+
+    def git(folder: Path, *words: str) -> str:
+        command = ["git", "-c", "user.name=a", "-c", "user.email=b", *words]
+        return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
+
+    program = (
+        "import sys\nfrom pipelines.runtime.stage.provenance import code_version\n"
+        "for line in sys.stdin: print(code_version.__wrapped__(), flush=True)"
+    )
+    asker = subprocess.Popen(
+        [sys.executable, "-B", "-c", program],
+        # As a hook of the user's repository would start it.
+        env=environment(PYTHONPATH=str(packages), GIT_DIR=str(user / ".git")),
+        cwd=tmp_path,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        bufsize=1,
+    )
+    assert asker.stdin is not None
+    assert asker.stdout is not None
+
+    def version() -> str:
+        asker.stdin.write("?\n")
+        return asker.stdout.readline().strip()
+
+    with asker:
+        for folder, named in ((user, False), (packages, True)):
+            git(folder, "init")
+            git(folder, "add", "--all")
+            git(folder, "commit", "-m", "first")
+            assert (version() == git(folder, "rev-parse", "HEAD")) == named
+        with open(packages / "pipelines" / "evaluate.py", "a") as file:
+            file.write("\n")
+        assert version() == git(packages, "rev-parse", "HEAD") + "+changes"
 
 
 def test_a_mistake_below_is_blamed_on_the_key_that_mends_it() -> None:

@@ -59,6 +59,9 @@ def test_runs_are_laid_side_by_side_with_only_the_settings_that_differ(
     assert evaluation["samples.accuracy"] == ["0.9 ± 0.01", "0.8 ± 0.01"]
     assert evaluation["vae.psnr"] == ["25.125", "25.125"]
     assert "contracts differ" not in said
+    assert compare.main(["--json", str(tmp_path / "demo" / "unet")]) == 0
+    (run,) = json.loads(capsys.readouterr().out)["runs"]
+    assert (run["name"], run["metrics"]["val/loss"]) == ("demo/unet", "2")
 
 
 def test_scores_of_different_contracts_are_marked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

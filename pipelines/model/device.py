@@ -41,7 +41,7 @@ def device_of(stage: Stage) -> Device:
     """
     accelerator = stage.accelerator
     choice = attention_on(accelerator.device, stage.config.run, precision=accelerator.mixed_precision)
-    stage.say(f"attention by {choice.name}: {choice.reason}")
+    stage.log.info(f"attention by {choice.name}: {choice.reason}")
     stage.tracker.set_tags({"attention": choice.name})
     return Device(accelerator.device, choice.name)
 

@@ -81,7 +81,7 @@ class VAEValidation:
         path.parent.mkdir(exist_ok=True)
         write_atomically(path, grid)
         self.stage.tracker.log_image("val/reconstructions", path, step=update)
-        self.stage.say(f"update {update}: PSNR {metrics['val/psnr']:.2f} dB, {path}")
+        self.stage.log.info(f"update {update}: PSNR {metrics['val/psnr']:.2f} dB, {path}")
         return metrics
 
 
@@ -152,7 +152,7 @@ class UNetValidation:
         write_atomically(path, self._picture(network, title=f"update {update}, guidance {self.grid.guidance.scale:g}"))
         self.stage.tracker.log_image("val/samples", path, step=update)
         shown = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
-        self.stage.say(f"update {update}: {shown}, {path}")
+        self.stage.log.info(f"update {update}: {shown}, {path}")
         return metrics
 
     def _conditions(self, stored: LatentBatch) -> dict[str, Tensor]:

@@ -1,6 +1,6 @@
-"""Tools: commands beside the stages, each ``latentline NAME`` or ``python -m pipelines.tools.NAME``.
+"""Tools: commands beside the stages, each one module; ``latentline`` (``command``) lists and starts them.
 
-Before a run ``plan`` and ``doctor``; of a trained model ``sample``, ``export`` (with ``model_card``) and
-``reconstruct``; of finished runs ``compare`` and ``sync``; of this machine ``benchmark`` (with ``benchmark_data`` and
-``paired_timing``). The top storey: a tool may import everything below, and nothing imports a tool.
+Before a run ``doctor`` (with ``doctor_checks``) and ``plan`` (with ``corpus_size``); with a trained model ``sample``,
+``export`` (with ``model_card``) and ``reconstruct``; with records ``compare`` and ``sync``; and ``benchmark`` (with
+``benchmark_data`` and ``paired_timing``). The top storey: tools may import everything, and nothing imports them.
 """

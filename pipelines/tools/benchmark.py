@@ -1,21 +1,24 @@
 """Measure this machine: how fast the data plane is, next to what others would use.
 
-    python -m pipelines.tools.benchmark data [--json FILE] [--rounds 11]
+    python -m pipelines.tools.benchmark data [--rounds 11] [--output FILE]
 
 Reads nothing and downloads nothing: it makes its own shards in a temporary folder. Every pair is checked to read the
 same samples before it is timed. The exit code is 1 when a figure misses its goal or its control does not hold 1.
 """
 
-import argparse
 import json
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
+from pydantic import PositiveInt
 
+from pipelines.runtime.config.command_line import Answer, run_tool
+from pipelines.runtime.config.stage_config import CommandConfig
 from pipelines.runtime.stage.provenance import hardware
 from pipelines.tools import benchmark_data
 from pipelines.tools.paired_timing import Comparison
@@ -44,20 +47,29 @@ GOALS = {
 }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("subject", choices=sorted(GOALS))
-    parser.add_argument("--json", type=Path, help="also write the figures to this file")
-    parser.add_argument("--rounds", type=int, default=11, help="rounds of each pair (default 11)")
-    given = parser.parse_args()
+class BenchmarkConfig(CommandConfig):
+    """Measurements to make."""
+
+    positional = "subjects"
+
+    subjects: tuple[Literal["data"], ...]  # what is measured
+    rounds: PositiveInt = 11  # rounds of each pair
+    output: str = ""  # file that takes the figures as JSON, too; empty for none
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return run_tool(BenchmarkConfig, measure, table="benchmark", about=__doc__, argv=argv)
+
+
+def measure(config: BenchmarkConfig) -> Answer:
+    """Time every pair and show it at once."""
     torch.set_num_threads(1)  # CPU seconds of one core are compared
-    rows, missed = [], False
-    for goal in GOALS[given.subject]:
+    rows = []
+    for goal in (goal for subject in config.subjects for goal in GOALS[subject]):
         with tempfile.TemporaryDirectory() as folder:
-            found = goal.measure(Path(folder), given.rounds)
+            found = goal.measure(Path(folder), config.rounds)
         steady = found.control.low <= 1 <= found.control.high or abs(found.control.median - 1) <= CONTROL_SLACK
         reached = steady and found.faster.median >= goal.least
-        missed |= not reached
         rows.append({"title": goal.title, "least": goal.least, "unit": goal.unit, "reached": reached} | asdict(found))
         print(
             f"{'reached' if reached else 'MISSED ' if steady else 'unsteady'}  {goal.title}: {found.faster} times "
@@ -65,10 +77,11 @@ def main() -> None:
             f"{found.ours_per_second:,.4g} and {found.theirs_per_second:,.4g} {goal.unit}",
             flush=True,
         )
-    if given.json:
-        given.json.write_text(json.dumps({"hardware": hardware(), "rounds": given.rounds, "figures": rows}, indent=2))
-    sys.exit(missed)
+    figures = {"hardware": hardware(), "rounds": config.rounds, "figures": rows}
+    if config.output:
+        Path(config.output).write_text(json.dumps(figures, indent=2))
+    return Answer(figures, code=int(not all(row["reached"] for row in rows)))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -9,7 +9,6 @@ Metrics are the last values logged; with an error, as ``value ± error``. Scores
 contracts (samples, extractor, reference) are marked, since they do not compare. Only settings that differ are shown.
 """
 
-import argparse
 import json
 import os
 import sys
@@ -20,9 +19,11 @@ from pathlib import Path
 from typing import Any
 
 from data.manifest import digest_of, read_manifest
+from pipelines.runtime.config.command_line import Answer, run_tool
 from pipelines.runtime.config.dotted_keys import flattened_texts
+from pipelines.runtime.config.errors import config_error_at
 from pipelines.runtime.config.renamed_keys import with_new_names
-from pipelines.runtime.config.stage_config import STAGE_FOLDERS
+from pipelines.runtime.config.stage_config import STAGE_FOLDERS, CommandConfig
 from pipelines.runtime.tracking.identity import RunIdentity
 from pipelines.runtime.tracking.spool import METRICS, NOT_METRICS, read_spool_backwards
 
@@ -42,28 +43,26 @@ class Report:
     settings: Mapping[str, str] = field(default_factory=dict)
 
 
+class CompareConfig(CommandConfig):
+    """Runs to compare."""
+
+    positional = "runs"
+
+    runs: tuple[str, ...]  # stages' folders, pipelines' folders, or mlflow:ID
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; return the exit code: 0, or 2 when a run cannot be read."""
-    parser = argparse.ArgumentParser(
-        prog="python -m pipelines.tools.compare",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="a stage's folder, a pipeline's folder, or mlflow:ID")
-    parser.add_argument("--json", action="store_true", help="print the reports as JSON")
-    options = parser.parse_args(argv)
-    try:
-        reports = [report for run in options.runs for report in reports_of(run)]
-    except (ValueError, OSError) as error:
-        print(f"compare: {error}", file=sys.stderr)
-        return 2
-    if options.json:
-        print(json.dumps([vars(report) for report in reports], indent=2))
-        return 0
+    return run_tool(CompareConfig, compared, table="compare", about=__doc__, argv=argv)
+
+
+def compared(config: CompareConfig) -> Answer:
+    """Read the runs, and lay those of each stage side by side."""
+    with config_error_at("compare.runs"):
+        reports = [report for run in config.runs for report in reports_of(run)]
     found = {report.stage for report in reports}
-    for stage in [*(stage for stage in STAGE_FOLDERS if stage in found), *sorted(found - STAGE_FOLDERS.keys())]:
-        print(comparison([report for report in reports if report.stage == stage]), end="\n\n")
-    return 0
+    stages = [*(stage for stage in STAGE_FOLDERS if stage in found), *sorted(found - STAGE_FOLDERS.keys())]
+    tables = [comparison([report for report in reports if report.stage == stage]) for stage in stages]
+    return Answer({"runs": [vars(report) for report in reports]}, "\n\n".join(tables))
 
 
 def reports_of(run: str) -> list[Report]:

@@ -1,4 +1,4 @@
-"""How large a corpus will be, asked of its source before it is made."""
+"""Size of a corpus, asked of its source before it is made."""
 
 from dataclasses import dataclass
 

@@ -1,4 +1,4 @@
-"""Whether this machine, or a whole job, can run an experiment: checked before it costs anything.
+"""Checks that this machine, or a whole job, can run an experiment, before it costs anything.
 
     python -m pipelines.tools.doctor --config pipelines/configs/demo.toml [--json]
     accelerate launch [launcher flags] -m pipelines.tools.doctor --config pipelines/configs/demo.toml
@@ -9,22 +9,26 @@ all-reduce. Exit code 0: nothing stands in the way (warnings may). 2: the experi
 """
 
 import json
+import secrets
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 import torch.distributed as dist
+from accelerate import Accelerator
 from pydantic import NonNegativeFloat
 
-from pipelines.runtime.config.command_line import config_from_command_line, exit_on_config_error
+from pipelines.runtime.config.command_line import Answer, run_tool
+from pipelines.runtime.config.experiment import experiment_path
 from pipelines.runtime.config.stage_config import StageConfig
-from pipelines.runtime.stage.launch import launched_world_size, start_accelerator, threads_per_process
+from pipelines.runtime.stage.launch import from_main, gathered, start_accelerator, threads_per_process
 from pipelines.tools.doctor_checks import (
+    Findings,
+    Level,
     attention,
     experiment_digests,
     file_operations,
@@ -35,9 +39,8 @@ from pipelines.tools.doctor_checks import (
     software,
     workers,
 )
-from pipelines.tools.plan import experiment_path, stage_configs
+from pipelines.tools.plan import stage_configs
 
-Level = Literal["ok", "warning", "failed"]
 REDUCE_BYTES = 64 * 2**20
 
 
@@ -57,34 +60,29 @@ class Finding:
     rank: int = 0
 
 
-def main() -> None:
-    argv = [word for word in sys.argv[1:] if word != "--json"]
-    config = config_from_command_line(DoctorConfig, table="doctor", about=__doc__, argv=argv)
-    with exit_on_config_error("doctor"):
-        stages = stage_configs(experiment_path(argv), root=config.run.root)
-        accelerator = start_accelerator(config.run)
-    rank, world_size = accelerator.process_index, accelerator.num_processes
-    mine = list(own_findings(config, stages, device=accelerator.device, rank=rank))
-    if world_size > 1:
-        mine += job_findings(config, stages, device=accelerator.device, rank=rank, world_size=world_size)
-    everyone = gathered(mine, rank=rank, world_size=world_size, device=accelerator.device)
-    failed = any(finding.level == "failed" for finding in everyone)
-    if rank == 0:
-        show(everyone, world_size=world_size, as_json="--json" in sys.argv)
-    if dist.is_initialized():
+def main(argv: Sequence[str] | None = None) -> int:
+    return run_tool(
+        DoctorConfig, lambda config: examine(config, experiment_path(argv)), table="doctor", about=__doc__, argv=argv
+    )
+
+
+def examine(config: DoctorConfig, path: str) -> Answer:
+    """Look at this rank's machine and at what the ranks have in common. A collective."""
+    stages = stage_configs(path, root=config.run.root)
+    accelerator = start_accelerator(config.run)
+    findings = list(own_findings(config, stages, accelerator))
+    if accelerator.num_processes > 1:
+        findings = of_all_ranks([*findings, *job_findings(config, stages, accelerator)], accelerator)
         dist.destroy_process_group()
-    raise SystemExit(1 if failed else 0)
+    return answer(findings, world_size=accelerator.num_processes)
 
 
-def own_findings(
-    config: DoctorConfig, stages: dict[str, StageConfig], *, device: torch.device, rank: int
-) -> Iterator[Finding]:
+def own_findings(config: DoctorConfig, stages: dict[str, StageConfig], accelerator: Accelerator) -> Iterator[Finding]:
     """Look at this rank's machine."""
-    root = Path(config.run.root)
-    world_size = launched_world_size()
-    checks: dict[str, Callable[[], Iterator[tuple[Level, str]]]] = {
-        "software": lambda: software(device),
-        "attention": lambda: attention(device),
+    root, rank = Path(config.run.root), accelerator.process_index
+    checks: dict[str, Callable[[], Findings]] = {
+        "software": lambda: software(accelerator.device),
+        "attention": lambda: attention(accelerator.device),
         "limits": limits,
         "workers": lambda: workers(threads_per_process(config.run)),
         "file operations": lambda: file_operations(root),
@@ -93,7 +91,7 @@ def own_findings(
         checks |= {
             "free space": lambda: free_space(stages, root),
             "MLflow": lambda: mlflow_store(config.run.tracking_uri, root, experiment=config.run.experiment),
-            "shards": lambda: shards(stages, world_size=world_size),
+            "shards": lambda: shards(stages, world_size=accelerator.num_processes),
         }
     for name, check in checks.items():
         try:
@@ -103,58 +101,49 @@ def own_findings(
             yield Finding(check=name, level="failed", text=f"{type(error).__name__}: {error}", rank=rank)
 
 
-def job_findings(
-    config: DoctorConfig, stages: dict[str, StageConfig], *, device: torch.device, rank: int, world_size: int
-) -> list[Finding]:
+def job_findings(config: DoctorConfig, stages: dict[str, StageConfig], accelerator: Accelerator) -> Iterator[Finding]:
     """Look at what the ranks must have in common. A collective."""
-    found: list[Finding] = []
-
-    def tell(check: str, level: Level, text: str) -> None:
-        found.append(Finding(check=check, level=level, text=text, rank=rank))
-
+    rank = accelerator.process_index
     for name, digest in experiment_digests(stages).items():
-        mine = torch.frombuffer(bytearray.fromhex(digest), dtype=torch.uint8).long().to(device)
-        first = mine.clone()
-        dist.broadcast(first, src=0)
-        if not mine.equal(first):
-            tell(name, "failed", f"rank {rank} on {socket.gethostname()} has another {name} than rank 0")
+        digests = gathered(torch.tensor(list(bytes.fromhex(digest)), device=accelerator.device), accelerator)
+        if not digests[rank].equal(digests[0]):
+            text = f"rank {rank} on {socket.gethostname()} has another {name} than rank 0"
+            yield Finding(check=name, level="failed", text=text, rank=rank)
         elif rank == 0:
-            tell(name, "ok", f"{digest[:12]} on rank 0")
-    seen = shared_folder(Path(config.run.root), rank=rank, device=device)
-    tell(
-        "shared folder", "ok" if seen else "failed", f"rank {rank} {'sees' if seen else 'does not see'} a renamed file"
-    )
-    speed = all_reduce_speed(device, world_size=world_size)
+            yield Finding(check=name, level="ok", text=f"{digest[:12]} on rank 0")
+    seen = shared_folder(Path(config.run.root), accelerator)
+    text = f"rank {rank} {'sees' if seen else 'does not see'} a renamed file"
+    yield Finding(check="shared folder", level="ok" if seen else "failed", text=text, rank=rank)
+    speed = all_reduce_speed(accelerator)
     if rank == 0:
         slow = speed < config.min_gigabytes_per_s
         wanted = f", less than doctor.min_gigabytes_per_s = {config.min_gigabytes_per_s}" if slow else ""
-        tell("all-reduce", "failed" if slow else "ok", f"{speed:.2f} GB/s a rank over {world_size} ranks{wanted}")
-    return found
+        text = f"{speed:.2f} GB/s a rank over {accelerator.num_processes} ranks{wanted}"
+        yield Finding(check="all-reduce", level="failed" if slow else "ok", text=text)
 
 
-def shared_folder(root: Path, *, rank: int, device: torch.device) -> bool:
+def shared_folder(root: Path, accelerator: Accelerator) -> bool:
     """Let rank 0 write and rename a file, and return whether this rank sees it whole. A collective."""
-    mark = torch.randint(1 << 62, (1,)).to(device)
-    dist.broadcast(mark, src=0)
-    path = root / f".doctor-{int(mark)}"
-    if rank == 0:
+    mark = from_main(secrets.randbelow(1 << 62), accelerator)
+    path = root / f".doctor-{mark}"
+    if accelerator.is_main_process:
         root.mkdir(parents=True, exist_ok=True)
-        path.with_suffix(".tmp").write_text(str(int(mark)))
+        path.with_suffix(".tmp").write_text(str(mark))
         path.with_suffix(".tmp").rename(path)
     dist.barrier()
     try:
-        return path.read_text() == str(int(mark))
+        return path.read_text() == str(mark)
     except OSError:
         return False
     finally:
         dist.barrier()
-        if rank == 0:
+        if accelerator.is_main_process:
             path.unlink(missing_ok=True)
 
 
-def all_reduce_speed(device: torch.device, *, world_size: int) -> float:
+def all_reduce_speed(accelerator: Accelerator) -> float:
     """Return the bus bandwidth of an all-reduce of 64 MiB: GB a second that each rank sends. A collective."""
-    numbers = torch.ones(REDUCE_BYTES // 4, device=device)
+    numbers = torch.ones(REDUCE_BYTES // 4, device=accelerator.device)
     best = float("inf")
     for _ in range(3):
         dist.barrier()
@@ -162,35 +151,32 @@ def all_reduce_speed(device: torch.device, *, world_size: int) -> float:
         dist.all_reduce(numbers)
         float(numbers[0])  # waits for the device
         best = min(best, time.perf_counter() - began)
-    return 2 * (world_size - 1) / world_size * REDUCE_BYTES / best / 1e9
+    ranks = accelerator.num_processes
+    return 2 * (ranks - 1) / ranks * REDUCE_BYTES / best / 1e9
 
 
-def gathered(mine: list[Finding], *, rank: int, world_size: int, device: torch.device) -> list[Finding]:
+def of_all_ranks(mine: list[Finding], accelerator: Accelerator) -> list[Finding]:
     """Return all ranks' findings on every rank; sent as bytes of JSON, so nothing is unpickled. A collective."""
-    if world_size == 1:
-        return mine
-    payload = json.dumps([asdict(finding) for finding in mine]).encode()
-    sizes = torch.zeros(world_size, dtype=torch.int64, device=device)
-    sizes[rank] = len(payload)
-    dist.all_reduce(sizes)
-    table = torch.zeros(world_size, int(sizes.max()), dtype=torch.int32, device=device)
-    table[rank, : len(payload)] = torch.frombuffer(bytearray(payload), dtype=torch.uint8).to(table)
-    dist.all_reduce(table)
-    texts = [bytes(row[:size].cpu().to(torch.uint8).tolist()) for row, size in zip(table, sizes.tolist(), strict=True)]
+    payload = list(json.dumps([asdict(finding) for finding in mine]).encode())
+    sizes = gathered(torch.tensor(len(payload), device=accelerator.device), accelerator).tolist()
+    padded = torch.tensor(payload + [0] * (max(sizes) - len(payload)), device=accelerator.device)
+    rows = gathered(padded, accelerator).tolist()
+    texts = [bytes(row[:size]) for row, size in zip(rows, sizes, strict=True)]
     return [Finding(**words) for text in texts for words in json.loads(text)]
 
 
-def show(findings: list[Finding], *, world_size: int, as_json: bool) -> None:
-    """Print what was found: every failure and warning, and what is well once."""
+def answer(findings: list[Finding], *, world_size: int) -> Answer:
+    """Return what was found; as text every failure and warning, and what is well once."""
     counts = {level: sum(finding.level == level for finding in findings) for level in ("ok", "warning", "failed")}
-    if as_json:
-        print(json.dumps({"world_size": world_size, **counts, "findings": [asdict(f) for f in findings]}, indent=2))
-        return
-    for finding in findings:
-        if finding.level != "ok" or finding.rank == 0:
-            print(f"{finding.level:>8}  {finding.check}, rank {finding.rank}: {finding.text}")
-    print(f"doctor: {counts['failed']} failed, {counts['warning']} warnings on {world_size} rank(s)")
+    lines = [
+        f"{finding.level:>8}  {finding.check}, rank {finding.rank}: {finding.text}"
+        for finding in findings
+        if finding.level != "ok" or finding.rank == 0
+    ]
+    lines.append(f"doctor: {counts['failed']} failed, {counts['warning']} warnings on {world_size} rank(s)")
+    found = {"world_size": world_size, **counts, "findings": [asdict(finding) for finding in findings]}
+    return Answer(found, "\n".join(lines), code=1 if counts["failed"] else 0)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,4 +1,4 @@
-"""What ``pipelines.tools.doctor`` looks at on one machine. Each check yields (level, text)."""
+"""Checks of ``pipelines.tools.doctor`` on one machine. Each check yields (level, text)."""
 
 import contextlib
 import fcntl

@@ -8,7 +8,8 @@ model card ``README.md``, whose few lines reproduce the example. There is no ``m
 normalises latents channel by channel, so none would draw our images.
 """
 
-from collections.abc import Mapping
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,7 +33,7 @@ from pipelines.model.device import Device
 from pipelines.model.grids import grid_png
 from pipelines.model.noise import noise_of
 from pipelines.model.weights import ModelInputs, check_latent_diffusion, denoiser_config, load_latent_diffusion
-from pipelines.runtime.config.command_line import config_from_command_line, exit_on_config_error
+from pipelines.runtime.config.command_line import Answer, run_tool
 from pipelines.runtime.config.errors import ConfigError, config_error_at
 from pipelines.runtime.config.stage_config import StageConfig
 from pipelines.runtime.stage.fingerprint import read_parents
@@ -55,13 +56,11 @@ class ExportConfig(StageConfig):
     seed: NonNegativeInt = 0  # of the example's noise
 
 
-def main() -> None:
-    config = config_from_command_line(ExportConfig, table="export", about=__doc__)
-    with exit_on_config_error("export"):
-        export(config)
+def main(argv: Sequence[str] | None = None) -> int:
+    return run_tool(ExportConfig, export, table="export", about=__doc__, argv=argv)
 
 
-def export(config: ExportConfig) -> None:
+def export(config: ExportConfig) -> Answer:
     """Write the folder; the card comes last."""
     parents = read_parents(config)
     output, classes = Path(config.output), parents.unet.classes
@@ -89,7 +88,8 @@ def export(config: ExportConfig) -> None:
         experiment=config.run.experiment,
     )
     write_atomically(output / "README.md", card.encode())
-    print(f"export: {output} holds vae/, unet/, scheduler/, example.safetensors and README.md, which shows its use")
+    text = f"export: {output} holds vae/, unet/, scheduler/, example.safetensors and README.md, which shows its use"
+    return Answer({"output": str(output), "format": config.format, "unet_class": configs["unet"]["_class_name"]}, text)
 
 
 def write_export(
@@ -202,4 +202,4 @@ def grid_of(config: ExportConfig, example: Mapping[str, Tensor]) -> bytes:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

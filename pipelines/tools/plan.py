@@ -1,4 +1,4 @@
-"""What an experiment will cost, and what of it is done: parameters, FLOPs, bytes, memory, device-hours, end time.
+"""Forecast of an experiment: what of it is done, parameters, FLOPs, bytes, memory, device-hours, end time.
 
     python -m pipelines.tools.plan --config pipelines/configs/demo.toml [--devices 8] [--json]
 
@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -41,9 +41,9 @@ from models.autoencoder.vae import AutoencoderKL
 from models.denoiser import DenoiserConfig
 from pipelines import encode_latents, evaluate, prepare_corpus, train_unet, train_vae
 from pipelines.model.captions import NoTextConfig, blank_features
-from pipelines.runtime.config.command_line import config_from_command_line, exit_on_config_error
+from pipelines.runtime.config.command_line import Answer, run_tool
 from pipelines.runtime.config.errors import ConfigError
-from pipelines.runtime.config.experiment import load_config
+from pipelines.runtime.config.experiment import experiment_path, load_config
 from pipelines.runtime.config.stage_config import STAGE_FOLDERS, RunConfig, StageConfig
 from pipelines.runtime.stage.fingerprint import differing_keys, fingerprint_of, inputs_of
 from pipelines.runtime.stage.progress import duration
@@ -90,30 +90,23 @@ class StagePlan:
     notes: list[str] = field(default_factory=list)
 
 
-def main() -> None:
-    argv = [word for word in sys.argv[1:] if word != "--json"]
-    config = config_from_command_line(PlanConfig, table="plan", about=__doc__, argv=argv)
-    with exit_on_config_error("plan"):
-        plans = plan(config, experiment_path(argv))
+def main(argv: Sequence[str] | None = None) -> int:
+    return run_tool(
+        PlanConfig, lambda config: whole_plan(config, experiment_path(argv)), table="plan", about=__doc__, argv=argv
+    )
+
+
+def whole_plan(config: PlanConfig, path: str) -> Answer:
+    """Plan every stage, and tell when the training ends."""
+    plans = plan(config, path)
     hours = sum(one.device_hours for one in plans) / config.devices
     ends = time.time() + 3600 * hours
-    if "--json" in sys.argv:
-        whole = {"stages": [asdict(one) for one in plans], "hours": hours, "ends": ends, "devices": config.devices}
-        print(json.dumps(whole, indent=2))
-        return
-    for one in plans:
-        print(as_text(one))
-    print(
+    last = (
         f"training: {duration(3600 * hours)} on {config.devices} device(s), until "
         f"{time.strftime('%Y-%m-%d %H:%M', time.localtime(ends))} if it begins now"
     )
-
-
-def experiment_path(argv: list[str]) -> str:
-    """Return what follows ``--config``; that it is there has been checked."""
-    return next(
-        word.partition("=")[2] or argv[index + 1] for index, word in enumerate(argv) if word.startswith("--config")
-    )
+    found = {"stages": [asdict(one) for one in plans], "hours": hours, "ends": ends, "devices": config.devices}
+    return Answer(found, "\n".join([*map(as_text, plans), last]))
 
 
 def stage_configs(path: str, *, root: str) -> dict[str, StageConfig]:
@@ -333,4 +326,4 @@ def as_text(plan: StagePlan) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

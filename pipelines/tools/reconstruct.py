@@ -8,6 +8,8 @@ for a good match, and have kept checkpoints (``checkpoint.keep_every``). Writes:
 """
 
 import json
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -19,7 +21,7 @@ from torch import Tensor
 
 from data.files import sha256_of, write_atomically, write_json
 from data.manifest import MANIFEST_NAME, FileEntry, Reconstruction, UNetManifest, write_manifest
-from pipelines.runtime.config.command_line import config_from_command_line, exit_on_config_error
+from pipelines.runtime.config.command_line import Answer, run_tool
 from pipelines.runtime.config.errors import ConfigError, config_error_at
 from pipelines.runtime.config.stage_config import StageConfig
 from pipelines.runtime.stage.fingerprint import read_parents
@@ -45,13 +47,11 @@ class ReconstructConfig(StageConfig):
     output: str  # folder to write to
 
 
-def main() -> None:
-    config = config_from_command_line(ReconstructConfig, table="reconstruct", about=__doc__)
-    with exit_on_config_error("reconstruct"):
-        reconstruct(config)
+def main(argv: Sequence[str] | None = None) -> int:
+    return run_tool(ReconstructConfig, reconstruct, table="reconstruct", about=__doc__, argv=argv)
 
 
-def reconstruct(config: ReconstructConfig) -> None:
+def reconstruct(config: ReconstructConfig) -> Answer:
     """Combine the averages in the checkpoints and publish the result."""
     unet = read_parents(config).unet
     source, output = Path(config.inputs.unet), Path(config.output)
@@ -76,10 +76,12 @@ def reconstruct(config: ReconstructConfig) -> None:
         "provenance": {"code_version": code_version(), "residual": combination.residual},
     }
     write_manifest(output, unet.model_copy(update=changed))
-    print(
+    text = (
         f"reconstruct: {path}, a power average of width {wanted.relative_std:g} after update {wanted.update}, from "
         f"{len(stored)} averages; its profile is missed by {100 * combination.residual:.2g} %"
     )
+    found = {"weights": str(path), **wanted._asdict(), "averages": len(stored), "residual": combination.residual}
+    return Answer(found, text)
 
 
 def snapshots_in(folder: Path, unet: UNetManifest) -> list[tuple[Snapshot, Path, int]]:
@@ -121,4 +123,4 @@ def combined_weights(
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -7,7 +7,9 @@
 Reads: ``runs/NAME/vae/``, ``runs/NAME/unet/``. Writes: ``OUTPUT/KEY.png`` for each image, and ``OUTPUT/grid.png``.
 """
 
+import logging
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -27,11 +29,13 @@ from pipelines.model.device import Device, attention_on
 from pipelines.model.grids import grid_png
 from pipelines.model.noise import noise_of
 from pipelines.model.weights import ModelInputs, check_latent_diffusion, load_latent_diffusion
-from pipelines.runtime.config.command_line import config_from_command_line, exit_on_config_error
+from pipelines.runtime.config.command_line import Answer, run_tool
 from pipelines.runtime.config.errors import ConfigError, config_error_at
 from pipelines.runtime.config.stage_config import StageConfig
 from pipelines.runtime.stage.fingerprint import read_parents
 from pipelines.runtime.stage.progress import progress_line
+
+log = logging.getLogger("latentline.sample")
 
 GRID_COLUMNS = 8
 
@@ -52,20 +56,18 @@ class SampleConfig(StageConfig):
     output: str = "samples"  # folder to write to
 
 
-def main() -> None:
-    config = config_from_command_line(SampleConfig, table="sample", about=__doc__)
-    with exit_on_config_error("sample"):
-        draw(config)
+def main(argv: Sequence[str] | None = None) -> int:
+    return run_tool(SampleConfig, draw, table="sample", about=__doc__, argv=argv)
 
 
-def draw(config: SampleConfig) -> None:
+def draw(config: SampleConfig) -> Answer:
     """Draw the images and write them."""
     # The model, and the device.
     parents = read_parents(config)
     check_latent_diffusion(config.inputs, parents, {"sampler": config.sampler})
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     attention = attention_on(device, config.run)
-    print(f"sample: on {device}, attention by {attention.name}: {attention.reason}")
+    log.info(f"on {device}, attention by {attention.name}: {attention.reason}")
     model = load_latent_diffusion(config.inputs, parents, device=Device(device, attention.name))
 
     # The conditions: a caption is encoded once, since all images have the same.
@@ -86,7 +88,7 @@ def draw(config: SampleConfig) -> None:
             conditions |= {name: torch.cat([field] * len(indices)) for name, field in prompt.items()}
             images.extend(draw_batch(config, model, indices, conditions))
             line.advance_to(len(images))
-    write_images(config, images, [classes[label] if label >= 0 else "" for label in labels])
+    return write_images(config, images, [classes[label] if label >= 0 else "" for label in labels])
 
 
 def draw_batch(
@@ -114,13 +116,14 @@ def start_of(config: SampleConfig, model: LatentDiffusion, indices: Sequence[int
     return torch.cat([slerp(noise[:1], noise[1:], index / last) for index in indices]) if arc else noise
 
 
-def write_images(config: SampleConfig, images: Sequence[np.ndarray], names: Sequence[str]) -> None:
+def write_images(config: SampleConfig, images: Sequence[np.ndarray], names: Sequence[str]) -> Answer:
     """Write each image, and a grid of all; ``names`` are their classes, "" for none."""
-    output = Path(config.output)
+    output, paths = Path(config.output), []
     output.mkdir(parents=True, exist_ok=True)
     for index, (image, name) in enumerate(zip(images, names, strict=True)):
         readable = re.sub(r"[^A-Za-z0-9_-]+", "_", name or config.prompt)[:40].strip("_") or "image"
-        write_atomically(output / f"{index:06}-{readable}-seed{config.seed}.png", encode_png(image))
+        paths.append(output / f"{index:06}-{readable}-seed{config.seed}.png")
+        write_atomically(paths[-1], encode_png(image))
     heads = list(dict.fromkeys(names)) if config.class_name == "all" and any(names) else []
     columns = min(len(heads) or GRID_COLUMNS, len(images), 12)
     rows = max(1, len(images) // columns)
@@ -128,7 +131,8 @@ def write_images(config: SampleConfig, images: Sequence[np.ndarray], names: Sequ
     what = ", ".join(part for part in (config.prompt, config.class_name if any(names) else "") if part) or "any"
     title = f"{what}, guidance {config.guidance.scale:g}, {config.sampler.num_steps} steps, seed {config.seed}"
     write_atomically(output / "grid.png", grid_png(shown, column_labels=heads[:columns], title=title))
-    print(f"sample: {len(images)} images and grid.png in {output}")
+    found = {"grid": str(output / "grid.png"), "images": list(map(str, paths)), "classes": list(names)}
+    return Answer(found, f"sample: {len(images)} images and grid.png in {output}")
 
 
 def labels_of(config: SampleConfig, classes: tuple[str, ...]) -> list[int]:
@@ -152,4 +156,4 @@ def labels_of(config: SampleConfig, classes: tuple[str, ...]) -> list[int]:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

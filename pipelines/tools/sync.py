@@ -10,44 +10,51 @@ sender of its own.
 Exit code 0: everything is sent. 1: something is left, since the store does not answer. 2: there is nothing to send.
 """
 
-import argparse
+import logging
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from data.files import FolderLock
+from pipelines.runtime.config.command_line import Answer, run_tool
+from pipelines.runtime.config.errors import ConfigError
 from pipelines.runtime.config.redaction import without_credentials
+from pipelines.runtime.config.stage_config import CommandConfig
 from pipelines.runtime.tracking.identity import OFFLINE, RUN_FILE, RunIdentity
 from pipelines.runtime.tracking.mlflow_store import MlflowStore
-from pipelines.runtime.tracking.sender import (
-    Sender,
-    StoreUnavailableError,
-    is_running,
-    say,
-    send_once,
-    send_until_ended,
-)
+from pipelines.runtime.tracking.sender import Sender, StoreUnavailableError, is_running, send_once, send_until_ended
 from pipelines.runtime.tracking.spool import ORPHAN_SECONDS, SENDER_LOCK, Sent, unsent
+
+log = logging.getLogger("latentline.sync")
+
+EXIT_CODES = {"sent": 0, "running": 0, "left": 1, "offline": 2}
+
+
+class SyncConfig(CommandConfig):
+    """Runs to send."""
+
+    positional = "runs"
+
+    runs: tuple[str, ...]  # stages' folders, or folders above some
+    tracking_uri: str = ""  # another store than the one that a run was started with
+    follow: bool = False  # go on sending until the run ends
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; return the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m pipelines.tools.sync", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("paths", nargs="+", type=Path, metavar="RUN", help="a stage's folder, or a folder above some")
-    parser.add_argument("--tracking-uri", default="", help="another store than the one that the run was started with")
-    parser.add_argument("--follow", action="store_true", help="go on sending until the run ends")
-    options = parser.parse_args(argv)
-    folders = [folder for path in options.paths for folder in run_folders(path)]
+    return run_tool(SyncConfig, sync_all, table="sync", about=__doc__, argv=argv)
+
+
+def sync_all(config: SyncConfig) -> Answer:
+    """Send every run, one after the other."""
+    folders = [folder for path in config.runs for folder in run_folders(Path(path))]
     if not folders:
-        print(f"No run lies in {', '.join(map(str, options.paths))}: no {RUN_FILE} there or below.", file=sys.stderr)
-        return 2
-    if options.follow and len(folders) > 1:
-        print(f"--follow takes one run, and these are {len(folders)}: {', '.join(map(str, folders))}", file=sys.stderr)
-        return 2
-    return max(sync(folder, tracking_uri=options.tracking_uri, follow=options.follow) for folder in folders)
+        raise ConfigError(f"No run lies in {', '.join(config.runs)}: no {RUN_FILE} there or below.")
+    if config.follow and len(folders) > 1:
+        raise ConfigError(f"--follow takes one run, and these are {len(folders)}: {', '.join(map(str, folders))}")
+    sent = [sync(folder, tracking_uri=config.tracking_uri, follow=config.follow) for folder in folders]
+    return Answer({"runs": sent}, code=max(EXIT_CODES[each["state"]] for each in sent))
 
 
 def run_folders(path: Path) -> list[Path]:
@@ -55,31 +62,31 @@ def run_folders(path: Path) -> list[Path]:
     return sorted(file.parent for depth in ("", "*/", "*/*/") for file in path.glob(depth + RUN_FILE))
 
 
-def sync(folder: Path, *, tracking_uri: str, follow: bool) -> int:
-    """Send one run and say how it went; return the exit code."""
-    uri = tracking_uri or uri_of(RunIdentity.read(folder))
+def sync(folder: Path, *, tracking_uri: str, follow: bool) -> dict[str, Any]:
+    """Send one run, say how it went, and return it: its state is a key of EXIT_CODES."""
+    uri, found = tracking_uri or uri_of(RunIdentity.read(folder)), {"folder": str(folder)}
     if uri == OFFLINE:
-        print(f"{folder}: was run with tracking_uri = {OFFLINE!r}; name a store by --tracking-uri.", file=sys.stderr)
-        return 2
+        log.error(f"{folder}: was run with tracking_uri = {OFFLINE!r}; name a store by --tracking-uri.")
+        return {**found, "state": "offline"}
     lock = FolderLock(folder / SENDER_LOCK)
     try:
         lock.acquire(patience_seconds=0 if is_running(folder) else 2 * ORPHAN_SECONDS)
     except BlockingIOError:
-        print(f"{folder}: the running stage sends by itself.")
-        return 0
+        log.info(f"{folder}: the running stage sends by itself.")
+        return {**found, "state": "running"}
     with lock:
-        sender = Sender(folder, MlflowStore(uri, say))
+        sender = Sender(folder, MlflowStore(uri))
         try:
             killed = send_until_ended(sender) if follow else send_once(sender)
         except StoreUnavailableError as error:
             left = unsent(folder, Sent.read(folder))
-            print(f"{folder}: {left} records and events are left. {error}", file=sys.stderr)
-            return 1
+            log.error(f"{folder}: {left} records and events are left. {error}")
+            return {**found, "state": "left", "left": left}
     notes = [f"{folder}: sent to {sender.store.name}"]
     notes += ["closed as KILLED"] if killed else []
     notes += [f"{sender.sent.refused} metrics or events refused"] if sender.sent.refused else []
-    print("; ".join(notes))
-    return 0
+    log.info("; ".join(notes))
+    return {**found, "state": "sent", "store": sender.store.name, "killed": killed, "refused": sender.sent.refused}
 
 
 def uri_of(identity: RunIdentity) -> str:

@@ -1,74 +1,119 @@
-"""Entry of every command: its configuration from the command line, ``--help`` and ``--print-config``."""
+"""Entry of every command, stage or tool: its configuration, ``--help``, ``--print-config``, and a tool's answer."""
 
+import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext, redirect_stdout
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TextIO
 
-from pipelines.runtime.config.errors import ConfigError
+from pipelines.runtime.config.errors import ConfigError, Stopped
 from pipelines.runtime.config.experiment import Config, config_as_toml, load_config, merged_tree, root_of
-from pipelines.runtime.config.outcome import leave_outcome
+from pipelines.runtime.config.logs import set_up_logging
+from pipelines.runtime.config.outcome import EXIT_CODES, leave_outcome
 from pipelines.runtime.config.schema import model_paths
-from pipelines.runtime.config.stage_config import STAGE_FOLDERS, StageConfig
+from pipelines.runtime.config.stage_config import STAGE_FOLDERS, TOOL_TABLES, CommandConfig
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Result of a tool: for scripts, for people (empty where it was printed on the way), and its exit code."""
+
+    found: Mapping[str, Any]  # plain JSON
+    text: str = ""
+    code: int = 0
+
+
+def run_tool(
+    model: type[Config],
+    work: Callable[[Config], Answer],
+    *,
+    table: str,
+    about: str | None,
+    argv: Sequence[str] | None = None,
+) -> int:
+    """Run a tool and print its answer, with ``--json`` as the one object on standard output; return the exit code.
+
+    Args:
+        model: Of its configuration.
+        work: Gives the answer. Whatever it prints goes to standard error where standard output is for JSON.
+        table: Name of the tool and of its table in an experiment file.
+        about: Its module's docstring, for ``--help``.
+        argv: Words of the command line; those of this process by default.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    as_json = "--json" in words
+    config = config_from_command_line(model, table=table, about=about, argv=[w for w in words if w != "--json"])
+    set_up_logging(table)
+    try:
+        with redirect_stdout(sys.stderr) if as_json else nullcontext():
+            answer = work(config)
+    except ConfigError as error:
+        _print_on_main(f"{table}: {error}", file=sys.stderr)
+        return 2
+    except (Stopped, KeyboardInterrupt):
+        return EXIT_CODES["stopped"]
+    _print_on_main(json.dumps(answer.found, indent=2) if as_json else answer.text)
+    return answer.code
 
 
 def config_from_command_line(
     model: type[Config], *, table: str, about: str | None, argv: Sequence[str] | None = None
 ) -> Config:
-    """Read the configuration of one stage, or end the process: 0 after --help and --print-config, 2 on a mistake."""
+    """Read the configuration of a command, or end the process: 0 after --help and --print-config, 2 on a mistake."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    is_main = os.environ.get("RANK", "0") == "0"
     if "--help" in argv or "-h" in argv:
-        if is_main:
-            print(help_text(model, table=table, about=about))
+        _print_on_main(help_text(model, table=table, about=about))
         raise SystemExit(0)
+    words = [word for word in argv if word not in ("--print-config", "--print_config")]
     try:
-        config = load_config(model, table=table, argv=argv)
+        config = load_config(model, table=table, argv=words)
     except ConfigError as error:
-        if is_main:
-            print(f"{table}: {error}", file=sys.stderr)
-            _leave_early_outcome(model, argv, table=table)
+        _print_on_main(f"{table}: {error}", file=sys.stderr)
+        _leave_early_outcome(model, words, table=table)
         raise SystemExit(2) from None
-    if "--print-config" in argv:
-        if is_main:
-            print(config_as_toml(config, table=table), end="")
+    if words != argv:
+        _print_on_main(config_as_toml(config, table=table).rstrip())
         raise SystemExit(0)
     return config
 
 
-@contextmanager
-def exit_on_config_error(command: str) -> Iterator[None]:
-    """Print a ConfigError as the command's, on the main process, and end with exit code 2."""
-    try:
-        yield
-    except ConfigError as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"{command}: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-
-
-def help_text(model: type[StageConfig], *, table: str, about: str | None) -> str:
+def help_text(model: type[CommandConfig], *, table: str, about: str | None) -> str:
     """Return one line a field: name, default and the comment that stands beside it in the code."""
-    lines = [(about or "").strip(), "", f"keys of [{table}] (and of the shared [run]), with their defaults:", ""]
+    needs_experiment = "run" in model.model_fields
+    shared = " (and of the shared [run])" if needs_experiment else ""
+    lines = [(about or "").strip(), "", f"keys of [{table}]{shared}, with their defaults:", ""]
     for path, name, default, comment in model_paths(model):
         dotted = ".".join((*path, name))
         lines.append(f"  --{dotted:<42} {default:<24} {comment}".rstrip())
-    lines += [
-        "",
-        "  --config EXPERIMENT.toml    the experiment",
-        "  --print-config              print the resolved configuration and exit",
-    ]
+    lines += ["", f"  --config EXPERIMENT.toml    the experiment{'' if needs_experiment else '; not needed'}"]
+    if model.positional:
+        lines.append(f"  WORD ...                    words without a name are --{model.positional}")
+    if table in TOOL_TABLES:
+        lines.append("  --json                      print the result as one JSON object")
+    lines.append("  --print-config              print the resolved configuration and exit")
     return "\n".join(lines)
 
 
-def _leave_early_outcome(model: type[StageConfig], argv: Sequence[str], *, table: str) -> None:
+def _leave_early_outcome(model: type[CommandConfig], argv: Sequence[str], *, table: str) -> None:
     """Leave outcome.json for scripts even when the configuration is wrong: the launcher hides the exit code."""
     root = root_of(merged_tree(model, table=table, argv=argv)[0])
-    if root is None or table not in STAGE_FOLDERS:
+    if root is None or table not in STAGE_FOLDERS or not _is_main():
         return
     folder = Path(root) / STAGE_FOLDERS[table]
     try:
         leave_outcome(folder, state="failed", code=2)
     except OSError as error:
         print(f"{table}: outcome.json could not be written to {folder}: {error}", file=sys.stderr)
+
+
+def _is_main() -> bool:
+    """Return whether this process tells the user for all ranks; the launcher says so, before they have met."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _print_on_main(text: str, *, file: TextIO | None = None) -> None:
+    if text and _is_main():
+        print(text, file=file)

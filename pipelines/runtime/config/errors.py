@@ -1,4 +1,4 @@
-"""ConfigError, for mistakes that the user can mend, and the context manager that names the key to mend."""
+"""ConfigError, for mistakes that the user can mend, with the context manager that names the key, and Stopped."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -6,6 +6,10 @@ from contextlib import contextmanager
 
 class ConfigError(Exception):
     """A user's mistake: the message says what, why, and what to do. The program ends with exit code 2."""
+
+
+class Stopped(Exception):
+    """The command was asked to stop and has committed what it did. The program ends with exit code 75."""
 
 
 @contextmanager

@@ -7,22 +7,24 @@ once, each mistake with its source, its key, what was given, what is expected an
 
 import json
 import re
+import sys
 import tomllib
 from collections.abc import Sequence
+from functools import reduce
 from pathlib import Path
 from typing import Any, TypeVar
 
 import tomli_w
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from pipelines.runtime.config.dotted_keys import below, flattened
 from pipelines.runtime.config.errors import ConfigError
 from pipelines.runtime.config.mistakes import explained, nearest
 from pipelines.runtime.config.renamed_keys import new_name, with_new_names
 from pipelines.runtime.config.schema import annotation_at, complete, kind_of, variant_at, variants_of
-from pipelines.runtime.config.stage_config import STAGE_FOLDERS, TOOL_TABLES, RunConfig, StageConfig
+from pipelines.runtime.config.stage_config import STAGE_FOLDERS, TOOL_TABLES, CommandConfig, RunConfig
 
-Config = TypeVar("Config", bound=StageConfig)
+Config = TypeVar("Config", bound=CommandConfig)
 
 
 def load_config(model: type[Config], *, table: str, argv: Sequence[str]) -> Config:
@@ -44,11 +46,11 @@ def load_config(model: type[Config], *, table: str, argv: Sequence[str]) -> Conf
 
 
 def merged_tree(
-    model: type[StageConfig], *, table: str, argv: Sequence[str]
+    model: type[CommandConfig], *, table: str, argv: Sequence[str]
 ) -> tuple[dict[str, Any], dict[str, str], list[str]]:
     """Return the tree to validate, the source of each dotted key in it, and mistakes that validation cannot find."""
-    path, overrides, mistakes = _split_command_line(argv)
-    tree, sources, file_mistakes = _tree_of_file(path, table=table)
+    path, overrides, mistakes = _split_command_line(model, argv)
+    tree, sources, file_mistakes = _tree_of_file(model, path, table=table)
     mistakes += file_mistakes
     # Kinds first: a changed kind drops the old variant's keys, but never a word of the same command line.
     for key, raw in sorted(overrides, key=lambda override: not override[0].endswith(".kind")):
@@ -58,11 +60,19 @@ def merged_tree(
     return complete(model, _with_inputs(model, tree)), sources, mistakes
 
 
-def config_as_toml(config: StageConfig, *, table: str) -> str:
+def config_as_toml(config: CommandConfig, *, table: str) -> str:
     """Return the resolved configuration as an experiment file that gives it back."""
     # TOML has no word for nothing; a field that may be None is so by default, so leaving it out gives it back.
     whole = config.model_dump(mode="json", exclude_none=True)
-    return tomli_w.dumps({"run": whole.pop("run"), table: whole})
+    shared = {"run": whole.pop("run")} if "run" in whole else {}
+    return tomli_w.dumps({**shared, table: whole})
+
+
+def experiment_path(argv: Sequence[str] | None) -> str:
+    """Return what follows ``--config``, of this process where ``argv`` is None; that it is there has been checked."""
+    path = _split_command_line(CommandConfig, sys.argv[1:] if argv is None else argv)[0]
+    assert path is not None
+    return path
 
 
 def root_of(tree: dict[str, Any]) -> str | None:
@@ -72,27 +82,39 @@ def root_of(tree: dict[str, Any]) -> str | None:
     return root if isinstance(root, str) else None
 
 
-def _split_command_line(argv: Sequence[str]) -> tuple[str | None, list[tuple[str, str | None]], list[str]]:
+def _split_command_line(
+    model: type[CommandConfig], argv: Sequence[str]
+) -> tuple[str | None, list[tuple[str, str | None]], list[str]]:
     """Split words into the experiment's path, (dotted key, raw value) pairs, mistakes; a bare ``--flag`` has None."""
-    path, overrides, mistakes = None, [], []
-    words = [word for word in argv if word != "--print-config"]
+    path, overrides, mistakes = None, list[tuple[str, str | None]](), []
+    words = list(argv)
     while words:
         word = words.pop(0)
+        if model.positional and not word.startswith("-"):
+            overrides.append((model.positional, word))
+            continue
         if not word.startswith("--") or len(word) == 2:
             mistakes.append(f"  {word!r} (command line)\n      a value without a name; names start with --")
             continue
         name, equals, value = word[2:].partition("=")
-        raw: str | None = value if equals else None
+        name, raw = name.replace("-", "_"), value if equals else None
         if not equals and words and not re.match(r"--[A-Za-z]", words[0]):
-            raw = words.pop(0)
+            # Where words may have no name, one behind a flag is the flag's value only when it can be.
+            is_flag = model.positional and annotation_at(model, {}, name.split(".")) is bool
+            if not is_flag or words[0].lower() in ("true", "false"):
+                raw = words.pop(0)
         if name == "config":
             path = raw
         else:
-            overrides.append((name.replace("-", "_"), raw))
+            overrides.append((name, raw))
     return path, overrides, mistakes
 
 
-def _tree_of_file(path: str | None, *, table: str) -> tuple[dict[str, Any], dict[str, str], list[str]]:
+def _tree_of_file(
+    model: type[CommandConfig], path: str | None, *, table: str
+) -> tuple[dict[str, Any], dict[str, str], list[str]]:
+    if path is None and "run" not in model.model_fields:
+        return {}, {}, []
     if path is None:
         return {}, {}, ["  --config (command line)\n      missing; give the experiment: --config EXPERIMENT.toml"]
     try:
@@ -108,7 +130,7 @@ def _tree_of_file(path: str | None, *, table: str) -> tuple[dict[str, Any], dict
         if name not in known
     ]
     tree: dict[str, Any] = {}
-    for name in ("run", table):
+    for name in ("run", table) if "run" in model.model_fields else (table,):
         part = whole.get(name, {})
         if not isinstance(part, dict):
             mistakes.append(f"  {name} = {part!r} ({path})\n      expected a table: [{name}]")
@@ -132,18 +154,21 @@ def _renamed(key: str, value: Any, *, source: str, table: str) -> list[str]:
 
 
 def _override(
-    model: type[BaseModel], tree: dict[str, Any], sources: dict[str, str], key: str, raw: str | None
+    model: type[CommandConfig], tree: dict[str, Any], sources: dict[str, str], key: str, raw: str | None
 ) -> list[str]:
     """Put one command-line value into the tree; return mistakes that have no place in it."""
-    appends = key == "allow_changed"
-    parts = ["run", key] if appends else key.split(".")
+    parts = ["run", key] if key == "allow_changed" else key.split(".")
     key = ".".join(parts)
     annotation = annotation_at(model, tree, parts)
     if raw is None:
         if annotation is not bool:
             return [f"  --{key} (command line)\n      needs a value"]
         raw = "true"
-    value = [*(tree.get("run", {}).get("allow_changed", ())), raw] if appends else _value_of(raw, annotation)
+    value = _value_of(raw, annotation)
+    if key in ("run.allow_changed", model.positional):
+        # Given again and again. Of the file's words none stay, while what it allows stays allowed.
+        kept = reduce(below, parts, tree) if key == "run.allow_changed" or sources.get(key) == "command line" else None
+        value = [*(kept or ()), *(value if isinstance(value, list) else [raw])]
     place: Any = tree
     for index, part in enumerate(parts[:-1]):
         if isinstance(place, dict) and not parts[index + 1].isdigit():
@@ -179,7 +204,7 @@ def _value_of(raw: str, annotation: Any) -> Any:
             return raw
 
 
-def _with_inputs(model: type[StageConfig], tree: dict[str, Any]) -> dict[str, Any]:
+def _with_inputs(model: type[CommandConfig], tree: dict[str, Any]) -> dict[str, Any]:
     """Let ``inputs.NAME`` default to the folder NAME below ``run.root``.
 
     Not a validator of the model: one that runs before validation would turn strict JSON into strict Python values.

@@ -10,10 +10,16 @@ from pydantic import BaseModel
 from pipelines.runtime.config.dotted_keys import below
 from pipelines.runtime.config.redaction import without_credentials
 from pipelines.runtime.config.schema import model_paths, variant_at
+from pipelines.runtime.config.stage_config import TOOL_TABLES, CommandConfig
 
 
 def explained(
-    model: type[BaseModel], detail: Mapping[str, Any], tree: dict[str, Any], sources: Mapping[str, str], *, table: str
+    model: type[CommandConfig],
+    detail: Mapping[str, Any],
+    tree: dict[str, Any],
+    sources: Mapping[str, str],
+    *,
+    table: str,
 ) -> str:
     """Return one of pydantic's error details as a line for the key and one with advice.
 
@@ -44,6 +50,7 @@ def explained(
         variant = variant_at(model, tree, parts[:-1])
         siblings = list(variant.model_fields) if variant is not None else []
         everything = [".".join((*path, name)) for path, name, _, _ in model_paths(model)]
+        everything += ["config", "help", "print_config", *(["json"] if table in TOOL_TABLES else [])]
         hint = nearest(parts[-1], siblings) or nearest(key, everything) or f"; known here: {', '.join(siblings)}"
         advice = f"unknown key{hint}"
     elif detail["type"] in ("union_tag_invalid", "literal_error"):
@@ -54,7 +61,7 @@ def explained(
         names = re.findall(r"'([^']*)'", expected)
         advice = f"expected one of {expected}{nearest(str(found), names)}"
     elif detail["type"] == "missing":
-        advice = "missing: this key has no default"
+        advice = "missing: this key has no default" + "; give words without a name" * (key == model.positional)
     else:
         advice = re.sub(r"^(Value error|Assertion failed), ", "", detail["msg"])
         advice = advice.replace("Input should be", "expected").replace("\n", "\n      ")

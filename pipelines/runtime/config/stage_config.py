@@ -1,4 +1,4 @@
-"""Base models of every stage's configuration, and the tables of an experiment file."""
+"""Base models of every command's configuration, and the tables of an experiment file."""
 
 from typing import ClassVar, Literal
 
@@ -11,7 +11,7 @@ STAGE_FOLDERS = {
     "train_unet": "unet",
     "evaluate": "evaluation",
 }
-TOOL_TABLES = ("sample", "export", "reconstruct", "benchmark", "doctor", "plan")
+TOOL_TABLES = ("sample", "export", "reconstruct", "benchmark", "doctor", "plan", "compare", "sync")
 
 
 class RunConfig(BaseModel, frozen=True, extra="forbid"):
@@ -27,8 +27,14 @@ class RunConfig(BaseModel, frozen=True, extra="forbid"):
     allow_changed: tuple[str, ...] = ()  # keys whose change is accepted on resume (also: --allow-changed KEY)
 
 
-class StageConfig(BaseModel, frozen=True, extra="forbid"):
-    """Base of every stage's configuration. ``inputs.NAME`` defaults to the folder NAME below ``run.root``."""
+class CommandConfig(BaseModel, frozen=True, extra="forbid"):
+    """Base of every command's configuration; alone that of a tool that needs no experiment."""
+
+    positional: ClassVar[str] = ""  # key, a tuple of texts, that takes the words without a name
+
+
+class StageConfig(CommandConfig):
+    """Base of a stage's configuration, or of a tool's on one; ``inputs.NAME`` is the folder NAME in ``run.root``."""
 
     # Dotted keys that do not change the result: left out of the fingerprint, so they may differ on resume.
     fingerprint_ignores: ClassVar[frozenset[str]] = frozenset()

@@ -1,5 +1,6 @@
-"""Progress for people: a bar with rate and ETA on a terminal, a plain line now and then elsewhere."""
+"""Progress for people: a bar with rate and ETA on a terminal, a log line now and then elsewhere."""
 
+import logging
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -7,6 +8,8 @@ from contextlib import contextmanager
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+log = logging.getLogger("latentline.stage")
 
 PLAIN_LINE_EVERY_SECONDS = 10.0
 
@@ -44,8 +47,7 @@ class ProgressLine:
         if self.is_main and (now - self._last_line >= PLAIN_LINE_EVERY_SECONDS or done == self.total):
             self._last_line = now
             eta = (self.total - done) / rate if rate > 0 else float("inf")
-            line = f"{self.label}: {done}/{self.total} {self.unit}  {rate:.3g}/s  ETA {duration(eta)}  {shown}"
-            print(line.rstrip(), flush=True)
+            log.info(f"{done}/{self.total} {self.unit}  {rate:.3g}/s  ETA {duration(eta)}  {shown}".rstrip())
 
     def close(self) -> None:
         """Leave the bar as it is and give the terminal back."""

@@ -1,5 +1,6 @@
 """Provenance of a result: the version of the code, and the hardware it ran on."""
 
+import os
 import platform
 import subprocess
 from collections.abc import Mapping
@@ -17,15 +18,20 @@ REPOSITORY = Path(__file__).resolve().parents[3]
 
 @lru_cache(maxsize=1)
 def code_version() -> str:
-    """Return the git commit, with ``+changes`` when files differ from it; else the package's version."""
+    """Return the git commit, with ``+changes`` when files differ from it; else the package's version.
+
+    Git is believed about its own tree only: installed inside of a user's repository, it would name the user's commit.
+    """
     try:
-        commit = _git("rev-parse", "HEAD")
-        return f"{commit}+changes" if _git("status", "--porcelain", "--untracked-files=no") else commit
+        top, commit = _git("rev-parse", "--show-toplevel", "HEAD").splitlines()
+        if Path(top).resolve() == REPOSITORY:
+            return f"{commit}+changes" if _git("status", "--porcelain", "--untracked-files=no") else commit
     except (OSError, subprocess.SubprocessError):
-        try:
-            return f"latentline {version('latentline')}"
-        except PackageNotFoundError:
-            return "unknown"
+        pass
+    try:
+        return f"latentline {version('latentline')}"
+    except PackageNotFoundError:
+        return "unknown"
 
 
 def made_by(request: Mapping[str, Any], *, world_size: int) -> dict[str, Any]:
@@ -47,8 +53,10 @@ def exactness(state: Mapping[str, Any], now: Mapping[str, Any]) -> str:
 
 
 def _git(*words: str) -> str:
+    # Without GIT_DIR and the like, which name another repository where a git hook has started this process.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
     done = subprocess.run(
-        ["git", "-C", str(REPOSITORY), *words], capture_output=True, text=True, check=True, timeout=10, shell=False
+        ["git", *words], cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=True, timeout=10
     )
     return done.stdout.strip()
 

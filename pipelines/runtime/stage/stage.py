@@ -5,13 +5,13 @@ starts the accelerator and the tracker, and leaves an outcome for scripts howeve
 """
 
 import json
+import logging
 import os
 import platform
 import secrets
 import socket
 import sys
 import time
-import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -24,8 +24,9 @@ from accelerate import Accelerator
 
 from data.files import FolderLock, sweep_temporaries, write_atomically
 from data.manifest import FORMAT_VERSION, MANIFEST_NAME, FileEntry, Manifest, Parents, digest_of, write_manifest
-from pipelines.runtime.config.errors import ConfigError, config_error_at
+from pipelines.runtime.config.errors import ConfigError, Stopped, config_error_at
 from pipelines.runtime.config.experiment import config_as_toml
+from pipelines.runtime.config.logs import set_up_logging
 from pipelines.runtime.config.outcome import OUTCOME_NAME, Outcome, resume_command
 from pipelines.runtime.config.redaction import without_credentials
 from pipelines.runtime.config.stage_config import STAGE_FOLDERS, StageConfig
@@ -43,6 +44,8 @@ from pipelines.runtime.stage.provenance import code_version, hardware
 from pipelines.runtime.stage.watchdog import Watchdog
 from pipelines.runtime.tracking.tracker import SilentTracker, Tracker, open_tracker
 
+log = logging.getLogger("latentline.stage")
+
 RUN_STATUSES: dict[str, Literal["FINISHED", "FAILED", "KILLED"]] = {
     "done": "FINISHED",
     "failed": "FAILED",
@@ -52,10 +55,6 @@ POLL_SECONDS = 0.2
 JOIN_PATIENCE_SECONDS = 2.0
 SHARED_PATIENCE_SECONDS = 30.0  # a network file system may show a new file late
 LOCK_PATIENCE_SECONDS = 10.0  # a killed launcher's last worker takes a moment to die
-
-
-class Stopped(Exception):
-    """The stage was asked to stop and has committed what it did."""
 
 
 @dataclass(kw_only=True)
@@ -77,10 +76,10 @@ class Stage:
     def __post_init__(self) -> None:
         self.is_main = bool(self.accelerator.is_main_process)
 
-    def say(self, text: str) -> None:
-        """Print a line on the main process."""
-        if self.is_main:
-            print(f"{self.name}: {text}", flush=True)
+    @property
+    def log(self) -> logging.Logger:
+        """Logger of this stage; ranks other than 0 show its warnings only."""
+        return logging.getLogger(f"latentline.{self.name}")
 
     def finish(self, kind: type[Manifest], *, files: list[FileEntry], **content: Any) -> None:
         """Commit a manifest of ``kind`` with ``content`` on the main process; every rank waits for it.
@@ -159,6 +158,7 @@ def running_stage(
     Raises:
         SystemExit: When the stage does not end by finishing: 0 already done, 2 a user's mistake, 75 stopped, 1 failed.
     """
+    set_up_logging(name)
     is_main = os.environ.get("RANK", "0") == "0"
     folder = Path(config.run.root) / (folder_name or STAGE_FOLDERS[name])
     lock, own, outcome = FolderLock(folder), folder, Outcome()
@@ -177,15 +177,14 @@ def running_stage(
             trains=name.startswith("train_"),
         ):
             outcome.set("done")
-            if is_main:
-                print(f"{name}: already finished in {folder}; nothing to do.", flush=True)
+            log.info(f"already finished in {folder}; nothing to do.")
             raise SystemExit(0)
         check(manifests)  # what a finished stage was made from may be gone
         accelerator = start_accelerator(config.run, precision=precision)
         own = take_folder(folder, lock, accelerator, joinable=joinable)
         if accelerator.is_main_process:
             if lock.held and (changes := begin(folder, request, fingerprint_ignores=ignored_values(config))):
-                print(f"{name}: changed since the last start:\n  " + "\n  ".join(changes), flush=True)
+                log.info("changed since the last start:\n  " + "\n  ".join(changes))
             shown = without_credentials(config_as_toml(config, table=name))
             write_atomically(own / "config.toml", shown.encode())
             tracker = start_tracker(config, name=name, folder=own, parents=manifests, accelerator=accelerator)
@@ -201,24 +200,25 @@ def running_stage(
             lock=lock,
         )
         threads = f"{torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)}"
-        stage.say(f"{accelerator.num_processes} process(es) x {threads} on {accelerator.device}, {precision}, {folder}")
+        log.info(f"{accelerator.num_processes} process(es) x {threads} on {accelerator.device}, {precision}, {folder}")
         with stop.handling_signals():
             outcome.working = True
             yield stage
         outcome.set("done")
     except Stopped as reason:
         outcome.set("stopped")
-        if is_main:
-            print(f"{name}: stopped ({reason}). Continue with: {resume_command()}", flush=True)
+        log.info(f"stopped ({reason}). Continue with: {resume_command()}")
     except (ConfigError, BlockingIOError) as error:
         outcome.set("failed", code=2)
         # Before the work all ranks of a machine find the same; in the work one may be alone with it.
-        if outcome.working or os.environ.get("LOCAL_RANK", "0") == "0":
+        if outcome.working:
+            log.error(error)
+        elif os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"{name}: {error}", file=sys.stderr, flush=True)
     except KeyboardInterrupt:
         outcome.set("stopped")
     except Exception as error:
-        traceback.print_exc()
+        log.exception(f"{type(error).__name__}:")
         if stage is not None and stage.watchdog is not None:
             with suppress(OSError):
                 stage.watchdog.report(f"{type(error).__name__}: {error}")
@@ -261,7 +261,7 @@ def take_folder(folder: Path, lock: FolderLock, accelerator: Accelerator, *, joi
         own.mkdir(parents=True, exist_ok=True)
         (own / OUTCOME_NAME).unlink(missing_ok=True)
         if busy is not None:
-            print(f"{str(busy).partition('.')[0]}; joining it, with {own} for this run's records", flush=True)
+            log.info(f"{str(busy).partition('.')[0]}; joining it, with {own} for this run's records")
     if accelerator.num_processes > 1:
         _check_all_ranks_see(own / f".{abs(token):016x}.tmp", accelerator)
     return own

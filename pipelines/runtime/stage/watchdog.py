@@ -9,9 +9,9 @@ code is ended by the C library's timer, which needs no Python.
 
 import faulthandler
 import json
+import logging
 import os
 import socket
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -23,6 +23,8 @@ from accelerate import Accelerator
 
 from data.files import temporary_beside
 from pipelines.runtime.config.outcome import Outcome
+
+log = logging.getLogger("latentline.stage")
 
 KEY_SECONDS = 10.0  # the folder of the samples may be what hangs
 NATIVE_GRACE = 1.5  # of hang_seconds, after which the timer outside of Python ends the process
@@ -111,11 +113,9 @@ class Watchdog:
             report = str(self.report(f"No update has begun for {self.hang_seconds:g} s: a rank hangs or is gone."))
         except OSError as error:
             report = f"lost ({error})"
-        print(
+        log.error(
             f"rank {self.rank}: no update has begun for {self.hang_seconds:g} s (update {self.current[0]}, batch "
-            f"{self.current[1]}); stack and sample keys: {report}. This process ends; the same command continues.",
-            file=sys.stderr,
-            flush=True,
+            f"{self.current[1]}); stack and sample keys: {report}. This process ends; the same command continues."
         )
         with suppress(OSError):
             Outcome(working=True).write(self.folder.parent, is_main=False)

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from data.files import write_json
+from pipelines.runtime.config.errors import Stopped
 from pipelines.runtime.stage.leases import Leases, sweep_expired_leases
-from pipelines.runtime.stage.stage import Stage, Stopped
+from pipelines.runtime.stage.stage import Stage
 
 POLL_SECONDS = 0.05
 
@@ -52,7 +53,7 @@ def make_items(
     sizes = sizes or dict.fromkeys(names, 1)
     work = _Work(stage, folder, sizes, make, after_each)
     if stage.is_main and 0 < (num_done := work.num_done()) < len(names):
-        stage.say(f"continuing: {num_done} of {len(names)} parts are done")
+        stage.log.info(f"continuing: {num_done} of {len(names)} parts are done")
     if stage.is_main and folder.is_relative_to(stage.folder):
         sweep_expired_leases(folder)
 

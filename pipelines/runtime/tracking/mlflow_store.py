@@ -6,18 +6,21 @@ mlflow is imported when a store is first connected, so that nothing else waits f
 import contextlib
 import getpass
 import json
+import logging
 import os
 import re
 import shutil
 import tempfile
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from data.files import FolderLock, temporary_beside
 from pipelines.runtime.config.redaction import without_credentials
 from pipelines.runtime.tracking.identity import RunIdentity, network_file_system, sqlite_file
+
+log = logging.getLogger("latentline.tracking")
 
 CLIENT_SETTINGS = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",  # the sender repeats by itself, and wants to know
@@ -55,11 +58,9 @@ class MlflowStore:
     without credentials.
     """
 
-    def __init__(self, uri: str, say: Callable[[str], None]) -> None:
-        """``say`` shows the user a line."""
+    def __init__(self, uri: str) -> None:
         for key, value in CLIENT_SETTINGS.items():  # before mlflow is imported, which reads some of them then
             os.environ.setdefault(key, value)
-        self._say = say
         self.name = without_credentials(uri)
         self._uri = uri
         self._client: Any = None
@@ -73,7 +74,7 @@ class MlflowStore:
         """Find or make the experiment, the pipeline's run and, below it, the stage's run."""
         from mlflow.tracking import MlflowClient
 
-        with _existing_database(self._uri, self._say):
+        with _existing_database(self._uri):
             self._client = MlflowClient(tracking_uri=self._uri)
             self._experiment = self._find_or_make_experiment(identity.experiment)
         origin = {"pipeline_id": identity.pipeline_id, "mlflow.user": _user_name(), "mlflow.source.type": "LOCAL"}
@@ -260,7 +261,7 @@ def _refused_errors() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _existing_database(uri: str, say: Callable[[str], None]) -> Iterator[None]:
+def _existing_database(uri: str) -> Iterator[None]:
     """Hold the lock under which an sqlite store is made and migrated, and make it where it does not exist."""
     database = sqlite_file(uri)
     if database is None:
@@ -272,7 +273,9 @@ def _existing_database(uri: str, say: Callable[[str], None]) -> Iterator[None]:
     lock.acquire(patience_seconds=60)
     with lock:
         if not database.exists():
-            say(f"MLflow: making the database {database} (once; it takes a few seconds, and the run does not wait).")
+            log.info(
+                f"MLflow: making the database {database} (once; it takes a few seconds, and the run does not wait)."
+            )
             _make_database(database)
         yield
 

@@ -5,7 +5,7 @@ never take is counted and written to ``tracking/refused.log``.
 """
 
 import contextlib
-import sys
+import logging
 import time
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,6 +28,8 @@ from pipelines.runtime.tracking.spool import (
     read_spool,
     read_spool_backwards,
 )
+
+log = logging.getLogger("latentline.tracking")
 
 METRICS_PER_REQUEST = 1000  # MLflow's limit
 POLL_SECONDS = 1.0
@@ -224,12 +226,7 @@ def send_until_ended(sender: Sender) -> bool:
         try:
             sender.send()
         except StoreUnavailableError as error:
-            say(f"{error}. Trying on.")
+            log.warning(f"{error}. Trying on.")
             time.sleep(BACKOFF_SECONDS[-1])
         time.sleep(POLL_SECONDS)
     return send_once(sender)
-
-
-def say(text: str) -> None:
-    """Tell the user."""
-    print(text, file=sys.stderr, flush=True)

@@ -6,17 +6,19 @@ A process and not a thread, since the client's work (importing, building request
 lock that the training step needs. It ends with the stage, however that ends, and outlives it by seconds at most.
 """
 
+import logging
 import os
 import select
 import signal
 import sys
 import threading
 import time
-from functools import partial
 from pathlib import Path
 from typing import TextIO
 
 from data.files import FolderLock
+from pipelines.runtime.config.logs import set_up_logging
+from pipelines.runtime.tracking.identity import RunIdentity
 from pipelines.runtime.tracking.mlflow_store import MlflowStore
 from pipelines.runtime.tracking.sender import (
     BACKOFF_SECONDS,
@@ -26,6 +28,8 @@ from pipelines.runtime.tracking.sender import (
     send_once,
 )
 from pipelines.runtime.tracking.spool import ORPHAN_SECONDS, SENDER_LOCK
+
+log = logging.getLogger("latentline.tracking")
 
 FAILURES_TO_REPORT = 2  # in a row; a single one is no news
 FILES_WAIT_SECONDS = 3.0  # a file waits this long, so that a run's end does not stand behind its last, large file
@@ -38,7 +42,7 @@ def send_while_owned(folder: Path) -> int:
     The stage writes ``close`` when it has logged its last event, and kills a sender that then takes too long. When
     the pipe ends, the stage was killed: what a few seconds allow is sent, and the run is closed as KILLED.
     """
-    say = partial(print, file=_become_a_background_process(folder), flush=True)
+    set_up_logging(RunIdentity.read(folder).stage, stream=_become_a_background_process(folder))
     owner = _Owner()
     lock = FolderLock(folder / SENDER_LOCK)
     while True:
@@ -48,7 +52,7 @@ def send_while_owned(folder: Path) -> int:
         except BlockingIOError:  # the sender of the stage before its restart, or a user's sync
             if owner.closing.is_set():
                 return 1
-    sender = Sender(folder, MlflowStore(os.environ["MLFLOW_TRACKING_URI"], say))
+    sender = Sender(folder, MlflowStore(os.environ["MLFLOW_TRACKING_URI"]))
     failures, has_answered = 0, False
     while True:
         gone, closing = owner.gone.is_set(), owner.closing.is_set()
@@ -58,14 +62,14 @@ def send_while_owned(folder: Path) -> int:
             else:
                 sender.send(files_older_than=0.0 if closing else FILES_WAIT_SECONDS)
             if failures >= FAILURES_TO_REPORT:
-                say(f"MLflow at {sender.store.name} answers again.")
+                log.info(f"MLflow at {sender.store.name} answers again.")
             failures, has_answered = 0, True
             if closing:
                 return 0
         except StoreUnavailableError as error:
             failures += 1
             if failures == FAILURES_TO_REPORT:
-                say(f"{error}. The run goes on; everything is kept, and sent when MLflow is back.")
+                log.warning(f"{error}. The run goes on; everything is kept, and sent when MLflow is back.")
             if gone or (closing and not has_answered):
                 return 1
         if closing:

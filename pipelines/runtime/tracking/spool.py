@@ -9,9 +9,9 @@ is not there yet.
 
 import contextlib
 import json
+import logging
 import os
 import queue
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,6 +20,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from data.files import flush_file, write_json
+
+log = logging.getLogger("latentline.tracking")
 
 METRICS = "metrics.jsonl"
 SYSTEM = "tracking/system.jsonl"
@@ -221,8 +223,7 @@ class SpoolWriter:
             self._error = None
         except OSError as error:
             if self._error is None:
-                path = self._folder / spool
-                print(f"{path} cannot be written: {error}. It is tried again every second.", file=sys.stderr)
+                log.warning(f"{self._folder / spool} cannot be written: {error}. It is tried again every second.")
             self._error = error
 
 

@@ -7,6 +7,7 @@ therefore nothing that a stage could notice, and what was not sent is sent by ``
 
 import contextlib
 import filecmp
+import logging
 import os
 import re
 import shutil
@@ -35,6 +36,8 @@ from pipelines.runtime.tracking.spool import (
     unsent,
 )
 from pipelines.runtime.tracking.system_metrics import SystemSampler
+
+log = logging.getLogger("latentline.tracking")
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 Record = Mapping[str, float | int]  # {"update", "batch", "time", "train/loss", ...}
@@ -214,10 +217,9 @@ class Tracker:
         finally:
             self._lock.release()
         if self._uri != OFFLINE and (left := unsent(self._folder, Sent.read(self._folder))):
-            print(
+            log.warning(
                 f"MLflow: {left} records and events are not sent yet to {without_credentials(self._uri)}. "
-                f"Nothing is lost; send them with: python -m pipelines.tools.sync {self._folder}",
-                file=sys.stderr,
+                f"Nothing is lost; send them with: python -m pipelines.tools.sync {self._folder}"
             )
 
     def event(self, kind: str, *, spool: str = EVENTS, **content: Any) -> None:
@@ -241,9 +243,8 @@ class Tracker:
                 start_new_session=True,  # Ctrl-C on a terminal is for the stage, which then closes the run
             )
         except OSError as error:
-            print(
-                f"MLflow: the sender could not be started ({error}); python -m pipelines.tools.sync sends later.",
-                file=sys.stderr,
+            log.warning(
+                f"MLflow: the sender could not be started ({error}); python -m pipelines.tools.sync sends later."
             )
         self._sender_retry_at = time.monotonic() + 60
 
@@ -267,7 +268,7 @@ class Tracker:
             if record := self._sampler.due():
                 self._spool.append(SYSTEM, [record])
         except Exception as error:  # of whatever kind: it must not end the thread that writes the metrics
-            print(f"System metrics end here: {error!r}", file=sys.stderr)
+            log.warning(f"System metrics end here: {error!r}")
             self._sampler.stop()
         if self._sender is not None and self._sender.poll() is not None and time.monotonic() > self._sender_retry_at:
             self.start_sending()

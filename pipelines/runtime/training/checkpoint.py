@@ -6,9 +6,9 @@ an older one is retired only after that. The step pays for one copy to host memo
 """
 
 import json
+import logging
 import math
 import shutil
-import sys
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -23,6 +23,8 @@ from torch import Tensor, nn
 
 from data.files import atomic_folder, sha256_of, sweep_temporaries, verify_file, write_json
 from pipelines.runtime.config.errors import ConfigError
+
+log = logging.getLogger("latentline.training")
 
 PREFIX = "update-"
 RETRIES = 8  # of a failed save, spread over grace_updates
@@ -183,13 +185,13 @@ class Checkpoints:
     def newest_intact(self) -> int:
         """Return the update of the newest checkpoint that is what its manifest says; 0 when there is none.
 
-        A damaged one is named on standard error, set aside under ``damaged-...``, and the one before it is taken.
+        A damaged one is named by a warning, set aside under ``damaged-...``, and the one before it is taken.
         """
         for update in reversed(self.updates()):
             try:
                 verify(self._path(update))
             except DamagedCheckpoint as error:
-                print(f"warning: {error} The checkpoint before it is used.", file=sys.stderr, flush=True)
+                log.warning(f"{error} The checkpoint before it is used.")
                 if self.writes:
                     self._path(update).rename(self._unused_name(f"damaged-{self._path(update).name}"))
                 continue
@@ -251,7 +253,7 @@ class Checkpoints:
         if left <= 0 or not isinstance(failure, (OSError, SafetensorError)):  # the latter wraps what the disk said
             raise self._unwritable(failure)
         self._retry_at = update + max(1, min(left, self.config.grace_updates // RETRIES))
-        print(f"warning: {self._unwritable(failure)} Training goes on for {left} updates.", file=sys.stderr, flush=True)
+        log.warning(f"{self._unwritable(failure)} Training goes on for {left} updates.")
 
     def retry_due(self, update: int) -> bool:
         """Return whether a save that failed is to be tried again after this update; on the writing process only."""

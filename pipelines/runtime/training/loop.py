@@ -15,11 +15,12 @@ from torch import Tensor, nn
 
 from data.prefetch import Prefetch
 from data.randomness import key_of
+from pipelines.runtime.config.errors import Stopped
 from pipelines.runtime.stage.fingerprint import fingerprint_of
 from pipelines.runtime.stage.launch import any_rank, from_main
 from pipelines.runtime.stage.progress import ProgressLine, progress_line
 from pipelines.runtime.stage.provenance import exactness, made_by
-from pipelines.runtime.stage.stage import Stage, Stopped
+from pipelines.runtime.stage.stage import Stage
 from pipelines.runtime.stage.watchdog import Watchdog
 from pipelines.runtime.training.anomalies import AnomalyDetector, CheckedUpdate, write_report
 from pipelines.runtime.training.checkpoint import Best, Checkpoints, Stateful, first_not_finite
@@ -101,7 +102,7 @@ class Training:
             ConfigError: Another version of the code wrote it.
         """
         if state := self._restore():
-            self.stage.say(f"continuing after update {self.update}, {exactness(state, self._made_by)}")
+            self.stage.log.info(f"continuing after update {self.update}, {exactness(state, self._made_by)}")
         self.stage.tracker.resume_after(self.update)
 
     def rehearse(self, one_update: Callable[[Batch], object], make_batch: Callable[[int], Batch]) -> None:
@@ -261,7 +262,7 @@ class Training:
         self._shown = {"images": images, "loss": loss, "images/s": throughput["perf/images_per_s"]}
         if slow := straggler(throughput):
             rank, sentence = slow
-            self.stage.say(f"update {self.update}: rank {rank} on {self._watchdog.host_of(rank)} {sentence}")
+            self.stage.log.info(f"update {self.update}: rank {rank} on {self._watchdog.host_of(rank)} {sentence}")
 
     def _close_update(self) -> CheckedUpdate | None:
         """Record the update just made; return the first one that does not count, on every rank the same."""
@@ -340,7 +341,7 @@ class Training:
                 raise FloatingPointError(
                     f"{text} The weights themselves are not finite ({broken or 'on another rank'})."
                 )
-        stage.say(f"{text} {done}.")
+        stage.log.info(f"{text} {done}.")
 
     def _saves_now(self) -> bool:
         return self.is_due(self.config.checkpoint.every_updates) or self._save_for_best

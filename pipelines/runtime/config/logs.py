@@ -1,0 +1,43 @@
+"""Log lines for people: time, level, and the command with its rank before each line, ``12:34:56 INFO train_unet[0/2]``.
+
+INFO goes to standard output, from rank 0 alone; warnings and errors go to standard error, from every rank. Modules log
+to ``latentline.AREA`` (``stage``, ``training``, ``tracking``), stages and tools to ``latentline.NAME``. Loggers of
+other libraries are left alone.
+"""
+
+import logging
+import os
+import sys
+import time
+from typing import TextIO
+
+
+def set_up_logging(name: str, *, stream: TextIO | None = None) -> None:
+    """Show this process's log lines under the ``name`` of its stage or tool.
+
+    Args:
+        name: Of the command.
+        stream: Takes all lines, instead of standard output and standard error.
+    """
+    rank, root = os.environ.get("RANK", "0"), logging.getLogger("latentline")
+    root.handlers = [_Terminal(f"{name}[{rank}/{os.environ.get('WORLD_SIZE', '1')}]", stream)]
+    root.setLevel(logging.INFO if rank == "0" else logging.WARNING)
+    root.propagate = False  # a library may have given the root logger a handler, which would print it again
+
+
+class _Terminal(logging.Handler):
+    """Prints to the standard streams of the moment: a progress bar takes their place, to keep its line below ours."""
+
+    def __init__(self, source: str, stream: TextIO | None) -> None:
+        super().__init__()
+        self._source, self._stream = source, stream
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print a record, each of its lines with the prefix: the ranks' lines mix in one file."""
+        try:
+            head = f"{time.strftime('%H:%M:%S', time.localtime(record.created))} {record.levelname} {self._source}"
+            text = "\n".join(f"{head} {line}".rstrip() for line in self.format(record).splitlines())
+            stream = self._stream or (sys.stderr if record.levelno >= logging.WARNING else sys.stdout)
+            print(text, file=stream, flush=True)
+        except Exception:
+            self.handleError(record)

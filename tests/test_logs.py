@@ -1,0 +1,68 @@
+"""Laws of the log lines: each with its time, level, command and rank, printed once, above the progress bar."""
+
+import io
+import logging
+import re
+import sys
+
+import pytest
+
+from pipelines.runtime.config.logs import set_up_logging
+from pipelines.runtime.stage.progress import progress_line
+
+log = logging.getLogger("latentline.stage")
+
+
+def test_every_line_of_a_message_has_time_level_command_and_rank(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    said = {}
+    for rank in ("0", "3"):
+        monkeypatch.setenv("RANK", rank)
+        set_up_logging("train_unet")
+        log.info("changed:\n  seed was 0")
+        log.warning("a straggler")
+        said[rank] = capsys.readouterr()
+    head = r"\d\d:\d\d:\d\d {} train_unet\[{}/4\] {}\n"
+    assert re.fullmatch(head.format("INFO", 0, "changed:") + head.format("INFO", 0, "  seed was 0"), said["0"].out), (
+        said["0"].out
+    )
+    assert re.fullmatch(head.format("WARNING", 0, "a straggler"), said["0"].err)
+    assert said["3"].out == ""
+    assert re.fullmatch(head.format("WARNING", 3, "a straggler"), said["3"].err)
+
+
+def test_a_line_is_printed_once_whatever_other_libraries_did_to_logging(capsys: pytest.CaptureFixture[str]) -> None:
+    levels = [logging.getLogger(name).level for name in ("mlflow", "accelerate", "torch")]
+    other = logging.StreamHandler(sys.stderr)
+    logging.getLogger().addHandler(other)
+    try:
+        set_up_logging("sync")
+        set_up_logging("sync")
+        log.warning("once")
+    finally:
+        logging.getLogger().removeHandler(other)
+    said = capsys.readouterr()
+    assert (said.out + said.err).count("once") == 1
+    assert [logging.getLogger(name).level for name in ("mlflow", "accelerate", "torch")] == levels
+
+
+def test_log_lines_go_above_the_progress_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stdout", terminal)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "200")
+    set_up_logging("train_unet")
+    with progress_line("train_unet", total=9, unit="updates") as line:
+        line.advance_to(4)
+        log.info("update 4: PSNR 20 dB")
+        line.advance_to(9)
+    text = re.sub(r"\x1b\[[\d;]*m|\r", "", terminal.getvalue())
+    assert text.count("update 4: PSNR 20 dB") == 1
+    # The bar's line is wiped before the log line, and drawn again on the line below it.
+    assert re.search(r"\x1b\[2K\d\d:\d\d:\d\d INFO train_unet\[0/1\] update 4: PSNR 20 dB *\n[^\n]*9/9 updates", text)
