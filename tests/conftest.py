@@ -82,12 +82,13 @@ def run_stage(
     )
 
 
-def run_here(name: str, *words: str, config: Path = SMOKE) -> subprocess.CompletedProcess[str]:
+def run_here(name: str, *words: str, config: Path | None = SMOKE) -> subprocess.CompletedProcess[str]:
     """Call the ``main`` of a tool, or of a stage that is to end before its work, in this process.
 
     What a process of its own adds is its start, which takes longer than all that such a call does.
     """
-    words = ("--config", str(config), "--run.tracking_uri", "offline", *words)
+    if config is not None:
+        words = ("--config", str(config), "--run.tracking_uri", "offline", *words)
     module = f"pipelines.{name}" if name in STAGES else f"pipelines.tools.{name}"
     out, err = io.StringIO(), io.StringIO()
     with (

@@ -74,6 +74,6 @@ def test_every_command_parses(words: list[str]) -> None:
     if "--config" in rest:
         at = rest.index("--config") + 1
         rest[at] = str(REPOSITORY / rest[at])
-    done = run_here(name, *rest, "--print-config")
+    done = run_here(name, *rest, "--print-config", config=None)
     assert done.returncode == 0, done.stderr
     assert f"[{name}]" in done.stdout
