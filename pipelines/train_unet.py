@@ -173,10 +173,10 @@ def train(config: TrainUNetConfig, stage: Stage) -> None:
             training.report(validation.validate(averages.first, update=training.update))
 
     # What the other stages read.
-    files, weights = publish(
+    publish(
         stage,
-        name="unet",
-        network=averages.first,
+        UNetManifest,
+        averages.first,
         config={
             "denoiser": config.denoiser.model_dump(mode="json"),
             "latent_channels": latents.latent.channels,
@@ -185,18 +185,11 @@ def train(config: TrainUNetConfig, stage: Stage) -> None:
             "statistics": latents.statistics.model_dump(mode="json", exclude_unset=True),
             "text": captions.about,
         },
-    )
-    stage.tracker.log_model("unet", stage.folder)
-    stage.finish(
-        UNetManifest,
-        files=files,
-        weights=weights,
         vae=latents.vae,
         start=start,
         counts=latents.counts,
         classes=latents.classes,
     )
-    stage.log.info(f"{training.update} updates, weights {weights[:12]} in {stage.folder}")
 
 
 def one_update(training: Training, unet: Trainable[Denoiser], batch: LatentDraw) -> None:

@@ -155,24 +155,17 @@ def train(config: TrainVAEConfig, stage: Stage) -> None:
             training.report(validation.validate(averages.first, update=training.update))
 
     # What the other stages read.
-    files, weights = publish(
+    publish(
         stage,
-        name="vae",
-        network=averages.first,
-        config={"network": config.network.model_dump(mode="json"), "image_channels": channels},
-    )
-    stage.tracker.log_model("vae", stage.folder)
-    stage.finish(
         VAEManifest,
-        files=files,
-        weights=weights,
+        averages.first,
+        config={"network": config.network.model_dump(mode="json"), "image_channels": channels},
         counts=corpus.counts,
         classes=corpus.classes,
         value_range=(-1, 1),
         factor=config.network.factor,
         latent_channels=config.network.latent_channels,
     )
-    stage.log.info(f"{training.update} updates, weights {weights[:12]} in {stage.folder}")
 
 
 def one_update(

@@ -14,8 +14,8 @@ from pydantic import BaseModel
 from safetensors.torch import load_file, save
 from torch import nn
 
-from data.files import sha256_of, verify_file, write_atomically, write_json
-from data.manifest import AnyVAEManifest, DiffusersVAEManifest, FileEntry, Parents, UNetManifest, VAEManifest
+from data.files import verify_file, write_atomically, write_json
+from data.manifest import AnyVAEManifest, DiffusersVAEManifest, FileEntry, Manifest, Parents, UNetManifest, VAEManifest
 from models.autoencoder.vae import AutoencoderKL, VAEConfig
 from models.denoiser import Denoiser, DenoiserConfig
 from models.diffusion.samplers import SamplerConfig, check_sampler
@@ -23,6 +23,7 @@ from models.latent_diffusion import LatentDiffusion, Normalisation
 from pipelines.model.device import Device
 from pipelines.model.diffusers_weights import read_diffusers_vae
 from pipelines.runtime.config.errors import config_error_at
+from pipelines.runtime.config.stage_config import STAGE_FOLDERS
 from pipelines.runtime.stage.stage import Stage
 
 
@@ -33,19 +34,27 @@ class ModelInputs(BaseModel, frozen=True, extra="forbid"):
     unet: str  # folder of the U-Net
 
 
-def publish(stage: Stage, *, name: str, network: nn.Module, config: Mapping[str, Any]) -> tuple[list[FileEntry], str]:
-    """Write ``NAME.safetensors`` and ``config.json``; return their entries and the weights' sha256.
+def publish(
+    stage: Stage, kind: type[Manifest], network: nn.Module, *, config: Mapping[str, Any], **content: Any
+) -> None:
+    """Finish a training: write ``vae.safetensors`` or ``unet.safetensors`` with ``config.json``, commit the manifest.
 
-    On the main process, which alone commits a manifest; the others get nothing.
+    Args:
+        stage: The training.
+        kind: Of its manifest.
+        network: Its weights are those that the other stages read.
+        config: All that is needed to build the network again.
+        content: Fields of the manifest besides files and digest of the weights.
     """
-    if not stage.is_main:
-        return [], ""
-    folder = stage.folder
-    weights = {key: value.detach().cpu().contiguous() for key, value in network.state_dict().items()}
-    path = folder / f"{name}.safetensors"
-    write_atomically(path, save(weights))
-    write_json(folder / "config.json", config)
-    return [FileEntry.of(path), FileEntry.of(folder / "config.json")], sha256_of(path)
+    path, files = stage.folder / f"{STAGE_FOLDERS[stage.name]}.safetensors", []
+    if stage.is_main:
+        write_atomically(path, save({key: value.cpu().contiguous() for key, value in network.state_dict().items()}))
+        write_json(stage.folder / "config.json", config)
+        files = [FileEntry.of(path), FileEntry.of(stage.folder / "config.json")]
+        content["weights"] = files[0].sha256
+        stage.log.info(f"weights {files[0].sha256[:12]} in {stage.folder}")
+    stage.tracker.log_model(path.stem, stage.folder)
+    stage.finish(kind, files=files, **content)
 
 
 def load_vae(folder: str | Path, manifest: AnyVAEManifest, *, device: Device) -> AutoencoderKL:
