@@ -27,8 +27,7 @@ whole trajectories of samplers and whole calls of networks are compared, with th
     samples of an exported model   their networks and DDIMScheduler        1e-3            export
     attend                         the formula; backends with each other   1e-5            networks_attention
     SelfAttention, CrossAttention  torch's MultiheadAttention              1e-5            networks_attention
-    SentenceEncoder (MiniLM)       transformers' BertModel                 1e-5            text_encoders
-    WordPiece                      tokenizers' BertWordPieceTokenizer      equal           text_encoders
+    TextEncoder (MiniLM)           torch's TransformerEncoderLayer         1e-5            text_encoders
     Perceptual (LPIPS)             a second implementation of the paper    1e-5 relative   networks_perceptual
     averages of weights            the plain recurrence, float64           1e-12           ema
 """

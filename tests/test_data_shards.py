@@ -60,6 +60,25 @@ def test_nobody_can_tell_when_or_by_whom_a_shard_was_written(tmp_path: Path) -> 
         assert {(i.mtime, i.uid, i.gid, i.uname, i.gname, i.mode) for i in tar} == {(0, 0, 0, "", "", 0o644)}
 
 
+def test_a_shard_has_the_bytes_of_a_plain_tar(tmp_path: Path) -> None:
+    """In the ustar format, also where key and suffix together are as long as its field for names."""
+    samples = {f"s{number}": members_of(number) for number in range(5)}
+    samples["k" * 80] = {"text_pooled_019.npy": b"", "json": b"1" * 512, "png": image_of(0).tobytes() * 999}
+    assert max(len(f"{key}.{suffix}") for key, members in samples.items() for suffix in members) == 100
+    expected = io.BytesIO()
+    with tarfile.open(fileobj=expected, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+        for key, members in samples.items():
+            for suffix in sorted(members):
+                info = tarfile.TarInfo(f"{key}.{suffix}")
+                info.size, info.mode, info.mtime = len(members[suffix]), 0o644, 0
+                tar.addfile(info, io.BytesIO(members[suffix]))
+    with ShardWriter(tmp_path / "one.tar") as shard:
+        for key, members in samples.items():
+            shard.add(key, members)
+    assert (tmp_path / "one.tar").read_bytes() == expected.getvalue()
+    assert shard.entry == FileEntry.of(tmp_path / "one.tar", samples=6)
+
+
 def test_plain_webdataset_reads_what_we_write(tmp_path: Path) -> None:
     import webdataset
 

@@ -317,6 +317,8 @@ def test_braces_and_globs_name_files_in_order(tmp_path: Path) -> None:
     assert names == [f"s-{number:03d}.tar" for number in (9, 10, 11, 8, 7)]
     with pytest.raises(ValueError, match=r"s-012\.tar' names no file"):
         expand((f"{tmp_path}/s-{{009..012}}.tar",))
+    with pytest.raises(ValueError, match=r"s-\{009\.\.011\.tar' has braces that do not close\. Write \{000"):
+        expand((f"{tmp_path}/s-{{009..011.tar",))
 
 
 @pytest.mark.parametrize(

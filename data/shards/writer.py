@@ -1,22 +1,21 @@
-"""Writer of shards: deterministic tars that plain ``webdataset`` reads, each with its index beside it.
+"""Writer of shards: deterministic tars by webdataset's writer, each with its index beside it.
 
 Equal samples give equal bytes (fixed time, owner, mode and order). A shard is committed whole or not at all.
 """
 
 import contextlib
 import hashlib
-import tarfile
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+
+import webdataset
 
 from data.files import atomic_file
 from data.manifest import FileEntry
 from data.samples import BadSample, check_key
 from data.shards.index import ShardIndex, index_path
-from data.shards.tar import BLOCK
-
-RECORD_BYTES = 20 * BLOCK  # a tar's length is a multiple of this, as tar(1) has it
 
 
 class ShardWriter:
@@ -29,11 +28,15 @@ class ShardWriter:
         self.path = Path(path)
         self.entry: FileEntry | None = None
         self._keys: set[str] = set()
-        self._digest, self._bytes = hashlib.sha256(), 0
+        self._digest = hashlib.sha256()
         self._commit = contextlib.ExitStack()
 
     def __enter__(self) -> "ShardWriter":
         self._file = self._commit.enter_context(atomic_file(self.path, sha256=self._digest.hexdigest))
+        stream = SimpleNamespace(write=self._write)
+        self._tar = self._commit.enter_context(
+            webdataset.TarWriter(stream, encoder=False, user="", group="", mode=0o644, mtime=0)
+        )
         return self
 
     def add(self, key: str, members: Mapping[str, bytes]) -> None:
@@ -46,28 +49,25 @@ class ShardWriter:
         if key in self._keys:
             raise BadSample("duplicate_key", "a key names one sample of a shard", shard=self.path.name, key=key)
         self._keys.add(key)
-        for suffix in sorted(members):
-            header = tarfile.TarInfo(f"{key}.{suffix}")
-            header.size, header.mode, header.mtime = len(members[suffix]), 0o644, 0
-            self._write(header.tobuf(tarfile.USTAR_FORMAT))
-            self._write(members[suffix])
-            self._write(bytes(-len(members[suffix]) % BLOCK))
+        self._tar.write({"__key__": key, **members})
 
     def _write(self, payload: bytes) -> None:
+        # Hashed on the way to the file, not read back: a disk that changes bytes is found out.
         self._file.write(payload)
         self._digest.update(payload)
-        self._bytes += len(payload)
 
     def __exit__(self, *exception: Any) -> None:
         if exception[0] is not None:
             self._commit.__exit__(*exception)
             return
         with self._commit:
-            self._write(bytes(2 * BLOCK))
-            self._write(bytes(-self._bytes % RECORD_BYTES))
+            self._tar.close()
             self._file.flush()
             entry = FileEntry(
-                name=self.path.name, bytes=self._bytes, sha256=self._digest.hexdigest(), samples=len(self._keys)
+                name=self.path.name,
+                bytes=self._file.tell(),
+                sha256=self._digest.hexdigest(),
+                samples=len(self._keys),
             )
             # Scanned from the file, not remembered, and before it is committed: what was written is what is found.
             index = ShardIndex.build(Path(self._file.name), entry=entry)

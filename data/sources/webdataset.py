@@ -245,11 +245,15 @@ def expand(urls: tuple[str, ...]) -> list[str]:
     """Return the files that these name, each once, in the order given, globs sorted; paths absolute.
 
     Raises:
-        ValueError: One of them names no file, or there are over a million.
+        ValueError: One of them names no file, has unbalanced braces, or there are over a million.
     """
     found: dict[str, None] = {}
     for url in urls:
-        for count, pattern in enumerate(braceexpand(url, escape=False)):
+        try:
+            patterns = braceexpand(url, escape=False)
+        except ValueError:
+            raise ValueError(f"{url!r} has braces that do not close. Write {{000..099}} or {{a,b}}.") from None
+        for count, pattern in enumerate(patterns):
             if count >= MAX_SHARDS:
                 raise ValueError(f"{url!r} names more than {MAX_SHARDS} shards.")
             if is_remote(pattern):
