@@ -160,3 +160,16 @@ def test_a_command_names_the_folder_that_shadows_its_packages(shadow: str, named
         assert f"{tmp_path / named} shadows the package {REPOSITORY / Path(named).stem}" in done.stderr
         assert "PYTHONSAFEPATH=1" in done.stderr
         assert "Traceback" not in done.stderr
+
+
+def test_help_of_the_plan_loads_no_tracking_attention_or_diffusers() -> None:
+    code = (
+        "import sys; from pipelines.tools import plan\n"
+        "try: plan.main(['--help'])\n"
+        "except SystemExit as end: assert end.code == 0\n"
+        "print('LOADED', sorted({'mlflow', 'xformers', 'diffusers', 'transformers'} & set(sys.modules)))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=REPOSITORY, env=environment(), capture_output=True, text=True
+    )
+    assert done.stdout.rstrip().endswith("LOADED []"), done.stdout + done.stderr

@@ -50,7 +50,7 @@ def merged_tree(
 ) -> tuple[dict[str, Any], dict[str, str], list[str]]:
     """Return the tree to validate, the source of each dotted key in it, and mistakes that validation cannot find."""
     path, overrides, mistakes = _split_command_line(model, argv)
-    tree, sources, file_mistakes = _tree_of_file(model, path, table=table)
+    tree, sources, file_mistakes = _tree_of_file(path, table=table, shared="run" in model.model_fields)
     mistakes += file_mistakes
     # Kinds first: a changed kind drops the old variant's keys, but never a word of the same command line.
     for key, raw in sorted(overrides, key=lambda override: not override[0].endswith(".kind")):
@@ -103,20 +103,18 @@ def _split_command_line(
             is_flag = model.positional and annotation_at(model, {}, name.split(".")) is bool
             if not is_flag or words[0].lower() in ("true", "false"):
                 raw = words.pop(0)
-        if name == "config":
+        if name == "config" and raw is not None:
             path = raw
         else:
             overrides.append((name, raw))
     return path, overrides, mistakes
 
 
-def _tree_of_file(
-    model: type[CommandConfig], path: str | None, *, table: str
-) -> tuple[dict[str, Any], dict[str, str], list[str]]:
-    if path is None and "run" not in model.model_fields:
-        return {}, {}, []
+def _tree_of_file(path: str | None, *, table: str, shared: bool) -> tuple[dict[str, Any], dict[str, str], list[str]]:
+    """Return one table of a file, with [run] where the command has the ``shared`` one and so needs a file."""
     if path is None:
-        return {}, {}, ["  --config (command line)\n      missing; give the experiment: --config EXPERIMENT.toml"]
+        missing = "  --config (command line)\n      missing; give the experiment: --config EXPERIMENT.toml"
+        return {}, {}, [missing] if shared else []
     try:
         whole = tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -130,7 +128,7 @@ def _tree_of_file(
         if name not in known
     ]
     tree: dict[str, Any] = {}
-    for name in ("run", table) if "run" in model.model_fields else (table,):
+    for name in ("run", table) if shared else (table,):
         part = whole.get(name, {})
         if not isinstance(part, dict):
             mistakes.append(f"  {name} = {part!r} ({path})\n      expected a table: [{name}]")

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pydantic import BaseModel
+from pydantic_core import ErrorDetails
 
 from pipelines.runtime.config.dotted_keys import below
 from pipelines.runtime.config.redaction import without_credentials
@@ -14,12 +15,7 @@ from pipelines.runtime.config.stage_config import TOOL_TABLES, CommandConfig
 
 
 def explained(
-    model: type[CommandConfig],
-    detail: Mapping[str, Any],
-    tree: dict[str, Any],
-    sources: Mapping[str, str],
-    *,
-    table: str,
+    model: type[CommandConfig], detail: ErrorDetails, tree: dict[str, Any], sources: Mapping[str, str], *, table: str
 ) -> str:
     """Return one of pydantic's error details as a line for the key and one with advice.
 
@@ -55,7 +51,7 @@ def explained(
         advice = f"unknown key{hint}"
     elif detail["type"] in ("union_tag_invalid", "literal_error"):
         shown += ".kind" if detail["type"] == "union_tag_invalid" else ""
-        expected = detail["ctx"].get("expected_tags") or detail["ctx"].get("expected")
+        expected = str(detail["ctx"].get("expected_tags") or detail["ctx"].get("expected"))
         found = detail["ctx"].get("tag", detail["input"])
         given = f" = {found!r}"
         names = re.findall(r"'([^']*)'", expected)
