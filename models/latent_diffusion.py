@@ -33,7 +33,7 @@ class Normalisation(nn.Module):
         for name, values in (("mean", mean), ("std", std)):
             self.register_buffer(name, torch.tensor(values, dtype=torch.float32)[:, None, None])
 
-    def draw(self, posterior: Posterior, noise: Tensor | None = None) -> Tensor:
+    def draw_normalised(self, posterior: Posterior, noise: Tensor | None = None) -> Tensor:
         """Draw normalised latents (b c h w), float32, from a posterior by ``noise``; without noise, take its mean."""
         latents = posterior.mean if noise is None else posterior.sample(noise)
         return (latents.float() - self.mean) / self.std
@@ -63,7 +63,7 @@ class LatentDiffusion:
 
         They are drawn from the posterior by ``noise``, standard normal (b c h w), or are its mean without noise.
         """
-        return self.normalisation.draw(self.autoencoder.encode(images.to(self.device)), noise)
+        return self.normalisation.draw_normalised(self.autoencoder.encode(images.to(self.device)), noise)
 
     @torch.no_grad()
     def decode(self, latents: Tensor, *, tile: int = 0) -> Tensor:

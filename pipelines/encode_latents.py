@@ -5,6 +5,9 @@
 Reads: ``runs/NAME/corpus/``, ``runs/NAME/vae/``. Writes: ``runs/NAME/latents/``, one latent shard per image shard, with
 ``manifest.json``, which holds the VAE's digest and each channel's mean and standard deviation. With a text encoder
 (``captions``) the features of each caption lie beside its latent, and the manifest holds the encoder's digest.
+
+Resuming: a killed encoding leaves finished shards, each with its result in ``parts/``, temporary files and leases. The
+next start sweeps the last two and encodes the shards without a result.
 """
 
 import time

@@ -254,13 +254,13 @@ class BatchMaker(GlobalBatches[LatentDraw]):
                 self.samples(index, positions), flipped=mirrored if config.flip_probability else None
             )
 
-        # Draw latents from the posterior, then noise, times and dropped conditions.
+        # Draw latents from the posterior, then noise, times and the condition dropout, sample by sample.
         moments = torch.from_numpy(stored.moments).float()
         shape = tuple(moments.shape[2:])
         posterior = Posterior(mean=moments[:, 0], log_variance=moments[:, 1])
         dropped = draws.uniforms("drop", (len(self.drop_probabilities),)) < self.drop_probabilities
         return LatentDraw(
-            x0=self.normalisation.draw(posterior, torch.from_numpy(draws.normals("posterior", shape))),
+            x0=self.normalisation.draw_normalised(posterior, torch.from_numpy(draws.normals("posterior", shape))),
             noise=torch.from_numpy(draws.normals("noise", shape)),
             times=self.times(
                 torch.from_numpy(draws.uniforms("time")),

@@ -22,7 +22,7 @@ from data.loading import ImageShards
 from data.manifest import read_manifest
 from data.samples import BadSample
 from data.shards.remote import Cache, check_address, local_path, matches
-from data.shards.verification import verify_once
+from data.shards.verification import verify_shard
 from data.sources import Corpus, WebDatasetConfig
 from data.sources.in_place import index_in_place
 from data.transforms import ImageViewConfig, view_image
@@ -127,18 +127,18 @@ def test_a_shard_that_was_changed_without_changing_its_size_is_refused(
     shard = Path(entry.url)
     with monkeypatch.context() as patch:
         patch.setattr("data.shards.verification.verify_file", lambda *_, **__: pytest.fail("it was read again"))
-        verify_once(folder, entry)
+        verify_shard(folder, entry)
     shard.touch()
-    verify_once(folder, entry)  # read again, and still the same
+    verify_shard(folder, entry)  # read again, and still the same
     raw = bytearray(shard.read_bytes())
     raw[5000] ^= 1
     shard.write_bytes(raw)
     os.utime(shard, (1, 1))
     with pytest.raises(ValueError, match=rf"{shard} has sha256 .* its content was changed"):
-        verify_once(folder, entry)
+        verify_shard(folder, entry)
     shard.unlink()
     with pytest.raises(ValueError, match=rf"{shard} is missing, but its manifest lists it"):
-        verify_once(folder, entry)
+        verify_shard(folder, entry)
 
 
 # --- an object store

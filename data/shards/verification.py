@@ -16,7 +16,7 @@ from data.manifest import FileEntry
 MARKS_FOLDER = "index"
 
 
-def verify_once(folder: Path, entry: FileEntry) -> None:
+def verify_shard(folder: Path, entry: FileEntry) -> None:
     """Check a shard on this machine's disks against its entry in the manifest of ``folder``, unless its mark says so.
 
     Raises:

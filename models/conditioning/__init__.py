@@ -1,8 +1,7 @@
 """Conditioners: inputs of the U-Net besides latents and time.
 
-Read ``conditioning`` (the interface), then ``class_label`` and ``text``; ``text_encoder`` is the union of the frozen
-text encoders, ``sentence_encoder`` with ``wordpiece`` and ``pretrained_encoder``, the door of transformers. Of the rest
-of ours ``models.attention`` alone is imported.
+Read ``conditioning`` (the interface), then ``class_label`` and ``text``, and ``text_encoder``: the frozen text
+encoders, the door of transformers. It imports nothing else of ours.
 
 A conditioner is one file here and one name in ``ConditionerConfig``. Its config has a ``drop_probability`` and builds a
 module that maps the fields of a batch, and a mask of samples that go without them, to a ``Conditioning``.

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from data.shards.remote import is_remote
-from data.shards.verification import verify_once
+from data.shards.verification import verify_shard
 from pipelines.runtime.config.errors import ConfigError
 from pipelines.runtime.stage.launch import any_rank
 from pipelines.runtime.stage.stage import Stage
@@ -23,7 +23,7 @@ def verify_shards(stage: Stage, name: str) -> None:
     problem = ""
     for entry in local[stage.accelerator.process_index :: stage.accelerator.num_processes]:
         try:
-            verify_once(Path(folder), entry)
+            verify_shard(Path(folder), entry)
         except (ValueError, OSError) as error:
             problem = str(error)
             break

@@ -138,7 +138,7 @@ class UNetValidation:
         self.validation: tuple[Tensor, dict[str, Tensor]] | None = None
         if has_validation:
             posterior = Posterior(*torch.from_numpy(stored.moments).float().to(self.device).unbind(dim=1))
-            self.validation = self.normalisation.draw(posterior), self._conditions(stored)
+            self.validation = self.normalisation.draw_normalised(posterior), self._conditions(stored)
         self.heads, self.conditions = self._columns(stored)
 
     def validate(self, network: nn.Module, *, update: int) -> dict[str, float]:

@@ -38,7 +38,7 @@ class Leases:
 
     def __init__(self, folder: Path) -> None:
         self._folder, self._held = folder, set[Path]()
-        self._clock = folder / f".clock-{os.getpid()}-{secrets.token_hex(6)}"
+        self._clock = folder / f".clock-{os.getpid()}-{secrets.token_hex(6)}.tmp"
         self._lock, self._stop = threading.Lock(), threading.Event()
         self._heartbeat = threading.Thread(target=self._beat, name="leases", daemon=True)
         self._heartbeat.start()

@@ -296,7 +296,8 @@ def end_process_group(stage: Stage) -> None:
 def sweep_joined(folder: Path) -> None:
     """Remove what killed runs left in a folder that several share, unless one of them is still at work."""
     if not (folder / "parts").is_dir() or sweep_expired_leases(folder / "parts"):
-        sweep_temporaries(folder)
+        for place in (folder, folder / "index"):
+            sweep_temporaries(place)
 
 
 def start_tracker(

@@ -58,7 +58,7 @@ def decay_at(config: ExponentialAverage | PowerAverage, *, update: int) -> float
 
 
 class Averages:
-    """Averaged copies of one network; the first is the one that is evaluated and published.
+    """EMA of the weights: averaged copies of one network; the first is the one that is evaluated and published.
 
     Args:
         network: The network that is trained; its present weights are where the averages start.
@@ -86,7 +86,7 @@ class Averages:
         Args:
             network: The network that is trained.
             update: The update that was just made.
-                refused: Scalar on the device; where it is 1, nothing moves, without the host waiting for it.
+            refused: Scalar on the device; where it is 1, nothing moves, without the host waiting for it.
         """
         assert network is self._network, "the averages are of another network"
         (present, constants), *held = self._tensors
