@@ -91,9 +91,7 @@ class ResidualBlock(nn.Module):
         self.norm_2 = nn.GroupNorm(norm_groups, out_channels, eps=norm_eps)
         self.dropout = nn.Dropout(dropout)
         self.conv_2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
-        self.shortcut: nn.Module = nn.Identity()
-        if in_channels != out_channels:
-            self.shortcut = nn.Conv2d(in_channels, out_channels, 1)
+        self.shortcut = _shortcut(in_channels, out_channels)
         set_to_zero(self.conv_2)
 
     def forward(self, x: Tensor, embedding: Tensor | None = None) -> Tensor:
@@ -134,15 +132,17 @@ class ConvNeXtBlock(nn.Module):
         self.expand = nn.Conv2d(in_channels, hidden, 1)
         self.dropout = nn.Dropout(dropout)
         self.reduce = nn.Conv2d(hidden, out_channels, 1)
-        self.shortcut: nn.Module = nn.Identity()
-        if in_channels != out_channels:
-            self.shortcut = nn.Conv2d(in_channels, out_channels, 1)
+        self.shortcut = _shortcut(in_channels, out_channels)
         set_to_zero(self.reduce)
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         """Map x (b c h w) to the same size; ``embedding`` (b d) is the activated time embedding."""
         h = self.time(self.norm(self.depthwise(x)), embedding)
         return self.shortcut(x) + self.reduce(self.dropout(F.gelu(self.expand(h))))
+
+
+def _shortcut(in_channels: int, out_channels: int) -> nn.Module:
+    return nn.Identity() if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, 1)
 
 
 class Downsample(nn.Module):

@@ -7,6 +7,7 @@ cross-attention of Rombach et al. 2022 (arXiv:2112.10752). With residual blocks 
 diffusers: ``UNet2DModel`` without tokens, ``UNet2DConditionModel`` with them; see ``models/diffusers/weights.py``.
 """
 
+from functools import partial
 from typing import Annotated, Literal, Self
 
 import torch
@@ -62,6 +63,11 @@ class UNetConfig(BaseModel, frozen=True, extra="forbid"):
     def embedding_width(self) -> int:
         """Width d of the time embedding, which pooled conditions are added to."""
         return 4 * self.channels[0]
+
+    @property
+    def attends(self) -> tuple[bool, ...]:
+        """Levels with attention anywhere: the last one's may be that between the two blocks at the bottom."""
+        return (*self.attention[:-1], self.attention[-1] or self.mid_attention)
 
     @property
     def factor(self) -> int:
@@ -226,20 +232,12 @@ class Middle(nn.Module):
         return self.block_2(h, emb)
 
 
-def _block(config: UNetConfig, in_channels: int, out_channels: int) -> ResidualBlock | ConvNeXtBlock:
-    if config.block == "convnext":
-        return ConvNeXtBlock(
-            in_channels,
-            out_channels,
-            norm_eps=config.norm_eps,
-            dropout=config.dropout,
-            embedding_width=config.embedding_width,
-            time_injection=config.time_injection,
-        )
-    return ResidualBlock(
+def _block(config: UNetConfig, in_channels: int, out_channels: int) -> nn.Module:
+    residual = partial(ResidualBlock, norm_groups=config.norm_groups)
+    block = ConvNeXtBlock if config.block == "convnext" else residual
+    return block(
         in_channels,
         out_channels,
-        norm_groups=config.norm_groups,
         norm_eps=config.norm_eps,
         dropout=config.dropout,
         embedding_width=config.embedding_width,

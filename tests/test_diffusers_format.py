@@ -19,7 +19,6 @@ from models.diffusers.config import (
 from models.diffusers.weights import (
     denoiser_from_diffusers,
     denoiser_to_diffusers,
-    unet_from_diffusers,
     vae_from_diffusers,
     vae_to_diffusers,
 )
@@ -292,8 +291,11 @@ def test_a_unet_of_the_size_of_sd15_fits_without_a_key_too_many_or_too_few() -> 
             read.network, in_channels=read.in_channels, out_channels=read.out_channels, token_width=read.token_width
         )
         theirs = diffusers.UNet2DConditionModel.from_config(SD15_UNET)
-        converted = unet_from_diffusers(theirs.state_dict(), read.network, token_width=read.token_width)
-        check_shapes(ours, converted, theirs)
+        config = DenoiserConfig(
+            network=read.network, conditioners=(TextConditionerConfig(width=read.token_width, use="tokens"),)
+        )
+        converted = denoiser_from_diffusers(theirs.state_dict(), config)
+        check_shapes(ours, {key.removeprefix("network."): tensor for key, tensor in converted.items()}, theirs)
 
 
 # ------------------------------------------------------------------------------------------------------- refusals

@@ -20,9 +20,8 @@ from tiny_training import rank_environment
 from data.order.order import BlockedShuffleConfig
 from pipelines.prepare_corpus import PrepareCorpusConfig
 from pipelines.runtime.config.experiment import load_config
-from pipelines.tools.corpus_size import promised_corpus
 from pipelines.tools.doctor_checks import file_operations, mlflow_store, shards, workers
-from pipelines.tools.plan import stage_configs
+from pipelines.tools.plan import corpus_size, stage_configs
 
 
 @dataclass(frozen=True)
@@ -120,7 +119,7 @@ def test_more_threads_than_cores_and_machines_that_share_streams_unevenly_are_na
     assert text.startswith("2 process(es) x 10000 thread(s) on ")
     stages = stage_configs(str(SMOKE), root="-")
     blocked = BlockedShuffleConfig(canonical_nodes=4)
-    stages["train_unet"] = stages["train_unet"].model_copy(update={"order": blocked})
+    stages = stages._replace(train_unet=stages.train_unet.model_copy(update={"order": blocked}))
     found = [text for level, text in shards(stages, world_size=6) if level == "warning"]
     assert [text.partition(":")[0] for text in found] == [
         "train_unet.order.canonical_nodes = 4 does not divide among 3 machines"
@@ -129,7 +128,7 @@ def test_more_threads_than_cores_and_machines_that_share_streams_unevenly_are_na
 
 def test_a_corpus_that_is_not_made_yet_counts_in_the_forecast(two_process_run: Run) -> None:
     config = load_config(PrepareCorpusConfig, table="prepare_corpus", argv=["--config", str(SMOKE)])
-    promised, made = promised_corpus(config.source, config.view), two_process_run.manifest("prepare_corpus")["content"]
+    promised, made = corpus_size(config), two_process_run.manifest("prepare_corpus")["content"]
     assert promised.samples == made["counts"]["out"]
     assert list(promised.classes) == made["classes"]
     written = sum(entry["bytes"] for entry in made["files"])

@@ -25,7 +25,7 @@ class StartOnPlateau(BaseModel, frozen=True, extra="forbid"):
 
     kind: Literal["plateau"] = "plateau"  # when pixels have no more to teach
     every: PositiveInt = 100  # updates between two tests of the loss
-    window: PositiveInt = 20  # looks that are averaged, to see through noise
+    window: PositiveInt = 20  # tests that are averaged, against noise
     min_improvement: PositiveFloat = 0.01  # share of the loss that a window must gain on the one before it
     latest_update: PositiveInt = 100_000  # start after it in any case
 
@@ -46,7 +46,7 @@ class AdversaryStart:
         self._started = False
         self._looks: list[float] = []  # of the present and the last window, oldest first
         wide = torch.float64 if device.type != "mps" else torch.float32
-        self._sum = torch.zeros((), dtype=wide, device=device)  # of the losses since the last look
+        self._sum = torch.zeros((), dtype=wide, device=device)  # of the losses since the last test
         self._count = torch.zeros((), dtype=wide, device=device)
 
     def has_started(self, update: int) -> bool:
@@ -61,7 +61,7 @@ class AdversaryStart:
     def watch(self, loss: Tensor, *, update: int, refused: Tensor) -> bool:
         """Take note of an update's reconstruction loss; return whether the reason to start came with it. A collective.
 
-        It costs an all-reduce of one number an update, and waits for the device once a look.
+        It costs an all-reduce of one number an update, and waits for the device once a test.
 
         Args:
             loss: This rank's mean; a scalar on the device.
@@ -78,18 +78,15 @@ class AdversaryStart:
         self._sum += torch.where(counts, mean, 0.0)
         self._count += counts
         if update % self.config.every == 0 and bool(counts):
-            self._look(float(self._sum / self._count))
+            # Compare the last window of averages with the one before it.
+            window = self.config.window
+            self._looks = [*self._looks, float(self._sum / self._count)][-2 * window :]
+            if len(self._looks) == 2 * window:
+                before, now = sum(self._looks[:window]) / window, sum(self._looks[window:]) / window
+                self._started = now > (1 - self.config.min_improvement) * before
             self._sum.zero_()
             self._count.zero_()
         return self._started
-
-    def _look(self, loss: float) -> None:
-        assert isinstance(self.config, StartOnPlateau)
-        window = self.config.window
-        self._looks = [*self._looks, loss][-2 * window :]
-        if len(self._looks) == 2 * window:
-            before, now = sum(self._looks[:window]) / window, sum(self._looks[window:]) / window
-            self._started = now > (1 - self.config.min_improvement) * before
 
     def tensors(self) -> dict[str, Tensor]:
         """The state, for a checkpoint."""

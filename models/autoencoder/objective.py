@@ -95,7 +95,7 @@ class VAEObjective(nn.Module):
         last_layer: Tensor,
         discriminator: Discriminator | None,
     ) -> VAELoss:
-        """Judge a reconstruction.
+        """Compute the loss of a reconstruction.
 
         Args:
             images: In [-1, 1]; (b C H W).

@@ -18,12 +18,56 @@ from models.diffusion.schedule import (
     LinearScheduleConfig,
     ScaledLinearScheduleConfig,
 )
-from models.layers import TimeInjection
 from models.unet import UNetConfig
 
 JSON = dict[str, Any]
 
 _PREDICTIONS = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}
+
+# Our settings that are one of theirs by another name, with the default of theirs.
+_VAE_FIELDS = {
+    "blocks_per_level": ("layers_per_block", 1),
+    "mid_attention": ("mid_block_add_attention", True),
+    "quant_convs": ("use_quant_conv", True),
+    "norm_groups": ("norm_num_groups", 32),
+}
+_UNET_FIELDS = {
+    "norm_groups": ("norm_num_groups", 32),
+    "norm_eps": ("norm_eps", 1e-5),
+    "dropout": ("dropout", 0.0),
+}
+
+# Settings of theirs for which ours has no other choice, as an export names them.
+_UNET_SETTINGS: JSON = {
+    "act_fn": "silu",
+    "center_input_sample": False,
+    "flip_sin_to_cos": True,
+    "freq_shift": 0,
+    "downsample_padding": 1,
+    "mid_block_scale_factor": 1,
+}
+# The same, but left out of an export: these are the defaults of theirs.
+_UNET_DEFAULTS: JSON = {
+    "mid_block_type": "UNetMidBlock2D",
+    "time_embedding_type": "positional",
+    "time_embedding_dim": None,
+    "downsample_type": "conv",
+    "upsample_type": "conv",
+    "only_cross_attention": False,
+    "reverse_transformer_layers_per_block": None,
+    "encoder_hid_dim_type": None,
+    "dual_cross_attention": False,
+    "addition_embed_type": None,
+    "resnet_skip_time_act": False,
+    "resnet_out_scale_factor": 1.0,
+    "time_embedding_act_fn": None,
+    "timestep_post_act": None,
+    "time_cond_proj_dim": None,
+    "conv_in_kernel": 3,
+    "conv_out_kernel": 3,
+    "attention_type": "default",
+    "class_embeddings_concat": False,
+}
 
 
 # ------------------------------------------------------------------------------------------------------------ VAE
@@ -34,8 +78,8 @@ def vae_config_to_diffusers(
     *,
     image_channels: int,
     sample_size: int,
-    latents_mean: Sequence[float] | None = None,
-    latents_std: Sequence[float] | None = None,
+    latents_mean: list[float] | None = None,
+    latents_std: list[float] | None = None,
 ) -> JSON:
     """``config.json`` of the ``AutoencoderKL``, with scaling factor 1.
 
@@ -43,33 +87,24 @@ def vae_config_to_diffusers(
         config: The VAE.
         image_channels: Channels of the images.
         sample_size: Side of the images, pixels.
-        latents_mean: What a channel's latents are normalised by; None when they are not.
-        latents_std: The same.
+        latents_mean: Mean of each channel's latents, by which they are normalised; None when they are not.
+        latents_std: The same of their standard deviation.
     """
-    levels = len(config.channels)
     if config.norm_eps != 1e-6:
         raise ValueError(
             f"diffusers' AutoencoderKL normalises with eps 1e-6; this VAE has norm_eps = {config.norm_eps:g}."
         )
-    return {
-        "_class_name": "AutoencoderKL",
+    theirs = {
         "in_channels": image_channels,
-        "out_channels": image_channels,
-        "down_block_types": ["DownEncoderBlock2D"] * levels,
-        "up_block_types": ["UpDecoderBlock2D"] * levels,
         "block_out_channels": list(config.channels),
-        "layers_per_block": config.blocks_per_level,
-        "act_fn": "silu",
         "latent_channels": config.latent_channels,
-        "norm_num_groups": config.norm_groups,
         "sample_size": sample_size,
         "scaling_factor": 1.0,
-        "latents_mean": None if latents_mean is None else list(latents_mean),
-        "latents_std": None if latents_std is None else list(latents_std),
-        "mid_block_add_attention": config.mid_attention,
-        "use_quant_conv": config.quant_convs,
-        "use_post_quant_conv": config.quant_convs,
+        "latents_mean": latents_mean,
+        "latents_std": latents_std,
+        **{name: getattr(config, ours) for ours, (name, _) in _VAE_FIELDS.items()},
     }
+    return theirs | _vae_settings(theirs)
 
 
 def vae_config_from_diffusers(theirs: Mapping[str, Any]) -> tuple[VAEConfig, int]:
@@ -80,8 +115,19 @@ def vae_config_from_diffusers(theirs: Mapping[str, Any]) -> tuple[VAEConfig, int
     Raises:
         ValueError: The autoencoder has parts that ours lacks.
     """
+    _refuse_others(theirs, _vae_settings(theirs))
+    config = VAEConfig(
+        latent_channels=theirs["latent_channels"],
+        channels=tuple(theirs["block_out_channels"]),
+        **{ours: theirs.get(name, default) for ours, (name, default) in _VAE_FIELDS.items()},
+    )
+    return config, theirs["in_channels"]
+
+
+def _vae_settings(theirs: Mapping[str, Any]) -> JSON:
+    """Their settings that follow from the others where the autoencoder is one of ours."""
     levels = len(theirs["block_out_channels"])
-    expected = {
+    return {
         "_class_name": "AutoencoderKL",
         "act_fn": "silu",
         "down_block_types": ["DownEncoderBlock2D"] * levels,
@@ -89,16 +135,6 @@ def vae_config_from_diffusers(theirs: Mapping[str, Any]) -> tuple[VAEConfig, int
         "out_channels": theirs["in_channels"],
         "use_post_quant_conv": theirs.get("use_quant_conv", True),
     }
-    _refuse_others(theirs, expected)
-    config = VAEConfig(
-        latent_channels=theirs["latent_channels"],
-        channels=tuple(theirs["block_out_channels"]),
-        blocks_per_level=theirs.get("layers_per_block", 1),
-        mid_attention=theirs.get("mid_block_add_attention", True),
-        quant_convs=theirs.get("use_quant_conv", True),
-        norm_groups=theirs.get("norm_num_groups", 32),
-    )
-    return config, theirs["in_channels"]
 
 
 # ---------------------------------------------------------------------------------------------------------- U-Net
@@ -112,45 +148,30 @@ def unet_config_to_diffusers(
     Raises:
         ValueError: The model has parts that theirs lacks; all are named.
     """
+    _refuse_unexportable(config)
     network = config.network
-    if reasons := _reasons_against_export(config):
-        raise ValueError(f"This model cannot be exported to diffusers: {'; '.join(reasons)}.")
     theirs: JSON = {
         "sample_size": latent_size,
         "in_channels": latent_channels,
         "out_channels": latent_channels,
         "block_out_channels": list(network.channels),
-        "norm_num_groups": network.norm_groups,
-        "norm_eps": network.norm_eps,
-        "dropout": network.dropout,
         "resnet_time_scale_shift": "default" if network.time_injection == "shift" else "scale_shift",
-        "act_fn": "silu",
-        "center_input_sample": False,
-        "flip_sin_to_cos": True,
-        "freq_shift": 0,
-        "downsample_padding": 1,
-        "mid_block_scale_factor": 1,
+        **{name: getattr(network, ours) for ours, (name, _) in _UNET_FIELDS.items()},
+        **_UNET_SETTINGS,
+        **_unet_blocks(network.attention, with_tokens=config.token_width > 0),
     }
     if any(isinstance(conditioner, ClassConditionerConfig) for conditioner in config.conditioners):
         theirs["num_class_embeds"] = num_classes + 1
     if config.token_width == 0:
         return theirs | {
-            "_class_name": "UNet2DModel",
-            "down_block_types": ["AttnDownBlock2D" if attends else "DownBlock2D" for attends in network.attention],
-            "up_block_types": ["AttnUpBlock2D" if attends else "UpBlock2D" for attends in network.attention[::-1]],
             "layers_per_block": network.blocks[0],
             "attention_head_dim": max(_head_widths(network), default=network.channels[0]),
             "attn_norm_num_groups": network.norm_groups,
             "add_attention": network.mid_attention,
         }
-    pooled = [c for c in config.conditioners if isinstance(c, TextConditionerConfig) and c.use != "tokens"]
-    if pooled:
+    if pooled := _pooled_conditioners(config):
         theirs |= {"class_embed_type": "simple_projection", "projection_class_embeddings_input_dim": pooled[0].width}
     return theirs | {
-        "_class_name": "UNet2DConditionModel",
-        "down_block_types": ["CrossAttnDownBlock2D" if on else "DownBlock2D" for on in network.attention],
-        "up_block_types": ["CrossAttnUpBlock2D" if on else "UpBlock2D" for on in network.attention[::-1]],
-        "mid_block_type": "UNetMidBlock2DCrossAttn",
         "layers_per_block": list(network.blocks),
         # Their name for the number of heads, by an old mistake that published configs made permanent.
         "attention_head_dim": list(network.heads),
@@ -160,52 +181,58 @@ def unet_config_to_diffusers(
     }
 
 
-def _reasons_against_export(config: DenoiserConfig) -> list[str]:
-    network = config.network
+def _refuse_unexportable(config: DenoiserConfig) -> None:
+    """Raise ValueError with every part of the model that theirs lacks."""
+    network, objective = config.network, config.objective
+    widths = _head_widths(network)
     conditions = [type(conditioner) for conditioner in config.conditioners]
-    pooled = [c for c in config.conditioners if isinstance(c, TextConditionerConfig) and c.use != "tokens"]
+    pooled = _pooled_conditioners(config)
     embeddings = conditions.count(ClassConditionerConfig) + len(pooled)
-    checks = {
-        "its schedulers hold no flow of this form (schedule.kind = 'flow_matching')": isinstance(
-            config.schedule, FlowMatchingConfig
+    sequences = conditions.count(TextConditionerConfig) - sum(c.use == "pooled" for c in pooled)
+    flow = isinstance(config.schedule, FlowMatchingConfig)
+    reasons = {
+        "its schedulers hold no flow of this form (schedule.kind = 'flow_matching')": flow,
+        f"its DDIM cannot read a prediction of {objective.prediction!r}, only {sorted(_PREDICTIONS)}": (
+            objective.prediction not in _PREDICTIONS
         ),
-        f"its DDIM cannot read a prediction of {config.objective.prediction!r}, only {sorted(_PREDICTIONS)}": (
-            config.objective.prediction not in _PREDICTIONS
-        ),
-        "its DDIM cannot read a learned variance (objective.variance = 'learned')": (
-            config.objective.variance == "learned"
-        ),
+        "its DDIM cannot read a learned variance (objective.variance = 'learned')": objective.variance == "learned",
         "it has no ConvNeXt blocks (network.block = 'convnext')": network.block == "convnext",
         "its U-Nets add one embedding to the time embedding, and these conditioners give several": embeddings > 1,
-        "its U-Nets take one sequence of tokens, and these conditioners give several": (
-            conditions.count(TextConditionerConfig) - sum(c.use == "pooled" for c in pooled) > 1
-        ),
+        "its U-Nets take one sequence of tokens, and these conditioners give several": sequences > 1,
     }
     if config.token_width == 0:
-        checks |= {
+        blocks, uneven = list(network.blocks), len(set(network.blocks)) > 1
+        reasons |= {
             "its U-Net without tokens takes no pooled text vector (use = 'pooled')": bool(pooled),
-            f"its UNet2DModel has as many blocks in every level, not {list(network.blocks)}": (
-                len(set(network.blocks)) > 1
-            ),
-            f"its UNet2DModel has heads of one width, not {sorted(_head_widths(network))}": (
-                len(_head_widths(network)) > 1
-            ),
+            f"its UNet2DModel has as many blocks in every level, not {blocks}": uneven,
+            f"its UNet2DModel has heads of one width, not {sorted(widths)}": len(widths) > 1,
         }
-    else:
-        checks[
-            "its UNet2DConditionModel always attends at the lowest resolution (mid_attention = false)"
-        ] = not network.mid_attention
-    return [reason for reason, holds in checks.items() if holds]
+    elif not network.mid_attention:
+        reasons["its UNet2DConditionModel always attends at the lowest resolution (mid_attention = false)"] = True
+    if any(reasons.values()):
+        named = "; ".join(reason for reason, holds in reasons.items() if holds)
+        raise ValueError(f"This model cannot be exported to diffusers: {named}.")
+
+
+def _pooled_conditioners(config: DenoiserConfig) -> list[TextConditionerConfig]:
+    return [c for c in config.conditioners if isinstance(c, TextConditionerConfig) and c.use != "tokens"]
+
+
+def _unet_blocks(attention: Sequence[bool], *, with_tokens: bool) -> JSON:
+    """Their names of the network and its blocks."""
+    kinds = [("CrossAttn" if with_tokens else "Attn") if on else "" for on in attention]
+    blocks: JSON = {
+        "_class_name": "UNet2DConditionModel" if with_tokens else "UNet2DModel",
+        "down_block_types": [f"{kind}DownBlock2D" for kind in kinds],
+        "up_block_types": [f"{kind}UpBlock2D" for kind in reversed(kinds)],
+    }
+    return blocks | ({"mid_block_type": "UNetMidBlock2DCrossAttn"} if with_tokens else {})
 
 
 def _head_widths(network: UNetConfig) -> set[int]:
     """Widths of the heads that are there."""
-    last = len(network.channels) - 1
-    return {
-        width // heads
-        for level, (width, heads) in enumerate(zip(network.channels, network.heads, strict=True))
-        if network.attention[level] or (level == last and network.mid_attention)
-    }
+    levels = zip(network.channels, network.heads, network.attends, strict=True)
+    return {width // heads for width, heads, attends in levels if attends}
 
 
 class ForeignUNet(NamedTuple):
@@ -223,71 +250,36 @@ def unet_config_from_diffusers(theirs: Mapping[str, Any]) -> ForeignUNet:
     Raises:
         ValueError: The U-Net has parts that ours lacks; all are named.
     """
-    kind = theirs.get("_class_name")
+    with_tokens = theirs.get("_class_name") == "UNet2DConditionModel"
     channels = tuple(theirs["block_out_channels"])
-    levels = len(channels)
-    by_tokens = kind == "UNet2DConditionModel"
-    attends, plain = ("CrossAttnDownBlock2D", "DownBlock2D") if by_tokens else ("AttnDownBlock2D", "DownBlock2D")
-    injections = ("default", "scale_shift")
-    attention = tuple(name == attends for name in theirs["down_block_types"])
-    up = [name.replace("Down", "Up") for name in reversed(theirs["down_block_types"])]
+    attention = tuple("Attn" in name for name in theirs["down_block_types"])
+    shift = theirs.get("resnet_time_scale_shift", "default")
     expected = {
-        "_class_name": kind if kind in ("UNet2DModel", "UNet2DConditionModel") else "UNet2DModel",
-        "down_block_types": [attends if on else plain for on in attention],
-        "up_block_types": up,
-        "mid_block_type": "UNetMidBlock2DCrossAttn" if by_tokens else "UNetMidBlock2D",
-        "act_fn": "silu",
-        "center_input_sample": False,
-        "time_embedding_type": "positional",
-        "time_embedding_dim": None,
-        "flip_sin_to_cos": True,
-        "freq_shift": 0,
-        "downsample_padding": 1,
-        "downsample_type": "conv",
-        "upsample_type": "conv",
-        "mid_block_scale_factor": 1,
-        "only_cross_attention": False,
-        "reverse_transformer_layers_per_block": None,
-        "encoder_hid_dim_type": None,
-        "dual_cross_attention": False,
-        "addition_embed_type": None,
-        "class_embed_type": "simple_projection" if by_tokens and theirs.get("class_embed_type") else None,
-        "resnet_time_scale_shift": next(
-            (i for i in injections if i == theirs.get("resnet_time_scale_shift")), "default"
-        ),
-        "resnet_skip_time_act": False,
-        "resnet_out_scale_factor": 1.0,
-        "time_embedding_act_fn": None,
-        "timestep_post_act": None,
-        "time_cond_proj_dim": None,
-        "conv_in_kernel": 3,
-        "conv_out_kernel": 3,
-        "attention_type": "default",
-        "class_embeddings_concat": False,
+        **_UNET_SETTINGS,
+        **_UNET_DEFAULTS,
+        **_unet_blocks(attention, with_tokens=with_tokens),
+        "class_embed_type": "simple_projection" if with_tokens and theirs.get("class_embed_type") else None,
+        "resnet_time_scale_shift": "scale_shift" if shift == "scale_shift" else "default",
     }
     _refuse_others(theirs, expected)
-    heads_or_width = _per_level(theirs.get("attention_head_dim", 8), levels)
-    heads = heads_or_width if by_tokens else tuple(c // w for c, w in zip(channels, heads_or_width, strict=True))
-    time_injection: TimeInjection = (
-        "shift" if theirs.get("resnet_time_scale_shift", "default") == "default" else "scale_shift"
-    )
+    heads = _per_level(theirs.get("attention_head_dim", 8), len(channels))
+    if not with_tokens:  # there it is the width of a head
+        heads = tuple(channel // width for channel, width in zip(channels, heads, strict=True))
     network = UNetConfig(
         channels=channels,
-        blocks=_per_level(theirs.get("layers_per_block", 2), levels),
+        blocks=_per_level(theirs.get("layers_per_block", 2), len(channels)),
         attention=attention,
         heads=heads,
-        transformer_depth=_per_level(theirs.get("transformer_layers_per_block", 1), levels),
+        transformer_depth=_per_level(theirs.get("transformer_layers_per_block", 1), len(channels)),
         mid_attention=theirs.get("add_attention", True),
-        time_injection=time_injection,
-        dropout=theirs.get("dropout", 0.0),
-        norm_groups=theirs.get("norm_num_groups", 32),
-        norm_eps=theirs.get("norm_eps", 1e-5),
+        time_injection="shift" if shift == "default" else "scale_shift",
+        **{ours: theirs.get(name, default) for ours, (name, default) in _UNET_FIELDS.items()},
     )
     return ForeignUNet(
         network=network,
         in_channels=theirs["in_channels"],
         out_channels=theirs["out_channels"],
-        token_width=theirs.get("cross_attention_dim", 1280) if by_tokens else 0,
+        token_width=theirs.get("cross_attention_dim", 1280) if with_tokens else 0,
     )
 
 
@@ -315,11 +307,11 @@ def scheduler_config_to_diffusers(config: DenoiserConfig, sampler: DDIMConfig) -
     Theirs steps by whole strides of num_train_timesteps // num_inference_steps, which is ours where that divides.
 
     Raises:
-        ValueError: The process or the spacing is not in it.
+        ValueError: The model cannot be exported, or the sampler's steps are not the scheduler's.
     """
+    _refuse_unexportable(config)
     schedule = config.schedule
-    if isinstance(schedule, FlowMatchingConfig) or config.objective.prediction not in _PREDICTIONS:
-        raise ValueError(f"This model cannot be exported to diffusers: {'; '.join(_reasons_against_export(config))}.")
+    assert not isinstance(schedule, FlowMatchingConfig)
     if sampler.spacing not in ("leading", "trailing") or schedule.num_steps % sampler.num_steps:
         raise ValueError(
             f"diffusers' DDIMScheduler cannot follow {sampler.num_steps} steps of spacing {sampler.spacing!r} through "

@@ -6,6 +6,7 @@ weights file (``pt_inception-2015-12-05``), which is not downloaded here. Inputs
 filter as "clean" FID does (Parmar et al. 2022), so metrics differ a little from those of tools that do not filter.
 """
 
+from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
@@ -56,39 +57,36 @@ class Inception(FeatureExtractor):
         return features
 
 
-class InceptionNetwork(nn.Module):
+class InceptionNetwork(nn.Sequential):
     """The convolutional part, ``images`` (b 3 299 299) in [-1, 1] -> (b 2048)."""
 
     def __init__(self) -> None:
-        super().__init__()
-        self.Conv2d_1a_3x3 = _Convolution(3, 32, 3, stride=2)
-        self.Conv2d_2a_3x3 = _Convolution(32, 32, 3)
-        self.Conv2d_2b_3x3 = _Convolution(32, 64, 3, padding=1)
-        self.Conv2d_3b_1x1 = _Convolution(64, 80, 1)
-        self.Conv2d_4a_3x3 = _Convolution(80, 192, 3)
-        self.Mixed_5b = _MixedA(192, pooled=32)
-        self.Mixed_5c = _MixedA(256, pooled=64)
-        self.Mixed_5d = _MixedA(288, pooled=64)
-        self.Mixed_6a = _MixedB(288)
-        self.Mixed_6b = _MixedC(768, width=128)
-        self.Mixed_6c = _MixedC(768, width=160)
-        self.Mixed_6d = _MixedC(768, width=160)
-        self.Mixed_6e = _MixedC(768, width=192)
-        self.Mixed_7a = _MixedD(768)
-        self.Mixed_7b = _MixedE(1280, pool=_average)
-        self.Mixed_7c = _MixedE(2048, pool=_maximum)
+        layers = {
+            "Conv2d_1a_3x3": _Convolution(3, 32, 3, stride=2),
+            "Conv2d_2a_3x3": _Convolution(32, 32, 3),
+            "Conv2d_2b_3x3": _Convolution(32, 64, 3, padding=1),  # (b 64 147 147)
+            "pool_1": nn.MaxPool2d(3, stride=2),
+            "Conv2d_3b_1x1": _Convolution(64, 80, 1),
+            "Conv2d_4a_3x3": _Convolution(80, 192, 3),  # (b 192 71 71)
+            "pool_2": nn.MaxPool2d(3, stride=2),
+            "Mixed_5b": _MixedA(192, pooled=32),
+            "Mixed_5c": _MixedA(256, pooled=64),
+            "Mixed_5d": _MixedA(288, pooled=64),  # (b 288 35 35)
+            "Mixed_6a": _MixedB(288),
+            "Mixed_6b": _MixedC(768, width=128),
+            "Mixed_6c": _MixedC(768, width=160),
+            "Mixed_6d": _MixedC(768, width=160),
+            "Mixed_6e": _MixedC(768, width=192),  # (b 768 17 17)
+            "Mixed_7a": _MixedD(768),
+            "Mixed_7b": _MixedE(1280, pool=_average),
+            "Mixed_7c": _MixedE(2048, pool=_maximum),  # (b 2048 8 8)
+        }
+        super().__init__(OrderedDict(layers))
 
     def forward(self, images: Tensor) -> Tensor:
         """Features (b 2048)."""
-        x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(images)))  # (b 64 147 147)
-        x = functional.max_pool2d(x, 3, stride=2)  # (b 64 73 73)
-        x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(x))  # (b 192 71 71)
-        x = functional.max_pool2d(x, 3, stride=2)  # (b 192 35 35)
-        x = self.Mixed_5d(self.Mixed_5c(self.Mixed_5b(x)))  # (b 288 35 35)
-        x = self.Mixed_6a(x)  # (b 768 17 17)
-        x = self.Mixed_6e(self.Mixed_6d(self.Mixed_6c(self.Mixed_6b(x))))
-        x = self.Mixed_7c(self.Mixed_7b(self.Mixed_7a(x)))  # (b 2048 8 8)
-        return x.mean(dim=(2, 3))
+        maps: Tensor = super().forward(images)
+        return maps.mean(dim=(2, 3))
 
 
 class _Convolution(nn.Module):

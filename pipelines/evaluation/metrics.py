@@ -31,7 +31,7 @@ class Reference:
         probe, accuracy = None, None
         if num_classes > 1:
             probe = LinearProbe.fit(*train, num_classes=num_classes)
-            accuracy = mean_estimate((probe.predict(features) == labels).double())
+            accuracy = probe.accuracy(features, labels)
         return cls(
             features=features,
             labels=labels,

@@ -101,11 +101,9 @@ def load_start(start: RandomStart | DiffusersStart, denoiser: Denoiser) -> str |
 
 def _comparable(network: UNetConfig, token_width: int) -> dict[str, Any]:
     """Return the settings that decide the weights of a U-Net: heads only with attention, depth only with tokens."""
-    last = len(network.channels) - 1
-    attends = [on or (level == last and network.mid_attention) for level, on in enumerate(network.attention)]
     found = network.model_dump(exclude={"checkpointed_levels", "dropout", "heads", "transformer_depth"})
     for name in ("heads", "transformer_depth") if token_width else ("heads",):
-        found[name] = [each if on else 0 for each, on in zip(getattr(network, name), attends, strict=True)]
+        found[name] = [each if on else 0 for each, on in zip(getattr(network, name), network.attends, strict=True)]
     return found
 
 

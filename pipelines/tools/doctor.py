@@ -39,7 +39,7 @@ from pipelines.tools.doctor_checks import (
     software,
     workers,
 )
-from pipelines.tools.plan import stage_configs
+from pipelines.tools.plan import StageConfigs, stage_configs
 
 REDUCE_BYTES = 64 * 2**20
 
@@ -77,7 +77,7 @@ def examine(config: DoctorConfig, path: str) -> Answer:
     return answer(findings, world_size=accelerator.num_processes)
 
 
-def own_findings(config: DoctorConfig, stages: dict[str, StageConfig], accelerator: Accelerator) -> Iterator[Finding]:
+def own_findings(config: DoctorConfig, stages: StageConfigs, accelerator: Accelerator) -> Iterator[Finding]:
     """Look at this rank's machine."""
     root, rank = Path(config.run.root), accelerator.process_index
     checks: dict[str, Callable[[], Findings]] = {
@@ -101,7 +101,7 @@ def own_findings(config: DoctorConfig, stages: dict[str, StageConfig], accelerat
             yield Finding(check=name, level="failed", text=f"{type(error).__name__}: {error}", rank=rank)
 
 
-def job_findings(config: DoctorConfig, stages: dict[str, StageConfig], accelerator: Accelerator) -> Iterator[Finding]:
+def job_findings(config: DoctorConfig, stages: StageConfigs, accelerator: Accelerator) -> Iterator[Finding]:
     """Look at what the ranks must have in common. A collective."""
     rank = accelerator.process_index
     for name, digest in experiment_digests(stages).items():

@@ -3,7 +3,6 @@
 import contextlib
 import fcntl
 import hashlib
-import json
 import os
 import platform
 import resource
@@ -12,13 +11,10 @@ import socket
 import sqlite3
 import sys
 import tempfile
-import urllib.error
-import urllib.parse
-import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from importlib.metadata import distributions
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -26,12 +22,11 @@ import torch.distributed as dist
 from data.manifest import CorpusManifest, digest_of
 from models.attention import probe_backend
 from pipelines.runtime.config.redaction import without_credentials
-from pipelines.runtime.config.stage_config import StageConfig
 from pipelines.runtime.stage.fingerprint import inputs_of
 from pipelines.runtime.stage.provenance import REPOSITORY
 from pipelines.runtime.tracking.identity import OFFLINE, sqlite_file, store_uri
-from pipelines.runtime.training.config import TrainingConfig
-from pipelines.tools.plan import StagePlan, forecast, manifest_or_none
+from pipelines.runtime.tracking.mlflow_store import MlflowStore
+from pipelines.tools.plan import StageConfigs, StagePlan, forecast, manifest_or_none
 
 Level = Literal["ok", "warning", "failed"]
 Findings = Iterator[tuple[Level, str]]
@@ -128,9 +123,9 @@ def nearest_folder(root: Path) -> Path:
     return next(folder for folder in (root, *root.absolute().parents) if folder.is_dir())
 
 
-def free_space(stages: dict[str, StageConfig], root: Path) -> Findings:
+def free_space(stages: StageConfigs, root: Path) -> Findings:
     """What is free under ``run.root`` against what the stages that are not finished will write."""
-    plans = {stage: StagePlan(stage=stage, state="") for stage in stages}
+    plans = {stage: StagePlan(stage=stage, state="") for stage in stages._fields}
     forecast(stages, plans, devices=1)
     there = nearest_folder(root)
     free = shutil.disk_usage(there).free
@@ -160,7 +155,7 @@ def mlflow_store(tracking_uri: str, root: Path, *, experiment: str) -> Findings:
 def sqlite_finding(database: Path) -> tuple[Level, str]:
     """Whether an sqlite store can be written, or made."""
     if not database.exists():
-        there = next(folder for folder in database.absolute().parents if folder.is_dir())
+        there = nearest_folder(database)
         writable = os.access(there, os.W_OK)
         return "ok" if writable else "failed", f"{database} will be made" if writable else f"{there} is not writable"
     try:
@@ -173,37 +168,18 @@ def sqlite_finding(database: Path) -> tuple[Level, str]:
 
 
 def server_finding(uri: str, *, experiment: str) -> tuple[Level, str]:
-    """Whether an MLflow server answers, and lets an experiment be made and tagged."""
+    """Try an MLflow server: whether it answers, and lets an experiment be made and tagged."""
     name, later = without_credentials(uri), "training works without it, and pipelines.tools.sync sends later"
     try:
-        try:
-            query = urllib.parse.urlencode({"experiment_name": experiment})
-            found = _asked(f"{uri}/api/2.0/mlflow/experiments/get-by-name?{query}")
-            number = found["experiment"]["experiment_id"]
-        except urllib.error.HTTPError as error:
-            if error.code != 404:
-                raise
-            made = _asked(f"{uri}/api/2.0/mlflow/experiments/create", {"name": experiment})
-            number = made["experiment_id"]
-        tag = {"experiment_id": number, "key": "doctor", "value": socket.gethostname()}
-        _asked(f"{uri}/api/2.0/mlflow/experiments/set-experiment-tag", tag)
-    except (OSError, ValueError, KeyError) as error:
-        return "warning", f"{name} does not take an experiment ({error}); {later}"
+        MlflowStore(uri).tag_experiment(experiment, "doctor", socket.gethostname())
+    except Exception as error:  # MLflow's, and those of the libraries below it
+        return "warning", f"{name} does not take an experiment ({without_credentials(str(error))}); {later}"
     return "ok", f"{name} answers and can be written"
 
 
-def _asked(url: str, body: Mapping[str, Any] | None = None) -> Any:
-    payload = None if body is None else json.dumps(body).encode()
-    request = urllib.request.Request(url, data=payload, headers={"Content-Type": "application/json"})
-    with urllib.request.urlopen(request, timeout=STORE_SECONDS) as answer:
-        return json.loads(answer.read() or b"{}")
-
-
-def shards(stages: Mapping[str, StageConfig], *, world_size: int) -> Findings:
+def shards(stages: StageConfigs, *, world_size: int) -> Findings:
     """Whether the work divides among the ranks: shards for encoding, batches for training."""
-    for stage in ("train_vae", "train_unet"):
-        config = stages[stage]
-        assert isinstance(config, TrainingConfig)
+    for stage, config in (("train_vae", stages.train_vae), ("train_unet", stages.train_unet)):
         unit = world_size * (config.images_per_device or 1)
         if config.global_batch % unit:
             yield (
@@ -213,14 +189,14 @@ def shards(stages: Mapping[str, StageConfig], *, world_size: int) -> Findings:
         else:
             yield "ok", f"{stage}: {config.global_batch // world_size} images a rank"
     nodes = world_size // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    streams = getattr(stages["train_unet"].order, "canonical_nodes", nodes)  # type: ignore[attr-defined]
+    streams = getattr(stages.train_unet.order, "canonical_nodes", nodes)
     if streams % nodes:
         yield (
             "warning",
             f"train_unet.order.canonical_nodes = {streams} does not divide among {nodes} machines: shards are fetched "
             "by several of them",
         )
-    corpus = manifest_or_none(inputs_of(stages["encode_latents"])["corpus"], CorpusManifest)
+    corpus = manifest_or_none(inputs_of(stages.encode_latents)["corpus"], CorpusManifest)
     if corpus is not None:
         number = sum(entry.name.endswith(".tar") for entry in corpus.files)
         few = number < world_size
@@ -230,11 +206,11 @@ def shards(stages: Mapping[str, StageConfig], *, world_size: int) -> Findings:
         yield "warning" if few else "ok", f"{number} shards to encode on {world_size} ranks{advice}"
 
 
-def experiment_digests(stages: Mapping[str, StageConfig]) -> dict[str, str]:
+def experiment_digests(stages: StageConfigs) -> dict[str, str]:
     """Return sha256 digests of what must be the same on every rank."""
     code = hashlib.sha256()
     for path in sorted(path for folder in CODE_FOLDERS for path in (REPOSITORY / folder).rglob("*.py")):
         code.update(f"{path.relative_to(REPOSITORY)}\n".encode() + path.read_bytes())
     packages = sorted(f"{found.metadata['Name']}=={found.version}" for found in distributions())
-    configs = {stage: config.model_dump(mode="json") for stage, config in stages.items()}
+    configs = {stage: config.model_dump(mode="json") for stage, config in stages._asdict().items()}
     return {"configuration": digest_of(configs), "code": code.hexdigest(), "set of packages": digest_of(packages)}

@@ -18,7 +18,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple, get_type_hints
 
 import torch
 from pydantic import Field, PositiveInt
@@ -49,23 +49,29 @@ from pipelines.runtime.stage.fingerprint import differing_keys, fingerprint_of, 
 from pipelines.runtime.stage.progress import duration
 from pipelines.runtime.training.config import TrainingConfig
 from pipelines.runtime.training.flops import peak_flops
-from pipelines.tools.corpus_size import promised_corpus
 
-CONFIGS: dict[str, type[StageConfig]] = {
-    "prepare_corpus": prepare_corpus.PrepareCorpusConfig,
-    "train_vae": train_vae.TrainVAEConfig,
-    "encode_latents": encode_latents.EncodeLatentsConfig,
-    "train_unet": train_unet.TrainUNetConfig,
-    "evaluate": evaluate.EvaluateConfig,
-}
 MAKERS = {folder: stage for stage, folder in STAGE_FOLDERS.items()}
 TRIAL_UPDATES = 5
 TRIAL_SECONDS = 1_800.0
 FLOAT_BYTES = 4
+# To count the samples of somebody's shards means to read all of them: that is prepare_corpus itself.
+COUNTED_AT_ONCE = ("synthetic", "fashion_mnist", "emoji", "image_folder")
+# At most four tar members a sample (array, class, caption and origin), each with a header and padded to 512 bytes.
+BYTES_BESIDE_THE_ARRAYS = 4 * 1024
+
+
+class StageConfigs(NamedTuple):
+    """The configurations of an experiment's stages, in their order."""
+
+    prepare_corpus: prepare_corpus.PrepareCorpusConfig
+    train_vae: train_vae.TrainVAEConfig
+    encode_latents: encode_latents.EncodeLatentsConfig
+    train_unet: train_unet.TrainUNetConfig
+    evaluate: evaluate.EvaluateConfig
 
 
 class PlanConfig(StageConfig):
-    """What to plan for."""
+    """Devices to plan for, and the source of their speed."""
 
     devices: PositiveInt = 1  # processes that will train
     utilisation: Annotated[float, Field(gt=0, le=1)] = 0.35  # of a device's peak, where no trial measures it
@@ -74,7 +80,7 @@ class PlanConfig(StageConfig):
 
 @dataclass(kw_only=True)
 class StagePlan:
-    """What is known of one stage beforehand. Bytes and hours are of the whole stage, memory is of one device."""
+    """Forecast of one stage. Bytes and hours are of the whole stage, memory is of one device."""
 
     stage: str
     state: str  # absent, begun, done or stale
@@ -109,26 +115,26 @@ def whole_plan(config: PlanConfig, path: str) -> Answer:
     return Answer(found, "\n".join([*map(as_text, plans), last]))
 
 
-def stage_configs(path: str, *, root: str) -> dict[str, StageConfig]:
+def stage_configs(path: str, *, root: str) -> StageConfigs:
     """Read every stage's configuration of an experiment.
 
     Raises:
         ConfigError: One of them is wrong.
     """
     words = ["--config", path, "--run.root", root]
-    return {stage: load_config(model, table=stage, argv=words) for stage, model in CONFIGS.items()}
+    models = get_type_hints(StageConfigs)
+    return StageConfigs(**{name: load_config(model, table=name, argv=words) for name, model in models.items()})
 
 
 def plan(config: PlanConfig, path: str) -> list[StagePlan]:
     """Plan every stage."""
     configs = stage_configs(path, root=config.run.root)
     plans: dict[str, StagePlan] = {}
-    for stage, one in configs.items():
+    for stage, one in configs._asdict().items():
         plans[stage] = state_of(stage, one, plans)
     forecast(configs, plans, devices=config.devices)
-    for stage in ("train_vae", "train_unet"):
-        training, found = configs[stage], plans[stage]
-        assert isinstance(training, TrainingConfig)
+    for stage, training in (("train_vae", configs.train_vae), ("train_unet", configs.train_unet)):
+        found = plans[stage]
         found.images = training.updates * training.global_batch if found.state != "done" else 0
         if config.trial and not any(why.startswith("waits for") for why in found.why):
             found.images_per_second = try_out(stage, training, path, run=config.run, devices=config.devices)
@@ -165,48 +171,43 @@ def state_of(stage: str, config: StageConfig, before: Mapping[str, StagePlan]) -
     return StagePlan(stage=stage, state="stale" if why else "done" if finished else "begun", why=why)
 
 
-def forecast(configs: Mapping[str, StageConfig], plans: Mapping[str, StagePlan], *, devices: int) -> None:
+def forecast(configs: StageConfigs, plans: Mapping[str, StagePlan], *, devices: int) -> None:
     """Fill in parameters, FLOPs, memory and bytes: of what is there as it is, of what is not as its inputs promise."""
-    corpus_config, vae_config = configs["prepare_corpus"], configs["train_vae"]
-    encode_config, unet_config = configs["encode_latents"], configs["train_unet"]
-    assert isinstance(corpus_config, prepare_corpus.PrepareCorpusConfig)
-    assert isinstance(vae_config, train_vae.TrainVAEConfig)
-    assert isinstance(encode_config, encode_latents.EncodeLatentsConfig)
-    assert isinstance(unet_config, train_unet.TrainUNetConfig)
+    vae_config, unet_config = configs.train_vae, configs.train_unet
+    encoding, evaluation = configs.encode_latents, configs.evaluate
+    view = configs.prepare_corpus.view
+
+    # The corpus that is there, else as its source promises it.
     corpus = manifest_or_none(inputs_of(vae_config)["corpus"], CorpusManifest)
-    samples, known = 0, ["?"]  # of the corpus
-    if corpus is not None:
-        samples, known = corpus.counts.out, list(corpus.classes)
-        plans["prepare_corpus"].disk_bytes = sum(entry.bytes for entry in corpus.files)
-    else:
-        try:
-            promised = promised_corpus(corpus_config.source, corpus_config.view)
-        except ValueError as error:
-            plans["prepare_corpus"].notes.append(str(error))
-            plans["train_unet"].notes.append("counted with one class: the corpus is not made yet")
-        else:
-            samples, known = promised.samples, list(promised.classes)
-            plans["prepare_corpus"].disk_bytes = promised.disk_bytes
-    view = corpus_config.view
+    size = CorpusSize(samples=0, classes=("?",), disk_bytes=0)
+    try:
+        size = corpus_size(configs.prepare_corpus, corpus)
+    except ValueError as error:
+        plans["prepare_corpus"].notes.append(str(error))
+        plans["train_unet"].notes.append("counted with one class: the corpus is not made yet")
+    plans["prepare_corpus"].disk_bytes = size.disk_bytes
     image = corpus.image if corpus else ImageShape(resolution=view.resolution, channels=view.channels)
+
+    # Networks are built without numbers, and run once for the operations and activations of a step.
     with torch.device("meta"):
         vae = AutoencoderKL(vae_config.network, image_channels=image.channels)
-        discriminator: nn.Module | None = None
+        networks: list[nn.Module] = [vae]
         if isinstance(vae_config.objective.adversary, PatchAdversary):
-            discriminator = Discriminator(vae_config.objective.adversary.discriminator, image_channels=image.channels)
+            network = vae_config.objective.adversary.discriminator
+            networks.append(Discriminator(network, image_channels=image.channels))
     _costs(
         plans["train_vae"],
         vae_config,
-        [vae, *([discriminator] if discriminator is not None else [])],
+        networks,
         flops=lambda: train_vae.flops_per_image(vae, resolution=image.resolution),
         devices=devices,
     )
-    latents = manifest_or_none(inputs_of(unet_config)["latents"], LatentsManifest)
     promised_shape = LatentShape(
         channels=vae_config.network.latent_channels, size=image.resolution // vae_config.network.factor
     )
+    latents = manifest_or_none(inputs_of(unet_config)["latents"], LatentsManifest)
     shape = latents.latent if latents else promised_shape
-    num_classes = len(latents.classes if latents else known)
+    num_classes = len(latents.classes if latents else size.classes)
     with torch.device("meta"):
         denoiser = train_unet.build_denoiser(unet_config, shape, num_classes=num_classes)
     _costs(
@@ -216,17 +217,43 @@ def forecast(configs: Mapping[str, StageConfig], plans: Mapping[str, StagePlan],
         flops=lambda: train_unet.flops_per_image(denoiser, _one_draw(shape, unet_config.denoiser)),
         devices=devices,
     )
-    numbers = 2 * promised_shape.channels * promised_shape.size**2 * (2 if encode_config.flipped else 1)
-    if not isinstance(encode_config.captions, NoTextConfig):
+
+    # Bytes of the stages that only write samples.
+    numbers = 2 * promised_shape.channels * promised_shape.size**2 * (2 if encoding.flipped else 1)
+    if not isinstance(encoding.captions, NoTextConfig):
         # Of the encoder that the U-Net expects: to ask the encoder itself would mean to load it.
         numbers += sum(field.numel() for field in blank_features(unet_config.denoiser).values())
-    width = {"float16": 2, "float32": 4}[encode_config.dtype]
-    # A tar member costs a header and is padded to 512 bytes; each sample has its class beside the arrays.
-    plans["encode_latents"].disk_bytes = samples * (numbers * width + 4 * 1024)
-    evaluation = configs["evaluate"]
-    assert isinstance(evaluation, evaluate.EvaluateConfig)
+    width = {"float16": 2, "float32": 4}[encoding.dtype]
+    plans["encode_latents"].disk_bytes = size.samples * (numbers * width + BYTES_BESIDE_THE_ARRAYS)
     drawn = len(evaluation.scales) * evaluation.num_samples
-    plans["evaluate"].disk_bytes = drawn * (image.resolution**2 * image.channels + 4 * 1024)
+    plans["evaluate"].disk_bytes = drawn * (image.resolution**2 * image.channels + BYTES_BESIDE_THE_ARRAYS)
+
+
+class CorpusSize(NamedTuple):
+    """Size of a corpus."""
+
+    samples: int
+    classes: Sequence[str]
+    disk_bytes: int  # at most, for one that is not made yet: as if no picture could be compressed
+
+
+def corpus_size(config: prepare_corpus.PrepareCorpusConfig, corpus: CorpusManifest | None = None) -> CorpusSize:
+    """Return the size of the corpus that is there, else of the one that the source promises.
+
+    Raises:
+        ValueError: The size is known only after reading the shards, or the source cannot be opened.
+    """
+    if corpus is not None:
+        return CorpusSize(corpus.counts.out, corpus.classes, sum(entry.bytes for entry in corpus.files))
+    if config.source.kind not in COUNTED_AT_ONCE:
+        raise ValueError("not counted: what the shards hold is known when prepare_corpus has read them")
+    try:
+        source = config.source.open()
+    except OSError as error:
+        raise ValueError(f"its source cannot be opened: {error}") from None
+    samples = source.count("train") + source.count("val")
+    picture = config.view.resolution**2 * config.view.channels
+    return CorpusSize(samples, source.classes, samples * (picture + BYTES_BESIDE_THE_ARRAYS))
 
 
 def manifest_or_none(folder: str, kind: type[AnyManifest]) -> AnyManifest | None:
@@ -279,6 +306,9 @@ def try_out(stage: str, config: TrainingConfig, path: str, *, run: RunConfig, de
     share = max(config.global_batch // devices, config.images_per_device, 1)
     share -= share % (config.images_per_device or 1)
     inputs = [word for name, folder in inputs_of(config).items() for word in (f"--inputs.{name}", folder)]
+    # The trial runs alone: without the variables that a launcher may have set.
+    launcher = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    environment = {name: value for name, value in os.environ.items() if name not in launcher}
     with tempfile.TemporaryDirectory(prefix="plan-") as root:
         folder = Path(root) / STAGE_FOLDERS[stage]
         folder.mkdir()
@@ -292,7 +322,7 @@ def try_out(stage: str, config: TrainingConfig, path: str, *, run: RunConfig, de
         ]
         for expected in (75, 0):
             done = subprocess.run(
-                words, env=_one_process(), capture_output=True, text=True, timeout=TRIAL_SECONDS, check=False
+                words, env=environment, capture_output=True, text=True, timeout=TRIAL_SECONDS, check=False
             )
             if done.returncode != expected:
                 last = "\n    ".join(done.stderr.strip().splitlines()[-8:])
@@ -300,13 +330,6 @@ def try_out(stage: str, config: TrainingConfig, path: str, *, run: RunConfig, de
         lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     speeds = {line["update"]: line["perf/images_per_s"] for line in lines if "perf/images_per_s" in line}
     return float(speeds[TRIAL_UPDATES - 1])  # the first ones warm up, the last draws a sample
-
-
-def _one_process() -> dict[str, str]:
-    """The environment without what a launcher may have set: the trial runs alone."""
-    launcher = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    kept = {name: value for name, value in os.environ.items() if name not in launcher}
-    return {**kept, "PYTHONPATH": os.pathsep.join(filter(None, [os.getcwd(), kept.get("PYTHONPATH")]))}
 
 
 def as_text(plan: StagePlan) -> str:

@@ -72,11 +72,7 @@ class MlflowStore:
 
     def connect(self, identity: RunIdentity) -> str:
         """Find or make the experiment, the pipeline's run and, below it, the stage's run."""
-        from mlflow.tracking import MlflowClient
-
-        with _existing_database(self._uri):
-            self._client = MlflowClient(tracking_uri=self._uri)
-            self._experiment = self._find_or_make_experiment(identity.experiment)
+        self._open(identity.experiment)
         origin = {"pipeline_id": identity.pipeline_id, "mlflow.user": _user_name(), "mlflow.source.type": "LOCAL"}
         self._parent_id = self._find_or_make_run(
             found_by={"pipeline_id": identity.pipeline_id, "stage": "pipeline"},
@@ -98,6 +94,18 @@ class MlflowStore:
             },
         )
         return self._run_id
+
+    def tag_experiment(self, experiment: str, key: str, value: str) -> None:
+        """Find or make the experiment, and tag it: the least that a store must take."""
+        self._open(experiment)
+        self._client.set_experiment_tag(self._experiment, key, value)
+
+    def _open(self, experiment: str) -> None:
+        from mlflow.tracking import MlflowClient
+
+        with _existing_database(self._uri):
+            self._client = MlflowClient(tracking_uri=self._uri)
+            self._experiment = self._find_or_make_experiment(experiment)
 
     def set_status(self, status: str, *, since: float) -> None:
         """Set the state of the run, and of the pipeline, which is in the state of the stage that changed last."""
