@@ -55,24 +55,21 @@ def complete(model: type[BaseModel], tree: dict[str, Any]) -> dict[str, Any]:
     for name, field in model.model_fields.items():
         given = out.get(name)
         if isinstance(given, list):
-            (element,) = get_args(unwrapped(field.annotation))[:1] or (None,)
-            out[name] = [
-                complete(variant, item)
-                if isinstance(item, dict) and (variant := _chosen(element, item, None)) is not None
-                else item
-                for item in given
-            ]
-            continue
-        if not isinstance(given, dict):
-            continue
-        default = field.get_default(call_default_factory=False)
-        variant = _chosen(field.annotation, given, default)
-        if variant is None:
-            continue
-        if isinstance(default, variant):
-            given = _merged(default.model_dump(mode="json"), given)
-        out[name] = complete(variant, given)
+            element = next(iter(get_args(unwrapped(field.annotation))), None)
+            out[name] = [_completed(item, element, default=None) for item in given]
+        elif isinstance(given, dict):
+            out[name] = _completed(given, field.annotation, default=field.get_default(call_default_factory=False))
     return out
+
+
+def _completed(given: Any, annotation: Any, *, default: Any) -> Any:
+    """Return the table ``given`` for a field, filled from the field's default; anything else as it is."""
+    variant = _chosen(annotation, given, default) if isinstance(given, dict) else None
+    if variant is None:
+        return given
+    if isinstance(default, variant):
+        given = _merged(default.model_dump(mode="json"), given)
+    return complete(variant, given)
 
 
 def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
