@@ -18,9 +18,7 @@ from pipelines.runtime.config.dotted_keys import below
 
 def unwrapped(annotation: Any) -> Any:
     """Strip ``Annotated``."""
-    while get_origin(annotation) is Annotated:
-        annotation = get_args(annotation)[0]
-    return annotation
+    return get_args(annotation)[0] if get_origin(annotation) is Annotated else annotation
 
 
 def variants_of(annotation: Any) -> tuple[type[BaseModel], ...]:
@@ -73,13 +71,11 @@ def _completed(given: Any, annotation: Any, *, default: Any) -> Any:
 
 
 def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    out = dict(base)
-    for key, value in over.items():
-        old = out.get(key)
-        same_variant = (
-            isinstance(old, dict) and isinstance(value, dict) and value.get("kind", old.get("kind")) == old.get("kind")
-        )
-        out[key] = _merged(old, value) if same_variant else value  # type: ignore[arg-type]
+    out = {**base, **over}
+    for key in base.keys() & over.keys():
+        old, new = base[key], over[key]
+        if isinstance(old, dict) and isinstance(new, dict) and new.get("kind", old.get("kind")) == old.get("kind"):
+            out[key] = _merged(old, new)
     return out
 
 
