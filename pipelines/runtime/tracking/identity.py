@@ -105,17 +105,13 @@ def pipeline_identity(root: Path) -> tuple[str, float]:
 @contextlib.contextmanager
 def pipeline_lock(root: Path) -> Iterator[None]:
     """Lock the search for the parent run among a pipeline's stages, so that they make one and not two."""
-    try:
-        descriptor = os.open(root / PIPELINE_FILE, os.O_RDWR)
-    except OSError:  # a stage's folder that was copied alone
+    with contextlib.ExitStack() as stack:
+        # Goes on without in a stage's folder that was copied alone, and on a file system without locks: two parents are
+        # ugly, not wrong.
+        with contextlib.suppress(OSError):
+            file = stack.enter_context(open(root / PIPELINE_FILE, "rb+"))
+            fcntl.flock(file, fcntl.LOCK_EX)
         yield
-        return
-    try:
-        with contextlib.suppress(OSError):  # a file system without locks; two parents are ugly, not wrong
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def store_uri(tracking_uri: str, *, root: Path) -> str:

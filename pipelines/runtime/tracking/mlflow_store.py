@@ -64,12 +64,7 @@ class MlflowStore:
             os.environ.setdefault(key, value)
         self.name = without_credentials(uri)
         self._uri = uri
-        self._client: Any = None
-        self._experiment = ""
-        self._run_id = ""
-        self._parent_id = ""
-        self._stage = ""
-        self._is_result = False
+        self._client: Any = None  # until `connect`, which also sets the ids that the other methods need
 
     def connect(self, identity: RunIdentity) -> str:
         """Find or make the experiment, the pipeline's run and, below it, the stage's run."""
@@ -239,7 +234,7 @@ class MlflowStore:
             try:
                 tags = {"mlflow.experimentKind": "custom_model_development"}
                 return str(self._client.create_experiment(name, artifact_location=location, tags=tags))
-            except MlflowException as error:
+            except MlflowException as error:  # another run may have made it meanwhile
                 found = self._client.get_experiment_by_name(name)
                 if error.error_code != "RESOURCE_ALREADY_EXISTS" or found is None:
                     raise
