@@ -84,6 +84,19 @@ def write_json(path: str | Path, value: Any) -> None:
     write_atomically(path, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
 
 
+def write_json_once(path: Path, value: Any) -> bool:
+    """Write ``value`` as `write_json` does, unless ``path`` exists already; return whether it was written."""
+    proposal = temporary_beside(path)
+    try:
+        write_json(proposal, value)
+        os.link(proposal, path)  # fails when the name is taken, and never shows half a file
+    except FileExistsError:
+        return False
+    finally:
+        proposal.unlink(missing_ok=True)
+    return True
+
+
 @contextlib.contextmanager
 def atomic_folder(path: str | Path) -> Iterator[Path]:
     """Yield a temporary folder beside ``path`` that takes its name when the block ends without an exception.

@@ -264,11 +264,11 @@ def test_mended_samples_are_looked_at_again_and_a_changed_listing_is_refused(tmp
 
 def test_a_second_start_leaves_the_outcome_of_the_owner_alone(tmp_path: Path) -> None:
     from data.files import FolderLock
-    from pipelines.runtime.config.outcome import Outcome, leave_outcome
+    from pipelines.runtime.config.outcome import Outcome
 
     owner = FolderLock(tmp_path)
     owner.acquire()
-    leave_outcome(tmp_path, state="failed", code=2)
+    Outcome("failed", code=2).write(tmp_path, is_main=True)
     assert not (tmp_path / "outcome.json").exists()
     owner.release()
 

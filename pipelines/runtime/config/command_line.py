@@ -12,7 +12,7 @@ from typing import Any, TextIO
 from pipelines.runtime.config.errors import ConfigError, Stopped
 from pipelines.runtime.config.experiment import Config, config_as_toml, load_config, merged_tree, root_of
 from pipelines.runtime.config.logs import set_up_logging
-from pipelines.runtime.config.outcome import EXIT_CODES, leave_outcome
+from pipelines.runtime.config.outcome import EXIT_CODES, Outcome
 from pipelines.runtime.config.schema import model_paths
 from pipelines.runtime.config.stage_config import STAGE_FOLDERS, TOOL_TABLES, CommandConfig
 
@@ -104,7 +104,7 @@ def _leave_early_outcome(model: type[CommandConfig], argv: Sequence[str], *, tab
         return
     folder = Path(root) / STAGE_FOLDERS[table]
     try:
-        leave_outcome(folder, state="failed", code=2)
+        Outcome("failed", code=2).write(folder, is_main=True)
     except OSError as error:
         print(f"{table}: outcome.json could not be written to {folder}: {error}", file=sys.stderr)
 

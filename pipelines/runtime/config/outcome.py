@@ -10,9 +10,9 @@ import sys
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from data.files import FolderLock, temporary_beside, write_json
+from data.files import FolderLock, write_json, write_json_once
 from pipelines.runtime.config.redaction import without_credentials
 
 OUTCOME_NAME = "outcome.json"
@@ -35,35 +35,21 @@ class Outcome:
     def write(self, folder: Path, *, is_main: bool) -> None:
         """Write ``outcome.json``; become failed when another rank of this run has written it first.
 
+        A run that ended before its work began writes it unless another run owns the folder.
+
         Args:
             folder: The run's folder, whose outcome of an earlier run was removed when the work began.
             is_main: True on the main process; the others only write failures in the work.
         """
+        if not is_main and not (self.working and self.state == "failed"):
+            return
+        path = folder / OUTCOME_NAME
+        content = {"state": self.state, "exit_code": self.code, "resume_command": resume_command()}
         if not self.working:
-            if is_main:
-                leave_outcome(folder, state=self.state, code=self.code)
-            return
-        if not is_main and self.state != "failed":
-            return
-        temporary = temporary_beside(folder / OUTCOME_NAME)
-        write_json(temporary, _content(self.state, self.code))
-        try:
-            os.link(temporary, folder / OUTCOME_NAME)  # fails when the name is taken, and never shows half a file
-        except FileExistsError:
-            if self.state != "failed":
-                self.set("failed")
-        finally:
-            temporary.unlink(missing_ok=True)
-
-
-def leave_outcome(folder: Path, *, state: State, code: int) -> None:
-    """Write the outcome of a run that ended before its work began, unless another run owns the folder."""
-    with suppress(BlockingIOError), FolderLock(folder):
-        write_json(folder / OUTCOME_NAME, _content(state, code))
-
-
-def _content(state: State, code: int) -> dict[str, Any]:
-    return {"state": state, "exit_code": code, "resume_command": resume_command()}
+            with suppress(BlockingIOError), FolderLock(folder):  # another run may own the folder
+                write_json(path, content)
+        elif not write_json_once(path, content) and self.state != "failed":
+            self.set("failed")
 
 
 def resume_command() -> str:

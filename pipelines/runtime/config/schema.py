@@ -18,9 +18,7 @@ from pipelines.runtime.config.dotted_keys import below
 
 def unwrapped(annotation: Any) -> Any:
     """Strip ``Annotated``."""
-    while get_origin(annotation) is Annotated:
-        annotation = get_args(annotation)[0]
-    return annotation
+    return get_args(annotation)[0] if get_origin(annotation) is Annotated else annotation
 
 
 def variants_of(annotation: Any) -> tuple[type[BaseModel], ...]:
@@ -55,34 +53,29 @@ def complete(model: type[BaseModel], tree: dict[str, Any]) -> dict[str, Any]:
     for name, field in model.model_fields.items():
         given = out.get(name)
         if isinstance(given, list):
-            (element,) = get_args(unwrapped(field.annotation))[:1] or (None,)
-            out[name] = [
-                complete(variant, item)
-                if isinstance(item, dict) and (variant := _chosen(element, item, None)) is not None
-                else item
-                for item in given
-            ]
-            continue
-        if not isinstance(given, dict):
-            continue
-        default = field.get_default(call_default_factory=False)
-        variant = _chosen(field.annotation, given, default)
-        if variant is None:
-            continue
-        if isinstance(default, variant):
-            given = _merged(default.model_dump(mode="json"), given)
-        out[name] = complete(variant, given)
+            element = next(iter(get_args(unwrapped(field.annotation))), None)
+            out[name] = [_completed(item, element, default=None) for item in given]
+        elif isinstance(given, dict):
+            out[name] = _completed(given, field.annotation, default=field.get_default(call_default_factory=False))
     return out
 
 
+def _completed(given: Any, annotation: Any, *, default: Any) -> Any:
+    """Return the table ``given`` for a field, filled from the field's default; anything else as it is."""
+    variant = _chosen(annotation, given, default) if isinstance(given, dict) else None
+    if variant is None:
+        return given
+    if isinstance(default, variant):
+        given = _merged(default.model_dump(mode="json"), given)
+    return complete(variant, given)
+
+
 def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    out = dict(base)
-    for key, value in over.items():
-        old = out.get(key)
-        same_variant = (
-            isinstance(old, dict) and isinstance(value, dict) and value.get("kind", old.get("kind")) == old.get("kind")
-        )
-        out[key] = _merged(old, value) if same_variant else value  # type: ignore[arg-type]
+    out = {**base, **over}
+    for key in base.keys() & over.keys():
+        old, new = base[key], over[key]
+        if isinstance(old, dict) and isinstance(new, dict) and new.get("kind", old.get("kind")) == old.get("kind"):
+            out[key] = _merged(old, new)
     return out
 
 

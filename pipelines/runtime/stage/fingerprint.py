@@ -87,16 +87,15 @@ def already_done(
     *,
     allowed: tuple[str, ...],
     fingerprint_ignores: Collection[str] = (),
-    trains: bool = True,
 ) -> bool:
     """Return whether the stage has finished this very request; False when it has yet to start or to continue.
 
     Args:
         folder: Of the stage.
         request: What it is asked to do.
-        allowed: Keys whose change the user accepts while it is unfinished.
+        allowed: Keys whose change the user accepts while it is unfinished. Only a training stage heeds them: finished
+            parts of the others stay as they are, so that a changed request would mix with the old one.
         fingerprint_ignores: Keys that do not matter, though an older version may have written them down.
-        trains: Whether a change can be accepted at all.
 
     Raises:
         ConfigError: The folder holds another request's work; the message shows each difference.
@@ -111,15 +110,16 @@ def already_done(
         before = json.loads((folder / "request.json").read_bytes())
     else:
         return False
+    can_change = request["stage"].startswith("train_") and not finished
     differences = [
         line
         for key, line in differing_keys(before, request, fingerprint_ignores=fingerprint_ignores)
-        if key not in allowed or finished
+        if not (can_change and key in allowed)
     ]
     if not differences:
         return finished
     what = "finished with" if finished else "begun with"
-    advice = ", or accept the change with --allow-changed KEY" if trains and not finished else ""
+    advice = ", or accept the change with --allow-changed KEY" if can_change else ""
     raise ConfigError(
         f"{folder} was {what} another request:\n    "
         + "\n    ".join(differences)

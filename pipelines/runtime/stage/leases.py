@@ -87,15 +87,12 @@ class Leases:
 
     def is_expired(self, path: Path) -> bool:
         """Return whether a lease's owner is gone: its process has ended, or its heartbeat has stopped."""
-        try:
-            owner = json.loads(path.read_bytes())
-            if owner["host"] == socket.gethostname() and _start_of(owner["pid"]) != owner["began"]:
-                return True
-        except FileNotFoundError:
-            return True
-        except (ValueError, KeyError, TypeError):
-            pass  # Its owner has just made it and not yet written; its age decides.
         with contextlib.suppress(FileNotFoundError):
+            # An owner that has just made it may not have written yet; then its age decides.
+            with contextlib.suppress(ValueError, KeyError, TypeError):
+                owner = json.loads(path.read_bytes())
+                if owner["host"] == socket.gethostname() and _start_of(owner["pid"]) != owner["began"]:
+                    return True
             self._clock.write_bytes(b"")
             return self._clock.stat().st_mtime - path.stat().st_mtime > STALE_SECONDS
         return True

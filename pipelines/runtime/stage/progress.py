@@ -4,7 +4,7 @@ import logging
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -20,9 +20,9 @@ class ProgressLine:
     def __init__(self, label: str, *, total: int, unit: str, start: int, is_main: bool) -> None:
         self.label, self.total, self.unit, self.done, self.is_main = label, total, unit, start, is_main
         self._start, self._began, self._last_line = start, time.monotonic(), time.monotonic()
-        self._bar: Progress | None = None
+        self.bar: Progress | None = None
         if is_main and sys.stdout.isatty():
-            self._bar = Progress(
+            self.bar = Progress(
                 TextColumn("{task.description:>16}"),
                 BarColumn(bar_width=None),
                 MofNCompleteColumn(),
@@ -32,8 +32,7 @@ class ProgressLine:
                 TimeRemainingColumn(),
                 console=Console(file=sys.stdout),
             )
-            self._task = self._bar.add_task(label, total=total, completed=start, metrics="")
-            self._bar.start()
+            self._task = self.bar.add_task(label, total=total, completed=start, metrics="")
 
     def advance_to(self, done: int, metrics: Mapping[str, float] | None = None) -> None:
         """Show that ``done`` units are finished; ``metrics`` are shown beside, in the order given."""
@@ -41,18 +40,13 @@ class ProgressLine:
         shown = "  ".join(f"{name} {value:.4g}" for name, value in (metrics or {}).items())
         now = time.monotonic()
         rate = (done - self._start) / max(now - self._began, 1e-9)
-        if self._bar is not None:
-            self._bar.update(self._task, completed=done, metrics=f"{rate:.3g}/s  {shown}".rstrip())
+        if self.bar is not None:
+            self.bar.update(self._task, completed=done, metrics=f"{rate:.3g}/s  {shown}".rstrip())
             return
         if self.is_main and (now - self._last_line >= PLAIN_LINE_EVERY_SECONDS or done == self.total):
             self._last_line = now
             eta = (self.total - done) / rate if rate > 0 else float("inf")
             log.info(f"{done}/{self.total} {self.unit}  {rate:.3g}/s  ETA {duration(eta)}  {shown}".rstrip())
-
-    def close(self) -> None:
-        """Leave the bar as it is and give the terminal back."""
-        if self._bar is not None:
-            self._bar.stop()
 
 
 def duration(seconds: float) -> str:
@@ -66,9 +60,7 @@ def duration(seconds: float) -> str:
 
 @contextmanager
 def progress_line(label: str, *, total: int, unit: str, start: int = 0, is_main: bool = True) -> Iterator[ProgressLine]:
-    """Open a progress line and close it however the block ends."""
+    """Show a progress line for the time of the block; then the bar stays as it is, and the terminal is given back."""
     line = ProgressLine(label, total=total, unit=unit, start=start, is_main=is_main)
-    try:
+    with line.bar or nullcontext():
         yield line
-    finally:
-        line.close()

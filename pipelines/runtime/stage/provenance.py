@@ -4,6 +4,7 @@ import os
 import platform
 import subprocess
 from collections.abc import Mapping
+from contextlib import suppress
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -22,12 +23,10 @@ def code_version() -> str:
 
     Git is believed about its own tree only: installed inside of a user's repository, it would name the user's commit.
     """
-    try:
+    with suppress(OSError, subprocess.SubprocessError):
         top, commit = _git("rev-parse", "--show-toplevel", "HEAD").splitlines()
         if Path(top).resolve() == REPOSITORY:
             return f"{commit}+changes" if _git("status", "--porcelain", "--untracked-files=no") else commit
-    except (OSError, subprocess.SubprocessError):
-        pass
     try:
         return f"latentline {version('latentline')}"
     except PackageNotFoundError:

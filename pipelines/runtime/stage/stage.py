@@ -86,9 +86,7 @@ class Stage:
 
         Of several runs on one folder, the one that holds its lock does this; the others wait for it, or take over.
         """
-        if not self.is_main:
-            self._wait_for_manifest()
-        elif self._lock_unless_finished():
+        if self._lock_unless_finished():
             made = fingerprint_of(self.name, self.config, self.parents)
             manifest = kind(
                 format_version=FORMAT_VERSION, **made, **content, files=tuple(files), provenance=self._provenance()
@@ -98,23 +96,18 @@ class Stage:
             self.tracker.log_artifact(self.folder / MANIFEST_NAME)
         self.accelerator.wait_for_everyone()
 
-    def _wait_for_manifest(self) -> None:
+    def _lock_unless_finished(self) -> bool:
+        """Wait for the manifest, or for the lock to write it; return whether this process holds the lock."""
         # Not in a collective, whose time is limited: the main process may have hours of measuring and storing to do.
         while not (self.folder / MANIFEST_NAME).is_file():
+            if self.is_main:
+                with suppress(BlockingIOError):
+                    self.lock.acquire()
+                    return True
             if self.stop.requested():
-                raise Stopped(f"{self.stop.reason}; the main process was still at work")
+                other = f"another run finishes {self.folder}" if self.is_main else "the main process was still at work"
+                raise Stopped(f"{self.stop.reason}; {other}")
             time.sleep(POLL_SECONDS)
-
-    def _lock_unless_finished(self) -> bool:
-        while not (self.folder / MANIFEST_NAME).is_file():
-            try:
-                self.lock.acquire()
-            except BlockingIOError:
-                if self.stop.requested():
-                    raise Stopped(f"{self.stop.reason}; another run finishes {self.folder}") from None
-                time.sleep(POLL_SECONDS)
-            else:
-                return True
         return self.lock.held
 
     def _provenance(self) -> dict[str, Any]:
@@ -167,14 +160,11 @@ def running_stage(
     try:
         manifests = read_parents(config)
         request = fingerprint_of(name, config, manifests)
-        # Finished parts stay as they are: where work falls into parts, a changed request would mix with the old one.
-        allowed = config.run.allow_changed if name.startswith("train_") else ()
         if already_done(
             folder,
             request,
-            allowed=allowed,
+            allowed=config.run.allow_changed,
             fingerprint_ignores=config.fingerprint_ignores,
-            trains=name.startswith("train_"),
         ):
             outcome.set("done")
             log.info(f"already finished in {folder}; nothing to do.")

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import psutil
 
-from data.files import temporary_beside, write_json
+from data.files import write_json, write_json_once
 from pipelines.runtime.config.redaction import without_credentials
 
 RUN_FILE = "run.json"
@@ -92,12 +92,7 @@ def pipeline_identity(root: Path) -> tuple[str, float]:
     path = root / PIPELINE_FILE
     root.mkdir(parents=True, exist_ok=True)
     if not path.exists():
-        proposal = temporary_beside(path)
-        write_json(proposal, {"pipeline_id": uuid.uuid4().hex, "created": round(time.time(), 3)})
-        # A link fails when the name is taken, and the name never shows half a file.
-        with contextlib.suppress(FileExistsError):
-            os.link(proposal, path)
-        proposal.unlink()
+        write_json_once(path, {"pipeline_id": uuid.uuid4().hex, "created": round(time.time(), 3)})
     try:
         pipeline = json.loads(path.read_text())
         return str(pipeline["pipeline_id"]), float(pipeline["created"])
@@ -110,17 +105,13 @@ def pipeline_identity(root: Path) -> tuple[str, float]:
 @contextlib.contextmanager
 def pipeline_lock(root: Path) -> Iterator[None]:
     """Lock the search for the parent run among a pipeline's stages, so that they make one and not two."""
-    try:
-        descriptor = os.open(root / PIPELINE_FILE, os.O_RDWR)
-    except OSError:  # a stage's folder that was copied alone
+    with contextlib.ExitStack() as stack:
+        # Goes on without in a stage's folder that was copied alone, and on a file system without locks: two parents are
+        # ugly, not wrong.
+        with contextlib.suppress(OSError):
+            file = stack.enter_context(open(root / PIPELINE_FILE, "rb+"))
+            fcntl.flock(file, fcntl.LOCK_EX)
         yield
-        return
-    try:
-        with contextlib.suppress(OSError):  # a file system without locks; two parents are ugly, not wrong
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def store_uri(tracking_uri: str, *, root: Path) -> str:
@@ -158,10 +149,8 @@ def network_file_system(path: Path) -> str:
 
     ``path`` need not exist yet.
     """
-    resolved = os.path.realpath(path)
-    best, kind = "", ""
-    for mount in psutil.disk_partitions(all=True):
-        point = mount.mountpoint
-        if os.path.commonpath([point, resolved]) == point and len(point) >= len(best):
-            best, kind = point, mount.fstype  # the later of two mounts on one point hides the earlier
+    resolved = path.resolve()
+    # The innermost last; of two mounts on one point the later one last, which hides the earlier.
+    mounts = sorted(psutil.disk_partitions(all=True), key=lambda mount: len(mount.mountpoint))
+    kind = ["", *(mount.fstype for mount in mounts if resolved.is_relative_to(mount.mountpoint))][-1]
     return kind if NETWORK_FILE_SYSTEMS.match(kind) else ""

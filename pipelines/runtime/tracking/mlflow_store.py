@@ -4,7 +4,6 @@ mlflow is imported when a store is first connected, so that nothing else waits f
 """
 
 import contextlib
-import getpass
 import json
 import logging
 import os
@@ -15,6 +14,8 @@ import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import psutil
 
 from data.files import FolderLock, temporary_beside
 from pipelines.runtime.config.redaction import without_credentials
@@ -63,17 +64,13 @@ class MlflowStore:
             os.environ.setdefault(key, value)
         self.name = without_credentials(uri)
         self._uri = uri
-        self._client: Any = None
-        self._experiment = ""
-        self._run_id = ""
-        self._parent_id = ""
-        self._stage = ""
-        self._is_result = False
+        self._client: Any = None  # until `connect`, which also sets the ids that the other methods need
 
     def connect(self, identity: RunIdentity) -> str:
         """Find or make the experiment, the pipeline's run and, below it, the stage's run."""
         self._open(identity.experiment)
-        origin = {"pipeline_id": identity.pipeline_id, "mlflow.user": _user_name(), "mlflow.source.type": "LOCAL"}
+        user = psutil.Process().username()
+        origin = {"pipeline_id": identity.pipeline_id, "mlflow.user": user, "mlflow.source.type": "LOCAL"}
         self._parent_id = self._find_or_make_run(
             found_by={"pipeline_id": identity.pipeline_id, "stage": "pipeline"},
             name=identity.pipeline_name,
@@ -237,7 +234,7 @@ class MlflowStore:
             try:
                 tags = {"mlflow.experimentKind": "custom_model_development"}
                 return str(self._client.create_experiment(name, artifact_location=location, tags=tags))
-            except MlflowException as error:
+            except MlflowException as error:  # another run may have made it meanwhile
                 found = self._client.get_experiment_by_name(name)
                 if error.error_code != "RESOURCE_ALREADY_EXISTS" or found is None:
                     raise
@@ -271,6 +268,8 @@ def _refused_errors() -> Iterator[None]:
 @contextlib.contextmanager
 def _existing_database(uri: str) -> Iterator[None]:
     """Hold the lock under which an sqlite store is made and migrated, and make it where it does not exist."""
+    from mlflow import MlflowClient
+
     database = sqlite_file(uri)
     if database is None:
         yield
@@ -284,30 +283,16 @@ def _existing_database(uri: str) -> Iterator[None]:
             log.info(
                 f"MLflow: making the database {database} (once; it takes a few seconds, and the run does not wait)."
             )
-            _make_database(database)
+            # Under a temporary name, then renamed: one that is killed half-made is never opened again.
+            temporary = temporary_beside(database)
+            try:
+                MlflowClient(tracking_uri=f"sqlite:///{temporary}").search_experiments(max_results=1)
+                temporary.rename(database)
+            finally:
+                temporary.unlink(missing_ok=True)
         yield
-
-
-def _make_database(path: Path) -> None:
-    """Make an sqlite store under a temporary name and rename it: one that is killed half-made is never opened again."""
-    from mlflow import MlflowClient
-
-    temporary = temporary_beside(path)
-    try:
-        MlflowClient(tracking_uri=f"sqlite:///{temporary}").search_experiments(max_results=1)
-        temporary.rename(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _valid_key(key: str) -> str:
     """Return ``key`` with what MLflow's names may not hold replaced by ``_``."""
     return re.sub(r"[^\w\-./ :]", "_", key)[:LONGEST_KEY]
-
-
-def _user_name() -> str:
-    """Return the user's name; containers may run as a number that has none."""
-    try:
-        return getpass.getuser()
-    except (KeyError, OSError):
-        return str(os.getuid())

@@ -45,10 +45,9 @@ def send_while_owned(folder: Path) -> int:
     set_up_logging(RunIdentity.read(folder).stage, stream=_become_a_background_process(folder))
     owner = _Owner()
     lock = FolderLock(folder / SENDER_LOCK)
-    while True:
+    while not lock.held:
         try:
             lock.acquire(patience_seconds=POLL_SECONDS)
-            break
         except BlockingIOError:  # the sender of the stage before its restart, or a user's sync
             if owner.closing.is_set():
                 return 1

@@ -184,7 +184,7 @@ class SpoolWriter:
         tick = time.monotonic()
         while open_:
             waiting: list[threading.Event] = []
-            try:
+            with contextlib.suppress(queue.Empty):
                 task = self._queue.get(timeout=max(0.0, tick + 1 - time.monotonic()))
                 while True:  # everything that has gathered goes to the disk in one write a spool
                     if task is None:
@@ -194,8 +194,6 @@ class SpoolWriter:
                     else:
                         self._format(*task)
                     task = self._queue.get_nowait()
-            except queue.Empty:
-                pass
             self._write_pending(durable=bool(waiting) or not open_)
             for event in waiting:
                 event.set()

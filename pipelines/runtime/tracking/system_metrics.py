@@ -1,8 +1,8 @@
 """System metrics: load of the machine and of this process, under the names that MLflow's page for them knows."""
 
-import importlib
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -75,15 +75,8 @@ def _gpu_metrics() -> dict[str, float]:
         f"system/gpu_{device}_memory_usage_percentage": 100 * torch.cuda.memory_reserved(device) / total,
         f"system/gpu_{device}_memory_peak_megabytes": torch.cuda.max_memory_allocated(device) / MIB,
     }
-    try:
-        pynvml = importlib.import_module("pynvml")
-
-        pynvml.nvmlInit()
-        for index in range(pynvml.nvmlDeviceGetCount()):
-            handle = pynvml.nvmlDeviceGetHandleByIndex(index)
-            rates = pynvml.nvmlDeviceGetUtilizationRates(handle)
-            values[f"system/gpu_{index}_utilization_percentage"] = float(rates.gpu)
-            values[f"system/gpu_{index}_power_usage_watts"] = pynvml.nvmlDeviceGetPowerUsage(handle) / 1000
-    except Exception:  # optional, and NVML fails in many ways of its own in containers
-        pass
+    with suppress(Exception):  # the bindings are optional, and NVML fails in many ways of its own in containers
+        for index in range(torch.cuda.device_count()):
+            values[f"system/gpu_{index}_utilization_percentage"] = float(torch.cuda.utilization(index))
+            values[f"system/gpu_{index}_power_usage_watts"] = torch.cuda.power_draw(index) / 1000
     return values

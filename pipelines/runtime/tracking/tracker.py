@@ -255,13 +255,11 @@ class Tracker:
             with contextlib.suppress(OSError):
                 self._sender.stdin.write(b"close\n")
                 self._sender.stdin.flush()
-            self._sender.wait(timeout=max(0.1, deadline - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            pass
-        finally:  # also when a second Ctrl-C cuts the wait short
-            if self._sender.poll() is None:
-                self._sender.kill()
-                self._sender.wait()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._sender.wait(timeout=max(0.1, deadline - time.monotonic()))
+        finally:  # also when a second Ctrl-C cuts the wait short; one that has ended is not killed
+            self._sender.kill()
+            self._sender.wait()
 
     def _each_second(self) -> None:
         try:
