@@ -112,8 +112,7 @@ class ImageShards(ShardSet):
             for shard, row, wants in zip(shards, rows, undecoded, strict=True)
         ]
         samples = list(zip(indices.tolist(), brought_near(shards, rows, wanted), rows, strict=True))
-        kept: list[tuple[Shard, int]] = []
-        found: list[int] = []
+        kept: list[tuple[int, Shard, int]] = []
         captions: list[str] = []
         for index, shard, row in samples:
             try:
@@ -124,15 +123,14 @@ class ImageShards(ShardSet):
                     raise
                 bad.append(error)
                 continue
-            kept.append((shard, row))
-            found.append(index)
+            kept.append((index, shard, row))
         return ImageBatch(
-            indices=np.array(found, dtype=np.int64),
+            indices=np.array([index for index, _, _ in kept], dtype=np.int64),
             images=images[: len(kept)],
-            labels=np.array([shard.label(row) for shard, row in kept], dtype=np.int64),
-            keys=[shard.key(row) for shard, row in kept],
+            labels=np.array([shard.label(row) for _, shard, row in kept], dtype=np.int64),
+            keys=[shard.key(row) for _, shard, row in kept],
             captions=captions,
-            carried=[self._carried(shard, row) for shard, row in kept] if carry else [],
+            carried=[self._carried(shard, row) for _, shard, row in kept] if carry else [],
         )
 
     def _pixels(self, index: int, shard: Shard, row: int) -> np.ndarray:
@@ -247,13 +245,10 @@ class LatentShards(ShardSet):
         self._layouts = {suffix: self._layout(shard, suffix) for suffix in (LATENT_SUFFIX, *map(_npy, features))}
         #: Whether the moments of the mirrored images are there.
         self.has_flipped = FLIPPED_SUFFIX in shard.index.layouts
+        #: Shape (2, c, h, w) of every sample's moments.
+        self.moments_shape = self._layouts[LATENT_SUFFIX].shape
         if len(self.moments_shape) != 4 or self.moments_shape[0] != 2:
             raise BadSample("wrong_layout", f"moments are (2 c h w), not {self.moments_shape}", shard=shard.name)
-
-    @property
-    def moments_shape(self) -> tuple[int, ...]:
-        """Shape (2, c, h, w) of every sample's moments."""
-        return self._layouts[LATENT_SUFFIX].shape
 
     def has_captions(self) -> bool:
         """Return whether any sample has a caption; opens shards until one has."""
