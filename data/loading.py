@@ -17,10 +17,10 @@ import numpy as np
 import torch
 
 from data.manifest import CorpusManifest, LatentsManifest
-from data.samples import FLIPPED_SUFFIX, IMAGE_SUFFIXES, LATENT_SUFFIX, BadSample, NpyLayout, Split
+from data.samples import FLIPPED_SUFFIX, IMAGE_SUFFIXES, LATENT_SUFFIX, BadSample, NpyLayout, Split, located
 from data.shards.reader import OpenShard, Shard, brought_near
 from data.shards.split import ShardSet
-from data.transforms import DEFAULT_MAX_PIXELS, ImageViewConfig, decode_image, view_image
+from data.transforms import DEFAULT_MAX_PIXELS, decode_image, view_image
 
 CARRIED_SUFFIXES = ("txt", "json")
 MOST_SPARE = 8  # buffers of one size that wait for their next use
@@ -59,7 +59,6 @@ class ImageShards(ShardSet):
     Args:
         folder: The stage's folder.
         split: ``train`` or ``val``.
-        view: Brings images to one size; None when the manifest says it, or they are stored at one size already.
         cache_bytes: Decoded pixels are kept when the whole split needs no more than this.
         scattered: As for ``ShardSet``.
     """
@@ -70,16 +69,14 @@ class ImageShards(ShardSet):
         *,
         split: Split,
         manifest: CorpusManifest | None = None,
-        view: ImageViewConfig | None = None,
         cache_bytes: int = 256 * 1024 * 1024,
         scattered: bool = False,
     ) -> None:
         super().__init__(folder, split=split, manifest=manifest, scattered=scattered)
         assert isinstance(self.manifest, CorpusManifest), f"{folder} holds no images"
-        self._view_is_for_all = view is not None
         # Shards that others wrote are brought to one size as they are read.
-        self._view, self._max_pixels = view or self.manifest.view, self.manifest.max_pixels or DEFAULT_MAX_PIXELS
-        image = view or self.manifest.image
+        self._view, self._max_pixels = self.manifest.view, self.manifest.max_pixels or DEFAULT_MAX_PIXELS
+        image = self.manifest.image
         #: Shape (h, w, c) of every image.
         self.image_shape = (image.resolution, image.resolution, image.channels)
         self._cache_bytes = cache_bytes
@@ -115,8 +112,7 @@ class ImageShards(ShardSet):
             for shard, row, wants in zip(shards, rows, undecoded, strict=True)
         ]
         samples = list(zip(indices.tolist(), brought_near(shards, rows, wanted), rows, strict=True))
-        kept: list[tuple[Shard, int]] = []
-        found: list[int] = []
+        kept: list[tuple[int, Shard, int]] = []
         captions: list[str] = []
         for index, shard, row in samples:
             try:
@@ -127,15 +123,14 @@ class ImageShards(ShardSet):
                     raise
                 bad.append(error)
                 continue
-            kept.append((shard, row))
-            found.append(index)
+            kept.append((index, shard, row))
         return ImageBatch(
-            indices=np.array(found, dtype=np.int64),
+            indices=np.array([index for index, _, _ in kept], dtype=np.int64),
             images=images[: len(kept)],
-            labels=np.array([shard.label(row) for shard, row in kept], dtype=np.int64),
-            keys=[shard.key(row) for shard, row in kept],
+            labels=np.array([shard.label(row) for _, shard, row in kept], dtype=np.int64),
+            keys=[shard.key(row) for _, shard, row in kept],
             captions=captions,
-            carried=[self._carried(shard, row) for shard, row in kept] if carry else [],
+            carried=[self._carried(shard, row) for _, shard, row in kept] if carry else [],
         )
 
     def _pixels(self, index: int, shard: Shard, row: int) -> np.ndarray:
@@ -171,18 +166,16 @@ class ImageShards(ShardSet):
     def _decode(self, shard: Shard, row: int) -> np.ndarray:
         key, suffix = shard.key(row), self._suffix(shard, row)
         payload = shard.member(row, suffix)
-        try:
+        with located(shard=shard.name, key=key, member=f"{key}.{suffix}" if suffix else ""):
             if payload is None:
                 raise BadSample("missing_image", f"no member {' or '.join(IMAGE_SUFFIXES)}")
             # A corpus may hold both shards that others wrote and finished squares of ours.
-            if self._view is not None and (shard.in_place or self._view_is_for_all):
+            if self._view is not None and shard.in_place:
                 return view_image(bytes(payload), self._view, max_pixels=self._max_pixels, key=key)
             pixels = decode_image(bytes(payload), max_pixels=self._max_pixels)
             if pixels.shape != self.image_shape:
                 raise BadSample("wrong_shape", f"{pixels.shape} (h w c), but {self.image_shape} is expected")
             return pixels
-        except BadSample as error:
-            raise error.at(shard=shard.name, key=key, member=f"{key}.{suffix}" if suffix else "") from None
 
 
 class Buffers:
@@ -252,13 +245,10 @@ class LatentShards(ShardSet):
         self._layouts = {suffix: self._layout(shard, suffix) for suffix in (LATENT_SUFFIX, *map(_npy, features))}
         #: Whether the moments of the mirrored images are there.
         self.has_flipped = FLIPPED_SUFFIX in shard.index.layouts
+        #: Shape (2, c, h, w) of every sample's moments.
+        self.moments_shape = self._layouts[LATENT_SUFFIX].shape
         if len(self.moments_shape) != 4 or self.moments_shape[0] != 2:
             raise BadSample("wrong_layout", f"moments are (2 c h w), not {self.moments_shape}", shard=shard.name)
-
-    @property
-    def moments_shape(self) -> tuple[int, ...]:
-        """Shape (2, c, h, w) of every sample's moments."""
-        return self._layouts[LATENT_SUFFIX].shape
 
     def has_captions(self) -> bool:
         """Return whether any sample has a caption; opens shards until one has."""

@@ -318,22 +318,21 @@ def read_manifest(folder: str | Path) -> StageManifest:
         content, provenance = raw["content"], raw["provenance"]
         version = content["format_version"]
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{path} is not a manifest of this program ({error!r}). Delete it and run its stage again."
-        ) from error
+        raise _foreign(path, repr(error)) from error
     if version != FORMAT_VERSION:
         raise ValueError(f"{path} has format version {version}; this program reads version {FORMAT_VERSION}.")
     try:
         manifest = _ANY_STAGE.validate_python({**content, "provenance": provenance})
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise ValueError(
-            f"{path} is not a manifest of this program ({where}: {first['msg']}). Delete it and run its stage again."
-        ) from error
+        raise _foreign(path, f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from error
     if manifest.digest != digest_of(content):
         raise ValueError(f"{path} was changed by hand: its values have other types than a stage writes.")
     return manifest
+
+
+def _foreign(path: Path, why: str) -> ValueError:
+    return ValueError(f"{path} is not a manifest of this program ({why}). Delete it and run its stage again.")
 
 
 def read_input(name: str, folder: str | Path) -> Manifest:

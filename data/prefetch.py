@@ -95,8 +95,6 @@ def pinned(batch: Any) -> Any:
         return batch.pin_memory()
     if isinstance(batch, dict):
         return {key: pinned(value) for key, value in batch.items()}
-    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return type(batch)(*map(pinned, batch))
     if isinstance(batch, (list, tuple)):
         return type(batch)(map(pinned, batch))
     if is_dataclass(batch) and not isinstance(batch, type):

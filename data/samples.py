@@ -7,10 +7,11 @@ within bounds, and never unpickled: member contents come from whoever wrote the 
 """
 
 import ast
+import contextlib
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from io import BytesIO
@@ -52,13 +53,22 @@ class BadSample(ValueError):
         super().__init__(f"{where or 'sample'}: {reason}: {detail}")
 
     def at(self, *, shard: str = "", key: str = "", member: str = "") -> "BadSample":
-        """Return the same finding with the place filled in where it was not known."""
+        """Return the same finding with the place filled in where it was not known; see ``located``."""
         shard, key, member = self.shard or shard, self.key or key, self.member or member
         return BadSample(self.reason, self.detail, shard=shard, key=key, member=member)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Exceptions travel between processes by pickle, which would call __init__ with the message alone.
         return partial(BadSample, shard=self.shard, key=self.key, member=self.member), (self.reason, self.detail)
+
+
+@contextlib.contextmanager
+def located(*, shard: str = "", key: str = "", member: str = "") -> Iterator[None]:
+    """Fill in the place of a finding that is raised in the block, where it was not known."""
+    try:
+        yield
+    except BadSample as error:
+        raise error.at(shard=shard, key=key, member=member) from None
 
 
 @dataclass(frozen=True, kw_only=True)

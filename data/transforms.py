@@ -16,7 +16,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from pydantic import BaseModel, Field, PositiveInt
 from torch import Tensor
 
-from data.samples import BadSample, ImageSample
+from data.samples import BadSample, ImageSample, located
 
 DEFAULT_MAX_PIXELS = 64_000_000
 STRIP_ROWS = 256
@@ -48,7 +48,6 @@ def view_image(
     *,
     max_pixels: int = DEFAULT_MAX_PIXELS,
     key: str = "",
-    mirrored: bool = False,
 ) -> np.ndarray:
     """Return an image as ``config`` wants it; uint8 (resolution, resolution, channels).
 
@@ -57,7 +56,6 @@ def view_image(
         config: The wanted view.
         max_pixels: Larger images are refused before decoding.
         key: Says where a random crop lies.
-        mirrored: Swap left and right, last of all.
 
     Raises:
         BadSample: ``not_an_image``, ``too_many_pixels``, ``animated``, ``colour_mode``, ``broken_image``, ``too_small``
@@ -70,18 +68,14 @@ def view_image(
         _check_shape(picture.size, config)
     picture = _flatten(picture, config)
     picture = _fit(picture, config, crop_position(config, key))
-    if mirrored:
-        picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     pixels = np.asarray(picture, dtype=np.uint8)
     return pixels.reshape(config.resolution, config.resolution, config.channels)
 
 
 def view_sample(sample: ImageSample, config: ImageViewConfig, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> np.ndarray:
     """Return the image of a sample as ``config`` wants it; findings name the sample's shard, key and member."""
-    try:
+    with located(shard=sample.shard, key=sample.key, member=sample.member):
         return view_image(sample.image, config, max_pixels=max_pixels, key=sample.key)
-    except BadSample as error:
-        raise error.at(shard=sample.shard, key=sample.key, member=sample.member) from None
 
 
 def crop_position(config: ImageViewConfig, key: str) -> tuple[float, float]:

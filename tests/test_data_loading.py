@@ -137,11 +137,12 @@ def test_images_of_many_sizes_are_read_through_a_view(tmp_path: Path) -> None:
             key, image = f"k{number}", image_of(number, side=8 + number)
             shard.add(key, image_members(key, image, label=0, caption="", metadata={}))
     assert shard.entry is not None
-    commit_corpus(tmp_path, [shard.entry], resolution=8)
-    view = ImageViewConfig(resolution=8)
-    batch = ImageShards(tmp_path, split="train", view=view).read(np.arange(3))
+    view, url = ImageViewConfig(resolution=8), str(tmp_path / shard.entry.name)
+    commit_corpus(tmp_path, [replace(shard.entry, url=url)], resolution=8, view=view)
+    batch = ImageShards(tmp_path, split="train").read(np.arange(3))
     for number in range(3):
         np.testing.assert_array_equal(batch.images[number], view_image(image_of(number, side=8 + number), view))
+    commit_corpus(tmp_path, [shard.entry], resolution=8)
     with pytest.raises(BadSample, match=r"k1\.png: wrong_shape: \(9, 9, 3\) \(h w c\), but \(8, 8, 3\) is expected"):
         ImageShards(tmp_path, split="train").read(np.arange(3))
 

@@ -321,6 +321,15 @@ def test_braces_and_globs_name_files_in_order(tmp_path: Path) -> None:
         expand((f"{tmp_path}/s-{{009..011.tar",))
 
 
+@pytest.mark.parametrize("braces", ["{0..999999999}", "{-9..999999999}", "{a,{999999999..0..9}}", "{1..1000001}"])
+def test_a_range_of_over_a_million_shards_is_refused_before_it_is_expanded(
+    braces: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("data.sources.webdataset.braceexpand", lambda *_, **__: pytest.fail("it was expanded"))
+    with pytest.raises(ValueError, match=r"s-.*\.tar' names more than 1000000 shards\."):
+        expand((f"/nowhere/s-{braces}.tar",))
+
+
 @pytest.mark.parametrize(
     "url",
     [

@@ -19,10 +19,11 @@ from safetensors.numpy import save
 
 from data.files import write_atomically
 from data.manifest import FileEntry
-from data.samples import BadSample, NpyLayout, check_key, parse_label, parse_npy_layout
+from data.samples import BadSample, NpyLayout, check_key, located, parse_label, parse_npy_layout
 from data.shards.scan import RawSample, mapped, scan_shard
 
 INDEX_FOLDER, INDEX_FORMAT = "index", 1
+_NAMED = ("shard", "bytes", "sha256")  # the shard that an index is of
 _TENSORS = {"offsets": "<i8", "sizes": "<i8", "labels": "<i8", "key_bytes": "|u1", "key_ends": "<i8"}
 
 
@@ -130,9 +131,7 @@ class ShardIndex:
         """Write the index, whole or not at all; equal indexes give equal bytes."""
         about = {
             "format": INDEX_FORMAT,
-            "shard": self.shard,
-            "bytes": self.bytes,
-            "sha256": self.sha256,
+            **{name: getattr(self, name) for name in _NAMED},
             "suffixes": self.suffixes,
             "layouts": {suffix: [x.dtype, list(x.shape), x.header] for suffix, x in self.layouts.items()},
         }
@@ -161,12 +160,9 @@ class ShardIndex:
             if not trusted and _sha256(arrays) != about["arrays_sha256"]:
                 raise ValueError("its content has changed")
             return cls(
-                shard=about["shard"],
-                bytes=about["bytes"],
-                sha256=about["sha256"],
                 suffixes=tuple(about["suffixes"]),
                 layouts={suffix: NpyLayout(v[0], tuple(v[1]), v[2]) for suffix, v in about["layouts"].items()},
-                **arrays,
+                **{**{name: about[name] for name in _NAMED}, **arrays},
             )
         except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
             raise ValueError(f"{path} is not a readable shard index ({error}). Delete it; it is made again.") from error
@@ -230,10 +226,8 @@ def _label(buffer: bytes | mmap.mmap, sample: RawSample, *, shard: str) -> int:
     member = sample.members.get("cls")
     if member is None:
         return -1
-    try:
+    with located(shard=shard, key=sample.key, member=member.name):
         return parse_label(buffer[member.offset : member.offset + min(member.size, 64)])
-    except BadSample as error:
-        raise error.at(shard=shard, key=sample.key, member=member.name) from None
 
 
 def _common_layout(buffer: bytes | mmap.mmap, samples: list[RawSample], suffix: str, *, shard: str) -> NpyLayout | None:
@@ -250,10 +244,8 @@ def _common_layout(buffer: bytes | mmap.mmap, samples: list[RawSample], suffix: 
             and buffer[member.offset : member.offset + first.header] == head
         ):
             continue
-        try:
+        with located(shard=shard, key=sample.key, member=member.name):
             layout = parse_npy_layout(buffer[member.offset : member.offset + min(member.size, 8192)], size=member.size)
-        except BadSample as error:
-            raise error.at(shard=shard, key=sample.key, member=member.name) from None
         if first is None:
             first, head = layout, buffer[member.offset : member.offset + layout.header]
         elif layout != first:

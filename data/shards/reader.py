@@ -4,11 +4,10 @@ import mmap
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from functools import cached_property
 from pathlib import Path
 
 from data.manifest import FileEntry
-from data.samples import BadSample, NpyLayout, parse_caption
+from data.samples import BadSample, NpyLayout, located, parse_caption
 from data.shards.index import ShardIndex
 from data.shards.remote import read_ranges
 from data.shards.tar import BLOCK, is_header_of
@@ -25,10 +24,7 @@ class Shard(ABC):
     def __init__(self, entry: FileEntry, index: ShardIndex) -> None:
         self.entry, self.index = entry, index
         self.name, self.in_place = entry.name, bool(entry.url)
-
-    @cached_property
-    def _columns(self) -> dict[str, int]:
-        return {suffix: column for column, suffix in enumerate(self.index.suffixes)}
+        self._columns = {suffix: column for column, suffix in enumerate(index.suffixes)}
 
     def place(self, row: int, suffix: str) -> tuple[int, int] | None:
         """Return offset and size of a member of sample ``row``, or None when it has no such member."""
@@ -69,16 +65,14 @@ class Shard(ABC):
         payload = self.member(row, "txt")
         if payload is None:
             return ""
-        try:
+        with located(shard=self.name, key=self.key(row), member=f"{self.key(row)}.txt"):
             return parse_caption(bytes(payload))
-        except BadSample as error:
-            raise error.at(shard=self.name, key=self.key(row), member=f"{self.key(row)}.txt") from None
 
 
 class OpenShard(Shard):
     """A mapped shard."""
 
-    def __init__(self, path: Path, entry: FileEntry, *, index: Path, index_trusted: bool = False) -> None:
+    def __init__(self, path: Path, entry: FileEntry, *, index: Path, index_trusted: bool) -> None:
         super().__init__(entry, ShardIndex.of(path, entry=entry, kept=index, trusted=index_trusted))
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
@@ -142,13 +136,10 @@ class _FetchedShard(Shard):
 
     def __init__(self, shard: FarShard) -> None:
         super().__init__(shard.entry, shard.index)
-        self._spans: dict[int, tuple[int, memoryview]] = {}
-
-    def hold(self, row: int, start: int, payload: bytes) -> None:
-        self._spans[row] = (start, memoryview(payload))
+        self.spans: dict[int, tuple[int, memoryview]] = {}  # of each row: its first byte in the shard, and its bytes
 
     def _read(self, row: int, offset: int, size: int) -> memoryview:
-        start, payload = self._spans[row]
+        start, payload = self.spans[row]
         # The shard's hash cannot be known from a piece of it, but each member comes with its header.
         if not is_header_of(bytes(payload[offset - start - BLOCK : offset - start]), size):
             detail = f"{self.entry.url} has no member of {size} bytes at byte {offset} any more"
@@ -179,5 +170,5 @@ def brought_near(shards: Sequence[Shard], rows: Sequence[int], needed: Sequence[
         out.append(fetched)
     payloads = read_ranges([place for _, _, place in wanted])
     for (fetched, row, (_, start, _)), payload in zip(wanted, payloads, strict=True):
-        fetched.hold(row, start, payload)
+        fetched.spans[row] = start, memoryview(payload)
     return out

@@ -14,7 +14,8 @@ MAX_NAME_BYTES = 1024
 MAX_EXTENSION_BYTES = 1024 * 1024
 
 _ZEROS = bytes(BLOCK)
-_OLD_REGULAR, _REGULAR, _CONTIGUOUS, _FOLDER = b"\0", b"0", b"7", b"5"
+_REGULAR = (b"\0", b"0", b"7")  # as old tars say it, as POSIX does, and contiguous files
+_FOLDER = b"5"
 _ODD_KINDS = {
     b"1": "hard link",
     b"2": "symbolic link",
@@ -100,7 +101,7 @@ def _one_entry(buffer: Buffer, position: int, header: bytes, pending: _Pending) 
     kind, start = header[156:157], position + BLOCK
     length = _number(header[124:136])
     # Link targets and folders have no payload whatever their size field says.
-    if kind in (_REGULAR, _OLD_REGULAR, _CONTIGUOUS) and pending.size is not None:
+    if kind in _REGULAR and pending.size is not None:
         length = pending.size
     raw_name = pending.name or _own_name(header)
     shown = raw_name[:120].decode("utf-8", "backslashreplace")
@@ -127,13 +128,12 @@ def _one_entry(buffer: Buffer, position: int, header: bytes, pending: _Pending) 
     if sparse:
         skipped = _after_sparse(buffer, header, start) + following - start if kind == b"S" else following
         return skipped, [Fault("sparse", shown, "a sparse file, which expands when read; store it whole")]
-    if kind not in (_REGULAR, _OLD_REGULAR, _CONTIGUOUS):
+    if kind not in _REGULAR:
         return following, [Fault("damaged_header", shown, f"unknown kind of member {kind!r}")]
-    return following, [_named(raw_name, start, length)]
+    return following, [_named(raw_name, shown, start, length)]
 
 
-def _named(raw_name: bytes, offset: int, size: int) -> Member | Fault:
-    shown = raw_name[:120].decode("utf-8", "backslashreplace")
+def _named(raw_name: bytes, shown: str, offset: int, size: int) -> Member | Fault:
     if len(raw_name) > MAX_NAME_BYTES:
         return Fault("long_name", shown, f"a name of {len(raw_name)} bytes; at most {MAX_NAME_BYTES}")
     try:
@@ -186,8 +186,7 @@ def _pax_records(payload: bytes) -> dict[bytes, bytes] | None:
 def is_header_of(header: bytes, size: int) -> bool:
     """Say whether these bytes are a sound header of a regular file of ``size`` bytes."""
     # A size beyond 8 GB stands in an extension header; no member that is read is so large.
-    kinds = (_REGULAR, _OLD_REGULAR, _CONTIGUOUS)
-    return not _header_problem(header) and header[156:157] in kinds and _number(header[124:136]) == size
+    return not _header_problem(header) and header[156:157] in _REGULAR and _number(header[124:136]) == size
 
 
 def _header_problem(header: bytes) -> str:

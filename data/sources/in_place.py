@@ -4,7 +4,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from data.files import sha256_of
 from data.manifest import FileEntry
 from data.samples import BadSample, ImageSample, Split
 from data.shards.index import ShardIndex, index_path
@@ -37,14 +36,7 @@ def index_in_place(
     url = source.urls[number]
     file = local_path(url)
     seen = file.stat()
-    entry = FileEntry(
-        name=path.name,
-        bytes=seen.st_size,
-        sha256=sha256_of(file),
-        samples=len(good),
-        url=url,
-        corpus=corpus.name,
-    )
+    entry = replace(FileEntry.of(file, name=path.name, samples=len(good)), url=url, corpus=corpus.name)
     index = ShardIndex.of_samples(good, labels=labels, layouts={}, entry=entry)
     index.save(index_path(path))
     if not is_remote(url):

@@ -7,6 +7,7 @@ address is ever given to a shell, and a member's name is only ever compared.
 import glob
 import hashlib
 import os
+import re
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -26,6 +27,7 @@ from data.samples import (
     ImageSample,
     Split,
     check_key,
+    located,
     parse_caption,
     parse_label,
     parse_metadata,
@@ -41,6 +43,7 @@ MAX_IMAGE_BYTES = 512 * 1024 * 1024
 MAX_LABEL_BYTES = 64
 SCANS_KEPT = 4
 T = TypeVar("T")
+_RANGE = re.compile(r"\{(-?\d+)\.\.(-?\d+)(?:\.\.(-?\d+))?\}")
 
 ShardAddress = Annotated[str, AfterValidator(check_address)]
 
@@ -119,12 +122,10 @@ class WebDataset:
         raw = self._scan(number)[row]
         if raw.faults:
             raise raw.faults[0].at()  # a fresh one: an exception that is raised again keeps its old tracebacks
-        try:
+        with located(shard=shard.url, key=raw.key):
             if place in self._duplicates:
                 raise BadSample("duplicate_key", "another sample of the corpus has this key")
             return self._sample(raw, shard)
-        except BadSample as error:
-            raise error.at(shard=shard.url, key=raw.key) from None
 
     def holds(self, number: int, split: Split) -> bool:
         """Say whether a shard holds samples of ``split``."""
@@ -189,7 +190,7 @@ class WebDataset:
     def _parsed(self, raw: RawSample, shard: FoundShard, suffix: str, at_most: int, parse: Callable[[bytes], T]) -> T:
         """Read a member of bounded size and parse it; findings name the member."""
         member = raw.members[suffix]
-        try:
+        with located(member=member.name):
             if member.size > at_most:
                 raise BadSample("member_too_large", f"{member.size} bytes; at most {at_most}")
             # Read, not mapped: a file that shrinks now gives a short read instead of a signal.
@@ -198,8 +199,6 @@ class WebDataset:
             if len(payload) != member.size:
                 raise BadSample("shard_changed", "the file was cut since it was scanned")
             return parse(payload)
-        except BadSample as error:
-            raise error.at(member=member.name) from None
 
     def _scan(self, number: int) -> list[RawSample]:
         """Return the samples of a shard, scanning it unless that was done lately."""
@@ -249,6 +248,10 @@ def expand(urls: tuple[str, ...]) -> list[str]:
     """
     found: dict[str, None] = {}
     for url in urls:
+        # Before it is expanded: braceexpand makes the whole of a range at once.
+        spans = (abs(int(last) - int(first)) // (abs(int(step or 1)) or 1) for first, last, step in _RANGE.findall(url))
+        if max(spans, default=0) >= MAX_SHARDS:
+            raise ValueError(f"{url!r} names more than {MAX_SHARDS} shards.")
         try:
             patterns = braceexpand(url, escape=False)
         except ValueError:

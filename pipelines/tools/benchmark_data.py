@@ -5,6 +5,7 @@ import functools
 import itertools
 import multiprocessing
 from collections.abc import Callable
+from dataclasses import replace
 from io import BytesIO
 from multiprocessing.shared_memory import SharedMemory
 from pathlib import Path
@@ -100,8 +101,7 @@ def jpegs(folder: Path, rounds: int) -> Comparison:
     entries = _jpeg_shards(folder, per_shard=32)
     urls = [str(folder / entry.name) for entry in entries]
     total = sum(entry.samples for entry in entries)
-    view = ImageViewConfig(resolution=256)
-    reader = ImageShards(folder, split="train", view=view, cache_bytes=0)
+    reader = _jpeg_reader(folder)
     order = Order(FullShuffleConfig(), num_samples=total, seed=0)
 
     def square(image: Image.Image) -> np.ndarray:
@@ -157,7 +157,7 @@ def threads(folder: Path, rounds: int) -> Comparison:
 
 
 def _jpeg_reader(folder: Path) -> ImageShards:
-    return ImageShards(folder, split="train", view=ImageViewConfig(resolution=256), cache_bytes=0)
+    return ImageShards(folder, split="train", cache_bytes=0)
 
 
 def _rows(number: int) -> slice:
@@ -248,7 +248,7 @@ def _jpeg_shards(folder: Path, *, per_shard: int) -> list[FileEntry]:
         Image.fromarray(_picture(number, 512)).save(buffer, "JPEG", quality=90)
         return {"jpg": buffer.getvalue(), "cls": b"1"}
 
-    return _image_shards(folder, per_shard, members, side=512)
+    return _image_shards(folder, per_shard, members, side=256, view=ImageViewConfig(resolution=256))
 
 
 def _png_shards(folder: Path, *, per_shard: int, side: int) -> list[FileEntry]:
@@ -258,11 +258,17 @@ def _png_shards(folder: Path, *, per_shard: int, side: int) -> list[FileEntry]:
 
 
 def _image_shards(
-    folder: Path, per_shard: int, members: Callable[[int], dict[str, bytes]], *, side: int
+    folder: Path,
+    per_shard: int,
+    members: Callable[[int], dict[str, bytes]],
+    *,
+    side: int,
+    view: ImageViewConfig | None = None,
 ) -> list[FileEntry]:
-    files = _shards(folder, per_shard, members)
+    # With an address, as shards of others have it: only these are brought to the size of the view.
+    files = [replace(entry, url=str(folder / entry.name)) for entry in _shards(folder, per_shard, members)]
     shape = ImageShape(resolution=side, channels=3)
-    write_manifest(folder, CorpusManifest(**_samples(files), value_range=(0, 255), image=shape))
+    write_manifest(folder, CorpusManifest(**_samples(files), value_range=(0, 255), image=shape, view=view))
     return files
 
 
