@@ -77,7 +77,8 @@ class Checkpoint:
         Raises:
             ConfigError: The training has other parts than the checkpoint; nothing is loaded.
         """
-        missing = [name for name, part in parts.items() if name not in self.parts and not is_optional(part)]
+        needed = [name for name, part in parts.items() if not getattr(part, "optional", False)]
+        missing = [name for name in needed if name not in self.parts]
         unknown = [] if changed else self.parts.keys() - parts.keys()
         if missing or unknown:
             raise ConfigError(
@@ -96,11 +97,6 @@ class Stateful(Protocol):
     def tensors(self) -> dict[str, Tensor]: ...
 
     def load(self, tensors: dict[str, Tensor]) -> None: ...
-
-
-def is_optional(part: Stateful) -> bool:
-    """Return whether a checkpoint without the part is complete."""
-    return bool(getattr(part, "optional", False))
 
 
 def first_not_finite(parts: Mapping[str, Mapping[str, Tensor]]) -> str:
