@@ -7,7 +7,6 @@ its network is built. The manifest beside them holds their digest; weights that 
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 from pydantic import BaseModel
@@ -35,7 +34,7 @@ class ModelInputs(BaseModel, frozen=True, extra="forbid"):
 
 
 def publish(
-    stage: Stage, kind: type[Manifest], network: nn.Module, *, config: Mapping[str, Any], **content: Any
+    stage: Stage, kind: type[Manifest], network: nn.Module, *, config: Mapping[str, Any], **fields: Any
 ) -> None:
     """Finish a training: write ``vae.safetensors`` or ``unet.safetensors`` with ``config.json``, commit the manifest.
 
@@ -44,17 +43,17 @@ def publish(
         kind: Of its manifest.
         network: Its weights are those that the other stages read.
         config: All that is needed to build the network again.
-        content: Fields of the manifest besides files and digest of the weights.
+        fields: Of the manifest, besides files and digest of the weights.
     """
     path, files = stage.folder / f"{STAGE_FOLDERS[stage.name]}.safetensors", []
     if stage.is_main:
         write_atomically(path, save({key: value.cpu().contiguous() for key, value in network.state_dict().items()}))
         write_json(stage.folder / "config.json", config)
         files = [FileEntry.of(path), FileEntry.of(stage.folder / "config.json")]
-        content["weights"] = files[0].sha256
+        fields["weights"] = files[0].sha256
         stage.log.info(f"weights {files[0].sha256[:12]} in {stage.folder}")
     stage.tracker.log_model(path.stem, stage.folder)
-    stage.finish(kind, files=files, **content)
+    stage.finish(kind, files=files, **fields)
 
 
 def load_vae(folder: str | Path, manifest: AnyVAEManifest, *, device: Device) -> AutoencoderKL:
@@ -99,7 +98,7 @@ def load_latent_diffusion(inputs: ModelInputs, parents: Parents, *, device: Devi
 
 
 def check_latent_diffusion(
-    inputs: ModelInputs, parents: Parents, samplers: Mapping[str, SamplerConfig] = MappingProxyType({})
+    inputs: ModelInputs, parents: Parents, samplers: Mapping[str, SamplerConfig] | None = None
 ) -> None:
     """Refuse a VAE that is not the U-Net's and samplers that its process does not take, before weights are read.
 
@@ -113,7 +112,7 @@ def check_latent_diffusion(
     """
     with config_error_at("inputs.vae"):
         check_same_vae(parents.unet.vae, given=parents.vae, given_at=inputs.vae, user=f"inputs.unet = {inputs.unet!r}")
-    for key, sampler in samplers.items():
+    for key, sampler in (samplers or {}).items():
         with config_error_at(key):
             check_sampler_suits(sampler, denoiser_config(inputs.unet))
 
