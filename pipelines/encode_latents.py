@@ -209,9 +209,8 @@ def audit_keys(folder: Path, shards: Mapping[str, tuple[ImageShards, ShardRange]
         expected = set(opened[0].index.keys() if opened else ()) - {report["key"] for report in result["quarantined"]}
         found = set(ShardIndex.of(folder / entry.name, entry=entry).keys())
         if found != expected:
-            key, what = min(
-                [*((k, "is missing") for k in expected - found), *((k, "is new") for k in found - expected)]
-            )
+            key = min(found ^ expected)
+            what = "is missing" if key in expected else "is new"
             raise ValueError(
                 f"{folder / entry.name}: key {key!r} {what}; its latents are not those of its images. Delete "
                 f"{folder} and encode again."

@@ -25,7 +25,7 @@ from data.shards.writer import ShardWriter
 from models.diffusion.samplers import SamplerConfig
 from pipelines.evaluation.likelihood import TERMS, VariationalBoundConfig
 from pipelines.evaluation.metrics import Metrics, Reference, distribution_metrics, mean_metrics, sweep_plot
-from pipelines.evaluation.samples import DrawConfig, ItemMaker, ItemNames, key_prefix
+from pipelines.evaluation.samples import DrawConfig, ItemMaker, key_prefix
 from pipelines.model.grids import grid_png
 from pipelines.model.weights import check_latent_diffusion
 from pipelines.runtime.config.command_line import config_from_command_line
@@ -36,6 +36,7 @@ from pipelines.runtime.stage.work_items import make_items
 
 GRID_ROWS = 8
 MAX_GRID_COLUMNS = 12
+WRITTEN = ("metrics.json", "samples.png", "guidance.png", "sweep.png")  # besides the sample shards
 
 
 class EvaluateConfig(DrawConfig):
@@ -86,7 +87,7 @@ def evaluate(config: EvaluateConfig, stage: Stage) -> None:
     """Draw every sample that is missing, then measure them all."""
     # The model, the real images, and the names of all batches.
     maker = ItemMaker(config, stage)
-    names = maker.names()
+    names = maker.names
 
     # Make the batches that are missing, each with its features; all ranks share the work.
     with progress_line("evaluate", total=len(names.own), unit="batches", is_main=stage.is_main) as line:
@@ -96,14 +97,9 @@ def evaluate(config: EvaluateConfig, stage: Stage) -> None:
     # Measure the whole, and write metrics, pictures and sample shards.
     files: list[FileEntry] = []
     if stage.is_main:
-        measure(config, stage, maker, names)
-        files = [
-            *store_samples(config, stage, maker, names),
-            *(
-                FileEntry.of(stage.folder / name)
-                for name in ("metrics.json", "samples.png", "guidance.png", "sweep.png")
-            ),
-        ]
+        measure(maker)
+        files = store_samples(maker, per_shard=config.samples_per_shard)
+        files += [FileEntry.of(stage.folder / name) for name in WRITTEN]
 
     # Commit.
     num_samples = len(config.scales) * config.num_samples
@@ -118,9 +114,10 @@ def evaluate(config: EvaluateConfig, stage: Stage) -> None:
     )
 
 
-def measure(config: EvaluateConfig, stage: Stage, maker: ItemMaker, names: ItemNames) -> None:
+def measure(maker: ItemMaker) -> None:
     """Compute all metrics and draw all pictures; on the main process."""
-    folder, classes = stage.folder, stage.parents.unet.classes
+    config, stage, names = maker.config, maker.stage, maker.names
+    folder = stage.folder
 
     def real(split: Split) -> tuple[Tensor, Tensor]:
         of_split = [name for name in names.reference if name.startswith(split)]
@@ -128,7 +125,7 @@ def measure(config: EvaluateConfig, stage: Stage, maker: ItemMaker, names: ItemN
         return features, maker.read(of_split, "labels", folder=maker.reference_folder)
 
     # Compare samples and reconstructions with real images.
-    reference = Reference.of(train=real("train"), validation=real("val"), num_classes=len(classes))
+    reference = Reference(train=real("train"), validation=real("val"), num_classes=len(stage.parents.unet.classes))
     labels = maker.labels(range(config.num_samples))
     by_scale = {
         scale: distribution_metrics(maker.read(of_scale, "features"), labels, reference)
@@ -139,7 +136,7 @@ def measure(config: EvaluateConfig, stage: Stage, maker: ItemMaker, names: ItemN
     likelihood = mean_metrics({name: maker.read(names.bounds, name) for name in TERMS}) if names.bounds else {}
 
     # Write them down with all that makes them comparable, and draw them.
-    contract = contract_of(config, stage, maker, reference)
+    contract = contract_of(maker, reference)
     write_json(
         folder / "metrics.json",
         {
@@ -151,7 +148,7 @@ def measure(config: EvaluateConfig, stage: Stage, maker: ItemMaker, names: ItemN
             "default_guidance": config.guidance.scale,
         },
     )
-    draw_pictures(config, stage, maker, names, by_scale, floor)
+    draw_pictures(maker, by_scale, floor)
 
     # Send them to the tracker; print those of the default guidance.
     default = by_scale[config.guidance.scale]
@@ -171,44 +168,29 @@ def measure(config: EvaluateConfig, stage: Stage, maker: ItemMaker, names: ItemN
     stage.log.info(f"{folder / 'samples.png'}, {folder / 'metrics.json'}")
 
 
-def contract_of(config: EvaluateConfig, stage: Stage, maker: ItemMaker, reference: Reference) -> dict[str, Any]:
+def contract_of(maker: ItemMaker, reference: Reference) -> dict[str, Any]:
     """Return everything two evaluations must share for their metrics to be comparable."""
-    corpus, extractor = stage.parents.corpus, maker.extractor
+    corpus, extractor = maker.stage.parents.corpus, maker.extractor
+    settings = maker.config.model_dump(mode="json", exclude={"guidance": {"scale"}})
+    of_samples = ("num_samples", "seed", "sampler", "guidance", "precision", "likelihood")
     return {
         # the samples
-        "num_samples": config.num_samples,
-        "seed": config.seed,
-        "sampler": config.sampler.model_dump(mode="json"),
-        "guidance": config.guidance.model_dump(mode="json", exclude={"scale"}),
-        "precision": config.precision,
-        "likelihood": config.likelihood.model_dump(mode="json"),
+        **{name: settings[name] for name in of_samples},
         # the features
-        "extractor": {
-            "name": extractor.name,
-            "weights_sha256": extractor.weights_sha256,
-            "dimension": extractor.dimension,
-            "resolution": extractor.resolution,
-        },
+        "extractor": {name: getattr(extractor, name) for name in ("name", "weights_sha256", "dimension", "resolution")},
         # the real images, and the probe fitted on them
         "image": corpus.image.model_dump(),
         "conditions": "validation captions" if maker.prompts is not None else "classes in turn",
         "reference": {"digest": corpus.digest, "split": "val", "num_images": len(reference.features)},
-        "probe": reference.probe_contract(),
+        "probe": reference.probe_contract,
     }
 
 
-def draw_pictures(
-    config: EvaluateConfig,
-    stage: Stage,
-    maker: ItemMaker,
-    names: ItemNames,
-    by_scale: Mapping[float, Metrics],
-    floor: Metrics,
-) -> None:
+def draw_pictures(maker: ItemMaker, by_scale: Mapping[float, Metrics], floor: Metrics) -> None:
     """Draw the sample grid, the same samples at every guidance, and the metrics over guidance."""
     # A column a class, or a caption.
-    folder, classes, default = stage.folder, stage.parents.unet.classes, config.guidance.scale
-    in_turn = classes if maker.prompts is None else ()
+    config, folder = maker.config, maker.stage.folder
+    in_turn = maker.stage.parents.unet.classes if maker.prompts is None else ()
     columns = min(len(in_turn), MAX_GRID_COLUMNS) if in_turn else min(10, config.num_samples)
     stride = len(in_turn) or columns
     heads = in_turn[:columns] if maker.prompts is None else maker.captions(range(columns))
@@ -216,16 +198,15 @@ def draw_pictures(
     needed = -(-rows * stride // config.batch_size)
 
     def grid(scale: float, num_rows: int) -> np.ndarray:
-        images = maker.read(names.samples[scale][:needed], "images").numpy()
+        images = maker.read(maker.names.samples[scale][:needed], "images").numpy()
         places = [[row * stride + column for column in range(columns)] for row in range(num_rows)]
         return images[np.array(places) % len(images)]
 
     # Many samples of the default guidance.
-    steps = config.sampler.num_steps
+    default, steps = config.guidance.scale, config.sampler.num_steps
     title = f"guidance {default:g}, {config.sampler.kind} with {steps} steps, seed {config.seed}"
-    write_atomically(
-        folder / "samples.png", grid_png(grid(default, rows), column_labels=in_turn[:columns], title=title)
-    )
+    whole = grid_png(grid(default, rows), column_labels=in_turn[:columns], title=title)
+    write_atomically(folder / "samples.png", whole)
 
     # A few samples, and the metrics, of every guidance.
     scales = sorted(by_scale)
@@ -233,16 +214,16 @@ def draw_pictures(
     labels = [f"guidance {scale:g}" for scale in scales]
     write_atomically(folder / "guidance.png", grid_png(across, column_labels=heads, row_labels=labels))
     write_atomically(folder / "sweep.png", sweep_plot(by_scale, floor))
-    stage.tracker.log_image("eval/samples", folder / "samples.png", step=0)
-    stage.tracker.log_image("eval/guidance", folder / "guidance.png", step=0)
+    for name in ("samples", "guidance"):
+        maker.stage.tracker.log_image(f"eval/{name}", folder / f"{name}.png", step=0)
 
 
-def store_samples(config: EvaluateConfig, stage: Stage, maker: ItemMaker, names: ItemNames) -> list[FileEntry]:
+def store_samples(maker: ItemMaker, *, per_shard: int) -> list[FileEntry]:
     """Write all samples into tars, those of the default guidance first; return the tars."""
-    samples = stored_samples(config, maker, names)
+    samples = stored_samples(maker)
     files: list[FileEntry] = []
-    while shard := list(islice(samples, config.samples_per_shard)):
-        with ShardWriter(stage.folder / f"samples-{len(files):06}.tar") as writer:
+    while shard := list(islice(samples, per_shard)):
+        with ShardWriter(maker.stage.folder / f"samples-{len(files):06}.tar") as writer:
             for key, members in shard:
                 writer.add(key, members)
         assert writer.entry is not None
@@ -250,24 +231,19 @@ def store_samples(config: EvaluateConfig, stage: Stage, maker: ItemMaker, names:
     return files
 
 
-def stored_samples(
-    config: EvaluateConfig, maker: ItemMaker, names: ItemNames
-) -> Iterator[tuple[str, dict[str, bytes]]]:
+def stored_samples(maker: ItemMaker) -> Iterator[tuple[str, dict[str, bytes]]]:
     """Yield key and members of every sample; one batch of images in memory at a time."""
+    seed, size, steps = maker.config.seed, maker.config.batch_size, maker.config.sampler.num_steps
+
     # Keys are unique over all guidance scales: each begins with its scale.
-    for scale, of_scale in names.samples.items():
+    for scale, of_scale in maker.names.samples.items():
         for number, name in enumerate(of_scale):
             images = maker.read([name], "images").numpy()
-            indices = range(number * config.batch_size, number * config.batch_size + len(images))
+            indices = range(number * size, number * size + len(images))
             labels, captions = maker.labels(indices).tolist(), maker.captions(indices)
             for index, image, label, caption in zip(indices, images, labels, captions, strict=True):
                 key = f"{key_prefix(scale)}-{index:06}"
-                metadata = {
-                    "seed": config.seed,
-                    "index": index,
-                    "guidance": scale,
-                    "steps": config.sampler.num_steps,
-                }
+                metadata = {"seed": seed, "index": index, "guidance": scale, "steps": steps}
                 yield key, image_members(key, image, label=label, caption=caption, metadata=metadata)
 
 

@@ -130,7 +130,7 @@ def train(config: TrainUNetConfig, stage: Stage) -> None:
     denoiser = build_denoiser(config, latents.latent, num_classes=len(latents.classes))
     with config_error_at("train_unet.start"):
         start = load_start(config.start, denoiser)
-    unet = Trainable.of(device.place(denoiser), config, stage.accelerator)
+    unet = Trainable(device.place(denoiser), config, stage.accelerator)
     with config_error_at("train_unet.captions"):
         captions = CaptionFeatures(config.captions, config.denoiser, latents=latents, device=device.torch)
     batches = BatchMaker(config, stage, denoiser, captions)

@@ -109,12 +109,12 @@ def train(config: TrainVAEConfig, stage: Stage) -> None:
     channels = corpus.image.channels
     torch.manual_seed(config.seed)
     network = device.place(AutoencoderKL(config.network, image_channels=channels))
-    vae = Trainable.of(network, config, stage.accelerator)
+    vae = Trainable(network, config, stage.accelerator)
     adversary: Adversary | None = None
     if isinstance(patchgan := config.objective.adversary, PatchAdversary):
         critic = device.place(Discriminator(patchgan.discriminator, image_channels=channels))
         adversary = Adversary(
-            discriminator=Trainable.of(critic, config, stage.accelerator),
+            discriminator=Trainable(critic, config, stage.accelerator),
             start=AdversaryStart(patchgan.start, device=device.torch),
         )
     batches = BatchMaker(config, stage)

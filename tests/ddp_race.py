@@ -53,7 +53,7 @@ class Ours:
     def __init__(self, config: TrainUNetConfig, stage: Stage, network: nn.Module, batches: list[LatentDraw]) -> None:
         rank, world_size = stage.accelerator.process_index, stage.accelerator.num_processes
         self.network, self.batches = network, batches
-        self.unet = Trainable.of(network, config, stage.accelerator)
+        self.unet = Trainable(network, config, stage.accelerator)
         self.averages = Averages(network, config.averages)
         self.training = Training(
             stage,

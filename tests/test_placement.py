@@ -61,7 +61,7 @@ def test_a_stage_says_what_it_picked_and_why_and_tags_its_run() -> None:
     stage: Any = types.SimpleNamespace(
         accelerator=types.SimpleNamespace(device=CPU, mixed_precision="no"),
         config=types.SimpleNamespace(run=RunConfig(attention="math")),
-        say=said.append,
+        log=types.SimpleNamespace(info=said.append),
         tracker=types.SimpleNamespace(set_tags=tags.update),
     )
     assert device_of(stage) == Device(CPU, "math")
@@ -71,7 +71,7 @@ def test_a_stage_says_what_it_picked_and_why_and_tags_its_run() -> None:
 
 def test_all_stages_with_networks_say_it_once_for_all_processes(two_process_run: Run) -> None:
     for stage in ("train_vae", "encode_latents", "train_unet", "evaluate"):
-        line = f"{stage}: attention by sdpa: first to run forward and backward on cpu"
+        line = f"{stage}[0/2] attention by sdpa: first to run forward and backward on cpu"
         assert two_process_run.output[stage].count(line) == 1, stage
     assert "attention by" not in two_process_run.output["prepare_corpus"]
 

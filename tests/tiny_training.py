@@ -98,7 +98,7 @@ class Tiny:
         torch.manual_seed(0)
         self.first = nn.Sequential(nn.Linear(4, 8), nn.SiLU(), nn.Dropout(recipe.dropout), nn.Linear(8, 4))
         self.second = nn.Linear(4, 1)
-        trained = [Trainable.of(net, config, self.accelerator) for net in (self.first, self.second)]
+        trained = [Trainable(net, config, self.accelerator) for net in (self.first, self.second)]
         self.optimizers, self.wrapped = [each.optimizer for each in trained], [each.wrapped for each in trained]
         self.averages = Averages(self.first, config.averages)
         self.share = BatchShare.of(config, table="tiny", rank=rank, world_size=world_size)

@@ -58,10 +58,12 @@ class Scattering(FeatureExtractor):
         # Of even length, so that halving keeps the image's centre, and a mirrored image has mirrored features.
         binomial = torch.tensor([1.0, 5.0, 10.0, 10.0, 5.0, 1.0]) / 32
         self.register_buffer("low_pass", torch.outer(binomial, binomial)[None, None])
+        self.weights_sha256 = self._definition_digest(config)
+
+    def _definition_digest(self, config: ScatteringConfig) -> str:
         # Rounded, since exp and cos differ in their last bits from one C library to another.
         filters = (torch.cat([self.wavelets.flatten(), self.low_pass.flatten()]) * 1e5).round().int().tolist()
-        definition = f"{_DEFINITION} {config.model_dump_json()} {filters}"
-        self.weights_sha256 = hashlib.sha256(definition.encode()).hexdigest()
+        return hashlib.sha256(f"{_DEFINITION} {config.model_dump_json()} {filters}".encode()).hexdigest()
 
     def extract(self, levels: Tensor) -> Tensor:
         """Features (b d) of ``levels`` (b 3 r r) in [0, 255]."""

@@ -2,7 +2,6 @@
 
 import io
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -14,41 +13,28 @@ from models.metrics.probe import LinearProbe
 Metrics = dict[str, dict[str, float]]
 
 
-@dataclass(frozen=True, kw_only=True)
 class Reference:
-    """Real images by their features: validation features and labels, and a class probe."""
+    """Real images by their features: validation features and labels, and a class probe with its contract.
 
-    features: Tensor
-    labels: Tensor
-    probe: LinearProbe | None
-    num_probe_images: int
-    probe_accuracy: Estimate | None
+    Args:
+        train: Features (n d) and labels (n,) that the probe is fitted on.
+        validation: Features and labels of the images to compare with; the probe is measured on them, too.
+        num_classes: Of the corpus; one class needs no probe.
+    """
 
-    @classmethod
-    def of(cls, *, train: tuple[Tensor, Tensor], validation: tuple[Tensor, Tensor], num_classes: int) -> "Reference":
-        """Fit the probe on ``train``, measure it on ``validation``; both (features (n d), labels (n,))."""
-        features, labels = validation
-        probe, accuracy = None, None
+    def __init__(self, *, train: tuple[Tensor, Tensor], validation: tuple[Tensor, Tensor], num_classes: int) -> None:
+        self.features, self.labels = validation
+        self.probe: LinearProbe | None = None
+        #: How the probe was made and how far it can be trusted: its accuracy on real validation images.
+        self.probe_contract: dict[str, Any] = {"kind": "none"}
         if num_classes > 1:
-            probe = LinearProbe.fit(*train, num_classes=num_classes)
-            accuracy = probe.accuracy(features, labels)
-        return cls(
-            features=features,
-            labels=labels,
-            probe=probe,
-            num_probe_images=len(train[1]) if probe else 0,
-            probe_accuracy=accuracy,
-        )
-
-    def probe_contract(self) -> dict[str, Any]:
-        """Return how the probe was made and how far it can be trusted: its accuracy on real validation images."""
-        if self.probe_accuracy is None:
-            return {"kind": "none"}
-        return {
-            "kind": "linear",
-            "num_images": self.num_probe_images,
-            "validation_accuracy": _metric(self.probe_accuracy),
-        }
+            self.probe = LinearProbe.fit(*train, num_classes=num_classes)
+            accuracy = self.probe.accuracy(self.features, self.labels)
+            self.probe_contract = {
+                "kind": "linear",
+                "num_images": len(train[1]),
+                "validation_accuracy": _metric(accuracy),
+            }
 
 
 def distribution_metrics(features: Tensor, labels: Tensor, reference: Reference) -> Metrics:

@@ -7,6 +7,7 @@ composed by sample index.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
@@ -116,8 +117,9 @@ class ItemMaker:
         shape = f"{len(probed)}-{config.batch_size}"
         self.reference_folder = Path(config.run.root).parent / "cache" / "features" / f"{name}-{shape}"
 
+    @cached_property
     def names(self) -> ItemNames:
-        """Name every item: what it holds, and the number of its batch."""
+        """Names of every item: what it holds, and the number of its batch."""
         size = self.config.batch_size
         batches = {split: -(-len(indices) // size) for split, indices in self.real_indices.items()}
         return ItemNames(

@@ -138,21 +138,11 @@ class CaptionFeatures:
         check_features(denoiser, about)
         #: The features in a manifest; None without any.
         self.about: Mapping[str, Any] | None = about
-
-    @property
-    def stored(self) -> tuple[str, ...]:
-        """Names of the arrays to read with each latent."""
-        return () if self._encoder is not None else self._read
-
-    @property
-    def computes(self) -> bool:
-        """True where captions are read with each latent instead."""
-        return self._encoder is not None
-
-    @property
-    def are_read(self) -> bool:
-        """True where the denoiser reads captions at all."""
-        return bool(self._read)
+        #: True where the denoiser reads captions at all.
+        self.are_read = bool(self._read)
+        #: True where captions are read with each latent, and names of the arrays that are read with it elsewhere.
+        self.computes = self._encoder is not None
+        self.stored = () if self.computes else self._read
 
     def of(self, batch: LatentBatch) -> dict[str, Tensor]:
         """Return the features of a batch's captions by field, in the dtype of storage; (n ...)."""

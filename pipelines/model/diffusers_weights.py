@@ -64,13 +64,9 @@ def check_start(start: RandomStart | DiffusersStart, denoiser: DenoiserConfig, *
         raise ValueError(f"{start.folder} holds no config.json: give the folder of a U-Net in the format of diffusers.")
     weights_of(start.folder)
     read = unet_config_from_diffusers(theirs)
-    asked = _comparable(denoiser.network, denoiser.token_width)
-    found = _comparable(read.network, read.token_width)
-    asked |= {"latent channels": latent_channels, "width of the tokens": denoiser.token_width}
-    found |= {"latent channels": read.in_channels, "width of the tokens": read.token_width}
-    if wrong := [
-        f"{key} = {_shown(found[key])}, not {_shown(asked[key])}" for key in asked if asked[key] != found[key]
-    ]:
+    asked = _comparable(denoiser.network, denoiser.token_width, latent_channels)
+    found = _comparable(read.network, read.token_width, read.in_channels)
+    if wrong := [f"{key} = {found[key]}, not {asked[key]}" for key in asked if asked[key] != found[key]]:
         raise ValueError(
             f"the U-Net in {start.folder} has {'; '.join(wrong)}. Change denoiser.network and its conditioners to "
             "what is there, or start from random weights."
@@ -99,13 +95,9 @@ def load_start(start: RandomStart | DiffusersStart, denoiser: Denoiser) -> str |
     return sha256_of(path)
 
 
-def _comparable(network: UNetConfig, token_width: int) -> dict[str, Any]:
+def _comparable(network: UNetConfig, token_width: int, latent_channels: int) -> dict[str, Any]:
     """Return the settings that decide the weights of a U-Net: heads only with attention, depth only with tokens."""
-    found = network.model_dump(exclude={"checkpointed_levels", "dropout", "heads", "transformer_depth"})
+    found = network.model_dump(mode="json", exclude={"checkpointed_levels", "dropout", "heads", "transformer_depth"})
     for name in ("heads", "transformer_depth") if token_width else ("heads",):
         found[name] = [each if on else 0 for each, on in zip(getattr(network, name), network.attends, strict=True)]
-    return found
-
-
-def _shown(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
+    return {**found, "latent channels": latent_channels, "width of the tokens": token_width}

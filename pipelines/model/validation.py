@@ -31,6 +31,15 @@ NUM_VALIDATION_LATENTS = 256
 NUM_VALIDATION_TIMES = 8
 
 
+def show_grid(stage: Stage, name: str, grid: bytes, *, update: int, shown: str) -> None:
+    """Write a PNG as ``grids/NAME-UPDATE.png``, track it, and log it with the metrics ``shown``."""
+    path = stage.folder / "grids" / f"{name}-{update:08}.png"
+    path.parent.mkdir(exist_ok=True)
+    write_atomically(path, grid)
+    stage.tracker.log_image(f"val/{name}", path, step=update)
+    stage.log.info(f"update {update}: {shown}, {path}")
+
+
 class VAEValidation:
     """Validation of an averaged VAE, on the main process: PSNR on validation images, and a grid of the first ones.
 
@@ -77,11 +86,7 @@ class VAEValidation:
             row_labels=("image", "reconstruction"),
             title=f"update {update}: {metrics['val/psnr']:.2f} dB on {len(restored)} validation images",
         )
-        path = self.stage.folder / "grids" / f"reconstructions-{update:08}.png"
-        path.parent.mkdir(exist_ok=True)
-        write_atomically(path, grid)
-        self.stage.tracker.log_image("val/reconstructions", path, step=update)
-        self.stage.log.info(f"update {update}: PSNR {metrics['val/psnr']:.2f} dB, {path}")
+        show_grid(self.stage, "reconstructions", grid, update=update, shown=f"PSNR {metrics['val/psnr']:.2f} dB")
         return metrics
 
 
@@ -147,12 +152,9 @@ class UNetValidation:
             return {}
         assert isinstance(network, Denoiser)
         metrics = self._metrics(network)
-        path = self.stage.folder / "grids" / f"samples-{update:08}.png"
-        path.parent.mkdir(exist_ok=True)
-        write_atomically(path, self._picture(network, title=f"update {update}, guidance {self.grid.guidance.scale:g}"))
-        self.stage.tracker.log_image("val/samples", path, step=update)
+        grid = self._picture(network, title=f"update {update}, guidance {self.grid.guidance.scale:g}")
         shown = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
-        self.stage.log.info(f"update {update}: {shown}, {path}")
+        show_grid(self.stage, "samples", grid, update=update, shown=shown)
         return metrics
 
     def _conditions(self, stored: LatentBatch) -> dict[str, Tensor]:

@@ -7,7 +7,6 @@ its network is built. The manifest beside them holds their digest; weights that 
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 from pydantic import BaseModel
@@ -99,7 +98,7 @@ def load_latent_diffusion(inputs: ModelInputs, parents: Parents, *, device: Devi
 
 
 def check_latent_diffusion(
-    inputs: ModelInputs, parents: Parents, samplers: Mapping[str, SamplerConfig] = MappingProxyType({})
+    inputs: ModelInputs, parents: Parents, samplers: Mapping[str, SamplerConfig] | None = None
 ) -> None:
     """Refuse a VAE that is not the U-Net's and samplers that its process does not take, before weights are read.
 
@@ -113,7 +112,7 @@ def check_latent_diffusion(
     """
     with config_error_at("inputs.vae"):
         check_same_vae(parents.unet.vae, given=parents.vae, given_at=inputs.vae, user=f"inputs.unet = {inputs.unet!r}")
-    for key, sampler in samplers.items():
+    for key, sampler in (samplers or {}).items():
         with config_error_at(key):
             check_sampler_suits(sampler, denoiser_config(inputs.unet))
 

@@ -21,7 +21,6 @@ from data.files import FolderLock
 from data.loading import COLD_READS, ImageShards, LatentShards
 from data.manifest import (
     CorpusManifest,
-    FileEntry,
     ImageShape,
     LatentShape,
     LatentsManifest,
@@ -34,7 +33,7 @@ from data.order.order import FullShuffleConfig, Order
 from data.prefetch import Prefetch
 from data.samples import image_members, latent_members
 from data.shards.writer import ShardWriter
-from data.transforms import ImageViewConfig, to_unit_range
+from data.transforms import DEFAULT_MAX_PIXELS, ImageViewConfig, to_unit_range
 from models.autoencoder.vae import AutoencoderKL, VAEConfig
 from pipelines.encode_latents import SHARDS_AT_ONCE, EncodeLatentsConfig, EncodeLatentsInputs, encode_shard
 from pipelines.runtime.config.stage_config import RunConfig
@@ -51,14 +50,11 @@ NUM_SHARDS = 4
 
 def latents(folder: Path, rounds: int) -> Comparison:
     """Moments of 16 KB in shuffled batches of 256, against plain webdataset, which reads them in order."""
-    entries = _latent_shards(folder, per_shard=512, side=32)
-    urls = [str(folder / entry.name) for entry in entries]
-    total, passes = sum(entry.samples for entry in entries), 8  # many passes: ours alone would be over too soon
-    reader = LatentShards(folder, split="train")
-    order = Order(FullShuffleConfig(), num_samples=total, seed=0)
+    reader, order = _latents_in_order(folder, side=32)
+    total, passes = len(reader), 8  # many passes: ours alone would be over too soon
 
     def theirs() -> dict[str, np.ndarray]:
-        stream = webdataset.WebDataset(urls, shardshuffle=False).decode()
+        stream = webdataset.WebDataset(_paths_in(folder), shardshuffle=False).decode()
         batches = stream.to_tuple("__key__", "latent.npy", "cls").batched(BATCH)
         return {key: row for keys, rows, _ in batches for key, row in zip(keys, rows, strict=True)}
 
@@ -76,10 +72,8 @@ def latents(folder: Path, rounds: int) -> Comparison:
 
 def copying(folder: Path, rounds: int) -> Comparison:
     """Moments of 64 KB in shuffled batches, against one copy of as many bytes from array to array; GB/s."""
-    entries = _latent_shards(folder, per_shard=512, side=64)
-    total = sum(entry.samples for entry in entries)
-    reader = LatentShards(folder, split="train")
-    order = Order(FullShuffleConfig(), num_samples=total, seed=0)
+    reader, order = _latents_in_order(folder, side=64)
+    total = len(reader)
     source = np.ones((total, *reader.moments_shape), dtype=np.float16)
     target = np.empty_like(source)
 
@@ -98,10 +92,9 @@ def copying(folder: Path, rounds: int) -> Comparison:
 
 def jpegs(folder: Path, rounds: int) -> Comparison:
     """JPEGs of 512 pixels as squares of 256, against webdataset's decoder and Pillow's resize."""
-    entries = _jpeg_shards(folder, per_shard=32)
-    urls = [str(folder / entry.name) for entry in entries]
-    total = sum(entry.samples for entry in entries)
+    _write_jpegs(folder)
     reader = _jpeg_reader(folder)
+    total = len(reader)
     order = Order(FullShuffleConfig(), num_samples=total, seed=0)
 
     def square(image: Image.Image) -> np.ndarray:
@@ -111,7 +104,7 @@ def jpegs(folder: Path, rounds: int) -> Comparison:
         return np.asarray(image.resize((256, 256), Image.Resampling.LANCZOS, box=box))
 
     def theirs() -> dict[str, np.ndarray]:
-        stream = webdataset.WebDataset(urls, shardshuffle=False).decode("pil").to_tuple("__key__", "jpg")
+        stream = webdataset.WebDataset(_paths_in(folder), shardshuffle=False).decode("pil").to_tuple("__key__", "jpg")
         return {key: square(image) for key, image in stream}
 
     def ours() -> dict[str, np.ndarray]:
@@ -128,9 +121,9 @@ def threads(folder: Path, rounds: int) -> Comparison:
 
     Nothing is held against the processes: they have been started, and write their pixels to shared memory.
     """
-    total = sum(entry.samples for entry in _jpeg_shards(folder, per_shard=32))
-    num_batches = total // DECODE_BATCH
+    _write_jpegs(folder)
     reader = _jpeg_reader(folder)
+    total, num_batches = len(reader), len(reader) // DECODE_BATCH
     shape = (total, 256, 256, 3)
 
     def ours() -> dict[str, np.ndarray]:
@@ -184,14 +177,16 @@ def _decode_in_worker(number: int) -> None:
 def encoding(folder: Path, rounds: int) -> Comparison:
     """Image shards to latent shards on disk, against the encoder alone on the same batches in memory."""
     corpus = folder / "corpus"
-    entries = _png_shards(corpus, per_shard=32, side=64)
+    corpus.mkdir()
+    members = functools.partial(image_members, label=1, caption="a picture", metadata={})
+    _write_images(corpus, lambda number: members(f"k{number}", _picture(number, 64)), side=64)
     images = ImageShards(corpus, split="train", cache_bytes=0)
     vae = AutoencoderKL(VAEConfig(channels=(32, 64, 64), norm_groups=8), image_channels=3).eval()
     inputs = EncodeLatentsInputs(corpus=str(corpus), vae="")
     config = EncodeLatentsConfig(run=RunConfig(root=str(folder)), inputs=inputs, batch_size=32)
     stage = _stage(config, folder / "latents")
-    total = sum(entry.samples for entry in entries)
-    batches = [images.read(np.arange(first, first + config.batch_size)) for first in range(0, total, config.batch_size)]
+    total, size = len(images), config.batch_size
+    batches = [images.read(np.arange(first, first + size)) for first in range(0, total, size)]
     tensors = [to_unit_range(batch.images) for batch in batches]
 
     @torch.no_grad()
@@ -228,48 +223,57 @@ def _stage(config: EncodeLatentsConfig, folder: Path) -> Stage:
     )
 
 
-def _latent_shards(folder: Path, *, per_shard: int, side: int) -> list[FileEntry]:
+def _latents_in_order(folder: Path, *, side: int) -> tuple[LatentShards, Order]:
+    """Write latents of ``side`` pixels; return their reader and a shuffled order of them."""
     rng = np.random.default_rng(0)
 
     def members(number: int) -> dict[str, bytes]:
         moments = rng.standard_normal((2, 4, side, side), dtype=np.float32)
         return latent_members(f"k{number}", moments, carried={"cls": b"%d" % (number % 10)})
 
-    files = _shards(folder, per_shard, members)
     shape = LatentShape(channels=4, size=side)
     scaling = LatentStatistics(mean=(0,) * 4, std=(1,) * 4, min=(-5,) * 4, max=(5,) * 4, active=(1,) * 4)
-    write_manifest(folder, LatentsManifest(**_samples(files), vae="", latent=shape, statistics=scaling))
-    return files
+    content = _write_shards(folder, per_shard=512, members=members)
+    write_manifest(folder, LatentsManifest(**content, vae="", latent=shape, statistics=scaling))
+    reader = LatentShards(folder, split="train")
+    return reader, Order(FullShuffleConfig(), num_samples=len(reader), seed=0)
 
 
-def _jpeg_shards(folder: Path, *, per_shard: int) -> list[FileEntry]:
+def _write_jpegs(folder: Path) -> None:
     def members(number: int) -> dict[str, bytes]:
         buffer = BytesIO()
         Image.fromarray(_picture(number, 512)).save(buffer, "JPEG", quality=90)
         return {"jpg": buffer.getvalue(), "cls": b"1"}
 
-    return _image_shards(folder, per_shard, members, side=256, view=ImageViewConfig(resolution=256))
-
-
-def _png_shards(folder: Path, *, per_shard: int, side: int) -> list[FileEntry]:
-    folder.mkdir()
-    members = functools.partial(image_members, label=1, caption="a picture", metadata={})
-    return _image_shards(folder, per_shard, lambda number: members(f"k{number}", _picture(number, side)), side=side)
-
-
-def _image_shards(
-    folder: Path,
-    per_shard: int,
-    members: Callable[[int], dict[str, bytes]],
-    *,
-    side: int,
-    view: ImageViewConfig | None = None,
-) -> list[FileEntry]:
     # With an address, as shards of others have it: only these are brought to the size of the view.
-    files = [replace(entry, url=str(folder / entry.name)) for entry in _shards(folder, per_shard, members)]
-    shape = ImageShape(resolution=side, channels=3)
-    write_manifest(folder, CorpusManifest(**_samples(files), value_range=(0, 255), image=shape, view=view))
-    return files
+    content = _write_shards(folder, per_shard=32, members=members)
+    content["files"] = tuple(replace(entry, url=str(folder / entry.name)) for entry in content["files"])
+    shape = ImageShape(resolution=256, channels=3)
+    view, max_pixels = ImageViewConfig(resolution=256), DEFAULT_MAX_PIXELS
+    manifest = CorpusManifest(**content, value_range=(0, 255), image=shape, view=view, max_pixels=max_pixels)
+    write_manifest(folder, manifest)
+
+
+def _write_images(folder: Path, members: Callable[[int], dict[str, bytes]], *, side: int) -> None:
+    content, shape = _write_shards(folder, per_shard=32, members=members), ImageShape(resolution=side, channels=3)
+    write_manifest(folder, CorpusManifest(**content, value_range=(0, 255), image=shape))
+
+
+def _write_shards(folder: Path, *, per_shard: int, members: Callable[[int], dict[str, bytes]]) -> dict[str, Any]:
+    """Write the shards and return what the manifest of any shards holds."""
+    files = []
+    for shard in range(NUM_SHARDS):
+        with ShardWriter(folder / f"train-{shard:06d}.tar") as writer:
+            for number in range(shard * per_shard, (shard + 1) * per_shard):
+                writer.add(f"k{number}", members(number))
+        assert writer.entry is not None
+        files.append(writer.entry)
+    count = NUM_SHARDS * per_shard
+    return {"counts": {"in": count, "out": count}, "splits": samples_by_split(files), "files": tuple(files)}
+
+
+def _paths_in(folder: Path) -> list[str]:
+    return sorted(map(str, folder.glob("*.tar")))
 
 
 def _picture(number: int, side: int) -> np.ndarray:
@@ -278,23 +282,6 @@ def _picture(number: int, side: int) -> np.ndarray:
     coarse = Image.fromarray(rng.integers(0, 256, (side // 16, side // 16, 3), dtype=np.uint8))
     smooth = np.asarray(coarse.resize((side, side), Image.Resampling.BICUBIC), dtype=np.float32)
     return np.clip(smooth + rng.normal(0, 6, smooth.shape), 0, 255).astype(np.uint8)
-
-
-def _samples(files: list[FileEntry]) -> dict[str, Any]:
-    """Return what the manifest of any shards holds."""
-    count = sum(file.samples for file in files)
-    return {"counts": {"in": count, "out": count}, "splits": samples_by_split(files), "files": tuple(files)}
-
-
-def _shards(folder: Path, per_shard: int, members: Callable[[int], dict[str, bytes]]) -> list[FileEntry]:
-    entries = []
-    for shard in range(NUM_SHARDS):
-        with ShardWriter(folder / f"train-{shard:06d}.tar") as writer:
-            for number in range(shard * per_shard, (shard + 1) * per_shard):
-                writer.add(f"k{number}", members(number))
-        assert writer.entry is not None
-        entries.append(writer.entry)
-    return entries
 
 
 def check_same(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray], *, within: float = 0.0) -> None:

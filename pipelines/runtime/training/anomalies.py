@@ -49,13 +49,6 @@ class CheckedUpdate:
     flags: Tensor  # whether it is refused, and whether a rank is to stop (2,); readable once ``ready`` is reached
     ready: torch.cuda.Event | None  # None when the flags are on the host already
 
-    def read(self) -> tuple[bool, bool]:
-        """Return whether it is refused and whether a rank is to stop; waits for the device."""
-        if self.ready is not None:
-            self.ready.synchronize()
-        refused, stops = self.flags.tolist()
-        return bool(refused), bool(stops)
-
 
 class AnomalyDetector:
     """Checks of every update; a part of the checkpoint, since the loss's running mean goes on over restarts."""
@@ -128,8 +121,10 @@ class AnomalyDetector:
         left = 0 if wait or self.device.type != "cuda" else 1
         while len(self._unread) > left:
             checked = self._unread.popleft()
-            refused, stops = checked.read()
-            self.stop_agreed = self.stop_agreed or stops
+            if checked.ready is not None:
+                checked.ready.synchronize()
+            refused, stops = checked.flags.tolist()
+            self.stop_agreed = self.stop_agreed or bool(stops)
             if refused:
                 self._unread.clear()
                 return checked

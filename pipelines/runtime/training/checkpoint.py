@@ -77,7 +77,8 @@ class Checkpoint:
         Raises:
             ConfigError: The training has other parts than the checkpoint; nothing is loaded.
         """
-        missing = [name for name, part in parts.items() if name not in self.parts and not is_optional(part)]
+        needed = [name for name, part in parts.items() if not getattr(part, "optional", False)]
+        missing = [name for name in needed if name not in self.parts]
         unknown = [] if changed else self.parts.keys() - parts.keys()
         if missing or unknown:
             raise ConfigError(
@@ -96,11 +97,6 @@ class Stateful(Protocol):
     def tensors(self) -> dict[str, Tensor]: ...
 
     def load(self, tensors: dict[str, Tensor]) -> None: ...
-
-
-def is_optional(part: Stateful) -> bool:
-    """Return whether a checkpoint without the part is complete."""
-    return bool(getattr(part, "optional", False))
 
 
 def first_not_finite(parts: Mapping[str, Mapping[str, Tensor]]) -> str:
@@ -232,9 +228,28 @@ class Checkpoints:
         if self._path(update).exists():
             return
         copies = {name: {key: _host_copy(value) for key, value in tensors.items()} for name, tensors in parts.items()}
-        self._writer = threading.Thread(
-            target=self._commit, args=(update, copies, dict(state), best, after), name="checkpoint writer", daemon=False
-        )
+        state = dict(state)
+
+        def commit() -> None:
+            try:
+                # Nothing is written that could not be continued from.
+                after()
+                if broken := first_not_finite(copies):
+                    raise ValueError(f"{broken} is not finite, and such a checkpoint helps nobody")
+
+                # One file a part; the manifest is last. Older ones go when this one is durable.
+                with atomic_folder(self._path(update)) as folder:
+                    for name, tensors in copies.items():
+                        save_file(tensors, folder / f"{name}.safetensors")
+                    write_json(folder / "state.json", state)
+                    files = sorted(path for path in folder.iterdir())
+                    listed = [{"name": f.name, "bytes": f.stat().st_size, "sha256": sha256_of(f)} for f in files]
+                    write_json(folder / "manifest.json", {"update": update, "files": listed})
+                self._retire(best)
+            except BaseException as error:
+                self.failure = error
+
+        self._writer = threading.Thread(target=commit, name="checkpoint writer", daemon=False)
         self._writer.start()
 
     def check(self, update: int) -> None:
@@ -285,32 +300,6 @@ class Checkpoints:
         )
         error.__cause__ = failure
         return error
-
-    def _commit(
-        self,
-        update: int,
-        parts: Mapping[str, dict[str, Tensor]],
-        state: dict[str, Any],
-        best: int | None,
-        after: Callable[[], None],
-    ) -> None:
-        try:
-            # Nothing is written that could not be continued from.
-            after()
-            if broken := first_not_finite(parts):
-                raise ValueError(f"{broken} is not finite, and such a checkpoint helps nobody")
-
-            # One file a part; the manifest is last. Older ones go when this one is durable.
-            with atomic_folder(self._path(update)) as folder:
-                for name, tensors in parts.items():
-                    save_file(tensors, folder / f"{name}.safetensors")
-                write_json(folder / "state.json", state)
-                files = sorted(path for path in folder.iterdir())
-                listed = [{"name": f.name, "bytes": f.stat().st_size, "sha256": sha256_of(f)} for f in files]
-                write_json(folder / "manifest.json", {"update": update, "files": listed})
-            self._retire(best)
-        except BaseException as error:
-            self.failure = error
 
     def _retire(self, best: int | None) -> None:
         for update in self.updates()[: -self.config.keep_last]:

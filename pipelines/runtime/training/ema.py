@@ -68,16 +68,13 @@ class Averages:
     def __init__(self, network: nn.Module, configs: tuple[ExponentialAverage | PowerAverage, ...]) -> None:
         self.configs = configs
         self.networks = [copy.deepcopy(network).requires_grad_(False).eval() for _ in configs]
+        #: The averaged network that is evaluated and published.
+        self.first = self.networks[0]
         # Kept, since walking through the modules for them takes longer than averaging a small network.
         self._network = network
         self._tensors: list[tuple[list[Tensor], list[Tensor]]] = [
             ([*one.parameters()], [*one.buffers()]) for one in (network, *self.networks)
         ]
-
-    @property
-    def first(self) -> nn.Module:
-        """The averaged network that is evaluated and published."""
-        return self.networks[0]
 
     @torch.no_grad()
     def update(self, network: nn.Module, *, update: int, refused: Tensor | None = None) -> None:

@@ -82,12 +82,7 @@ class Training:
 
         # Logs.
         self._buffer = MetricBuffer(accelerator)
-        self._throughput = Throughput(
-            accelerator,
-            precision=config.precision,
-            global_batch=config.global_batch,
-            flops_per_image=flops_per_image,
-        )
+        self._throughput = Throughput(accelerator, config, flops_per_image=flops_per_image)
         self._shown: dict[str, float] = {}
 
     @property

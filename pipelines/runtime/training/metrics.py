@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from pipelines.runtime.stage.launch import gathered
+from pipelines.runtime.training.config import TrainingConfig
 from pipelines.runtime.training.flops import known_peak_flops
 
 STRAGGLER_FACTOR = 1.5  # own time beyond this many times the median's is worth a line
@@ -76,15 +77,14 @@ class Throughput:
 
     Args:
         accelerator: Of this process.
-        precision: What the network computes in.
-        global_batch: Images an update.
+        config: Of the training.
         flops_per_image: Of one training step, or 0 when not known.
     """
 
-    def __init__(self, accelerator: Accelerator, *, precision: str, global_batch: int, flops_per_image: float) -> None:
+    def __init__(self, accelerator: Accelerator, config: TrainingConfig, *, flops_per_image: float) -> None:
         self._accelerator, self._device = accelerator, accelerator.device
-        self._global_batch, self._flops = global_batch, flops_per_image
-        self._peak = known_peak_flops(str(self._device), precision)
+        self._global_batch, self._flops = config.global_batch, flops_per_image
+        self._peak = known_peak_flops(str(self._device), config.precision)
         self._own_events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
         self.restart()
 

@@ -1,7 +1,6 @@
 """A network in training: bare, wrapped for the ranks, and its optimizer."""
 
 import warnings
-from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 import torch
@@ -16,19 +15,13 @@ from pipelines.runtime.training.optim import Optimizer
 Network = TypeVar("Network", bound=nn.Module)
 
 
-@dataclass(kw_only=True)
 class Trainable(Generic[Network]):
-    """A network in training; the bare one keeps its parameters' names."""
+    """A network in training, on its device, with its optimizer; the bare one keeps its parameters' names."""
 
-    network: Network
-    wrapped: nn.Module
-    optimizer: Optimizer
-
-    @classmethod
-    def of(cls, network: Network, config: TrainingConfig, accelerator: Accelerator) -> "Trainable[Network]":
-        """Make the optimizer of a network that is on its device, and wrap it."""
-        optimizer = Optimizer(network, config.optim, accelerator=accelerator)
-        return cls(network=network, wrapped=joined(network, accelerator, compiles=config.compile), optimizer=optimizer)
+    def __init__(self, network: Network, config: TrainingConfig, accelerator: Accelerator) -> None:
+        self.network = network
+        self.optimizer = Optimizer(network, config.optim, accelerator=accelerator)
+        self.wrapped = joined(network, accelerator, compiles=config.compile)
 
     def parts(self, name: str) -> dict[str, Stateful]:
         """Return weights and optimizer as parts of a checkpoint."""
