@@ -10,11 +10,9 @@ import math
 import numpy as np
 import pytest
 import torch
-from scipy import stats
 
 from models.diffusion.likelihood import (
     NATS_PER_BIT,
-    discretised_gaussian_nll,
     gaussian_kl,
     gaussian_nll,
     prior_term,
@@ -51,34 +49,6 @@ def test_gaussian_terms_equal_the_distributions_of_torch():
     kl = gaussian_kl(mean1=mean1, log_variance1=log_variance1, mean2=mean2, log_variance2=log_variance2)
     torch.testing.assert_close(kl, torch.distributions.kl_divergence(one, two))
     torch.testing.assert_close(gaussian_nll(x, mean=mean1, log_variance=log_variance1), -one.log_prob(x))
-
-
-@pytest.mark.parametrize("std", [0.001, 0.02, 1.0])
-@pytest.mark.parametrize("mean", [-1.3, 0.123, 0.999])
-def test_the_masses_of_all_grey_levels_sum_to_one(mean, std):
-    levels = torch.arange(256, dtype=torch.float64) * 2 / 255 - 1
-    nll = discretised_gaussian_nll(levels, mean=double(mean), log_variance=double(2 * math.log(std)))
-    assert (-nll).exp().sum() == pytest.approx(1, abs=1e-12)
-
-
-def test_the_mass_of_a_grey_level_equals_the_integral_and_stays_exact_in_the_tails():
-    levels = torch.tensor([-1.0, -1 + 2 / 255, 1 / 255, 1 - 2 / 255, 1.0], dtype=torch.float64)
-    for mean in (-0.9, 0.2, 0.9):
-        ours = discretised_gaussian_nll(levels, mean=double(mean), log_variance=torch.tensor(-4.0).double())
-        low = np.array([-np.inf, *(levels[1:] - 1 / 255)])
-        high = np.array([*(levels[:-1] + 1 / 255), np.inf])
-        normal = stats.norm(mean, math.exp(-2))
-        side = np.where(low > mean, normal.sf(low) - normal.sf(high), normal.cdf(high) - normal.cdf(low))
-        np.testing.assert_allclose(ours.numpy(), -np.log(side), rtol=1e-9)
-    # 200 standard deviations away: the density times the width of a level, both as logarithms.
-    std = 0.001
-    far = discretised_gaussian_nll(
-        double(0.2),
-        mean=double(0.0),
-        log_variance=double(2 * math.log(std)),
-    )
-    nearest = (0.2 - 1 / 255) / std
-    assert far.item() == pytest.approx(-stats.norm.logsf(nearest), rel=1e-6)
 
 
 def test_the_prior_term_is_the_divergence_from_a_standard_normal_and_zero_at_pure_noise():

@@ -6,8 +6,7 @@
 
 Ho et al. 2020 (arXiv:2006.11239), eq. 5. The bound belongs to the chain that visits the given moments: with all T steps
 it is the training bound, with fewer it is the (looser, also valid) bound of the respaced sampler. Latents are
-continuous, so L_0 is the logarithm of a density and the bound may be negative; 8-bit pixels have their own
-``discretised_gaussian_nll``.
+continuous, so L_0 is the logarithm of a density and the bound may be negative.
 """
 
 from __future__ import annotations
@@ -44,27 +43,6 @@ def gaussian_kl(*, mean1: Tensor, log_variance1: Tensor, mean2: Tensor, log_vari
 def gaussian_nll(x: Tensor, *, mean: Tensor, log_variance: Tensor) -> Tensor:
     """-log N(x; mean, e^log_variance) of each element, in nats."""
     return 0.5 * (math.log(2 * math.pi) + log_variance + (x - mean).square() * (-log_variance).exp())
-
-
-def discretised_gaussian_nll(x: Tensor, *, mean: Tensor, log_variance: Tensor) -> Tensor:
-    """-log of the mass that N(mean, e^log_variance) gives to the grey level of each element. Ho et al. 2020, eq. 13.
-
-    Args:
-        x: 8-bit images scaled to [-1, 1]: 256 levels, 2/255 apart; the outermost reach to infinity.
-        mean: Shaped as x.
-        log_variance: Broadcasts over x.
-    """
-    half_level = 1 / 255
-    inverse_std = (-0.5 * log_variance).exp()
-    at_most = torch.special.log_ndtr((x - mean + half_level) * inverse_std)  # log P(level <= x)
-    below = torch.special.log_ndtr((x - mean - half_level) * inverse_std)  # log P(level < x)
-    at_least = torch.special.log_ndtr((mean - x + half_level) * inverse_std)  # log P(level >= x)
-    above = torch.special.log_ndtr((mean - x - half_level) * inverse_std)  # log P(level > x)
-    # P(level = x) as a difference, taken on the side where both are small: near 1 it would have no digits left.
-    left = x < mean
-    larger, smaller = torch.where(left, at_most, at_least), torch.where(left, below, above)
-    inside = larger + torch.log1p(-(smaller - larger).exp())
-    return -torch.where(x < -0.999, at_most, torch.where(x > 0.999, at_least, inside))
 
 
 # -------------------------------------------------------------------------------------- the terms, per sample (b,)
