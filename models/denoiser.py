@@ -36,12 +36,8 @@ class DenoiserConfig(BaseModel, frozen=True, extra="forbid"):
     objective: ObjectiveConfig = ObjectiveConfig()  # what the U-Net learns to predict
 
     @model_validator(mode="after")
-    def _can_train(self) -> Self:
+    def _parts_agree(self) -> Self:
         check_objective(self.objective, self.schedule)
-        return self
-
-    @model_validator(mode="after")
-    def _tokens_agree(self) -> Self:
         widths = sorted({conditioner.token_width for conditioner in self.conditioners if conditioner.token_width})
         if len(widths) > 1:
             raise ValueError(

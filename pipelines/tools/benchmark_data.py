@@ -179,7 +179,9 @@ def encoding(folder: Path, rounds: int) -> Comparison:
     corpus = folder / "corpus"
     corpus.mkdir()
     members = functools.partial(image_members, label=1, caption="a picture", metadata={})
-    _write_images(corpus, lambda number: members(f"k{number}", _picture(number, 64)), side=64)
+    content = _write_shards(corpus, per_shard=32, members=lambda number: members(f"k{number}", _picture(number, 64)))
+    shape = ImageShape(resolution=64, channels=3)
+    write_manifest(corpus, CorpusManifest(**content, value_range=(0, 255), image=shape))
     images = ImageShards(corpus, split="train", cache_bytes=0)
     vae = AutoencoderKL(VAEConfig(channels=(32, 64, 64), norm_groups=8), image_channels=3).eval()
     inputs = EncodeLatentsInputs(corpus=str(corpus), vae="")
@@ -252,11 +254,6 @@ def _write_jpegs(folder: Path) -> None:
     view, max_pixels = ImageViewConfig(resolution=256), DEFAULT_MAX_PIXELS
     manifest = CorpusManifest(**content, value_range=(0, 255), image=shape, view=view, max_pixels=max_pixels)
     write_manifest(folder, manifest)
-
-
-def _write_images(folder: Path, members: Callable[[int], dict[str, bytes]], *, side: int) -> None:
-    content, shape = _write_shards(folder, per_shard=32, members=members), ImageShape(resolution=side, channels=3)
-    write_manifest(folder, CorpusManifest(**content, value_range=(0, 255), image=shape))
 
 
 def _write_shards(folder: Path, *, per_shard: int, members: Callable[[int], dict[str, bytes]]) -> dict[str, Any]:
