@@ -265,8 +265,9 @@ def _write_shards(folder: Path, *, per_shard: int, members: Callable[[int], dict
                 writer.add(f"k{number}", members(number))
         assert writer.entry is not None
         files.append(writer.entry)
-    count = NUM_SHARDS * per_shard
-    return {"counts": {"in": count, "out": count}, "splits": samples_by_split(files), "files": tuple(files)}
+    count, stage = NUM_SHARDS * per_shard, "encode_latents" if "latent.npy" in members(0) else "prepare_corpus"
+    whole = {"format_version": 1, "stage": stage, "counts": {"in": count, "out": count}, "files": tuple(files)}
+    return {**whole, "splits": samples_by_split(files)}
 
 
 def _paths_in(folder: Path) -> list[str]:
