@@ -22,6 +22,7 @@ from data.files import FolderLock
 from data.manifest import Parents
 from data.prefetch import Loaded
 from data.randomness import SampleDraws
+from pipelines.runtime.config.logs import set_up_logging
 from pipelines.runtime.config.stage_config import RunConfig
 from pipelines.runtime.stage.launch import StopSignal, start_accelerator
 from pipelines.runtime.stage.stage import Stage
@@ -190,6 +191,7 @@ class Tiny:
 
 def main() -> None:
     folder = Path(sys.argv[1])
+    set_up_logging("tiny")
     accelerator = start_accelerator(RunConfig(threads=1))
     rank = accelerator.process_index
     for number, text in enumerate(sys.argv[2:]):

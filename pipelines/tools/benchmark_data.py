@@ -248,11 +248,11 @@ def _write_jpegs(folder: Path) -> None:
         return {"jpg": buffer.getvalue(), "cls": b"1"}
 
     # With an address, as shards of others have it: only these are brought to the size of the view.
-    content = _write_shards(folder, per_shard=32, members=members)
-    content["files"] = tuple(replace(entry, url=str(folder / entry.name)) for entry in content["files"])
+    whole = _write_shards(folder, per_shard=32, members=members)
+    whole["files"] = tuple(replace(entry, url=str(folder / entry.name)) for entry in whole["files"])
     shape = ImageShape(resolution=256, channels=3)
     view, max_pixels = ImageViewConfig(resolution=256), DEFAULT_MAX_PIXELS
-    manifest = CorpusManifest(**content, value_range=(0, 255), image=shape, view=view, max_pixels=max_pixels)
+    manifest = CorpusManifest(**whole, value_range=(0, 255), image=shape, view=view, max_pixels=max_pixels)
     write_manifest(folder, manifest)
 
 
