@@ -276,7 +276,7 @@ def test_a_vae_that_did_not_make_the_latents_is_refused(
     assert json.loads((root / "unet" / "outcome.json").read_bytes())["exit_code"] == 2
 
 
-def test_a_metric_that_no_panel_measures_is_refused_before_the_first_update(
+def test_a_metric_that_validation_does_not_measure_is_refused_before_the_first_update(
     two_process_run: Run, tmp_path: Path
 ) -> None:
     done = run_stage(
