@@ -297,6 +297,7 @@ INPUT_KINDS: Mapping[str, tuple[type[Manifest], ...]] = {
 def write_manifest(folder: str | Path, manifest: Manifest) -> None:
     """Commit the manifest of ``folder``; do it last, since its presence means that the stage is finished."""
     content = manifest.content
+    assert {"format_version", "stage"} <= content.keys(), "what is left to its default is not written, nor read again"
     content["files"] = content.pop("files")  # the longest part stands last
     write_json(Path(folder) / MANIFEST_NAME, {"content": content, "provenance": dict(manifest.provenance)})
 

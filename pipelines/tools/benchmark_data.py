@@ -181,7 +181,7 @@ def encoding(folder: Path, rounds: int) -> Comparison:
     members = functools.partial(image_members, label=1, caption="a picture", metadata={})
     content = _write_shards(corpus, per_shard=32, members=lambda number: members(f"k{number}", _picture(number, 64)))
     shape = ImageShape(resolution=64, channels=3)
-    write_manifest(corpus, CorpusManifest(**content, value_range=(0, 255), image=shape))
+    write_manifest(corpus, CorpusManifest(stage="prepare_corpus", **content, value_range=(0, 255), image=shape))
     images = ImageShards(corpus, split="train", cache_bytes=0)
     vae = AutoencoderKL(VAEConfig(channels=(32, 64, 64), norm_groups=8), image_channels=3).eval()
     inputs = EncodeLatentsInputs(corpus=str(corpus), vae="")
@@ -236,7 +236,7 @@ def _latents_in_order(folder: Path, *, side: int) -> tuple[LatentShards, Order]:
     shape = LatentShape(channels=4, size=side)
     scaling = LatentStatistics(mean=(0,) * 4, std=(1,) * 4, min=(-5,) * 4, max=(5,) * 4, active=(1,) * 4)
     content = _write_shards(folder, per_shard=512, members=members)
-    write_manifest(folder, LatentsManifest(**content, vae="", latent=shape, statistics=scaling))
+    write_manifest(folder, LatentsManifest(stage="encode_latents", **content, vae="", latent=shape, statistics=scaling))
     reader = LatentShards(folder, split="train")
     return reader, Order(FullShuffleConfig(), num_samples=len(reader), seed=0)
 
@@ -251,8 +251,8 @@ def _write_jpegs(folder: Path) -> None:
     whole = _write_shards(folder, per_shard=32, members=members)
     whole["files"] = tuple(replace(entry, url=str(folder / entry.name)) for entry in whole["files"])
     shape = ImageShape(resolution=256, channels=3)
-    view, max_pixels = ImageViewConfig(resolution=256), DEFAULT_MAX_PIXELS
-    manifest = CorpusManifest(**whole, value_range=(0, 255), image=shape, view=view, max_pixels=max_pixels)
+    whole |= {"stage": "prepare_corpus", "view": ImageViewConfig(resolution=256), "max_pixels": DEFAULT_MAX_PIXELS}
+    manifest = CorpusManifest(**whole, value_range=(0, 255), image=shape)
     write_manifest(folder, manifest)
 
 
@@ -265,9 +265,8 @@ def _write_shards(folder: Path, *, per_shard: int, members: Callable[[int], dict
                 writer.add(f"k{number}", members(number))
         assert writer.entry is not None
         files.append(writer.entry)
-    count, stage = NUM_SHARDS * per_shard, "encode_latents" if "latent.npy" in members(0) else "prepare_corpus"
-    whole = {"format_version": 1, "stage": stage, "counts": {"in": count, "out": count}, "files": tuple(files)}
-    return {**whole, "splits": samples_by_split(files)}
+    counts = dict.fromkeys(("in", "out"), NUM_SHARDS * per_shard)
+    return {"format_version": 1, "counts": counts, "splits": samples_by_split(files), "files": tuple(files)}
 
 
 def _paths_in(folder: Path) -> list[str]:
