@@ -1,22 +1,26 @@
 """Real runs that several tests look at, and how tests start processes."""
 
+import atexit
 import contextlib
 import fcntl
+import functools
 import importlib
 import io
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import pytest
+from warm import WarmProcess, WarmPython
 
 from pipelines.runtime.config.logs import set_up_logging
 
@@ -69,17 +73,56 @@ def stage_command(stage: str, *words: str, processes: int = 1, config: Path = SM
 
 
 def run_stage(
-    stage: str, *words: str, processes: int = 1, config: Path = SMOKE, cwd: Path | None = None
+    stage: str, *words: str, processes: int = 1, config: Path = SMOKE, cwd: Path = REPOSITORY
 ) -> subprocess.CompletedProcess[str]:
     """Run a stage to its end and return what it printed and its exit code."""
-    return subprocess.run(
-        stage_command(stage, *words, processes=processes, config=config),
-        env=environment(),
-        cwd=cwd or REPOSITORY,
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT_SECONDS,
-    )
+    command = stage_command(stage, *words, processes=processes, config=config)
+    process = start_warm(*command[1:], cwd=cwd)
+    out, err = process.communicate(timeout=TIMEOUT_SECONDS)
+    return subprocess.CompletedProcess(command, process.wait(), out, err)
+
+
+@functools.cache
+def warm_python() -> WarmPython:
+    """The process that holds the imports, made when it is first wanted."""
+    python = WarmPython()
+    atexit.register(python.close)
+    return python
+
+
+def start_warm(*words: str, cwd: Path = REPOSITORY, **extra: str) -> WarmProcess:
+    """Start ``python words`` with ``extra`` in the environment of a stage; see ``warm.py``."""
+    return warm_python().start(words, env=environment(**extra), cwd=cwd)
+
+
+def free_port() -> int:
+    """Return a port of this machine that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def rank_environment(rank: int, world_size: int, port: int) -> dict[str, str]:
+    """What a launcher would set for one rank of several on this machine."""
+    words = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
+    return {name: str(value) for name, value in words.items()} | {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "PYTHONPATH": os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "tests")]),
+    }
+
+
+def start_ranks(*words: str, world_size: int = 2, **extra: str) -> list[WarmProcess]:
+    """Start ``python words`` as each of several ranks, or alone, for tests that are not about launchers."""
+    if world_size == 1:
+        return [start_warm(*words, **extra)]
+    port = free_port()
+    return [start_warm(*words, **rank_environment(rank, world_size, port), **extra) for rank in range(world_size)]
+
+
+def communicated(ranks: Sequence[WarmProcess], timeout: float = TIMEOUT_SECONDS) -> list[tuple[str, str]]:
+    """Wait for all ranks; return what each wrote on standard output and standard error."""
+    return [rank.communicate(timeout=timeout) for rank in ranks]
 
 
 def run_here(name: str, *words: str, config: Path | None = SMOKE) -> subprocess.CompletedProcess[str]:
@@ -159,11 +202,8 @@ def log_lines() -> None:
     set_up_logging("tests")
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist looks at the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Share the tests out to workers by file (``-n 2 --dist loadgroup``), the longest first."""
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group(item.path.stem))
+    """Begin with the longest files; workers take whole files, so that what a file's tests share is made once."""
     order = {name: place for place, name in enumerate(LONG_FILES)}
     items.sort(key=lambda item: order.get(item.path.stem, len(order)))
 

@@ -16,7 +16,7 @@ if (($# == 0)); then
     "$python" -m mypy
     # One thread a worker: threads of several workers that spin while they wait would take each other's cores.
     export OMP_NUM_THREADS=1
-    set -- -n logical --maxprocesses 4 --dist loadgroup --no-loadscope-reorder
+    set -- -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 fi
 
 # A marker expression among the arguments comes later and wins.

@@ -7,7 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import REPOSITORY, STAGES, TIMEOUT_SECONDS, Run, environment, stage_command, training_rows
+from conftest import (
+    STAGES,
+    Run,
+    communicated,
+    stage_command,
+    start_ranks,
+    training_rows,
+)
 
 from data.files import sha256_of
 
@@ -35,17 +42,12 @@ def train(
     given = [word for name in ("corpus", "latents", "vae") for word in (f"--inputs.{name}", str(inputs.root / name))]
     given = given[:2] if stage == "train_vae" else given[2:]
     more = DISCRIMINATOR if stage == "train_vae" else ()
-    command = stage_command(stage, "--run.root", str(folder / "run"), *given, *more, *words, processes=2)
+    command = stage_command(stage, "--run.root", str(folder / "run"), *given, *more, *words)
     place = command.index(f"pipelines.{stage}")
     command[place : place + 1] = ["faulty_stage", str(plan), stage]
-    return subprocess.run(
-        command,
-        env=environment(PYTHONPATH=f"{REPOSITORY}:{REPOSITORY / 'tests'}"),
-        cwd=REPOSITORY,
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT_SECONDS,
-    )
+    ranks = start_ranks(*command[1:])
+    (out, err), _ = communicated(ranks)
+    return subprocess.CompletedProcess(command, max(rank.wait() for rank in ranks), out, err)
 
 
 def seen_by_ranks(folder: Path) -> list[list[list[int]]]:

@@ -13,9 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import REPOSITORY, SMOKE, Run, environment
-from test_ranks import free_port
-from tiny_training import rank_environment
+from conftest import SMOKE, Run, communicated, free_port, rank_environment, start_warm
 
 from data.order.order import BlockedShuffleConfig
 from pipelines.prepare_corpus import PrepareCorpusConfig
@@ -148,20 +146,14 @@ def test_a_job_whose_ranks_differ_is_refused_on_every_rank(tmp_path: Path) -> No
     other = changed(tmp_path / "other.toml", **{"global_batch = 16": "global_batch = 17"})
     port = free_port()
     ranks = [
-        subprocess.Popen(
-            [
-                *(sys.executable, "-m", "pipelines.tools.doctor", "--config", str(config), "--json"),
-                *("--run.root", str(tmp_path / f"root of {rank}"), "--run.tracking_uri", "offline"),
-            ],
-            env=environment(**rank_environment(rank, 2, port)),
-            cwd=REPOSITORY,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
+        start_warm(
+            *("-m", "pipelines.tools.doctor", "--config", str(config), "--json"),
+            *("--run.root", str(tmp_path / f"root of {rank}"), "--run.tracking_uri", "offline"),
+            **rank_environment(rank, 2, port),
         )
         for rank, config in enumerate((other, SMOKE))
     ]
-    printed = [process.communicate(timeout=120) for process in ranks]
+    printed = communicated(ranks)
     assert [process.returncode for process in ranks] == [1, 1], printed
     report = json.loads(printed[0][0])
     failed = {finding["check"]: finding["text"] for finding in report["findings"] if finding["level"] == "failed"}

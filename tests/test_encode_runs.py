@@ -5,8 +5,6 @@ import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections import Counter
 from dataclasses import asdict
@@ -15,8 +13,9 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import REPOSITORY, Run, environment, run_stage, stage_command, wait_until
+from conftest import REPOSITORY, Run, communicated, run_stage, stage_command, start_warm, wait_until
 from killed_at import PLACES
+from warm import WarmProcess
 
 from data.files import FolderLock, sha256_of
 from data.loading import ImageShards
@@ -38,16 +37,8 @@ def encoding_command(run: Run, root: Path, *, processes: int) -> list[str]:
     return stage_command("encode_latents", "--run.root", str(root), *words, processes=processes)
 
 
-def started(command: list[str]) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        command,
-        env=environment(),
-        cwd=REPOSITORY,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
+def started(command: list[str]) -> WarmProcess:
+    return start_warm(*command[1:])
 
 
 def check_same_latents(run: Run, root: Path) -> None:
@@ -68,7 +59,7 @@ def test_runs_that_join_share_the_work_and_one_of_them_finishes_it(two_process_r
     time.sleep(1)
     assert not (folder / "manifest.json").exists(), "two would write the manifest"
     owner.release()
-    outputs = [run.communicate(timeout=120)[0] for run in runs]
+    outputs = [out + err for out, err in communicated(runs)]
     assert [run.returncode for run in runs] == [0, 0], outputs
     assert all("joining it" in output for output in outputs)
     check_same_latents(two_process_run, tmp_path)
@@ -100,7 +91,7 @@ def test_a_bad_image_stops_encoding_by_its_name_whichever_thread_finds_it(two_pr
     assert counts == {"in": 240, "out": 238, "quarantined": {"broken_image": 2}}
 
 
-def killed_at(place: str, count: int | str, run: Run, root: Path, *, processes: int) -> subprocess.Popen[str]:
+def killed_at(place: str, count: int | str, run: Run, root: Path, *, processes: int) -> WarmProcess:
     """Start encoding so that it kills itself; see ``killed_at.py``."""
     command = encoding_command(run, root, processes=processes)
     where = command.index("pipelines.encode_latents")
@@ -111,8 +102,8 @@ def killed_at(place: str, count: int | str, run: Run, root: Path, *, processes: 
 
 def test_killed_wherever_it_is_at_work_it_ends_with_the_same_bytes(two_process_run: Run, tmp_path: Path) -> None:
     places = ("read:2", "encode:3", "write:40", "flush:2", "link:1", "linked:1", "rename:5", "renamed:5")
-    output = killed_at(",".join(places), "-", two_process_run, tmp_path, processes=1).communicate(timeout=150)[0]
-    assert [line.split()[-1] for line in output.splitlines() if "killed at" in line] == [*places], output
+    out, err = killed_at(",".join(places), "-", two_process_run, tmp_path, processes=1).communicate(timeout=150)
+    assert [line.split()[-1] for line in out.splitlines() if "killed at" in line] == [*places], out + err
     check_same_latents(two_process_run, tmp_path)
 
 
@@ -126,7 +117,7 @@ def test_fifty_kills_change_no_byte(two_process_run: Run, tmp_path: Path) -> Non
         processes = rng.choice([n for n in (1, 2, 4) if n != processes])
         place = PLACES[kills.total() % len(PLACES)]
         process = killed_at(place, rng.randint(1, most.get(place, 6)), two_process_run, tmp_path, processes=processes)
-        output = process.communicate(timeout=240)[0]
+        output = "".join(process.communicate(timeout=240))
         if process.returncode == -signal.SIGKILL:
             kills[place, processes] += 1
             leave_out = 0
@@ -141,7 +132,7 @@ def test_fifty_kills_change_no_byte(two_process_run: Run, tmp_path: Path) -> Non
             if rng.random() < 0.5:
                 (folder / record.stem).unlink(missing_ok=True)
     last = started(encoding_command(two_process_run, tmp_path, processes=2))
-    output = last.communicate(timeout=240)[0]
+    output = "".join(last.communicate(timeout=240))
     assert last.returncode == 0, output
     check_same_latents(two_process_run, tmp_path)
     print(f"{kills.total()} kills, by place and processes: {dict(sorted(kills.items()))}")
@@ -164,11 +155,8 @@ def test_a_killed_owners_lease_is_taken_over_at_once(tmp_path: Path) -> None:
         "import sys, time; from pathlib import Path; from pipelines.runtime.stage.leases import Leases\n"
         "with Leases(Path(sys.argv[1])) as leases, leases.lease('a'): print('leased', flush=True); time.sleep(60)\n"
     )
-    owner = subprocess.Popen(
-        [sys.executable, "-c", program, str(tmp_path)], env=environment(), cwd=REPOSITORY, stdout=subprocess.PIPE
-    )
-    assert owner.stdout is not None
-    assert owner.stdout.readline() == b"leased\n"
+    owner = start_warm("-c", program, str(tmp_path))
+    wait_until(lambda: list(tmp_path.glob("*.lease")) != [], seconds=60, what="the lease")
     with Leases(tmp_path) as leases:
         with leases.lease("a") as mine:
             assert not mine

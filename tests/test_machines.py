@@ -14,9 +14,8 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import REPOSITORY, Run, environment
+from conftest import REPOSITORY, Run, environment, rank_environment
 from test_soak import check_same, command, family, run_to_end
-from tiny_training import rank_environment
 
 pytestmark = [pytest.mark.soak, pytest.mark.timeout(3600)]
 

@@ -20,10 +20,12 @@ from conftest import (
     kill_tree,
     run_stage,
     stage_command,
+    start_warm,
     training_rows,
     wait_until,
 )
 from PIL import Image
+from warm import WarmProcess
 
 from data.files import sha256_of
 
@@ -192,18 +194,11 @@ def test_every_stage_is_one_finished_run_below_one_parent(two_process_run: Run) 
     assert client.search_logged_models(experiment_ids=[experiment.experiment_id])
 
 
-def start_in_copy(stage: str, run: Run, root: Path, *, processes: int) -> subprocess.Popen[bytes]:
+def start_in_copy(stage: str, run: Run, root: Path, *, processes: int) -> WarmProcess:
     """Start a stage on its own in ``root``, with the inputs of a finished run."""
     inputs = {"train_vae": ["corpus"], "encode_latents": ["corpus", "vae"], "train_unet": ["latents", "vae"]}[stage]
     words = [word for name in inputs for word in (f"--inputs.{name}", str(run.root / name))]
-    return subprocess.Popen(
-        stage_command(stage, "--run.root", str(root), *words, processes=processes),
-        env=environment(),
-        cwd=REPOSITORY,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
+    return start_warm(*stage_command(stage, "--run.root", str(root), *words, processes=processes)[1:])
 
 
 @pytest.mark.parametrize("stage", ["train_vae", "train_unet"])

@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -12,33 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import environment
-from tiny_training import rank_environment
+from conftest import environment, socket, start_ranks
+from warm import WarmProcess
 
 PROGRAM = Path(__file__).with_name("tiny_training.py")
 K = 5
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def start(folder: Path, *recipes: dict[str, Any], world_size: int = 2) -> list[subprocess.Popen[str]]:
+def start(folder: Path, *recipes: dict[str, Any], world_size: int = 2) -> list[WarmProcess]:
     """Start the ranks of a tiny training; each recipe is trained after the other."""
     folder.mkdir(exist_ok=True)
-    port, words = free_port(), [json.dumps(recipe) for recipe in recipes]
-    return [
-        subprocess.Popen(
-            [sys.executable, str(PROGRAM), str(folder), *words],
-            env=environment(**rank_environment(rank, world_size, port)),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(world_size)
-    ]
+    return start_ranks(str(PROGRAM), str(folder), *(json.dumps(recipe) for recipe in recipes), world_size=world_size)
 
 
 SELF_TEST = {"updates": 20, "replica_check_every": K}

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import REPOSITORY, SMOKE, environment, kill_tree, run_stage
+from conftest import REPOSITORY, SMOKE, environment, run_stage, start_ranks, start_warm
 from manifests import commit_unet
 
 from pipelines.model.grids import grid_png
@@ -183,26 +183,23 @@ def test_a_folder_in_use_is_refused_with_its_owners_name(tmp_path: Path) -> None
     assert owner.stdout is not None
     owner.stdout.readline()
     try:
-        words = [sys.executable, "-c", "import pipelines.runtime.stage.stage as s; s.LOCK_PATIENCE_SECONDS = 0.2\n"
-                 "import pipelines.prepare_corpus as p; p.main()"]  # fmt: skip
-        done = subprocess.run(
-            [*words, "--config", str(SMOKE), "--run.root", str(tmp_path)],
-            env=environment(), cwd=REPOSITORY, capture_output=True, text=True,
-        )  # fmt: skip
+        code = (
+            "import pipelines.runtime.stage.stage as s; s.LOCK_PATIENCE_SECONDS = 0.2\n"
+            "import pipelines.prepare_corpus as p; p.main()"
+        )
+        second = start_warm("-c", code, "--config", str(SMOKE), "--run.root", str(tmp_path))
+        _, said = second.communicate(timeout=120)
     finally:
         owner.kill()
         owner.wait()
-    assert done.returncode == 2
-    assert f"is in use by process {owner.pid}" in done.stderr
+    assert second.returncode == 2
+    assert f"is in use by process {owner.pid}" in said
     assert not list(folder.glob("*.tar"))
 
 
 def test_the_file_stop_ends_a_stage_as_resumable(tmp_path: Path) -> None:
     words = ("--run.root", str(tmp_path), "--samples_per_shard", "4", "--run.tracking_uri", "offline")
-    process = subprocess.Popen(
-        [sys.executable, "-m", "pipelines.prepare_corpus", "--config", str(SMOKE), *words],
-        env=environment(), cwd=REPOSITORY, stdout=subprocess.DEVNULL,
-    )  # fmt: skip
+    process = start_warm("-m", "pipelines.prepare_corpus", "--config", str(SMOKE), *words)
     folder = tmp_path / "corpus"
     while not list(folder.glob("parts/*.json")):
         assert process.poll() is None, "it ended before it could be stopped"
@@ -295,24 +292,20 @@ def test_a_stop_reaches_a_rank_that_is_still_at_a_long_part(tmp_path: Path) -> N
     )
     script = tmp_path / "slow.py"
     script.write_text(code)
-    process = subprocess.Popen(
-        [
-            *(sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines", "1"),
-            *("--num_processes", "2", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"),
-            *(str(script), "--config", str(SMOKE), "--run.root", str(tmp_path), "--run.tracking_uri", "offline"),
-            *("--samples_per_shard", "8"),
-        ],
-        env=environment(), cwd=REPOSITORY, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
-    )  # fmt: skip
+    ranks = start_ranks(
+        *(str(script), "--config", str(SMOKE), "--run.root", str(tmp_path), "--run.tracking_uri", "offline"),
+        *("--samples_per_shard", "8"),
+    )
     folder = tmp_path / "corpus"
     while not list(folder.glob("parts/*.json")):
-        assert process.poll() is None, "it ended before it could be stopped"
+        assert ranks[0].poll() is None, "it ended before it could be stopped"
+        time.sleep(0.01)
     (folder / "stop").touch()
     try:
-        process.wait(timeout=120)
+        assert [rank.wait(timeout=120) for rank in ranks] == [75, 75]
     finally:
-        if process.poll() is None:
-            kill_tree(process)
+        for rank in ranks:
+            rank.kill()
     outcome = json.loads((folder / "outcome.json").read_bytes())
     assert (outcome["state"], outcome["exit_code"]) == ("stopped", 75)
     assert not (folder / "stop").exists()

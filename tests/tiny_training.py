@@ -7,7 +7,6 @@ which trains once per recipe and writes ``RECIPE NUMBER-rank-R.json``.
 import ctypes
 import json
 import math
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -206,16 +205,6 @@ def main() -> None:
         found = {"ended": ended, "update": tiny.training.update, "sum": total, "rows": tiny.tracker.rows}
         (folder / f"{number}-rank-{rank}.json").write_text(json.dumps(found))
     torch.distributed.destroy_process_group()
-
-
-def rank_environment(rank: int, world_size: int, port: int) -> dict[str, str]:
-    """What a launcher would set for one rank of several on this machine."""
-    words = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
-    return {name: str(value) for name, value in words.items()} | {
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), str(Path(__file__).parent)]),
-    }
 
 
 if __name__ == "__main__":

@@ -1,0 +1,192 @@
+"""Python processes that have torch and the stages' other libraries imported when they begin.
+
+A stage of the smoke experiment computes for two seconds and imports for four. ``WarmPython`` imports once and then
+forks itself for each process it is asked for: one of its own, with its own signals, files, environment and exit code,
+that only has not to import again. Not for tests of what a process imports or finds on its path.
+"""
+
+import contextlib
+import gc
+import importlib
+import json
+import os
+import runpy
+import select
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+# What may be run as ``__main__``: all that these import stays, they themselves do not.
+MAINS = (
+    *("pipelines.prepare_corpus", "pipelines.train_vae", "pipelines.encode_latents", "pipelines.train_unet"),
+    *("pipelines.evaluate", "pipelines.tools.doctor", "accelerate.commands.launch"),
+)
+# What a stage imports when it comes to need it.
+LATER = ("matplotlib.figure", "matplotlib.backends.backend_agg", "transformers.models.bert.modeling_bert", "tokenizers")
+MAX_REQUEST_BYTES = 1 << 17
+
+
+class WarmProcess:
+    """A process forked by ``WarmPython``, with the part of ``subprocess.Popen`` that the tests use."""
+
+    def __init__(self, args: Sequence[str], status: IO[bytes], streams: tuple[IO[str], IO[str]]) -> None:
+        self.args, self._status, self._streams = args, status, streams
+        self.pid = int(status.readline())
+        self.returncode: int | None = None
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Wait for its end and return its exit code, -n after signal n.
+
+        Raises:
+            subprocess.TimeoutExpired: It did not end within ``timeout`` seconds.
+        """
+        if self.returncode is None:
+            if not select.select([self._status], [], [], timeout)[0]:
+                raise subprocess.TimeoutExpired(list(self.args), timeout or 0)
+            self.returncode = int(self._status.readline())
+        return self.returncode
+
+    def poll(self) -> int | None:
+        """Return the exit code, None while it runs."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.wait(timeout=0)
+        return self.returncode
+
+    def send_signal(self, number: int) -> None:
+        """Send a signal, unless it has ended."""
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        """Send SIGKILL, unless it has ended."""
+        self.send_signal(signal.SIGKILL)
+
+    def communicate(self, timeout: float | None = None) -> tuple[str, str]:
+        """Wait for its end and return what it wrote on standard output and standard error."""
+        self.wait(timeout)
+        for stream in self._streams:
+            stream.seek(0)
+        return self._streams[0].read(), self._streams[1].read()
+
+
+class WarmPython:
+    """The process that forks the others; it ends with the one that made it."""
+
+    def __init__(self) -> None:
+        self._channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, __file__, str(theirs.fileno())],
+                env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)},
+                pass_fds=[theirs.fileno()],
+                start_new_session=True,
+            )
+
+    def start(self, words: Sequence[str], *, env: Mapping[str, str], cwd: str | Path = REPOSITORY) -> WarmProcess:
+        """Start ``python words``, the leader of a session of its own.
+
+        Args:
+            words: ``-m MODULE``, ``-c CODE`` or ``SCRIPT``, then its arguments.
+            env: Its whole environment.
+            cwd: Its working directory.
+        """
+        streams = tempfile.TemporaryFile("w+"), tempfile.TemporaryFile("w+")  # noqa: SIM115 (read when it has ended)
+        ours, theirs = os.pipe()
+        request = json.dumps({"words": list(words), "env": dict(env), "cwd": str(cwd)}).encode()
+        assert len(request) < MAX_REQUEST_BYTES
+        socket.send_fds(self._channel, [request], [theirs, *(stream.fileno() for stream in streams)])
+        os.close(theirs)
+        return WarmProcess([sys.executable, *words], os.fdopen(ours, "rb", buffering=0), streams)
+
+    def close(self) -> None:
+        """End the process that forks; those that it forked go on."""
+        self._channel.close()
+        self._process.wait()
+
+
+def preload() -> None:
+    """Import all that ``MAINS`` import, at once or later."""
+    for name in (*LATER, *MAINS):
+        importlib.import_module(name)
+    for name in MAINS:
+        package, _, module = name.rpartition(".")
+        del sys.modules[name]
+        delattr(sys.modules[package], module)
+    # Else each fork looks through all of this once more when it ends: a second and a half.
+    gc.collect()
+    gc.freeze()
+
+
+def requested(channel: socket.socket) -> dict[str, Any] | None:
+    """Fork a process for each request; return the request in that process, None here when all is over."""
+    while True:
+        message, descriptors, _, _ = socket.recv_fds(channel, MAX_REQUEST_BYTES, 3)
+        if not message:
+            return None
+        if os.fork() == 0:
+            channel.close()
+            return attended(json.loads(message), descriptors)
+        for descriptor in descriptors:
+            os.close(descriptor)
+        with contextlib.suppress(ChildProcessError):
+            while os.waitpid(-1, os.WNOHANG) != (0, 0):
+                pass
+
+
+def attended(request: dict[str, Any], descriptors: Sequence[int]) -> dict[str, Any]:
+    """Fork once more, so that one process can tell how the other has ended."""
+    status, out, err = descriptors
+    pid = os.fork()
+    if pid:
+        os.close(out)
+        os.close(err)
+        os.write(status, b"%d\n" % pid)
+        _, code = os.waitpid(pid, 0)
+        os.write(status, b"%d\n" % os.waitstatus_to_exitcode(code))
+        os._exit(0)
+    os.setsid()
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    for place, descriptor in enumerate((nothing, out, err)):
+        os.dup2(descriptor, place)
+    for descriptor in (nothing, status, out, err):
+        os.close(descriptor)
+    return request
+
+
+def run(request: dict[str, Any]) -> None:
+    """Do in this process what ``python words`` does after its start."""
+    os.environ.clear()
+    os.environ.update(request["env"])
+    os.chdir(request["cwd"])
+    first, *rest = request["words"]
+    # As the interpreter does it: the working directory for a module, the script's folder for a script.
+    sys.path[0] = str(Path(first).parent)
+    sys.path[1:1] = [folder for folder in os.environ.get("PYTHONPATH", "").split(os.pathsep) if folder]
+    if first in ("-m", "-c"):
+        sys.path[0] = os.getcwd()
+        what, *rest = rest
+    sys.argv = [first, *rest]
+    if first == "-m":
+        runpy.run_module(what, run_name="__main__", alter_sys=True)
+    elif first == "-c":
+        exec(compile(what, "<string>", "exec"), {"__name__": "__main__"})
+    else:
+        runpy.run_path(first, run_name="__main__")
+
+
+if __name__ == "__main__":
+    with socket.socket(fileno=int(sys.argv[1])) as end:
+        preload()
+        asked = requested(end)
+    if asked:
+        run(asked)
+    else:
+        with contextlib.suppress(ChildProcessError):
+            while True:
+                os.wait()
