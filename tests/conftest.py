@@ -33,6 +33,8 @@ STAGES = {
     "train_unet": "unet",
     "evaluate": "evaluation",
 }
+# What tests start by ``accelerate launch`` where they want several processes; the other stages as ranks without it.
+LAUNCHED = ("prepare_corpus", "train_unet")
 TIMEOUT_SECONDS = 180
 # What takes longest, and so begins first. The second makes no use of the run that the first makes.
 LONG_FILES = (
@@ -72,16 +74,6 @@ def stage_command(stage: str, *words: str, processes: int = 1, config: Path = SM
     ]
 
 
-def run_stage(
-    stage: str, *words: str, processes: int = 1, config: Path = SMOKE, cwd: Path = REPOSITORY
-) -> subprocess.CompletedProcess[str]:
-    """Run a stage to its end and return what it printed and its exit code."""
-    command = stage_command(stage, *words, processes=processes, config=config)
-    process = start_warm(*command[1:], cwd=cwd)
-    out, err = process.communicate(timeout=TIMEOUT_SECONDS)
-    return subprocess.CompletedProcess(command, process.wait(), out, err)
-
-
 @functools.cache
 def warm_python() -> WarmPython:
     """The process that holds the imports, made when it is first wanted."""
@@ -113,9 +105,7 @@ def rank_environment(rank: int, world_size: int, port: int) -> dict[str, str]:
 
 
 def start_ranks(*words: str, world_size: int = 2, **extra: str) -> list[WarmProcess]:
-    """Start ``python words`` as each of several ranks, or alone, for tests that are not about launchers."""
-    if world_size == 1:
-        return [start_warm(*words, **extra)]
+    """Start ``python words`` as each of several ranks, for tests that are not about launchers."""
     port = free_port()
     return [start_warm(*words, **rank_environment(rank, world_size, port), **extra) for rank in range(world_size)]
 
@@ -123,6 +113,24 @@ def start_ranks(*words: str, world_size: int = 2, **extra: str) -> list[WarmProc
 def communicated(ranks: Sequence[WarmProcess], timeout: float = TIMEOUT_SECONDS) -> list[tuple[str, str]]:
     """Wait for all ranks; return what each wrote on standard output and standard error."""
     return [rank.communicate(timeout=timeout) for rank in ranks]
+
+
+def start_stage(
+    stage: str, *words: str, processes: int = 1, config: Path = SMOKE, cwd: Path = REPOSITORY
+) -> list[WarmProcess]:
+    """Start a stage, several processes of it by ``accelerate launch`` or as ranks without it; see ``LAUNCHED``."""
+    if processes == 1 or stage in LAUNCHED:
+        return [start_warm(*stage_command(stage, *words, processes=processes, config=config)[1:], cwd=cwd)]
+    return start_ranks(*stage_command(stage, *words, config=config)[1:], world_size=processes)
+
+
+def run_stage(
+    stage: str, *words: str, processes: int = 1, config: Path = SMOKE, cwd: Path = REPOSITORY
+) -> subprocess.CompletedProcess[str]:
+    """Run a stage to its end and return what it printed and its exit code."""
+    started = start_stage(stage, *words, processes=processes, config=config, cwd=cwd)
+    out, err = map("".join, zip(*communicated(started), strict=True))
+    return subprocess.CompletedProcess(words, max(process.wait() for process in started), out, err)
 
 
 def run_here(name: str, *words: str, config: Path | None = SMOKE) -> subprocess.CompletedProcess[str]:
@@ -146,10 +154,12 @@ def run_here(name: str, *words: str, config: Path | None = SMOKE) -> subprocess.
     return subprocess.CompletedProcess(words, code, out.getvalue(), err.getvalue())
 
 
-def kill_tree(process: subprocess.Popen[Any]) -> None:
-    """SIGKILL a process that was started with ``start_new_session=True``, and all that it started."""
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait(timeout=30)
+def kill_tree(*processes: subprocess.Popen[Any] | WarmProcess) -> None:
+    """SIGKILL processes that lead sessions of their own, and all that they started."""
+    for process in processes:
+        os.killpg(process.pid, signal.SIGKILL)
+    for process in processes:
+        process.wait(timeout=30)
 
 
 def wait_until(condition: Callable[[], bool], *, seconds: float, what: str) -> None:
@@ -224,7 +234,7 @@ def shared_by_workers(factory: pytest.TempPathFactory, name: str, make: Callable
 
 @pytest.fixture(scope="session")
 def two_process_run(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """All stages of the smoke experiment through ``accelerate launch`` with two processes."""
+    """All stages of the smoke experiment with two processes."""
     return shared_by_workers(
         tmp_path_factory,
         "two processes",

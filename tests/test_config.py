@@ -1,6 +1,5 @@
 """Laws of the configuration: one tree, strict types, every mistake at once, each with where and what to do."""
 
-import subprocess
 import sys
 import tomllib
 from pathlib import Path
@@ -8,7 +7,7 @@ from typing import Annotated, ClassVar, Literal, Self
 
 import pytest
 from clocks import processor_seconds_of
-from conftest import REPOSITORY, SMOKE, STAGES, environment
+from conftest import REPOSITORY, SMOKE, STAGES, environment, run_stage
 from pydantic import BaseModel, Field, PositiveFloat, PositiveInt, model_validator
 
 from pipelines.runtime.config.command_line import help_text
@@ -286,14 +285,7 @@ def test_help_is_quick_and_loads_no_tracking_attention_or_diffusers() -> None:
 
 
 def test_a_mistake_ends_with_code_2_before_any_work(tmp_path: Path) -> None:
-    words = [sys.executable, "-m", "pipelines.train_unet", "--config", str(SMOKE), "--run.root", str(tmp_path / "run")]
-    done = subprocess.run(
-        [*words, "--global_bach", "3", "--updates", "x"],
-        env=environment(),
-        cwd=REPOSITORY,
-        capture_output=True,
-        text=True,
-    )
+    done = run_stage("train_unet", "--run.root", str(tmp_path / "run"), "--global_bach", "3", "--updates", "x")
     assert done.returncode == 2
     assert "2 mistakes in the configuration" in done.stderr
     assert "did you mean global_batch?" in done.stderr
@@ -301,8 +293,7 @@ def test_a_mistake_ends_with_code_2_before_any_work(tmp_path: Path) -> None:
 
 
 def test_missing_inputs_are_all_named_with_the_stage_that_makes_them(tmp_path: Path) -> None:
-    words = [sys.executable, "-m", "pipelines.train_unet", "--config", str(SMOKE), "--run.root", str(tmp_path / "run")]
-    done = subprocess.run(words, env=environment(), cwd=REPOSITORY, capture_output=True, text=True)
+    done = run_stage("train_unet", "--run.root", str(tmp_path / "run"))
     assert done.returncode == 2
     assert "Run pipelines.encode_latents first" in done.stderr
     assert "Run pipelines.train_vae first" in done.stderr

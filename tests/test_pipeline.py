@@ -5,22 +5,19 @@ import random
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import tarfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import (
-    REPOSITORY,
     STAGES,
     Run,
-    environment,
     kill_tree,
+    run_here,
     run_stage,
-    stage_command,
-    start_warm,
+    start_stage,
+    time,
     training_rows,
     wait_until,
 )
@@ -46,7 +43,7 @@ def test_every_stage_leaves_its_artefacts(two_process_run: Run) -> None:
         assert not list(folder.rglob("*.tmp"))
 
 
-def test_the_launcher_really_starts_two_processes(two_process_run: Run) -> None:
+def test_two_processes_really_are_two_and_one_of_them_speaks(two_process_run: Run) -> None:
     for stage in STAGES:
         said = [line for line in two_process_run.output[stage].splitlines() if "2 process(es) x 1 thread" in line]
         assert len(said) == 1, "the main process alone says so, and once"
@@ -165,8 +162,7 @@ def test_every_stage_is_one_finished_run_below_one_parent(two_process_run: Run) 
     from data.manifest import read_manifest
 
     root = two_process_run.root
-    sync = [sys.executable, "-m", "pipelines.tools.sync", str(root)]
-    subprocess.run(sync, env=environment(), cwd=REPOSITORY, check=True, capture_output=True)
+    assert run_here("sync", str(root), config=None).returncode == 0
     client = mlflow.MlflowClient(tracking_uri=f"sqlite:///{root.parent / 'mlflow.db'}")
     (experiment,) = client.search_experiments(filter_string="name = 'smoke'")
     runs = {run.info.run_name: run for run in client.search_runs([experiment.experiment_id])}
@@ -194,11 +190,11 @@ def test_every_stage_is_one_finished_run_below_one_parent(two_process_run: Run) 
     assert client.search_logged_models(experiment_ids=[experiment.experiment_id])
 
 
-def start_in_copy(stage: str, run: Run, root: Path, *, processes: int) -> WarmProcess:
+def start_in_copy(stage: str, run: Run, root: Path, *, processes: int) -> list[WarmProcess]:
     """Start a stage on its own in ``root``, with the inputs of a finished run."""
     inputs = {"train_vae": ["corpus"], "encode_latents": ["corpus", "vae"], "train_unet": ["latents", "vae"]}[stage]
     words = [word for name in inputs for word in (f"--inputs.{name}", str(run.root / name))]
-    return start_warm(*stage_command(stage, "--run.root", str(root), *words, processes=processes)[1:])
+    return start_stage(stage, "--run.root", str(root), *words, processes=processes)
 
 
 @pytest.mark.parametrize("stage", ["train_vae", "train_unet"])
@@ -206,16 +202,15 @@ def test_killed_training_ends_with_the_weights_of_an_undisturbed_one(
     stage: str, two_process_run: Run, tmp_path: Path
 ) -> None:
     folder = tmp_path / STAGES[stage]
-    process = start_in_copy(stage, two_process_run, tmp_path, processes=2)
+    processes = start_in_copy(stage, two_process_run, tmp_path, processes=2)
     wait_until(lambda: (folder / "checkpoints/update-00000020").exists(), seconds=180, what="the first checkpoint")
-    pause = random.uniform(0, 0.5)
-    try:
-        process.wait(timeout=pause)
-    except subprocess.TimeoutExpired:
-        kill_tree(process)
+    time.sleep(random.uniform(0, 0.5))
+    kill_tree(*processes)
     assert not (folder / "manifest.json").exists(), "it finished before it was killed"
 
-    assert start_in_copy(stage, two_process_run, tmp_path, processes=2).wait(timeout=120) == 0
+    assert [process.wait(timeout=120) for process in start_in_copy(stage, two_process_run, tmp_path, processes=2)] == [
+        0 for _ in processes
+    ]
     weights = f"{STAGES[stage]}.safetensors"
     expected = two_process_run.rows(stage)
     found = training_rows(folder)
@@ -224,11 +219,12 @@ def test_killed_training_ends_with_the_weights_of_an_undisturbed_one(
 
 
 def test_killed_encoding_ends_with_the_bytes_of_an_undisturbed_one(two_process_run: Run, tmp_path: Path) -> None:
-    process = start_in_copy("encode_latents", two_process_run, tmp_path, processes=2)
+    processes = start_in_copy("encode_latents", two_process_run, tmp_path, processes=2)
     wait_until(lambda: any((tmp_path / "latents").glob("*.tar")), seconds=180, what="the first shard")
-    kill_tree(process)
+    kill_tree(*processes)
     assert not (tmp_path / "latents/manifest.json").exists(), "it finished before it was killed"
-    assert start_in_copy("encode_latents", two_process_run, tmp_path, processes=1).wait(timeout=120) == 0
+    (process,) = start_in_copy("encode_latents", two_process_run, tmp_path, processes=1)
+    assert process.wait(timeout=120) == 0
     for shard in two_process_run.folder("encode_latents").glob("*.tar"):
         assert sha256_of(shard) == sha256_of(tmp_path / "latents" / shard.name)
     assert (
@@ -238,7 +234,7 @@ def test_killed_encoding_ends_with_the_bytes_of_an_undisturbed_one(two_process_r
 
 
 def test_sigterm_commits_a_checkpoint_and_says_how_to_go_on(two_process_run: Run, tmp_path: Path) -> None:
-    process = start_in_copy("train_unet", two_process_run, tmp_path, processes=1)
+    (process,) = start_in_copy("train_unet", two_process_run, tmp_path, processes=1)
     folder = tmp_path / "unet"
     wait_until(lambda: (folder / "checkpoints/update-00000020").exists(), seconds=180, what="the first checkpoint")
     process.send_signal(signal.SIGTERM)
@@ -247,7 +243,8 @@ def test_sigterm_commits_a_checkpoint_and_says_how_to_go_on(two_process_run: Run
     assert outcome["state"] == "stopped"
     assert outcome["exit_code"] == 75
     assert "-m pipelines.train_unet --config" in outcome["resume_command"]
-    assert start_in_copy("train_unet", two_process_run, tmp_path, processes=1).wait(timeout=120) == 0
+    (process,) = start_in_copy("train_unet", two_process_run, tmp_path, processes=1)
+    assert process.wait(timeout=120) == 0
     assert sorted(training_rows(folder)) == list(range(1, 61))
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import REPOSITORY, SMOKE, environment, run_stage, start_ranks, start_warm
+from conftest import REPOSITORY, SMOKE, environment, run_stage, start_ranks, start_warm, wait_until
 from manifests import commit_unet
 
 from pipelines.model.grids import grid_png
@@ -325,14 +325,11 @@ def test_a_second_signal_ends_at_once_and_what_one_ctrl_c_sends_twice_does_not()
         "    print(stop.reason, flush=True)\n"
         "    time.sleep(600)\n"
     )
-    process = subprocess.Popen(
-        [sys.executable, "-c", code, "nowhere"], env=environment(), cwd=REPOSITORY, stdout=subprocess.PIPE, text=True
-    )
-    assert process.stdout is not None
-    assert process.stdout.readline() == "listening\n"
+    process = start_warm("-c", code, "nowhere")
+    wait_until(lambda: process.printed() == "listening\n", seconds=60, what="the start")
     process.send_signal(signal.SIGINT)
     process.send_signal(signal.SIGINT)
-    assert process.stdout.readline() == "SIGINT\n"
+    wait_until(lambda: process.printed() == "listening\nSIGINT\n", seconds=60, what="the reason")
     time.sleep(1)
     assert process.poll() is None
     process.send_signal(signal.SIGTERM)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Run, communicated, stage_command, start_ranks, training_rows
+from conftest import Run, run_stage, training_rows
 
 from data.files import sha256_of
 
@@ -23,11 +23,9 @@ WORDS = (
 
 
 def trained(root: Path, corpus: Path, *, processes: int, says: str = "") -> Path:
-    command = stage_command("train_vae", "--run.root", str(root), "--inputs.corpus", str(corpus), *WORDS)
-    ranks = start_ranks(*command[1:], world_size=processes)
-    printed = communicated(ranks)
-    assert [rank.wait() for rank in ranks] == [0] * processes, printed
-    assert says in printed[0][0]
+    done = run_stage("train_vae", "--run.root", str(root), "--inputs.corpus", str(corpus), *WORDS, processes=processes)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert says in done.stdout
     return root / "vae"
 
 

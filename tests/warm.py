@@ -67,6 +67,12 @@ class WarmProcess:
         """Send SIGKILL, unless it has ended."""
         self.send_signal(signal.SIGKILL)
 
+    def printed(self) -> str:
+        """Return what it has written on standard output so far."""
+        # By offset: the place in the file is shared with the process that writes.
+        out = self._streams[0].fileno()
+        return os.pread(out, os.fstat(out).st_size, 0).decode()
+
     def communicate(self, timeout: float | None = None) -> tuple[str, str]:
         """Wait for its end and return what it wrote on standard output and standard error."""
         self.wait(timeout)
