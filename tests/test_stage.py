@@ -85,6 +85,24 @@ def test_what_an_older_version_took_for_a_difference_is_none(tmp_path: Path) -> 
     )
 
 
+def test_what_another_version_began_is_not_continued_in_silence_and_what_it_finished_stands(tmp_path: Path) -> None:
+    begun, done = tmp_path / "begun", tmp_path / "done"
+    begun.mkdir()
+    begin(begun, request(), fingerprint_ignores={})
+    revisions = ("JPEGs are cropped elsewhere",)
+    with pytest.raises(ConfigError, match="an older version began it; since then JPEGs are cropped elsewhere"):
+        already_done(begun, request(), allowed=(), revisions=revisions)
+    assert not already_done(begun, request(), allowed=("revisions",), revisions=revisions)
+    assert begin(begun, request(), fingerprint_ignores={}, revisions=revisions) == [
+        "revisions: an older version began it; since then JPEGs are cropped elsewhere"
+    ]
+    assert not already_done(begun, request(), allowed=(), revisions=revisions)
+    with pytest.raises(ConfigError, match="a newer version of Latentline began it"):
+        already_done(begun, request(), allowed=(), revisions=())
+    commit_unet(done, request())
+    assert already_done(done, request(), allowed=(), revisions=revisions)
+
+
 def test_a_folder_with_old_names_of_keys_is_the_same_work(tmp_path: Path) -> None:
     config = training_config(tmp_path, validate_every=7)
     now, ignored = fingerprint_of("train_unet", config, {}), ignored_values(config)

@@ -167,7 +167,9 @@ def state_of(stage: str, config: StageConfig, before: Mapping[str, StagePlan]) -
     if not why:
         request = fingerprint_of(stage, config, parents)
         held = read_manifest(folder).content if finished else json.loads((folder / "request.json").read_bytes())
-        why = [line for _, line in differing_keys(held, request, fingerprint_ignores=config.fingerprint_ignores)]
+        revisions = None if finished else config.revisions
+        found = differing_keys(held, request, fingerprint_ignores=config.fingerprint_ignores, revisions=revisions)
+        why = [line for _, line in found]
     return StagePlan(stage=stage, state="stale" if why else "done" if finished else "begun", why=why)
 
 

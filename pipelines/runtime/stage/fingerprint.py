@@ -1,7 +1,7 @@
 """Fingerprint of a stage: its configuration and its inputs' digests, and whether that very work is done already."""
 
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -61,17 +61,19 @@ def ignored_values(config: StageConfig) -> dict[str, Any]:
     return {key: value for key, value in leaves.items() if is_among(key, config.fingerprint_ignores)}
 
 
-def begin(folder: Path, request: Mapping[str, Any], *, fingerprint_ignores: Mapping[str, Any]) -> list[str]:
+def begin(
+    folder: Path, request: Mapping[str, Any], *, fingerprint_ignores: Mapping[str, Any], revisions: Sequence[str] = ()
+) -> list[str]:
     """Write down what the stage now does, and return what of it has changed since its last start, line by line."""
     path, lines = folder / "request.json", []
     if path.is_file():
         before = json.loads(path.read_bytes())
-        lines = [line for _, line in differing_keys(before, request)]
+        lines = [line for _, line in differing_keys(before, request, revisions=revisions)]
         # Up to a renaming the object was called "harmless".
         ignored = before.get("fingerprint_ignores", before.get("harmless", fingerprint_ignores))
         ignored = {new_name(request["stage"], key): value for key, value in ignored.items()}
         lines += [line for _, line in _differences(ignored, fingerprint_ignores)]
-    write_json(path, {**request, "fingerprint_ignores": dict(fingerprint_ignores)})
+    write_json(path, {**request, "fingerprint_ignores": dict(fingerprint_ignores), "revisions": list(revisions)})
     return lines
 
 
@@ -87,6 +89,7 @@ def already_done(
     *,
     allowed: tuple[str, ...],
     fingerprint_ignores: Collection[str] = (),
+    revisions: Sequence[str] | None = None,
 ) -> bool:
     """Return whether the stage has finished this very request; False when it has yet to start or to continue.
 
@@ -96,6 +99,7 @@ def already_done(
         allowed: Keys whose change the user accepts while it is unfinished. Only a training stage heeds them: finished
             parts of the others stay as they are, so that a changed request would mix with the old one.
         fingerprint_ignores: Keys that do not matter, though an older version may have written them down.
+        revisions: Of the stage's configuration. What is finished stays valid: they count for what is begun.
 
     Raises:
         ConfigError: The folder holds another request's work; the message shows each difference.
@@ -113,7 +117,12 @@ def already_done(
     can_change = request["stage"].startswith("train_") and not finished
     differences = [
         line
-        for key, line in differing_keys(before, request, fingerprint_ignores=fingerprint_ignores)
+        for key, line in differing_keys(
+            before,
+            request,
+            fingerprint_ignores=fingerprint_ignores,
+            revisions=None if finished else revisions,
+        )
         if not (can_change and key in allowed)
     ]
     if not differences:
@@ -129,15 +138,25 @@ def already_done(
 
 
 def differing_keys(
-    before: Mapping[str, Any], now: Mapping[str, Any], *, fingerprint_ignores: Collection[str] = ()
+    before: Mapping[str, Any],
+    now: Mapping[str, Any],
+    *,
+    fingerprint_ignores: Collection[str] = (),
+    revisions: Sequence[str] | None = None,
 ) -> list[tuple[str, str]]:
     """Return (key, "key: was X, is now Y") for each difference between two requests that matters.
 
-    Keys of ``before`` that were renamed since are compared under their present names.
+    Keys of ``before`` that were renamed since are compared under their present names. With ``revisions``, those that
+    are newer than ``before`` are differences of the key "revisions".
     """
     old = flattened({"parents": before["parents"], **with_new_names(now["stage"], before["config"])})
     new = flattened({"parents": now["parents"], **now["config"]})
-    return [(key, line) for key, line in _differences(old, new) if not is_among(key, fingerprint_ignores)]
+    found = [(key, line) for key, line in _differences(old, new) if not is_among(key, fingerprint_ignores)]
+    known = len(before.get("revisions", ()))
+    if revisions is not None and known > len(revisions):
+        found.append(("revisions", "revisions: a newer version of Latentline began it; continue with that one"))
+    newer = () if revisions is None else revisions[known:]
+    return found + [("revisions", f"revisions: an older version began it; since then {change}") for change in newer]
 
 
 def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[tuple[str, str]]:

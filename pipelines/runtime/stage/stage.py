@@ -165,6 +165,7 @@ def running_stage(
             request,
             allowed=config.run.allow_changed,
             fingerprint_ignores=config.fingerprint_ignores,
+            revisions=config.revisions,
         ):
             outcome.set("done")
             log.info(f"already finished in {folder}; nothing to do.")
@@ -173,7 +174,10 @@ def running_stage(
         accelerator = start_accelerator(config.run, precision=precision)
         own = take_folder(folder, lock, accelerator, joinable=joinable)
         if accelerator.is_main_process:
-            if lock.held and (changes := begin(folder, request, fingerprint_ignores=ignored_values(config))):
+            ignored = ignored_values(config)
+            if lock.held and (
+                changes := begin(folder, request, fingerprint_ignores=ignored, revisions=config.revisions)
+            ):
                 log.info("changed since the last start:\n  " + "\n  ".join(changes))
             shown = without_credentials(config_as_toml(config, table=name))
             write_atomically(own / "config.toml", shown.encode())
