@@ -1,11 +1,14 @@
 """Sources give the same samples on any machine, each of its true class."""
 
 import gzip
+import io
 import os
+import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
+import webdataset
 from PIL import Image
 from pydantic import TypeAdapter, ValidationError
 
@@ -288,6 +291,72 @@ def test_existing_shards_are_read_in_place(tmp_path: Path) -> None:
         sample = found[f"k{number}"]
         assert (sample.label, sample.caption, sample.metadata) == (number % 2, f"no. {number}", {"n": number})
         assert (pixels_of(sample) == number).all()
+
+
+@pytest.fixture
+def packed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """What webdataset's own writer makes of the same samples: a tar, a compressed one, and one written into a pipe."""
+    monkeypatch.setenv("LATENTLINE_CACHE", str(tmp_path / "cache"))
+    samples = [
+        {"__key__": f"{n:04}", "png": image_bytes(n), "cls": n % 4, "txt": f"picture {n}", "json": {"number": n}}
+        for n in range(60)
+    ]
+    for name in ("a.tar", "b.tar.gz", "c.tgz"):
+        with webdataset.TarWriter(str(tmp_path / name)) as writer:
+            for sample in samples:
+                writer.write(sample)
+    with open(tmp_path / "d.tar", "wb") as file:
+        pipe = subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=file)
+        with webdataset.TarWriter(pipe.stdin) as writer:
+            for sample in samples:
+                writer.write(sample)
+        assert pipe.stdin is not None
+        pipe.stdin.close()
+        assert pipe.wait() == 0
+    return tmp_path
+
+
+def image_bytes(number: int) -> bytes:
+    buffer = io.BytesIO()
+    rng = np.random.default_rng(number)
+    Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def test_compressed_and_streamed_shards_hold_what_plain_ones_do(packed: Path) -> None:
+    found = {}
+    for name in ("a.tar", "b.tar.gz", "c.tgz", "d.tar"):
+        config = WebDatasetConfig(urls=(str(packed / name),), val_fraction=0.2, classes=("a", "b", "c", "d"))
+        source = config.open()
+        assert source.copied == (name in ("b.tar.gz", "c.tgz")), "nothing has a place in a compressed file"
+        found[name] = [
+            (split, sample.key, sample.label, sample.caption, sample.metadata, sample.image)
+            for split in SPLITS
+            for sample in (source.read(split, index) for index in range(source.count(split)))
+        ]
+    assert len(found["a.tar"]) == 60
+    assert found["a.tar"] == found["b.tar.gz"] == found["c.tgz"] == found["d.tar"]
+
+
+def test_a_damaged_compressed_shard_is_no_short_one(packed: Path) -> None:
+    path = packed / "b.tar.gz"
+    raw = path.read_bytes()
+    for place in (len(raw) // 2, len(raw) - 6):
+        path.write_bytes(raw[:place] + bytes([raw[place] ^ 0xFF]) + raw[place + 1 :])
+        with pytest.raises(OSError, match=r"b\.tar\.gz is damaged at an unknown place"):
+            WebDatasetConfig(urls=(str(path),), val_fraction=0.5).open()
+    path.write_bytes(raw[: len(raw) // 2])
+    source = WebDatasetConfig(urls=(str(path),), val_fraction=0.5).open()
+    faults, good = [], 0
+    for split in SPLITS:
+        for index in range(source.count(split)):
+            try:
+                source.read(split, index)
+                good += 1
+            except BadSample as error:
+                faults.append(error.reason)
+    assert faults == ["truncated"]
+    assert 10 < good < 50
 
 
 def test_shards_can_be_given_to_each_split(tmp_path: Path) -> None:

@@ -12,19 +12,22 @@ Environment: ``LATENTLINE_CACHE`` names the folder (default ``~/.cache/latentlin
 
 import contextlib
 import fcntl
+import gzip
 import hashlib
 import os
 import re
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 from urllib.parse import urlsplit
 
-from data.files import temporary_beside
+from data.files import atomic_file, temporary_beside
 
 SCHEMES = ("s3", "gs", "https")
 CHUNK_BYTES = 8 << 20
+TAR_END_BYTES = 1024
 TRIES = 3
 NOTE_SUFFIX = ".note"
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.\-]*:")
@@ -204,6 +207,39 @@ class Cache:
                     raise OSError(f"{url} has {found} bytes instead of {size}: it was cut or changed.")
                 self._download(_filesystem(url.partition("://")[0]), url, found, path, sha256=sha256)
         return path
+
+    def unpacked(self, packed: Path) -> Path:
+        """Return a copy of a gzip-compressed file without compression, made now if need be.
+
+        Of one that was cut the copy ends there, without blocks that end a tar: so its scan finds it truncated.
+
+        Raises:
+            OSError: It is damaged, cannot be read, or the copy would be larger than the cache.
+        """
+        about = packed.stat()
+        path = self.path(f"{packed} {about.st_size} {about.st_mtime_ns}")
+        if self._touched(path, None):
+            return path
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with self._locked(f"{path.name}.lock"):
+            if not self._touched(path, None):
+                with atomic_file(path) as file:
+                    self._unpack(packed, file)
+                with self._locked("lock"):
+                    self._make_room(0, str(packed))
+        return path
+
+    def _unpack(self, packed: Path, file: IO[bytes]) -> None:
+        with gzip.open(packed) as source:
+            try:
+                while chunk := source.read1(CHUNK_BYTES):
+                    if file.tell() + len(chunk) > self.max_bytes:
+                        raise OSError(f"{packed} is larger than the whole cache may hold; raise LATENTLINE_CACHE_GB.")
+                    file.write(chunk)
+            except EOFError:
+                file.truncate(max(0, file.tell() - TAR_END_BYTES))
+            except (gzip.BadGzipFile, zlib.error) as error:
+                raise OSError(f"{packed} is damaged at an unknown place ({error}): get it again.") from None
 
     @staticmethod
     def _touched(path: Path, size: int | None) -> bool:

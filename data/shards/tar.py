@@ -66,7 +66,7 @@ def scan_tar(buffer: Buffer) -> Iterator[Member | Fault]:
         yield Fault("empty_file", "", "0 bytes")
         return
     if buffer[:2] == b"\x1f\x8b":
-        yield Fault("gzip", "", "gzip-compressed; shards are plain tar files: decompress it first")
+        yield Fault("gzip", "", "gzip-compressed, though it is not called so: name it .tar.gz")
         return
     position, pending, found = 0, _Pending(), False
     while position < size:

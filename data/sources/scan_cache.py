@@ -15,6 +15,7 @@ from data.files import write_atomically
 from data.shards.remote import Cache, is_remote, local_path, properties_of
 
 ASKED_AT_ONCE = 16
+PACKED_SUFFIXES = (".gz", ".tgz")
 _VERSIONS = ("ETag", "etag", "generation", "LastModified", "Last-Modified", "Content-MD5", "md5Hash")
 
 
@@ -28,8 +29,22 @@ class FoundShard:
 
     @property
     def path(self) -> Path:
-        """A local file with its content; fetched again when the cache has dropped it."""
-        return local_path(self.url, size=self.bytes)
+        """A local file with its content, unpacked; fetched and unpacked again when the cache has dropped it."""
+        found = local_path(self.url, size=self.bytes)
+        return Cache.of_environment().unpacked(found) if self.is_packed else found
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether it is compressed, so that its samples cannot be found by their place in it."""
+        return self.url.endswith(PACKED_SUFFIXES)
+
+    def current_bytes(self) -> int:
+        """Return the size that the file has now.
+
+        Raises:
+            OSError: It is not there.
+        """
+        return local_path(self.url, size=self.bytes).stat().st_size
 
     def key_hashes(self) -> np.ndarray | None:
         """Return the hashes kept of this version, uint64 (samples,), or None."""

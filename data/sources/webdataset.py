@@ -49,7 +49,7 @@ ShardAddress = Annotated[str, AfterValidator(check_address)]
 
 
 class WebDatasetConfig(BaseModel, frozen=True, extra="forbid"):
-    """Existing WebDataset shards: tars of KEY.jpg|png|webp with KEY.cls, KEY.txt, KEY.json."""
+    """Existing WebDataset shards: tars, or .tar.gz, of KEY.jpg|png|webp with KEY.cls, KEY.txt, KEY.json."""
 
     kind: Literal["webdataset"] = "webdataset"  # tars that others wrote, read in place
     urls: Annotated[
@@ -59,7 +59,7 @@ class WebDatasetConfig(BaseModel, frozen=True, extra="forbid"):
     val_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.01  # share kept for validation, by the hash of the key
     classes: tuple[str, ...] = ()  # names by label; without them labels are not read
     captions: Literal["required", "optional", "ignored"] = "optional"  # whether a sample needs KEY.txt
-    copied: bool = False  # write new shards of finished squares, instead of using these where they lie
+    copied: bool = False  # write new shards of finished squares, instead of using these where they lie; .tar.gz always
 
     def open(self) -> "WebDataset":
         """Scan the shards.
@@ -75,13 +75,15 @@ class WebDataset:
 
     def __init__(self, config: WebDatasetConfig) -> None:
         self._config = config
-        self.classes, self.copied = config.classes, config.copied
+        self.classes = config.classes
         self._scans: OrderedDict[int, list[RawSample]] = OrderedDict()
         self._lock = threading.Lock()
         train, val = expand(config.urls), expand(config.val_urls)
         if both := sorted(set(train) & set(val)):
             raise ValueError(f"{both[0]} is in urls and in val_urls; a shard belongs to one split.")
         self._shards = found_shards([*train, *val])
+        #: Whether new shards are written: of compressed ones always, since nothing in them has a place.
+        self.copied = config.copied or any(shard.is_packed for shard in self._shards)
         #: Absolute path or URL of each shard.
         self.urls = tuple(shard.url for shard in self._shards)
         hashes, numbers, rows = self._scan_all()
@@ -204,7 +206,7 @@ class WebDataset:
         """Return the samples of a shard, scanning it unless that was done lately."""
         shard = self._shards[number]
         try:
-            size = shard.path.stat().st_size
+            size = shard.current_bytes()
         except OSError as error:
             detail = f"{error.strerror or error} since it was scanned"
             raise BadSample("shard_missing", detail, shard=shard.url) from None
