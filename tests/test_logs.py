@@ -7,7 +7,8 @@ import sys
 
 import pytest
 
-from pipelines.runtime.config.logs import set_up_logging
+from pipelines.runtime.config.errors import ConfigError
+from pipelines.runtime.config.logs import say_mistake, set_up_logging
 from pipelines.runtime.stage.progress import progress_line
 
 log = logging.getLogger("latentline.stage")
@@ -66,3 +67,20 @@ def test_log_lines_go_above_the_progress_bar(monkeypatch: pytest.MonkeyPatch) ->
     assert text.count("update 4: PSNR 20 dB") == 1
     # The bar's line is wiped before the log line, and drawn again on the line below it.
     assert re.search(r"\x1b\[2K\d\d:\d\d:\d\d INFO train_unet\[0/1\] update 4: PSNR 20 dB *\n[^\n]*9/9 updates", text)
+
+
+def test_a_mistake_is_said_once_a_machine_and_under_a_launcher_as_a_log_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mistake = ConfigError("2 mistakes:\n  a\n  b")
+    say_mistake("train_unet", mistake)
+    assert capsys.readouterr().err == "train_unet: 2 mistakes:\n  a\n  b\n"
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    said = []
+    for rank, local in (("0", "0"), ("1", "1"), ("2", "0"), ("3", "1")):
+        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("LOCAL_RANK", local)
+        say_mistake("train_unet", mistake)
+        said.append(capsys.readouterr().err.splitlines())
+    assert [len(lines) for lines in said] == [3, 0, 3, 0]
+    assert all(re.fullmatch(r"\d\d:\d\d:\d\d ERROR train_unet\[[02]/4\] .+", line) for line in said[0] + said[2])

@@ -7,11 +7,11 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from pipelines.runtime.config.errors import ConfigError, Stopped
 from pipelines.runtime.config.experiment import Config, config_as_toml, load_config, merged_tree, root_of
-from pipelines.runtime.config.logs import set_up_logging
+from pipelines.runtime.config.logs import say_mistake, set_up_logging
 from pipelines.runtime.config.outcome import EXIT_CODES, Outcome
 from pipelines.runtime.config.schema import model_paths
 from pipelines.runtime.config.stage_config import STAGE_FOLDERS, TOOL_TABLES, CommandConfig
@@ -51,7 +51,7 @@ def run_tool(
         with redirect_stdout(sys.stderr) if as_json else nullcontext():
             answer = work(config)
     except ConfigError as error:
-        _print_on_main(f"{table}: {error}", file=sys.stderr)
+        say_mistake(table, error)
         return 2
     except (Stopped, KeyboardInterrupt):
         return EXIT_CODES["stopped"]
@@ -71,7 +71,7 @@ def config_from_command_line(
     try:
         config = load_config(model, table=table, argv=words)
     except ConfigError as error:
-        _print_on_main(f"{table}: {error}", file=sys.stderr)
+        say_mistake(table, error)
         _leave_early_outcome(model, words, table=table)
         raise SystemExit(2) from None
     if words != argv:
@@ -114,6 +114,6 @@ def _is_main() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def _print_on_main(text: str, *, file: TextIO | None = None) -> None:
+def _print_on_main(text: str) -> None:
     if text and _is_main():
-        print(text, file=file)
+        print(text)

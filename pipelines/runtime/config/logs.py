@@ -25,6 +25,20 @@ def set_up_logging(name: str, *, stream: TextIO | None = None) -> None:
     root.propagate = False  # a library may have given the root logger a handler, which would print it again
 
 
+def say_mistake(name: str, error: Exception) -> None:
+    """Say the user's mistake that ends a command, where all ranks find the same: once a machine.
+
+    Under a launcher it is a log line like any other, since the logs of several machines are read together.
+    """
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        return
+    if "RANK" in os.environ:
+        set_up_logging(name)
+        logging.getLogger("latentline").error(error)
+    else:
+        print(f"{name}: {error}", file=sys.stderr, flush=True)
+
+
 class _Terminal(logging.Handler):
     """Prints to the standard streams of the moment: a progress bar takes their place, to keep its line below ours."""
 

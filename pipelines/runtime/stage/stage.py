@@ -10,7 +10,6 @@ import os
 import platform
 import secrets
 import socket
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -26,7 +25,7 @@ from data.files import FolderLock, sweep_temporaries, write_atomically
 from data.manifest import FORMAT_VERSION, MANIFEST_NAME, FileEntry, Manifest, Parents, digest_of, write_manifest
 from pipelines.runtime.config.errors import ConfigError, Stopped, config_error_at
 from pipelines.runtime.config.experiment import config_as_toml
-from pipelines.runtime.config.logs import set_up_logging
+from pipelines.runtime.config.logs import say_mistake, set_up_logging
 from pipelines.runtime.config.outcome import OUTCOME_NAME, Outcome, resume_command
 from pipelines.runtime.config.redaction import without_credentials
 from pipelines.runtime.config.stage_config import STAGE_FOLDERS, StageConfig
@@ -207,8 +206,8 @@ def running_stage(
         # Before the work all ranks of a machine find the same; in the work one may be alone with it.
         if outcome.working:
             log.error(error)
-        elif os.environ.get("LOCAL_RANK", "0") == "0":
-            print(f"{name}: {error}", file=sys.stderr, flush=True)
+        else:
+            say_mistake(name, error)
     except KeyboardInterrupt:
         outcome.set("stopped")
     except Exception as error:
