@@ -150,13 +150,17 @@ class ImageShards(ShardSet):
         # The label is the corpus's, which in a shard of others may be another number than theirs.
         return {"cls": b"%d" % label, **carried} if (label := shard.label(row)) >= 0 else carried
 
+    def labels_at(self, indices: np.ndarray) -> np.ndarray:
+        """Return the labels, -1 for none, without reading a sample; int64 (n,)."""
+        shards, rows = self.locate(indices)
+        return np.array([shard.label(row) for shard, row in zip(shards, rows, strict=True)], dtype=np.int64)
+
     def labels_and_captions(self, indices: np.ndarray) -> tuple[np.ndarray, list[str]]:
         """Return the labels int64 (n,), -1 for none, and captions, "" for none, without decoding an image."""
         shards, rows = self.locate(indices)
         captioned = [shard.place(row, "txt") is not None for shard, row in zip(shards, rows, strict=True)]
-        samples = list(zip(brought_near(shards, rows, captioned), rows, strict=True))
-        labels = np.array([shard.label(row) for shard, row in samples], dtype=np.int64)
-        return labels, [shard.caption(row) for shard, row in samples]
+        near = brought_near(shards, rows, captioned)
+        return self.labels_at(indices), [shard.caption(row) for shard, row in zip(near, rows, strict=True)]
 
     @staticmethod
     def _suffix(shard: Shard, row: int) -> str:

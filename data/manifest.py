@@ -174,6 +174,7 @@ class VAEManifest(Manifest):
     value_range: tuple[int, int]
     factor: int  # pixels a side of one latent pixel
     latent_channels: int
+    view: Mapping[str, Any] | None = None  # how its images became squares; unknown of older ones
 
 
 class DiffusersVAEManifest(Manifest):

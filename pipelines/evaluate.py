@@ -36,6 +36,7 @@ from pipelines.runtime.stage.work_items import make_items
 
 GRID_ROWS = 8
 MAX_GRID_COLUMNS = 12
+VIEW_KEYS = ("fit", "resample", "background")  # of a corpus, besides the shape of its images
 WRITTEN = ("metrics.json", "samples.png", "guidance.png", "sweep.png")  # besides the sample shards
 
 
@@ -64,7 +65,7 @@ def check_inputs(config: EvaluateConfig, parents: Parents) -> None:
     """Refuse what cannot be compared, before any work.
 
     Raises:
-        ConfigError: Another VAE than the U-Net's, other classes, or no validation images.
+        ConfigError: Another VAE than the U-Net's, other classes, another view, or no validation images.
     """
     # The model: its VAE, and the samplers that its process takes.
     samplers: dict[str, SamplerConfig] = {"evaluate.sampler": config.sampler}
@@ -79,6 +80,13 @@ def check_inputs(config: EvaluateConfig, parents: Parents) -> None:
             f"inputs.corpus has the classes {list(corpus.classes)}, inputs.unet was trained on {list(unet.classes)}. "
             "Point inputs.corpus at the corpus of the training, or at one with its classes in its order."
         )
+    trained, found = getattr(parents.vae, "view", None), corpus.config["view"]
+    if trained and (differing := [key for key in VIEW_KEYS if trained[key] != found[key]]):
+        raise ConfigError(
+            "inputs.corpus shows images in another way than the one that inputs.vae was trained on: "
+            + ", ".join(f"view.{key} is {found[key]!r}, was {trained[key]!r}" for key in differing)
+            + ". Prepare it with the view of the training: figures would compare two ways of cropping."
+        )
     if not corpus.splits["val"]:
         raise ConfigError("inputs.corpus has no validation images to compare with. Prepare it with a validation split.")
 
@@ -88,6 +96,9 @@ def evaluate(config: EvaluateConfig, stage: Stage) -> None:
     # The model, the real images, and the names of all batches.
     maker = ItemMaker(config, stage)
     names = maker.names
+    for reason in dict.fromkeys(maker.absent.values()):
+        which = ", ".join(name for name, why in maker.absent.items() if why == reason)
+        stage.log.info(f"without {which}: {reason}")
 
     # Make the batches that are missing, each with its features; all ranks share the work.
     with progress_line("evaluate", total=len(names.own), unit="batches", is_main=stage.is_main) as line:
@@ -125,15 +136,22 @@ def measure(maker: ItemMaker) -> None:
         return features, maker.read(of_split, "labels", folder=maker.reference_folder)
 
     # Compare samples and reconstructions with real images.
-    reference = Reference(train=real("train"), validation=real("val"), num_classes=len(stage.parents.unet.classes))
+    absent = maker.absent
+    probed = None if "class_accuracy" in absent else real("train")
+    reference = Reference(real("val"), train=probed, num_classes=len(stage.parents.unet.classes))
     labels = maker.labels(range(config.num_samples))
     by_scale = {
-        scale: distribution_metrics(maker.read(of_scale, "features"), labels, reference)
+        scale: distribution_metrics(maker.read(of_scale, "features"), labels, reference, absent=absent)
         for scale, of_scale in names.samples.items()
     }
-    floor = distribution_metrics(maker.read(names.reconstructions, "features"), reference.labels, reference)
-    vae = mean_metrics({name: maker.read(names.reconstructions, name) for name in ("psnr", "ssim")})
-    likelihood = mean_metrics({name: maker.read(names.bounds, name) for name in TERMS}) if names.bounds else {}
+    floor: Metrics = {}
+    if "floor" not in absent:
+        features, of_images = (maker.read(names.floor, name) for name in ("features", "labels"))
+        floor = distribution_metrics(features, of_images, reference, absent=absent)
+    fidelity = [name for name in ("psnr", "ssim") if name not in absent]
+    vae = mean_metrics({name: maker.read(names.reconstructions, name) for name in fidelity})
+    bounds = names.bounds and "likelihood" not in absent
+    likelihood = mean_metrics({name: maker.read(names.bounds, name) for name in TERMS}) if bounds else {}
 
     # Write them down with all that makes them comparable, and draw them.
     contract = contract_of(maker, reference)
@@ -144,6 +162,7 @@ def measure(maker: ItemMaker) -> None:
             "floor": floor,
             "vae": vae,
             **({"likelihood": likelihood} if likelihood else {}),
+            **({"absent": absent} if absent else {}),
             "sweep": [{"guidance": scale, **by_scale[scale]} for scale in sorted(by_scale)],
             "default_guidance": config.guidance.scale,
         },
@@ -182,6 +201,7 @@ def contract_of(maker: ItemMaker, reference: Reference) -> dict[str, Any]:
         "image": corpus.image.model_dump(),
         "conditions": "validation captions" if maker.prompts is not None else "classes in turn",
         "reference": {"digest": corpus.digest, "split": "val", "num_images": len(reference.features)},
+        "floor": {"split": "train", "num_images": len(maker.real_indices["floor"])},
         "probe": reference.probe_contract,
     }
 

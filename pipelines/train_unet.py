@@ -53,6 +53,7 @@ class TrainUNetConfig(TrainingConfig):
     """Configuration of the denoiser and its training."""
 
     fingerprint_ignores = TrainingConfig.fingerprint_ignores | {"grid"}
+    revisions = ("validation looks at a sample spread over its whole split, in the training's precision",)
 
     inputs: TrainUNetInputs  # where the stage reads
     denoiser: DenoiserConfig = DenoiserConfig()  # network, conditions, process and objective
@@ -155,6 +156,7 @@ def train(config: TrainUNetConfig, stage: Stage) -> None:
             config.grid,
             latents_folder=config.inputs.latents,
             vae_folder=config.inputs.vae,
+            images_per_pass=config.images_per_device or config.global_batch,
             device=device,
             captions=captions,
         )

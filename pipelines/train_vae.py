@@ -51,6 +51,7 @@ class TrainVAEConfig(TrainingConfig):
     """Configuration of the autoencoder, its objective and its training."""
 
     fingerprint_ignores = TrainingConfig.fingerprint_ignores | {"decode_threads"}
+    revisions = ("validation looks at a sample spread over its whole split, in the training's precision",)
 
     inputs: TrainVAEInputs  # where the stage reads
     network: VAEConfig = VAEConfig()  # the autoencoder
@@ -165,6 +166,7 @@ def train(config: TrainVAEConfig, stage: Stage) -> None:
         value_range=(-1, 1),
         factor=config.network.factor,
         latent_channels=config.network.latent_channels,
+        view=corpus.config["view"],
     )
 
 

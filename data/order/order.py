@@ -14,6 +14,7 @@ from pydantic import BaseModel, Field, PositiveFloat, PositiveInt
 from data.order.blocked import BlockedStreams
 from data.order.mixture import Mixture
 from data.order.permutation import permute, round_keys
+from data.randomness import generator
 
 
 class FullShuffleConfig(BaseModel, frozen=True, extra="forbid"):
@@ -46,6 +47,18 @@ class SequentialConfig(BaseModel, frozen=True, extra="forbid"):
 
 AnyOrderConfig = FullShuffleConfig | BlockedShuffleConfig | WeightedConfig | SequentialConfig
 OrderConfig = Annotated[AnyOrderConfig, Field(discriminator="kind")]
+
+
+def spread_sample(num_samples: int, count: int) -> np.ndarray:
+    """Return ``count`` samples, or all, spread over ``num_samples``, ascending: a pure function; int64 (k,).
+
+    One is drawn from each of ``count`` equal stretches. Stretches, since a corpus that keeps its classes together
+    shows one of them in any single stretch; drawn, since equal steps through classes in turn meet one class only.
+    """
+    count = min(count, num_samples)
+    borders = np.arange(count + 1, dtype=np.int64) * num_samples // max(count, 1)
+    lengths = np.diff(borders)
+    return borders[:-1] + (generator(0, "order/spread").random(count) * lengths).astype(np.int64)
 
 
 class Order:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from models.metrics.estimate import Estimate, checked_features, checked_pair, on_one_thread
 
+_NUM_CUTS = 10  # of a manifold into halves
 _ROWS_PER_BLOCK = 1024  # bounds memory: a block of kernel values or distances is (1024 m) float64
 
 
@@ -190,7 +191,9 @@ def precision_recall(features: Tensor, reference: Tensor, *, num_neighbours: int
     Kynkaanniemi et al. 2019 (arXiv:1904.06991), eqs. 1-2: a set's manifold is the union of the balls around its points
     that reach to the k-th nearest neighbour. Precision is the fraction of ``features`` inside the manifold of
     ``reference``, recall the fraction of ``reference`` inside that of ``features``. Both fall with the number of
-    samples; compare equal counts. The errors are binomial, given the manifolds.
+    samples; compare equal counts. The errors are binomial for the points, plus the variance of the manifold by its
+    halves: half of what two halves of it differ by (delete-half jackknife, Shao & Wu 1989, which holds for nearest
+    neighbours where deleting single points does not).
 
     Args:
         features: (n d), n > k.
@@ -210,13 +213,30 @@ def precision_recall(features: Tensor, reference: Tensor, *, num_neighbours: int
 
 
 def _fraction_inside(points: Tensor, manifold: Tensor, num_neighbours: int) -> Estimate:
+    # The members of the whole manifold, then of two halves of it for each of some random cuts.
+    whole, generator = torch.ones(1, len(manifold), dtype=torch.bool), torch.Generator().manual_seed(0)
+    orders = torch.stack([torch.randperm(len(manifold), generator=generator) for _ in range(_NUM_CUTS)])
+    first = orders < len(manifold) // 2  # (cuts m)
+    cuts = torch.cat([whole, first, ~first])
+
     # The own point, at distance exactly zero, is the first neighbour.
-    radii = torch.cat(
-        [_distances(block, manifold).kthvalue(num_neighbours + 1).values for block in manifold.split(_ROWS_PER_BLOCK)]
-    )  # (m,)
-    inside = torch.cat([(_distances(block, manifold) <= radii).any(dim=1) for block in points.split(_ROWS_PER_BLOCK)])
-    fraction = float(inside.double().mean())
-    return Estimate(fraction, math.sqrt(fraction * (1 - fraction) / len(points)))
+    radii = torch.empty(cuts.shape, dtype=manifold.dtype)
+    for rows in torch.arange(len(manifold)).split(_ROWS_PER_BLOCK):
+        distances = _distances(manifold[rows], manifold)
+        for cut, members in enumerate(cuts):
+            within = distances[members[rows]][:, members]
+            nth = min(num_neighbours + 1, within.shape[1])
+            radii[cut, rows[members[rows]]] = within.kthvalue(nth).values
+    inside = torch.zeros(len(cuts), dtype=torch.float64)
+    for block in points.split(_ROWS_PER_BLOCK):
+        distances = _distances(block, manifold)
+        for cut, members in enumerate(cuts):
+            inside[cut] += (distances[:, members] <= radii[cut, members]).any(dim=1).sum()
+    fraction, *of_halves = (inside / len(points)).tolist()
+    halves = torch.tensor(of_halves, dtype=torch.float64).reshape(2, _NUM_CUTS)
+    # Half of their squared difference is the variance of a half, and half of that the variance of the whole.
+    of_manifold = float((halves[0] - halves[1]).square().mean()) / 4
+    return Estimate(fraction, math.sqrt(fraction * (1 - fraction) / len(points) + of_manifold))
 
 
 def _distances(rows: Tensor, columns: Tensor) -> Tensor:

@@ -2,9 +2,10 @@
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, ParamSpec, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -51,6 +52,25 @@ def mean_estimate(values: Tensor) -> Estimate:
         )
     values = values.detach().to("cpu", torch.float64)
     return Estimate(float(values.mean()), float(values.std()) / math.sqrt(len(values)))
+
+
+def worst_fraction(successes: Sequence[int], totals: Sequence[int], *, draws: int = 4_000) -> Estimate:
+    """The least of several fractions, each ``successes`` of ``totals``, and its error.
+
+    The error is that of the least fraction as an estimate of the least rate: the root mean square of their difference
+    over repetitions with rates from a posterior. So it holds that the least of many is low by chance, and is not zero
+    where all of few succeed. The posterior is the beta-binomial one, whose prior has the pooled rate and the weight of
+    as many trials as the fractions' spread beyond chance tells (Kleinman 1973, by moments); at least one trial.
+    """
+    right, total = (np.asarray(values, dtype=np.float64) for values in (successes, totals))
+    generator = np.random.Generator(np.random.Philox(key=0))
+    pooled = (right.sum() + 0.5) / (total.sum() + 1)
+    by_chance = (pooled * (1 - pooled) / total).mean()
+    between = float(np.var(right / total, ddof=1)) - by_chance if len(total) > 1 else 1.0
+    trials = np.clip(pooled * (1 - pooled) / max(between, 1e-9) - 1, 1.0, 1e6)
+    rates = generator.beta(right + trials * pooled, total - right + trials * (1 - pooled), size=(draws, len(total)))
+    least = (generator.binomial(total.astype(np.int64), rates) / total).min(axis=1)
+    return Estimate(float((right / total).min()), float(np.sqrt(np.square(least - rates.min(axis=1)).mean())))
 
 
 def checked_features(features: Tensor, *, name: str, min_samples: int = 2) -> Tensor:

@@ -1,63 +1,124 @@
 """Metrics of an evaluation: distances to real images, accuracy of a class probe, and their plot over guidance."""
 
 import io
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
 from models.metrics.distribution import frechet_distance, kernel_distance, precision_recall
-from models.metrics.estimate import Estimate, mean_estimate
+from models.metrics.estimate import Estimate, mean_estimate, worst_fraction
 from models.metrics.probe import LinearProbe
 
 Metrics = dict[str, dict[str, float]]
+
+# Images on each side that a figure is defined for.
+MIN_IMAGES = {"frechet_distance": 2, "kernel_distance": 3, "precision": 4, "recall": 4}
+PROBED = ("class_accuracy", "worst_class_accuracy")
+
+
+def absent_figures(
+    *,
+    samples: Tensor,
+    reference: Tensor,
+    probed: Tensor,
+    classes: Sequence[str],
+    num_floor: int,
+    num_bounds: int,
+) -> dict[str, str]:
+    """Return the figures that these images do not allow, each with its reason; known before any work.
+
+    Args:
+        samples: Labels of the samples of one guidance, -1 for none; (n,).
+        reference: Labels of the validation images; (m,).
+        probed: Labels of the training images that the class probe is fitted on; (p,).
+        classes: Names of the classes.
+        num_floor: Reconstructions that the floor is measured on.
+        num_bounds: Validation images whose likelihood is measured.
+    """
+    absent: dict[str, str] = {}
+    for name, least in MIN_IMAGES.items():
+        if min(len(samples), len(reference)) < least:
+            absent[name] = f"it needs {least} samples and {least} validation images"
+
+    # The probe: it must know every class, and be measured itself.
+    given, missing = probed[probed >= 0], sorted(set(range(len(classes))) - set(probed.tolist()))
+    labelled = min(int((samples >= 0).sum()), int((reference >= 0).sum()))
+    if len(classes) < 2:
+        reason = f"the corpus has {'one class' if classes else 'no classes'}"
+    elif not len(probed):
+        reason = "no training images are probed (evaluate.probe_images)"
+    elif missing:
+        named = ", ".join(repr(classes[label]) for label in missing[:5])
+        reason = f"none of the {len(given)} labelled training images that are probed shows {named}"
+    else:
+        reason = f"{labelled} samples or validation images have a class, and 2 are needed" if labelled < 2 else ""
+    if reason:
+        absent |= dict.fromkeys(PROBED, reason)
+
+    # The VAE's figures, and the likelihood.
+    if not num_floor:
+        absent["floor"] = f"it takes {len(samples)} training images, and leaves fewer than as many for the probe"
+    if len(reference) < 2:
+        absent |= dict.fromkeys(("psnr", "ssim"), "one validation image gives no error")
+    if num_bounds == 1:
+        absent["likelihood"] = "one validation image gives no error"
+    return absent
 
 
 class Reference:
     """Real images by their features: validation features and labels, and a class probe with its contract.
 
     Args:
-        train: Features (n d) and labels (n,) that the probe is fitted on.
-        validation: Features and labels of the images to compare with; the probe is measured on them, too.
-        num_classes: Of the corpus; one class needs no probe.
+        validation: Features (m d) and labels (m,), -1 for none, of the images to compare with.
+        train: Features and labels that the probe is fitted on; the validation images measure it. None for no probe.
+        num_classes: Of the corpus.
     """
 
-    def __init__(self, *, train: tuple[Tensor, Tensor], validation: tuple[Tensor, Tensor], num_classes: int) -> None:
-        self.features, self.labels = validation
+    def __init__(
+        self, validation: tuple[Tensor, Tensor], *, train: tuple[Tensor, Tensor] | None, num_classes: int
+    ) -> None:
+        self.features, labels = validation
         self.probe: LinearProbe | None = None
         #: How the probe was made and how far it can be trusted: its accuracy on real validation images.
         self.probe_contract: dict[str, Any] = {"kind": "none"}
-        if num_classes > 1:
-            self.probe = LinearProbe.fit(*train, num_classes=num_classes)
-            accuracy = self.probe.accuracy(self.features, self.labels)
+        if train is not None:
+            known = train[1] >= 0
+            self.probe = LinearProbe.fit(train[0][known], train[1][known], num_classes=num_classes)
+            accuracy = self.probe.accuracy(self.features[labels >= 0], labels[labels >= 0])
             self.probe_contract = {
                 "kind": "linear",
-                "num_images": len(train[1]),
+                "num_images": int(known.sum()),
                 "validation_accuracy": _metric(accuracy),
             }
 
 
-def distribution_metrics(features: Tensor, labels: Tensor, reference: Reference) -> Metrics:
+def distribution_metrics(
+    features: Tensor, labels: Tensor, reference: Reference, *, absent: Collection[str] = ()
+) -> Metrics:
     """Compare images with the reference's.
 
     Args:
         features: (n d).
-        labels: The classes that the images should show; (n,).
+        labels: The classes that the images should show, -1 for none; (n,).
         reference: Real images.
+        absent: Figures that are left out.
     """
-    neighbours = precision_recall(features, reference.features)
-    metrics = {
-        "frechet_distance": _metric(frechet_distance(features, reference.features)),
-        "kernel_distance": _metric(kernel_distance(features, reference.features)),
-        "precision": _metric(neighbours.precision),
-        "recall": _metric(neighbours.recall),
-    }
+    metrics = {}
+    if "frechet_distance" not in absent:
+        metrics["frechet_distance"] = _metric(frechet_distance(features, reference.features))
+    if "kernel_distance" not in absent:
+        metrics["kernel_distance"] = _metric(kernel_distance(features, reference.features))
+    if "precision" not in absent:
+        neighbours = precision_recall(features, reference.features)
+        metrics |= {"precision": _metric(neighbours.precision), "recall": _metric(neighbours.recall)}
     if reference.probe is not None:
-        right = (reference.probe.predict(features) == labels).double()
-        metrics["class_accuracy"] = _metric(mean_estimate(right))
-        by_class = [mean_estimate(right[labels == label]) for label in labels.unique() if (labels == label).sum() > 1]
-        if by_class:
-            metrics["worst_class_accuracy"] = _metric(min(by_class))
+        features, labels = features[labels >= 0], labels[labels >= 0]
+        right = reference.probe.predict(features) == labels
+        metrics["class_accuracy"] = _metric(mean_estimate(right.double()))
+        totals = [int((labels == label).sum()) for label in labels.unique()]
+        successes = [int(right[labels == label].sum()) for label in labels.unique()]
+        metrics["worst_class_accuracy"] = _metric(worst_fraction(successes, totals))
     return metrics
 
 
@@ -72,17 +133,25 @@ def sweep_plot(by_scale: Mapping[float, Mapping[str, Any]], floor: Mapping[str, 
 
     scales = sorted(by_scale)
     names = [name for name in by_scale[scales[0]] if name != "worst_class_accuracy"]
-    figure = Figure(figsize=(3.2 * len(names), 3.0), layout="constrained")
+    figure = Figure(figsize=(3.2 * max(len(names), 1), 3.0), layout="constrained")
+    if not names:
+        figure.text(0.5, 0.5, "no figure: see metrics.json", ha="center")
+        return _png(figure)
     for axis, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
         values = [by_scale[scale][name] for scale in scales]
         axis.errorbar(scales, [v["value"] for v in values], yerr=[v["error"] for v in values], marker="o", capsize=3)
-        axis.axhline(floor[name]["value"], color="grey", linestyle="--", linewidth=1)
-        inwards = "bottom" if floor[name]["value"] < sum(axis.get_ylim()) / 2 else "top"
-        axis.annotate("VAE reconstructions", (0.98, floor[name]["value"]), xycoords=("axes fraction", "data"),
-                      ha="right", va=inwards, fontsize=8, color="grey")  # fmt: skip
+        if name in floor:
+            axis.axhline(floor[name]["value"], color="grey", linestyle="--", linewidth=1)
+            inwards = "bottom" if floor[name]["value"] < sum(axis.get_ylim()) / 2 else "top"
+            axis.annotate("VAE reconstructions", (0.98, floor[name]["value"]), xycoords=("axes fraction", "data"),
+                          ha="right", va=inwards, fontsize=8, color="grey")  # fmt: skip
         axis.set_title(name.replace("_", " "))
         axis.set_xlabel("guidance scale")
         axis.grid(alpha=0.3)
+    return _png(figure)
+
+
+def _png(figure: Any) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
     return buffer.getvalue()

@@ -1,4 +1,4 @@
-"""Images of an evaluation: batches of samples, of reconstructions and of real images, each with its features.
+"""Images of an evaluation: batches of samples, of reconstructions and of real images, with their features.
 
 Every batch is a work item that any rank can make on its own, a pure function of its name: sample i has class i mod K,
 or the caption and class of a validation image that i picks, and noise (seed, i); batches have a fixed size and are
@@ -19,16 +19,20 @@ from torch import Tensor
 
 from data.files import write_atomically
 from data.loading import ImageShards
+from data.manifest import CorpusManifest
 from data.order.order import FullShuffleConfig, Order
-from data.transforms import to_levels, to_unit_range
+from data.transforms import to_unit_range
 from models.diffusion.guidance import GuidanceConfig
 from models.diffusion.samplers import DDIMConfig, SamplerConfig
 from models.features import FeatureExtractorConfig
 from models.features.extractor import FeatureExtractor
 from models.features.scattering import ScatteringConfig
+from models.latent_diffusion import LatentDiffusion
 from models.metrics.fidelity import psnr, ssim
 from pipelines.evaluation.likelihood import BoundConfig, NoBoundConfig, VariationalBoundConfig, measure_bound
+from pipelines.evaluation.metrics import absent_figures
 from pipelines.model.captions import as_tensors, prompt_encoder
+from pipelines.model.decoded import finite_levels
 from pipelines.model.device import device_of
 from pipelines.model.noise import noise_of
 from pipelines.model.weights import ModelInputs, load_latent_diffusion
@@ -41,7 +45,7 @@ from pipelines.runtime.stage.stage import Stage
 class EvaluateInputs(ModelInputs):
     """The trained model, and the images that its samples are compared with."""
 
-    corpus: str  # folder of the image shards; its validation images are the reference
+    corpus: str  # folder of the image shards; its validation images are the reference, training ones make the floor
 
 
 class DrawConfig(StageConfig):
@@ -55,7 +59,7 @@ class DrawConfig(StageConfig):
     guidance: GuidanceConfig = GuidanceConfig(scale=2.0)  # the default guidance, which is shown and stored first
     sweep: tuple[NonNegativeFloat, ...] = (1.0, 1.5, 2.0, 3.0)  # guidance scales compared; the default's is added
     extractor: FeatureExtractorConfig = ScatteringConfig()  # features that metrics compare
-    probe_images: PositiveInt = 10_000  # training images that the class probe is fitted on, at most
+    probe_images: NonNegativeInt = 10_000  # training images that the class probe is fitted on, at most; 0 is no probe
     likelihood: BoundConfig = NoBoundConfig()  # how probable the model finds validation latents
     precision: Precision = "float32"  # what the networks compute in
 
@@ -80,13 +84,19 @@ class ItemNames:
 
     reference: list[str]
     reconstructions: list[str]
+    floor: list[str]
     bounds: list[str]
     samples: dict[float, list[str]]
 
     @property
     def own(self) -> list[str]:
         """Items of this evaluation; those of the reference are shared by all of one corpus."""
-        return [*self.reconstructions, *self.bounds, *(name for names in self.samples.values() for name in names)]
+        return [
+            *self.reconstructions,
+            *self.floor,
+            *self.bounds,
+            *(name for names in self.samples.values() for name in names),
+        ]
 
 
 class ItemMaker:
@@ -98,23 +108,31 @@ class ItemMaker:
         # The model, and what prompts and images are encoded by.
         device = device_of(stage)
         self.model = load_latent_diffusion(config.inputs, stage.parents, device=device)
+        with config_error_at("inputs.corpus"):
+            check_shape(stage.parents.corpus, self.model)
         with config_error_at("inputs.unet"):
             self.prompts = prompt_encoder(self.model)
         with config_error_at("evaluate.extractor"):
             self.extractor: FeatureExtractor = config.extractor.build().to(device.torch)
 
-        # Real images: all validation images, and a draw of training images for the probe.
+        # Real images: all validation images, and training images that are drawn for the floor and for the probe. Of
+        # so few that the floor would take more than half of them, the probe takes all.
         corpus = stage.parents.corpus
         with config_error_at("inputs.corpus"):
             self.images: dict[str, ImageShards] = {
                 "train": ImageShards(config.inputs.corpus, split="train", manifest=corpus, scattered=True),
                 "val": ImageShards(config.inputs.corpus, split="val", manifest=corpus),
             }
-        order = Order(FullShuffleConfig(), num_samples=len(self.images["train"]), seed=0)
-        probed = np.sort(order.indices(0, min(config.probe_images, len(self.images["train"]))))
-        self.real_indices = {"train": probed, "val": np.arange(len(self.images["val"]))}
+        num_train = len(self.images["train"])
+        in_floor = config.num_samples if 2 * config.num_samples <= num_train else 0
+        drawn = Order(FullShuffleConfig(), num_samples=num_train, seed=0).indices(0, num_train)
+        self.real_indices = {
+            "train": np.sort(drawn[in_floor : in_floor + config.probe_images]),
+            "val": np.arange(len(self.images["val"])),
+            "floor": np.sort(drawn[:in_floor]),
+        }
         name = f"{corpus.digest[:16]}-{self.extractor.name}-{self.extractor.weights_sha256[:16]}"
-        shape = f"{len(probed)}-{config.batch_size}"
+        shape = f"{in_floor}-{len(self.real_indices['train'])}-{config.batch_size}"
         self.reference_folder = Path(config.run.root).parent / "cache" / "features" / f"{name}-{shape}"
 
     @cached_property
@@ -125,11 +143,27 @@ class ItemMaker:
         return ItemNames(
             reference=[f"{split}-{number:06}" for split in ("train", "val") for number in range(batches[split])],
             reconstructions=[f"reconstruction-{number:06}" for number in range(batches["val"])],
+            floor=[f"floor-{number:06}" for number in range(batches["floor"])],
             bounds=[f"bound-{number:06}" for number in range(-(-self._num_bounds() // size))],
             samples={
                 scale: [f"{key_prefix(scale)}-{number:06}" for number in range(self.config.num_samples // size)]
                 for scale in self.config.scales
             },
+        )
+
+    @cached_property
+    def absent(self) -> dict[str, str]:
+        """Figures that the corpus or the configuration does not allow, each with its reason."""
+        reference, probed = (
+            torch.from_numpy(self.images[split].labels_at(self.real_indices[split])) for split in ("val", "train")
+        )
+        return absent_figures(
+            samples=self.labels(range(self.config.num_samples)),
+            reference=reference,
+            probed=probed,
+            classes=self.stage.parents.unet.classes,
+            num_floor=len(self.real_indices["floor"]),
+            num_bounds=self._num_bounds(),
         )
 
     def make_reference(self, name: str) -> dict[str, Any]:
@@ -143,11 +177,13 @@ class ItemMaker:
         return {"samples": len(labels)}
 
     def make_own(self, name: str) -> dict[str, Any]:
-        """Reconstruct one batch of validation images or measure its likelihood, or draw one batch of samples."""
+        """Reconstruct one batch of real images or measure its likelihood, or draw one batch of samples."""
         kind, number = name.rsplit("-", 1)
         match kind:
             case "reconstruction":
-                tensors = self._reconstructions(int(number))
+                tensors = self._fidelity(int(number))
+            case "floor":
+                tensors = self._floor(int(number))
             case "bound":
                 tensors = self._bounds(int(number))
             case _:
@@ -188,28 +224,36 @@ class ItemMaker:
 
     def _real(self, split: str, number: int) -> tuple[Tensor, Tensor]:
         size = self.config.batch_size
-        batch = self.images[split].read(self.real_indices[split][number * size : (number + 1) * size])
+        images = self.images["train" if split == "floor" else split]
+        batch = images.read(self.real_indices[split][number * size : (number + 1) * size])
         return torch.from_numpy(batch.images), torch.from_numpy(batch.labels)
 
-    @torch.no_grad()
-    def _reconstructions(self, number: int) -> dict[str, Tensor]:
-        # Filled up by repetition: a batch has one size.
+    def _fidelity(self, number: int) -> dict[str, Tensor]:
+        """How well one batch of validation images is reconstructed."""
         real, _ = self._real("val", number)
+        found, expected = self._reconstructed(real, "validation image").movedim(-1, 1), real.movedim(-1, 1)
+        return {"psnr": psnr(found, expected), "ssim": ssim(found, expected)}
+
+    def _floor(self, number: int) -> dict[str, Tensor]:
+        """What an evaluation of a perfect U-Net would find: reconstructions of images that are not in the reference."""
+        real, labels = self._real("floor", number)
+        return {"features": self._features(self._reconstructed(real, "training image")), "labels": labels}
+
+    @torch.no_grad()
+    def _reconstructed(self, real: Tensor, kind: str) -> Tensor:
+        # Filled up by repetition: a batch has one size.
         size = self.config.batch_size
         whole = torch.cat([real] * -(-size // len(real)))[:size]
-
         autoencoder = self.model.autoencoder
         with self.stage.accelerator.autocast():
             posterior = autoencoder.encode(to_unit_range(whole).to(self.model.device))
-            levels = torch.from_numpy(to_levels(autoencoder.decode(posterior.mode())))[: len(real)]
+            decoded = autoencoder.decode(posterior.mode())
+        return self._levels(decoded, [f"{kind} {row} of its batch" for row in range(size)])[: len(real)]
 
-        found, expected = levels.movedim(-1, 1), real.movedim(-1, 1)
-        return {
-            "images": levels,
-            "features": self._features(levels),
-            "psnr": psnr(found, expected),
-            "ssim": ssim(found, expected),
-        }
+    def _levels(self, decoded: Tensor, names: Sequence[object]) -> Tensor:
+        return torch.from_numpy(
+            finite_levels(decoded, names=names, stage=self.stage.name, precision=self.config.precision)
+        )
 
     def _num_bounds(self) -> int:
         likelihood = self.config.likelihood
@@ -247,11 +291,25 @@ class ItemMaker:
                 guidance=self.config.guidance.model_copy(update={"scale": scale}),
                 fresh_noise=lambda step: noise(f"sample/{step}"),
             )
-        levels = torch.from_numpy(to_levels(images))
+        levels = self._levels(images, [f"{kind}-{index:06}" for index in indices])
         return {"images": levels, "features": self._features(levels)}
 
     def _features(self, levels: Tensor) -> Tensor:
         return self.extractor(levels.movedim(-1, 1).contiguous()).cpu()
+
+
+def check_shape(corpus: CorpusManifest, model: LatentDiffusion) -> None:
+    """Refuse real images of another size or number of channels than the samples.
+
+    Raises:
+        ValueError: They differ.
+    """
+    side, channels = model.denoiser.latent_shape[1] * model.autoencoder.factor, model.autoencoder.image_channels
+    if (corpus.image.resolution, corpus.image.channels) != (side, channels):
+        raise ValueError(
+            f"its images have {corpus.image.resolution} pixels a side and {corpus.image.channels} channel(s), samples "
+            f"have {side} and {channels}. Prepare a corpus of that size: distances across sizes mean nothing."
+        )
 
 
 def key_prefix(scale: float) -> str:

@@ -52,12 +52,10 @@ def attention_on(device: torch.device, run: RunConfig, *, precision: str = "no")
     Args:
         device: Device of the networks.
         run: Configuration with ``attention``.
-        precision: accelerate's name of the dtype that networks compute in. They are validated in float32, so the
-            backend has to run in both.
+        precision: accelerate's name of the dtype that networks compute in.
 
     Raises:
         ConfigError: It does not run there.
     """
-    dtypes = tuple(dict.fromkeys((_DTYPES[precision], torch.float32)))
     with config_error_at("run.attention"):
-        return choose_attention_backend(run.attention, device=device, dtypes=dtypes)
+        return choose_attention_backend(run.attention, device=device, dtypes=(_DTYPES[precision],))

@@ -1,6 +1,7 @@
 """Validation of averaged weights during training: a metric on validation data and a grid of pictures.
 
-A VAE is validated by the PSNR of reconstructions, a U-Net by its loss with fixed noise and by samples.
+A VAE is validated by the PSNR of reconstructions, a U-Net by its loss with fixed noise and by samples; both on a fixed
+sample that is spread over the whole validation split, in the precision of the training.
 """
 
 import numpy as np
@@ -10,8 +11,9 @@ from torch import Tensor, nn
 
 from data.files import write_atomically
 from data.loading import ImageBatch, ImageShards, LatentBatch, LatentShards
+from data.order.order import spread_sample
 from data.samples import Split
-from data.transforms import to_levels, to_unit_range
+from data.transforms import to_unit_range
 from models.autoencoder.vae import AutoencoderKL, Posterior
 from models.denoiser import Denoiser
 from models.diffusion.guidance import GuidanceConfig
@@ -19,15 +21,15 @@ from models.diffusion.samplers import DDIMConfig, SamplerConfig
 from models.latent_diffusion import LatentDiffusion, Normalisation
 from models.metrics.fidelity import psnr
 from pipelines.model.captions import CaptionFeatures
+from pipelines.model.decoded import finite_levels
 from pipelines.model.device import Device
 from pipelines.model.grids import grid_png
 from pipelines.model.noise import noise_of
 from pipelines.model.weights import load_vae
 from pipelines.runtime.stage.stage import Stage
 
-NUM_VALIDATION_IMAGES = 256
+NUM_VALIDATION_SAMPLES = 256
 NUM_RECONSTRUCTIONS = 10  # columns of the grid
-NUM_VALIDATION_LATENTS = 256
 NUM_VALIDATION_TIMES = 8
 
 
@@ -41,7 +43,7 @@ def show_grid(stage: Stage, name: str, grid: bytes, *, update: int, shown: str) 
 
 
 class VAEValidation:
-    """Validation of an averaged VAE, on the main process: PSNR on validation images, and a grid of the first ones.
+    """Validation of an averaged VAE, on the main process: PSNR on validation images, and a grid of some of them.
 
     Args:
         stage: The running training.
@@ -58,7 +60,7 @@ class VAEValidation:
         self.images: ImageBatch | None = None
         if stage.is_main and self.corpus.splits["val"]:
             shards = ImageShards(corpus_folder, split="val", manifest=self.corpus, scattered=True)
-            self.images = shards.read(np.arange(min(NUM_VALIDATION_IMAGES, len(shards))))
+            self.images = shards.read(spread_sample(len(shards), NUM_VALIDATION_SAMPLES))
 
     @torch.no_grad()
     def validate(self, network: nn.Module, *, update: int) -> dict[str, float]:
@@ -68,17 +70,23 @@ class VAEValidation:
         assert isinstance(network, AutoencoderKL)
 
         # Reconstruct the posteriors' modes, and compare them as stored pixels.
-        outputs, scales = [], []
-        for part in torch.from_numpy(self.images.images).split(self.images_per_pass):
-            posterior = network.encode(to_unit_range(part).to(self.stage.accelerator.device))
-            outputs.append(to_levels(network.decode(posterior.mode())))
-            scales.append(posterior.mean.std())
-        restored = np.concatenate(outputs)
+        outputs, means = [], []
+        with self.stage.accelerator.autocast():
+            for part in torch.from_numpy(self.images.images).split(self.images_per_pass):
+                posterior = network.encode(to_unit_range(part).to(self.stage.accelerator.device))
+                outputs.append(network.decode(posterior.mode()).float().cpu())
+                means.append(posterior.mean.float())
+        restored = finite_levels(
+            torch.cat(outputs),
+            names=self.images.keys,
+            stage=self.stage.name,
+            precision=self.stage.accelerator.mixed_precision,
+        )
         decibels = psnr(torch.from_numpy(restored).movedim(-1, 1), torch.from_numpy(self.images.images).movedim(-1, 1))
-        metrics = {"val/psnr": float(decibels.mean()), "val/latent_std": float(torch.stack(scales).mean())}
+        metrics = {"val/psnr": float(decibels.mean()), "val/latent_std": float(torch.cat(means).std())}
 
-        # Draw the first ones below their originals.
-        shown = slice(0, NUM_RECONSTRUCTIONS)
+        # Draw some below their originals.
+        shown = spread_sample(len(restored), NUM_RECONSTRUCTIONS)
         classes = self.corpus.classes
         grid = grid_png(
             np.stack([self.images.images[shown], restored[shown]]),
@@ -107,6 +115,7 @@ class UNetValidation:
         grid: The grid.
         latents_folder: Latents that it trains on; those of the validation split are measured.
         vae_folder: Folder of the autoencoder.
+        images_per_pass: Latents that are denoised, and images that are drawn, at once.
         device: Device of the networks.
         captions: Features of their captions.
 
@@ -121,10 +130,12 @@ class UNetValidation:
         *,
         latents_folder: str,
         vae_folder: str,
+        images_per_pass: int,
         device: Device,
         captions: CaptionFeatures,
     ) -> None:
         self.stage, self.grid, self.captions = stage, grid, captions
+        self.images_per_pass = images_per_pass
         self.device = device.torch
         self.manifest = stage.parents.latents
         statistics = self.manifest.statistics
@@ -139,7 +150,7 @@ class UNetValidation:
             features=captions.stored,
             captions=captions.are_read,
         )
-        stored = shards.read(np.arange(min(NUM_VALIDATION_LATENTS, len(shards))))
+        stored = shards.read(spread_sample(len(shards), NUM_VALIDATION_SAMPLES))
         self.validation: tuple[Tensor, dict[str, Tensor]] | None = None
         if has_validation:
             posterior = Posterior(*torch.from_numpy(stored.moments).float().to(self.device).unbind(dim=1))
@@ -183,25 +194,43 @@ class UNetValidation:
         noise = noise_of(0, range(len(x0)), shape=x0.shape[1:], device=self.device)("validation")
         strata = (torch.arange(len(x0)) % NUM_VALIDATION_TIMES + 0.5) / NUM_VALIDATION_TIMES
         times = network.process.time(strata.double()).to(self.device)
-        nothing_dropped = torch.zeros(len(x0), len(network.conditioners), dtype=torch.bool, device=self.device)
-        losses = network(x0, noise, times, conditions, nothing_dropped)
-        metrics = {"val/loss": float(losses.loss.mean())}
-        if len(network.conditioners):
-            metrics["val/condition_gap"] = float(network.condition_gap(x0, noise, times, conditions).mean())
-        return metrics
+        losses, gaps = [], []
+        with self.stage.accelerator.autocast():
+            for part in torch.arange(len(x0), device=self.device).split(self.images_per_pass):
+                given = {name: field[part] for name, field in conditions.items()}
+                nothing_dropped = torch.zeros(
+                    len(part), len(network.conditioners), dtype=torch.bool, device=self.device
+                )
+                losses.append(network(x0[part], noise[part], times[part], given, nothing_dropped).loss)
+                if len(network.conditioners):
+                    gaps.append(network.condition_gap(x0[part], noise[part], times[part], given))
+        named = {"val/loss": losses, **({"val/condition_gap": gaps} if gaps else {})}
+        return {name: float(torch.cat(values).mean()) for name, values in named.items()}
 
     @torch.no_grad()
     def _picture(self, network: Denoiser, *, title: str) -> bytes:
         """Draw samples of every column from the same noise in every run; PNG."""
         rows, columns = self.grid.rows, len(self.conditions["labels"])
-        noise = noise_of(0, range(rows * columns), shape=network.latent_shape, device=self.device)
         model = LatentDiffusion(autoencoder=self.vae, denoiser=network, normalisation=self.normalisation)
-        sampled = model.sample(
+        sampled = []
+        for first in range(0, rows * columns, self.images_per_pass):
+            cells = range(first, min(first + self.images_per_pass, rows * columns))
+            with self.stage.accelerator.autocast():
+                sampled.append(self._sampled(model, cells).float().cpu())
+        names = [f"row {cell // columns} of column {cell % columns}" for cell in range(rows * columns)]
+        images = finite_levels(
+            torch.cat(sampled), names=names, stage=self.stage.name, precision=self.stage.accelerator.mixed_precision
+        )
+        return grid_png(images.reshape(rows, columns, *images.shape[1:]), column_labels=self.heads, title=title)
+
+    def _sampled(self, model: LatentDiffusion, cells: range) -> Tensor:
+        """Draw some cells of the grid, numbered row by row."""
+        noise = noise_of(0, cells, shape=model.denoiser.latent_shape, device=self.device)
+        columns = [cell % len(self.conditions["labels"]) for cell in cells]
+        return model.sample(
             noise("grid"),
-            {name: torch.cat([field] * rows) for name, field in self.conditions.items()},
+            {name: field[columns] for name, field in self.conditions.items()},
             sampler=self.grid.sampler,
             guidance=self.grid.guidance,
             fresh_noise=lambda step: noise(f"grid/{step}"),
         )
-        images = to_levels(sampled)
-        return grid_png(images.reshape(rows, columns, *images.shape[1:]), column_labels=self.heads, title=title)

@@ -20,11 +20,11 @@ from torch import Tensor
 
 from data.files import write_atomically
 from data.samples import encode_png
-from data.transforms import to_levels
 from models.diffusion.guidance import GuidanceConfig
 from models.diffusion.samplers import DDIMConfig, SamplerConfig, slerp
 from models.latent_diffusion import LatentDiffusion
 from pipelines.model.captions import as_tensors, prompt_encoder
+from pipelines.model.decoded import finite_levels
 from pipelines.model.device import Device, attention_on
 from pipelines.model.grids import grid_png
 from pipelines.model.noise import noise_of
@@ -104,7 +104,7 @@ def draw_batch(
         fresh_noise=lambda step: noise(f"sample/{step}"),
         tile=config.tile,
     )
-    return to_levels(images)
+    return finite_levels(images, names=indices, stage="sample", precision="float32")
 
 
 def start_of(config: SampleConfig, model: LatentDiffusion, indices: Sequence[int]) -> Tensor:

@@ -1,0 +1,155 @@
+"""Evaluation of odd corpora: absent figures with their reasons, and refusals before anything is drawn."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import run_stage
+from manifests import commit_corpus
+from safetensors.torch import save_file
+
+from data.files import sha256_of, write_json
+from data.manifest import UNetManifest, VAEManifest, write_manifest
+from data.samples import image_members
+from data.shards.writer import ShardWriter
+from models.autoencoder.vae import AutoencoderKL, VAEConfig
+from models.denoiser import Denoiser, DenoiserConfig
+from models.unet import UNetConfig
+from pipelines.evaluation.metrics import PROBED, absent_figures
+
+VIEW = {"resolution": 16, "channels": 3, "fit": "crop", "resample": "lanczos", "background": [255, 255, 255]}
+COUNTS = {"in": 1, "out": 1}
+
+
+def write_corpus(folder: Path, classes: Sequence[str], train: Sequence[int], val: Sequence[int], **more: Any) -> None:
+    """Write a corpus with these labels."""
+    folder.mkdir(parents=True)
+    entries, rng = [], np.random.default_rng(0)
+    for split, labels in (("train", train), ("val", val)):
+        with ShardWriter(folder / f"{split}-000000.tar") as shard:
+            for number, label in enumerate(labels):
+                image = rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)
+                shard.add(f"{number:04}", image_members(f"{number:04}", image, label=label, caption="", metadata={}))
+        entries.append(shard.entry)
+    given = {"classes": tuple(classes), "config": {"view": VIEW}, **more}
+    commit_corpus(folder, [entry for entry in entries if entry is not None], resolution=16, **given)
+
+
+def write_model(root: Path, classes: Sequence[str], *, poisoned: bool = False) -> None:
+    """Write an untrained VAE and U-Net as the training stages would."""
+    torch.manual_seed(0)
+    network = {"latent_channels": 2, "channels": [8, 8], "blocks_per_level": 1, "norm_groups": 4}
+    unet = UNetConfig(channels=(8,), blocks=(1,), attention=(False,), heads=(1,), transformer_depth=(1,), norm_groups=4)
+    denoiser = DenoiserConfig.model_validate(
+        {"network": unet.model_dump(), "conditioners": [{"kind": "class"}] if len(classes) else []}
+    )
+    shape = {"latent_channels": 2, "latent_size": 8}
+    statistics = {"mean": [0.0, 0.0], "std": [1.0, 1.0], "min": [0.0] * 2, "max": [0.0] * 2, "active": [1.0] * 2}
+    vae = AutoencoderKL(VAEConfig(**network), image_channels=3)
+    if poisoned:
+        vae.decoder.get_parameter([name for name, _ in vae.decoder.named_parameters()][-1]).data.fill_(torch.nan)
+    made = {
+        "vae": (vae, {"network": network, "image_channels": 3}),
+        "unet": (
+            Denoiser(denoiser, num_classes=len(classes), **shape),
+            {"denoiser": denoiser.model_dump(mode="json"), **shape, "statistics": statistics},
+        ),
+    }
+    weights = {}
+    for name, (module, config) in made.items():
+        (root / name).mkdir(parents=True)
+        save_file(module.state_dict(), root / name / f"{name}.safetensors")
+        write_json(root / name / "config.json", config)
+        weights[name] = sha256_of(root / name / f"{name}.safetensors")
+    common = {"format_version": 1, "counts": COUNTS, "classes": tuple(classes), "files": ()}
+    about = {"stage": "train_vae", "value_range": (-1, 1), "factor": 2, "latent_channels": 2, "view": VIEW}
+    write_manifest(root / "vae", VAEManifest(weights=weights["vae"], **about, **common))
+    write_manifest(
+        root / "unet", UNetManifest(stage="train_unet", weights=weights["unet"], vae=weights["vae"], **common)
+    )
+
+
+def evaluated(root: Path, *words: str) -> tuple[int, str]:
+    sampler = ("--sampler.num_steps", "2", "--sweep", "[]", "--num_samples", "8", "--batch_size", "8")
+    done = run_stage("evaluate", "--run.root", str(root), *sampler, *words)
+    return done.returncode, done.stdout + done.stderr
+
+
+FEW_LABELS = [0, 1, 2] * 8
+CASES: dict[str, tuple[list[str], list[int], list[int], set[str]]] = {
+    "a missing class": (["a", "b", "c"], [0, 1] * 12, [0, 1, 2, 0, 1], set(PROBED)),
+    "some without a label": (["a", "b", "c"], [*FEW_LABELS, -1], [0, 1, 2, -1, -1], set()),
+    "one validation image": (
+        ["a", "b", "c"],
+        FEW_LABELS,
+        [1],
+        {"frechet_distance", "kernel_distance", "precision", "recall", "psnr", "ssim", *PROBED},
+    ),
+    "three validation images": (["a", "b", "c"], FEW_LABELS, [0, 1, 2], {"precision", "recall"}),
+    "one class": (["a"], [0] * 20, [0] * 5, set(PROBED)),
+    "no classes": ([], [-1] * 20, [-1] * 5, set(PROBED)),
+    "few training images": (["a", "b", "c"], FEW_LABELS[:12], [0, 1, 2, 0], {"floor"}),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_an_odd_corpus_is_evaluated_as_far_as_it_goes(case: str, tmp_path: Path) -> None:
+    classes, train, val, absent = CASES[case]
+    write_corpus(tmp_path / "corpus", classes, train, val)
+    write_model(tmp_path, classes)
+    code, said = evaluated(tmp_path)
+    assert code == 0, said
+    metrics = json.loads((tmp_path / "evaluation" / "metrics.json").read_bytes())
+    assert set(metrics.get("absent", {})) == absent
+    assert all(len(reason) > 20 for reason in metrics.get("absent", {}).values())
+    everything = {"frechet_distance", "kernel_distance", "precision", "recall", *PROBED}
+    assert set(metrics["sweep"][0]) - {"guidance"} == everything - absent
+    assert set(metrics["vae"]) == {"psnr", "ssim"} - absent
+    assert bool(metrics["floor"]) == ("floor" not in absent and bool(everything - absent))
+    # As many as samples, and none of them in the reference.
+    assert metrics["contract"]["floor"] == {"split": "train", "num_images": 0 if "floor" in absent else 8}
+    for name in absent:
+        assert said.index(name) < said.index("batches"), "it is said before any work"
+
+
+def test_the_probe_can_be_switched_off() -> None:
+    labels = torch.tensor([0, 1] * 4)
+    found = absent_figures(
+        samples=labels, reference=labels, probed=labels[:0], classes=("a", "b"), num_floor=8, num_bounds=0
+    )
+    assert found == dict.fromkeys(PROBED, "no training images are probed (evaluate.probe_images)")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"resolution": 8}, "its images have 8 pixels a side and 3 channel(s), samples have 16 and 3"),
+        ({"channels": 1}, "1 channel(s), samples have 16 and 3"),
+        ({"config": {"view": {**VIEW, "fit": "stretch"}}}, "view.fit is 'stretch', was 'crop'"),
+    ],
+)
+def test_images_that_the_model_does_not_make_are_refused_before_anything_is_drawn(
+    change: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    write_corpus(tmp_path / "corpus", ["a", "b"], [0, 1] * 8, [0, 1] * 4)
+    manifest = json.loads((tmp_path / "corpus" / "manifest.json").read_bytes())
+    place = manifest["content"]["image"] if "config" not in change else manifest["content"]
+    place.update(change)
+    (tmp_path / "corpus" / "manifest.json").write_text(json.dumps(manifest))
+    write_model(tmp_path, ["a", "b"])
+    code, said = evaluated(tmp_path)
+    assert (code, message in said) == (2, True), said
+    assert not list((tmp_path / "evaluation").glob("parts/*"))
+
+
+def test_an_image_that_is_not_a_number_is_an_error_and_no_black_pixel(tmp_path: Path) -> None:
+    write_corpus(tmp_path / "corpus", ["a", "b"], [0, 1] * 8, [0, 1] * 4)
+    write_model(tmp_path, ["a", "b"], poisoned=True)
+    code, said = evaluated(tmp_path)
+    assert code == 2
+    assert "evaluate: 8 of 8 decoded images hold NaN or infinity, first validation image 0" in said
+    assert "compute in float32" in said

@@ -1,0 +1,129 @@
+"""The validation sample: spread over the whole split, the same for everybody, in bounded passes."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import numpy as np
+import pytest
+import torch
+from manifests import commit_latents
+from test_evaluate import write_corpus, write_model
+
+from data.manifest import Parents, read_input
+from data.order.order import spread_sample
+from data.samples import latent_members
+from data.shards.writer import ShardWriter
+from models.denoiser import Denoiser
+from models.diffusion.samplers import DDIMConfig
+from pipelines.model.captions import CaptionFeatures, StoredFeaturesConfig
+from pipelines.model.decoded import finite_levels
+from pipelines.model.device import Device
+from pipelines.model.validation import GridConfig, UNetValidation, VAEValidation
+from pipelines.model.weights import load_latent_diffusion, load_vae
+from pipelines.runtime.config.errors import ConfigError
+
+CLASSES = [f"class {number}" for number in range(20)]
+CPU = Device(torch.device("cpu"))
+
+
+@pytest.mark.parametrize("num_samples", [1, 19, 256, 257, 700, 5_000, 5_120, 1_000_003])
+def test_a_sample_is_spread_over_sorted_classes_and_over_classes_in_turn(num_samples: int) -> None:
+    chosen = spread_sample(num_samples, 256)
+    assert len(chosen) == min(num_samples, 256)
+    assert (np.diff(chosen) > 0).all()
+    assert (chosen >= 0).all()
+    assert (chosen < num_samples).all()
+    assert (chosen == spread_sample(num_samples, 256)).all()
+    for labels in (chosen * 20 // num_samples, chosen % 20):
+        # Of each of 20 equal classes at least half of its share.
+        assert (np.bincount(labels, minlength=min(20, num_samples)) >= len(chosen) // 40).all()
+
+
+@pytest.fixture(scope="module")
+def stage(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A stage with a corpus and latents whose 20 classes lie one after the other, and an untrained model."""
+    root = tmp_path_factory.mktemp("sorted")
+    labels = [number // 30 for number in range(600)]
+    write_corpus(root / "corpus", CLASSES, [0] * 4, labels)
+    write_model(root, CLASSES)
+    entries = []
+    (root / "latents").mkdir()
+    for split, of_split in (("train", [0]), ("val", labels)):
+        with ShardWriter(root / "latents" / f"{split}-000000.tar") as shard:
+            for number, label in enumerate(of_split):
+                moments = np.full((2, 2, 8, 8), number / 600, dtype=np.float16)
+                carried = {"cls": b"%d" % label}
+                shard.add(f"{number:04}", latent_members(f"{number:04}", moments, carried=carried))
+        entries.append(shard.entry)
+    commit_latents(root / "latents", entries, channels=2, size=8, classes=tuple(CLASSES))
+    parents = Parents({name: read_input(name, root / name) for name in ("corpus", "vae", "unet", "latents")})
+    shown: list[Path] = []
+    return SimpleNamespace(
+        name="train",
+        folder=root,
+        parents=parents,
+        is_main=True,
+        accelerator=SimpleNamespace(device=torch.device("cpu"), mixed_precision="no", autocast=torch.no_grad),
+        tracker=SimpleNamespace(log_image=lambda name, path, step: shown.append(path)),
+        log=SimpleNamespace(info=lambda text: None),
+    )
+
+
+def unet_validation(stage: Any, *, images_per_pass: int) -> tuple[UNetValidation, Denoiser]:
+    inputs = cast(Any, SimpleNamespace(vae=str(stage.folder / "vae"), unet=str(stage.folder / "unet")))
+    denoiser = load_latent_diffusion(inputs, stage.parents, device=CPU).denoiser
+    latents = stage.parents.latents
+    validation = UNetValidation(
+        stage,
+        GridConfig(rows=1, max_columns=5, sampler=DDIMConfig(num_steps=2)),
+        latents_folder=str(stage.folder / "latents"),
+        vae_folder=inputs.vae,
+        images_per_pass=images_per_pass,
+        device=CPU,
+        captions=CaptionFeatures(StoredFeaturesConfig(), denoiser.config, latents=latents, device=CPU.torch),
+    )
+    return validation, denoiser
+
+
+def test_both_trainings_validate_on_all_classes_of_a_sorted_corpus(stage: Any) -> None:
+    of_vae = VAEValidation(stage, corpus_folder=str(stage.folder / "corpus"), images_per_pass=64)
+    assert of_vae.images is not None
+    assert set(of_vae.images.labels) == set(range(20))
+    of_unet, _ = unet_validation(stage, images_per_pass=64)
+    assert of_unet.validation is not None
+    assert set(of_unet.validation[1]["labels"].tolist()) == set(range(20))
+    # The same samples, and the scale of all of them: not the mean of what each pass has.
+    assert of_unet.validation[1]["labels"].tolist() == of_vae.images.labels.tolist()
+    vae = load_vae(stage.folder / "vae", stage.parents.vae, device=CPU)
+    found = [
+        VAEValidation(stage, corpus_folder=str(stage.folder / "corpus"), images_per_pass=size).validate(vae, update=1)
+        for size in (256, 7)
+    ]
+    assert found[0] == pytest.approx(found[1], rel=1e-4)
+
+
+def test_validation_takes_no_more_images_at_once_than_training(stage: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    real = Denoiser.output
+
+    def output(self: Denoiser, x: torch.Tensor, *given: Any) -> torch.Tensor:
+        seen.append(len(x))
+        return real(self, x, *given)
+
+    monkeypatch.setattr(Denoiser, "output", output)
+    metrics = []
+    for size in (256, 3):
+        seen.clear()
+        validation, denoiser = unet_validation(stage, images_per_pass=size)
+        metrics.append(validation.validate(denoiser, update=1))
+        assert max(seen) <= 2 * size  # guidance brings each image twice
+    assert metrics[0] == pytest.approx(metrics[1], rel=1e-4)
+
+
+def test_a_decoded_image_that_is_not_a_number_is_named() -> None:
+    images = torch.zeros(3, 1, 2, 2)
+    images[1, 0, 1, 1] = torch.inf
+    with pytest.raises(ConfigError, match=r"train_vae: 1 of 3 decoded images hold NaN or infinity, first b; .* fp16"):
+        finite_levels(images, names="abc", stage="train_vae", precision="fp16")
+    assert finite_levels(images[:1], names="a", stage="train_vae", precision="fp16").shape == (1, 2, 2, 1)
