@@ -9,9 +9,10 @@ Shapes: b images of a process's micro-batch, C channels, H and W pixels; c chann
 """
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
-from pydantic import BaseModel, NonNegativeFloat, PositiveInt
+from pydantic import BaseModel, Field, PositiveInt
 from torch import Tensor, nn
 
 from data.loading import ImageShards
@@ -57,7 +58,7 @@ class TrainVAEConfig(TrainingConfig):
     network: VAEConfig = VAEConfig()  # the autoencoder
     objective: VAEObjectiveConfig = VAEObjectiveConfig()  # what it minimises
     order: OrderConfig = FullShuffleConfig()  # order of the training images
-    flip_probability: NonNegativeFloat = 0.5  # of mirroring a training image
+    flip_probability: Annotated[float, Field(ge=0, le=1)] = 0.5  # of mirroring a training image
     decode_threads: PositiveInt = 2  # batches decoded at once, each in a thread; images are decoded without a lock
 
 

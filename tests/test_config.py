@@ -16,6 +16,8 @@ from pipelines.runtime.config.errors import ConfigError
 from pipelines.runtime.config.experiment import config_as_toml, load_config
 from pipelines.runtime.config.renamed_keys import RENAMED_KEYS, with_new_names
 from pipelines.runtime.config.stage_config import StageConfig
+from pipelines.train_unet import TrainUNetConfig
+from pipelines.train_vae import TrainVAEConfig
 
 
 class Circle(BaseModel, frozen=True, extra="forbid"):
@@ -189,6 +191,12 @@ def test_a_number_in_quotes_is_no_number_in_a_file(tmp_path: Path) -> None:
 
 def test_values_are_checked_across_fields(tmp_path: Path) -> None:
     assert "global_batch = 3 must be even" in mistakes(tmp_path, "", "--global_batch", "3")
+
+
+@pytest.mark.parametrize(("stage", "model"), [("train_vae", TrainVAEConfig), ("train_unet", TrainUNetConfig)])
+def test_a_flip_probability_above_one_is_refused(stage: str, model: type[StageConfig]) -> None:
+    with pytest.raises(ConfigError, match=r"flip_probability = 50\b"):
+        load_config(model, table=stage, argv=["--config", str(SMOKE), "--flip_probability", "50"])
 
 
 def test_missing_and_broken_files_are_named(tmp_path: Path) -> None:
