@@ -5,10 +5,10 @@ mean and unit variance in every channel.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Self
+from typing import Annotated, Any, Self
 
 import torch
-from pydantic import BaseModel, model_validator
+from pydantic import BaseModel, Field, model_validator
 from torch import Tensor, nn
 
 from models.conditioning import ConditionerConfig
@@ -27,11 +27,19 @@ from models.diffusion.schedule import CosineScheduleConfig, Moment, ScheduleConf
 from models.unet import UNet, UNetConfig
 
 
+def _default_joint_drop(given: Mapping[str, Any]) -> float:
+    """With one conditioner its own drop is the joint one."""
+    return 0.1 if len(given.get("conditioners", ())) > 1 else 0.0
+
+
 class DenoiserConfig(BaseModel, frozen=True, extra="forbid"):
     """A U-Net, what it is conditioned on, and the process that it reverses."""
 
     network: UNetConfig = UNetConfig()  # the U-Net
     conditioners: tuple[ConditionerConfig, ...] = ()  # inputs besides latents and time; none makes it unconditional
+    joint_drop_probability: Annotated[float, Field(ge=0, le=1)] = Field(
+        default_factory=_default_joint_drop  # per sample: train without any condition, for guidance; 0.1 with several
+    )
     schedule: ScheduleConfig = CosineScheduleConfig()  # how noise grows with time
     objective: ObjectiveConfig = ObjectiveConfig()  # what the U-Net learns to predict
 
@@ -58,7 +66,7 @@ class DenoiserConfig(BaseModel, frozen=True, extra="forbid"):
 
     @property
     def drop_probabilities(self) -> tuple[float, ...]:
-        """For each conditioner, how often a training sample goes without it."""
+        """For each conditioner, how often a training sample goes without it, besides the joint drop."""
         return tuple(conditioner.drop_probability for conditioner in self.conditioners)
 
 

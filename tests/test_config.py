@@ -96,6 +96,20 @@ def test_a_partly_given_table_keeps_its_fields_defaults(tmp_path: Path) -> None:
     assert load(tmp_path, "[train_vae.shape]\n").shape == Circle(radius=5.0)
 
 
+@pytest.mark.parametrize(("number", "expected"), [(0, 0.0), (1, 0.0), (2, 0.1)])
+def test_a_default_that_follows_from_other_keys_follows_from_those_given(
+    number: int, expected: float, tmp_path: Path
+) -> None:
+    conditioners = ['{ kind = "class" }', '{ kind = "text" }'][:number]
+    experiment = tmp_path / "experiment.toml"
+    experiment.write_text(f"[train_unet.denoiser]\nconditioners = [{', '.join(conditioners)}]")
+    for _ in range(2):  # as written, and as resolved
+        words = ["--config", str(experiment), "--updates", "1", "--global_batch", "1"]
+        config = load_config(TrainUNetConfig, table="train_unet", argv=words)
+        assert config.denoiser.joint_drop_probability == expected
+        experiment.write_text(config_as_toml(config, table="train_unet"))
+
+
 def test_a_changed_kind_drops_the_keys_of_the_old_variant(tmp_path: Path) -> None:
     text = '[train_vae]\nshape = { kind = "circle", radius = 3.0 }\nshapes = [{ kind = "square", side = 9 }]'
     assert load(tmp_path, text, "--shape.kind", "square").shape == Square()

@@ -103,6 +103,13 @@ def test_what_another_version_began_is_not_continued_in_silence_and_what_it_fini
     assert already_done(done, request(), allowed=(), revisions=revisions)
 
 
+def test_a_key_that_an_older_version_lacked_stands_for_what_that_version_did(tmp_path: Path) -> None:
+    begin(tmp_path, request(denoiser={"dropout": 0.0}), fingerprint_ignores={})
+    assert not already_done(tmp_path, request(denoiser={"dropout": 0.0, "joint_drop_probability": 0.0}), allowed=())
+    with pytest.raises(ConfigError, match=r"denoiser.joint_drop_probability: was 0.0, is now 0.1\n"):
+        already_done(tmp_path, request(denoiser={"dropout": 0.0, "joint_drop_probability": 0.1}), allowed=())
+
+
 def test_a_folder_with_old_names_of_keys_is_the_same_work(tmp_path: Path) -> None:
     config = training_config(tmp_path, validate_every=7)
     now, ignored = fingerprint_of("train_unet", config, {}), ignored_values(config)

@@ -154,6 +154,7 @@ def combined(two_process_run: Run, encoder: MiniLMConfig, tmp_path_factory: pyte
         " drop_probability = 0.5 }]"
     )
     short = ["--updates", "30", "--validate_every", "30", "--log_every", "10", "--denoiser.conditioners", conditioners]
+    short += ["--denoiser.joint_drop_probability", "0"]
     # The latents of the other run hold captions, and no features.
     more = {"stored": [], "computed": [inputs["latents"], "--captions.kind", "computed"]}
     for kind, root in roots.items():

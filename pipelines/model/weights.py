@@ -83,7 +83,7 @@ def load_latent_diffusion(inputs: ModelInputs, parents: Parents, *, device: Devi
     with config_error_at("inputs.unet"):
         config = _checked_config(Path(inputs.unet), parents.unet, name="unet")
         denoiser = Denoiser(
-            DenoiserConfig.model_validate(config["denoiser"]),
+            _denoiser_of(config),
             latent_channels=config["latent_channels"],
             latent_size=config["latent_size"],
             num_classes=len(parents.unet.classes),
@@ -119,7 +119,12 @@ def check_latent_diffusion(
 
 def denoiser_config(folder: str | Path) -> DenoiserConfig:
     """Read the configuration of a trained U-Net, without its weights."""
-    return DenoiserConfig.model_validate(json.loads((Path(folder) / "config.json").read_bytes())["denoiser"])
+    return _denoiser_of(json.loads((Path(folder) / "config.json").read_bytes()))
+
+
+def _denoiser_of(config: Mapping[str, Any]) -> DenoiserConfig:
+    # Older versions knew no joint drop, whatever the number of conditioners.
+    return DenoiserConfig.model_validate({"joint_drop_probability": 0.0, **config["denoiser"]})
 
 
 def check_sampler_suits(sampler: SamplerConfig, denoiser: DenoiserConfig) -> None:

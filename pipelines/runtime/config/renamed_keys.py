@@ -1,6 +1,10 @@
-"""Renamed configuration keys, old -> new, as old experiments, manifests and unfinished runs still spell them."""
+"""Configuration keys of older versions, whose experiments, manifests and unfinished runs are still read.
 
-from collections.abc import Mapping
+Renamed keys, old -> new, and keys that older versions lacked, with the value that says what they did.
+"""
+
+from collections.abc import Iterable, Mapping
+from fnmatch import fnmatchcase
 from typing import Any
 
 _TRAINING = {"panel_every": "validate_every", "self_test_every": "replica_check_every"}
@@ -8,6 +12,11 @@ _TRAINING = {"panel_every": "validate_every", "self_test_every": "replica_check_
 RENAMED_KEYS: Mapping[str, Mapping[str, str]] = {
     "train_vae": _TRAINING,
     "train_unet": {**_TRAINING, "panel": "grid"},
+}
+
+# Stage -> key that older versions lacked -> what they did; "*" is any name or number.
+ADDED_KEYS: Mapping[str, Mapping[str, Any]] = {
+    "train_unet": {"denoiser.joint_drop_probability": 0.0},
 }
 
 
@@ -20,3 +29,9 @@ def new_name(stage: str, key: str) -> str:
 def with_new_names(stage: str, config: Mapping[str, Any]) -> dict[str, Any]:
     """Return a stage's nested configuration under the present names of its keys."""
     return {new_name(stage, key): value for key, value in config.items()}
+
+
+def lacked_values(stage: str, keys: Iterable[str]) -> dict[str, Any]:
+    """Return what an older version did by dotted key, for those of ``keys`` that it lacked."""
+    added = ADDED_KEYS.get(stage, {})
+    return {key: value for key in keys for pattern, value in added.items() if fnmatchcase(key, pattern)}

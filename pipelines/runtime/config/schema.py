@@ -66,7 +66,9 @@ def _completed(given: Any, annotation: Any, *, default: Any) -> Any:
     if variant is None:
         return given
     if isinstance(default, variant):
-        given = _merged(default.model_dump(mode="json"), given)
+        # What a factory made of the default's other fields follows from those that are given now.
+        factories = {name for name, field in variant.model_fields.items() if field.default_factory}
+        given = _merged(default.model_dump(mode="json", exclude=factories - default.model_fields_set), given)
     return complete(variant, given)
 
 

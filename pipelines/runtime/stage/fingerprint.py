@@ -10,7 +10,7 @@ from data.files import write_json
 from data.manifest import MANIFEST_NAME, Manifest, Parents, read_input, read_manifest
 from pipelines.runtime.config.dotted_keys import flattened, is_among
 from pipelines.runtime.config.errors import ConfigError
-from pipelines.runtime.config.renamed_keys import new_name, with_new_names
+from pipelines.runtime.config.renamed_keys import lacked_values, new_name, with_new_names
 from pipelines.runtime.config.stage_config import STAGE_FOLDERS, StageConfig
 
 
@@ -146,11 +146,13 @@ def differing_keys(
 ) -> list[tuple[str, str]]:
     """Return (key, "key: was X, is now Y") for each difference between two requests that matters.
 
-    Keys of ``before`` that were renamed since are compared under their present names. With ``revisions``, those that
+    Keys of ``before`` that were renamed since are compared under their present names, and those that its version
+    lacked by what it did. With ``revisions``, those that
     are newer than ``before`` are differences of the key "revisions".
     """
     old = flattened({"parents": before["parents"], **with_new_names(now["stage"], before["config"])})
     new = flattened({"parents": now["parents"], **now["config"]})
+    old = lacked_values(now["stage"], new.keys() - old.keys()) | old
     found = [(key, line) for key, line in _differences(old, new) if not is_among(key, fingerprint_ignores)]
     known = len(before.get("revisions", ()))
     if revisions is not None and known > len(revisions):
