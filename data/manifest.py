@@ -145,6 +145,17 @@ class CaptionFeaturesInfo(BaseModel, frozen=True, extra="forbid"):
     width: int
 
 
+#: Features of captions; several by the names of the conditioners that read them, where one alone is named "text".
+CaptionsInfo = CaptionFeaturesInfo | Mapping[str, CaptionFeaturesInfo] | None
+_CAPTIONS: TypeAdapter[CaptionsInfo] = TypeAdapter(CaptionsInfo)
+
+
+def captions_by_name(text: Any) -> dict[str, CaptionFeaturesInfo]:
+    """Return the features of captions by their name, from ``text`` of a manifest or a U-Net's ``config.json``."""
+    found = _CAPTIONS.validate_python(text)
+    return {"text": found} if isinstance(found, CaptionFeaturesInfo) else dict(found or {})
+
+
 class Reconstruction(BaseModel, frozen=True, extra="forbid"):
     """Width of a power average that was made after the training, and the update that it ends with."""
 
@@ -214,7 +225,7 @@ class LatentsManifest(Manifest):
     vae: str  # sha256 of the weights that encoded them
     latent: LatentShape
     statistics: LatentStatistics
-    text: CaptionFeaturesInfo | None = None
+    text: CaptionsInfo = None
     alarms: tuple[str, ...] = ()  # what is wrong with their scale
 
     @property

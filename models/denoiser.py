@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from models.conditioning import ConditionerConfig
 from models.conditioning.conditioning import Conditioning
+from models.conditioning.text import TextConditionerConfig
 from models.diffusion.guidance import GuidanceConfig, guided_output
 from models.diffusion.objective import (
     DenoisingLoss,
@@ -46,17 +47,23 @@ class DenoiserConfig(BaseModel, frozen=True, extra="forbid"):
     @model_validator(mode="after")
     def _parts_agree(self) -> Self:
         check_objective(self.objective, self.schedule)
-        widths = sorted({conditioner.token_width for conditioner in self.conditioners if conditioner.token_width})
-        if len(widths) > 1:
-            raise ValueError(
-                f"the conditioners give tokens of different widths, {widths}, but the U-Net attends to all alike: "
-                f"use text encoders of one width, or only the pooled vector of one of them"
-            )
+        encoder_of: dict[str, object] = {}
+        for conditioner in self.conditioners:
+            if not isinstance(conditioner, TextConditionerConfig):
+                continue
+            if encoder_of.setdefault(conditioner.name, conditioner.encoder) != conditioner.encoder:
+                raise ValueError(
+                    f"two conditioners of kind 'text' and different encoders have the name {conditioner.name!r}, by "
+                    "which features are stored and read: give each encoder a name of its own"
+                )
         return self
 
     @property
     def token_width(self) -> int:
-        """Width of the tokens that the U-Net attends to, 0 if no conditioner gives any."""
+        """Width of the tokens that the U-Net attends to, 0 if no conditioner gives any.
+
+        Where several widths meet it is the largest, to which the other conditioners project theirs.
+        """
         return max((conditioner.token_width for conditioner in self.conditioners), default=0)
 
     @property
@@ -99,7 +106,11 @@ class Denoiser(nn.Module):
         with torch.device("cpu"):  # tables on the host, also when the network is only sketched on the meta device
             self.process = config.schedule.build()
         self.conditioners = nn.ModuleList(
-            conditioner.build(num_classes=num_classes, embedding_width=config.network.embedding_width)
+            conditioner.build(
+                num_classes=num_classes,
+                embedding_width=config.network.embedding_width,
+                token_width=config.token_width,
+            )
             for conditioner in config.conditioners
         )
         learned_variance = config.objective.variance == "learned"

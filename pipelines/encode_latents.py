@@ -41,7 +41,7 @@ from data.shards.writer import ShardWriter
 from data.statistics import ChannelSums
 from data.transforms import to_unit_range
 from models.autoencoder.vae import AutoencoderKL
-from pipelines.model.captions import CaptionEncoder, CaptionFeaturesConfig, NoTextConfig
+from pipelines.model.captions import CaptionEncoders, CaptionFeaturesConfig, NoTextConfig, encoders_of
 from pipelines.model.device import device_of
 from pipelines.model.inputs import verify_shards
 from pipelines.model.latent_statistics import alarms, statistics_plot
@@ -93,10 +93,10 @@ def encode(config: EncodeLatentsConfig, stage: Stage) -> None:
     verify_shards(stage, "corpus")
     with config_error_at("inputs.vae"):
         vae = load_vae(config.inputs.vae, stage.parents.vae, device=device)
-    captions: CaptionEncoder | None = None
+    captions: CaptionEncoders | None = None
     if not isinstance(config.captions, NoTextConfig):
         with config_error_at("encode_latents.captions"):
-            captions = CaptionEncoder(config.captions, device=device.torch)
+            captions = CaptionEncoders(encoders_of(config.captions), device=device.torch)
     corpus = stage.parents.corpus
     shards = shards_of(config, corpus)
     check_images(corpus, vae)
@@ -266,7 +266,7 @@ def encode_shard(
     config: EncodeLatentsConfig,
     stage: Stage,
     vae: AutoencoderKL,
-    captions: CaptionEncoder | None,
+    captions: CaptionEncoders | None,
     images: ImageShards,
     part: ShardRange,
     turn: Lock,

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from models.conditioning.class_label import ClassConditionerConfig
 from models.conditioning.text import TextConditionerConfig
+from models.conditioning.text_encoder import MiniLMConfig
 from models.denoiser import Denoiser, DenoiserConfig
 from models.diffusion.guidance import GuidanceConfig
 from models.diffusion.objective import ObjectiveConfig
@@ -179,9 +180,26 @@ def test_latents_that_cannot_be_halved_are_refused_with_advice() -> None:
         Denoiser(DenoiserConfig(network=deep), latent_channels=3, latent_size=6, num_classes=0)
 
 
-def test_tokens_of_different_widths_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"tokens of different widths, \[6, 7\]"):
-        DenoiserConfig(network=NETWORK, conditioners=(TEXT, TextConditionerConfig(width=7)))
+def test_only_tokens_that_are_narrower_than_others_are_projected() -> None:
+    """Weights of a model with tokens of one width keep their names."""
+    alike = build(TEXT, TextConditionerConfig(name="other", width=6, encoder=MiniLMConfig(max_tokens=5)))
+    assert not [name for name in alike.state_dict() if "project_tokens" in name]
+    denoiser = build(TEXT, TextConditionerConfig(name="wide", width=7))
+    assert [name for name in denoiser.state_dict() if "project_tokens" in name] == [
+        "conditioners.0.project_tokens.weight",
+        "conditioners.0.project_tokens.bias",
+    ]
+    given = conditions() | {"wide_tokens": torch.randn(4, 3, 7), "wide_pooled": torch.randn(4, 7)}
+    denoiser(*latents(), TIMES, given, torch.eye(4, 2, dtype=torch.bool)).loss.sum().backward()
+    assert [key for key, p in denoiser.named_parameters() if p.grad is None or not p.grad.any()] == []
+    narrow = denoiser.conditioners[0](given, torch.zeros(4, dtype=torch.bool))
+    assert torch.equal(narrow.tokens, denoiser.conditioners[0].project_tokens(given["text_tokens"]))
+
+
+def test_two_encoders_of_one_name_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"different encoders have the name 'text'.*name of its own"):
+        build(TEXT, TextConditionerConfig(width=6, encoder=MiniLMConfig(max_tokens=5)))
+    build(TEXT, TextConditionerConfig(width=6, use="pooled"))  # of one encoder they read the same features
 
 
 def test_an_objective_that_cannot_train_is_refused() -> None:

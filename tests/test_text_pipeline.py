@@ -4,6 +4,7 @@ import importlib.util
 import json
 import shutil
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,12 +16,22 @@ from manifests import commit_latents, latents_manifest
 from tiny_text import WIDTH, write_encoder
 
 from data.loading import LatentBatch, LatentShards
+from data.manifest import read_manifest
 from data.samples import latent_members
 from data.shards.writer import ShardWriter
 from models.conditioning.text import TextConditionerConfig
 from models.conditioning.text_encoder import MiniLMConfig
 from models.denoiser import DenoiserConfig
-from pipelines.model.captions import CaptionEncoder, CaptionFeatures, ComputedFeaturesConfig
+from pipelines.model.captions import (
+    CaptionEncoder,
+    CaptionEncoders,
+    CaptionFeatures,
+    ComputedFeaturesConfig,
+    NamedEncodersConfig,
+    StoredFeaturesConfig,
+    check_features,
+    encoders_of,
+)
 from pipelines.runtime.config.errors import ConfigError
 
 EMOJI = REPOSITORY / "pipelines" / "configs" / "emoji.toml"
@@ -256,6 +267,50 @@ def test_one_caption_in_any_shard_is_enough_for_features_to_be_computed(tmp_path
             entries.append(shard.entry)
         commit_latents(tmp_path / name, entries)
         assert LatentShards(tmp_path / name, split="train").has_captions() == (name == "with")
+
+
+def test_features_are_stored_and_read_by_the_name_of_their_conditioner(tmp_path: Path) -> None:
+    """Two encoders of other contents and widths: as encoding stores them, as training reads them, as prompts."""
+    configs = {}
+    for seed, (name, width) in enumerate({"small": 8, "large": 12}.items()):
+        (tmp_path / name).mkdir()
+        folder = write_encoder(tmp_path / name, VOCABULARY, seed=seed, width=width)
+        configs[name] = MiniLMConfig(folder=folder, max_tokens=MAX_TOKENS - seed)
+    encoders, captions = CaptionEncoders(encoders_of(NamedEncodersConfig(encoders=configs)), device=CPU), ["a cat", ""]
+    features = encoders(captions)
+    (tmp_path / "latents").mkdir()
+    with ShardWriter(tmp_path / "latents" / "train-000000.tar") as shard:
+        for row in range(2):
+            some = {name: values[row] for name, values in features.items()}
+            moments = np.zeros((2, 1, 2, 2), np.float32)
+            shard.add(f"k{row}", latent_members("k", moments, dtype="float32", features=some, carried={}))
+    stated = {"text": encoders.about, "config": {"dtype": "float32", "flipped": False}}
+    latents = commit_latents(tmp_path / "latents", [shard.entry], **stated)
+    assert read_manifest(tmp_path / "latents") == latents
+
+    widths = {"small": 8, "large": 12}
+    conditioners = tuple(
+        TextConditionerConfig(name=name, width=widths[name], encoder=encoder) for name, encoder in configs.items()
+    )
+    config = DenoiserConfig(conditioners=conditioners)
+    for source in (StoredFeaturesConfig(), ComputedFeaturesConfig()):
+        read = CaptionFeatures(source, config, latents=latents, device=CPU)
+        assert read.about == encoders.about
+        shards = LatentShards(tmp_path / "latents", split="train", manifest=latents, features=read.stored)
+        batch = shards.read(np.arange(2))
+        found = read.of(replace(batch, captions=captions))
+        assert found.keys() == {"small_tokens", "small_pooled", "large_tokens", "large_pooled"}
+        for name, encoder in configs.items():
+            (expected,) = encoder.build().encode(["a cat"]).tokens.numpy()
+            np.testing.assert_allclose(found[f"{name}_tokens"][0], expected, atol=1e-5)
+            assert not found[f"{name}_tokens"][1].any()
+            conditioner = next(each for each in conditioners if each.name == name)
+            built = conditioner.build(num_classes=0, embedding_width=4, token_width=config.token_width)
+            told = built(found, torch.zeros(2, dtype=torch.bool))
+            expected_tokens = built.project_tokens(torch.from_numpy(expected))
+            torch.testing.assert_close(told.tokens[0], expected_tokens, atol=1e-5, rtol=1e-5)
+    with pytest.raises(ValueError, match=r"features named 'text', but there are those of \['large', 'small'\]"):
+        check_features(DenoiserConfig(conditioners=(TextConditionerConfig(),)), encoders.about)
 
 
 def test_a_plan_counts_the_captions_too(emoji: tuple[Path, Path], tmp_path: Path) -> None:

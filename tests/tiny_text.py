@@ -12,12 +12,12 @@ VOCABULARY = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "photo", "of", "sneak", "
 WIDTH, HIDDEN, LAYERS, POSITIONS = 8, 12, 2, 16
 
 
-def architecture(vocabulary: Sequence[str] = VOCABULARY) -> dict[str, Any]:
+def architecture(vocabulary: Sequence[str] = VOCABULARY, *, width: int = WIDTH) -> dict[str, Any]:
     """The ``config.json`` of the encoder."""
     return {
         "model_type": "bert",
         "hidden_act": "gelu",
-        "hidden_size": WIDTH,
+        "hidden_size": width,
         "intermediate_size": HIDDEN,
         "num_attention_heads": 2,
         "num_hidden_layers": LAYERS,
@@ -28,12 +28,12 @@ def architecture(vocabulary: Sequence[str] = VOCABULARY) -> dict[str, Any]:
     }
 
 
-def write_encoder(folder: Path, vocabulary: Sequence[str] = VOCABULARY, *, seed: int = 0) -> Path:
+def write_encoder(folder: Path, vocabulary: Sequence[str] = VOCABULARY, *, seed: int = 0, width: int = WIDTH) -> Path:
     """Write ``config.json``, ``vocab.txt`` and ``model.safetensors``; return ``folder``."""
     (folder / "vocab.txt").write_text("\n".join(vocabulary) + "\n", encoding="utf-8")
-    (folder / "config.json").write_text(json.dumps(architecture(vocabulary)))
+    (folder / "config.json").write_text(json.dumps(architecture(vocabulary, width=width)))
     draw = torch.Generator().manual_seed(seed)
-    d, hidden = WIDTH, HIDDEN
+    d, hidden = width, HIDDEN
     shapes: dict[str, tuple[int, ...]] = {
         "embeddings.word_embeddings.weight": (len(vocabulary), d),
         "embeddings.position_embeddings.weight": (POSITIONS, d),

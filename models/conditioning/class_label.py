@@ -26,7 +26,7 @@ class ClassConditionerConfig(BaseModel, frozen=True, extra="forbid"):
         """A class gives no tokens."""
         return 0
 
-    def build(self, *, num_classes: int, embedding_width: int) -> "ClassConditioner":
+    def build(self, *, num_classes: int, embedding_width: int, token_width: int = 0) -> "ClassConditioner":
         """The conditioner for classes 0 to ``num_classes`` - 1, which gives vectors of ``embedding_width``."""
         return ClassConditioner(num_classes=num_classes, embedding_width=embedding_width)
 

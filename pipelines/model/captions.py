@@ -1,7 +1,8 @@
 """Features of captions: stored beside latents by encoding, computed in training, and of prompts when images are drawn.
 
-The text encoder is frozen, so the features of a caption are computed once, or anew in each batch where space is dearer
+Text encoders are frozen, so the features of a caption are computed once, or anew in each batch where space is dearer
 than time. A digest of the encoder's files goes with them to the U-Net, which accepts prompts of no other encoder.
+Features are stored and read by the name of their conditioner, ``NAME_tokens`` and ``NAME_pooled``.
 """
 
 import threading
@@ -15,21 +16,27 @@ from torch import Tensor
 
 from data.files import sha256_of
 from data.loading import LatentBatch
-from data.manifest import LatentsManifest, digest_of
-from models.conditioning.text import TEXT_POOLED, TEXT_TOKENS, TextConditionerConfig
-from models.conditioning.text_encoder import MiniLMConfig, PretrainedConfig
+from data.manifest import LatentsManifest, captions_by_name, digest_of
+from models.conditioning.text import FeatureName, TextConditionerConfig, tokens_and_pooled
+from models.conditioning.text_encoder import MiniLMConfig, PretrainedConfig, TextEncoderConfig
 from models.denoiser import DenoiserConfig
 from models.latent_diffusion import LatentDiffusion
 from pipelines.runtime.config.errors import ConfigError
 
 MAX_KEPT_CAPTIONS = 1_024
-FEATURES = (TEXT_TOKENS, TEXT_POOLED)
 
 
 class NoTextConfig(BaseModel, frozen=True, extra="forbid"):
     """Captions are carried along, but no features of them are computed."""
 
     kind: Literal["none"] = "none"
+
+
+class NamedEncodersConfig(BaseModel, frozen=True, extra="forbid"):
+    """Several text encoders, each with the name of the text conditioner that reads its features."""
+
+    kind: Literal["named"] = "named"  # a single encoder by itself has the name "text"
+    encoders: Annotated[Mapping[FeatureName, TextEncoderConfig], Field(min_length=1)]  # name -> encoder
 
 
 class StoredFeaturesConfig(BaseModel, frozen=True, extra="forbid"):
@@ -44,7 +51,9 @@ class ComputedFeaturesConfig(BaseModel, frozen=True, extra="forbid"):
     kind: Literal["computed"] = "computed"  # needs no space for features, but the encoder's time
 
 
-CaptionFeaturesConfig = Annotated[NoTextConfig | MiniLMConfig | PretrainedConfig, Field(discriminator="kind")]
+CaptionFeaturesConfig = Annotated[
+    NoTextConfig | MiniLMConfig | PretrainedConfig | NamedEncodersConfig, Field(discriminator="kind")
+]
 FeatureSourceConfig = Annotated[StoredFeaturesConfig | ComputedFeaturesConfig, Field(discriminator="kind")]
 
 
@@ -54,14 +63,18 @@ class CaptionEncoder:
     Args:
         config: The encoder.
         device: Its device.
+        name: Name of the features.
         batch_size: Captions of one forward pass; fewer are filled up, since bits may depend on it.
 
     Raises:
         ValueError: The encoder's files are not there, or not what they should be.
     """
 
-    def __init__(self, config: MiniLMConfig | PretrainedConfig, *, device: torch.device, batch_size: int = 32) -> None:
+    def __init__(
+        self, config: TextEncoderConfig, *, device: torch.device, name: str = "text", batch_size: int = 32
+    ) -> None:
         self._encoder = config.build().to(device)
+        self._tokens, self._pooled = tokens_and_pooled(name)
         self._batch_size = batch_size
         self._of_thread = threading.local()  # shards are encoded at once, and none may see what another has kept
         #: The features in a manifest: the encoder's digest, and their sizes.
@@ -82,24 +95,51 @@ class CaptionEncoder:
         self._kept.clear()
 
     def __call__(self, captions: Sequence[str]) -> dict[str, np.ndarray]:
-        """Return ``text_tokens`` (n s d) and ``text_pooled`` (n d), float32; zeros for an empty caption."""
+        """Return ``NAME_tokens`` (n s d) and ``NAME_pooled`` (n d), float32; zeros for an empty caption."""
         if len(self._kept) > MAX_KEPT_CAPTIONS:
             self.forget()
         new = [caption for caption in dict.fromkeys(captions) if caption and caption not in self._kept]
         for first in range(0, len(new), self._batch_size):
             self._encode(new[first : first + self._batch_size])
         nothing = {
-            TEXT_TOKENS: np.zeros((self._encoder.max_tokens, self._encoder.width), dtype=np.float32),
-            TEXT_POOLED: np.zeros(self._encoder.width, dtype=np.float32),
+            self._tokens: np.zeros((self._encoder.max_tokens, self._encoder.width), dtype=np.float32),
+            self._pooled: np.zeros(self._encoder.width, dtype=np.float32),
         }
         rows = [self._kept[caption] if caption else nothing for caption in captions]
-        return {name: np.stack([row[name] for row in rows]) for name in FEATURES}
+        return {name: np.stack([row[name] for row in rows]) for name in nothing}
 
     def _encode(self, captions: list[str]) -> None:
         found = self._encoder.encode((captions * self._batch_size)[: self._batch_size])
         tokens, pooled = found.tokens.cpu().numpy(), found.pooled.cpu().numpy()
         for row, caption in enumerate(captions):
-            self._kept[caption] = {TEXT_TOKENS: tokens[row], TEXT_POOLED: pooled[row]}
+            self._kept[caption] = {self._tokens: tokens[row], self._pooled: pooled[row]}
+
+
+class CaptionEncoders:
+    """Text encoders by the name of their features.
+
+    Args:
+        configs: The encoders by name.
+        device: Their device.
+
+    Raises:
+        ValueError: An encoder's files are not there, or not what they should be.
+    """
+
+    def __init__(self, configs: Mapping[str, TextEncoderConfig], *, device: torch.device) -> None:
+        self._encoders = {name: CaptionEncoder(config, device=device, name=name) for name, config in configs.items()}
+        abouts = {name: encoder.about for name, encoder in self._encoders.items()}
+        #: The features in a manifest: by name, or those of the name "text" alone.
+        self.about: dict[str, Any] = abouts["text"] if abouts.keys() == {"text"} else abouts
+
+    def forget(self) -> None:
+        """Start anew; see ``CaptionEncoder.forget``."""
+        for encoder in self._encoders.values():
+            encoder.forget()
+
+    def __call__(self, captions: Sequence[str]) -> dict[str, np.ndarray]:
+        """Return the features of all encoders by name, as ``CaptionEncoder`` does."""
+        return {name: rows for encoder in self._encoders.values() for name, rows in encoder(captions).items()}
 
 
 class CaptionFeatures:
@@ -110,12 +150,12 @@ class CaptionFeatures:
 
     Args:
         source: Origin of the features.
-        denoiser: The model; its text conditioners name the encoder.
+        denoiser: The model; its text conditioners name the encoders.
         latents: Manifest of the latents.
         device: Device of an encoder.
 
     Raises:
-        ValueError: The latents do not have the features, or there is no such encoder, or it has another width.
+        ValueError: The latents lack the features, or there is no such encoder, or it has another width.
     """
 
     optional = True  # absent where the training began with stored features
@@ -128,34 +168,39 @@ class CaptionFeatures:
         latents: LatentsManifest,
         device: torch.device,
     ) -> None:
-        self._encoder: CaptionEncoder | None = None  # where features are computed
+        self._encoders: CaptionEncoders | None = None  # where features are computed
         self._dtype = np.dtype(latents.dtype)
-        self._read = tuple(field for field in denoiser.fields if field in FEATURES)
-        about = latents.text.model_dump() if latents.text else None
+        self._read = tuple(dict.fromkeys(field for each in text_conditioners(denoiser) for field in each.fields))
+        about = latents.model_dump(mode="json", include={"text"}, exclude_unset=True).get("text")
         if isinstance(source, ComputedFeaturesConfig) and self._read:
-            self._encoder = CaptionEncoder(text_conditioners(denoiser)[0].encoder, device=device)
-            about = self._encoder.about
+            self._encoders = CaptionEncoders(encoders_of(denoiser), device=device)
+            about = self._encoders.about
         check_features(denoiser, about)
         #: The features in a manifest; None without any.
         self.about: Mapping[str, Any] | None = about
         #: True where the denoiser reads captions at all.
         self.are_read = bool(self._read)
         #: True where captions are read with each latent, and names of the arrays that are read with it elsewhere.
-        self.computes = self._encoder is not None
+        self.computes = self._encoders is not None
         self.stored = () if self.computes else self._read
 
     def of(self, batch: LatentBatch) -> dict[str, Tensor]:
         """Return the features of a batch's captions by field, in the dtype of storage; (n ...)."""
-        if self._encoder is None:
+        if self._encoders is None:
             return as_tensors(batch.features)
-        self._encoder.forget()
-        found = self._encoder(batch.captions)
+        self._encoders.forget()
+        found = self._encoders(batch.captions)
         return as_tensors({name: found[name].astype(self._dtype) for name in self._read})
 
     def tensors(self) -> dict[str, Tensor]:
-        """The digest of the encoder that computes here: it must be the same on every rank and after every restart."""
-        assert self._encoder is not None
-        return {"encoder": torch.tensor(list(bytes.fromhex(self._encoder.about["encoder"])), dtype=torch.uint8)}
+        """The digests of the encoders that compute here: the same on every rank and after every restart."""
+        assert self._encoders is not None
+        return {
+            "encoder" if name == "text" else f"encoder_{name}": torch.tensor(
+                list(bytes.fromhex(info.encoder)), dtype=torch.uint8
+            )
+            for name, info in captions_by_name(self._encoders.about).items()
+        }
 
     def load(self, tensors: dict[str, Tensor]) -> None:
         """Refuse a checkpoint of another encoder.
@@ -163,13 +208,13 @@ class CaptionFeatures:
         Raises:
             ConfigError: Naming both.
         """
-        mine = self.tensors()["encoder"]
-        if not tensors["encoder"].equal(mine):
-            before, now = (bytes(each.tolist()).hex()[:12] for each in (tensors["encoder"], mine))
-            raise ConfigError(
-                f"train_unet.captions: training began with the text encoder {before}, the one here is {now}, whose "
-                "features mean nothing to the U-Net. Restore the encoder's files, or train anew."
-            )
+        for name, mine in self.tensors().items():
+            if not tensors[name].equal(mine):
+                before, now = (bytes(each.tolist()).hex()[:12] for each in (tensors[name], mine))
+                raise ConfigError(
+                    f"train_unet.captions: training began with the text encoder {before}, the one here is {now}, whose "
+                    "features mean nothing to the U-Net. Restore the encoder's files, or train anew."
+                )
 
 
 def text_conditioners(denoiser: DenoiserConfig) -> list[TextConditionerConfig]:
@@ -177,12 +222,22 @@ def text_conditioners(denoiser: DenoiserConfig) -> list[TextConditionerConfig]:
     return [each for each in denoiser.conditioners if isinstance(each, TextConditionerConfig)]
 
 
+def encoders_of(config: CaptionFeaturesConfig | DenoiserConfig) -> dict[str, TextEncoderConfig]:
+    """Return the encoders that compute features of captions by name: those to store, or those that a model reads."""
+    if isinstance(config, DenoiserConfig):
+        return {conditioner.name: conditioner.encoder for conditioner in text_conditioners(config)}
+    if isinstance(config, NoTextConfig):
+        return {}
+    return dict(config.encoders) if isinstance(config, NamedEncodersConfig) else {"text": config}
+
+
 def blank_features(denoiser: DenoiserConfig) -> dict[str, Tensor]:
     """Return the features of one image without a caption, as the model reads them: zeros of their shapes."""
     features: dict[str, Tensor] = {}
     for conditioner in text_conditioners(denoiser):
-        features[TEXT_TOKENS] = torch.zeros(1, conditioner.encoder.max_tokens, conditioner.width)
-        features[TEXT_POOLED] = torch.zeros(1, conditioner.width)
+        tokens, pooled = tokens_and_pooled(conditioner.name)
+        features[tokens] = torch.zeros(1, conditioner.encoder.max_tokens, conditioner.width)
+        features[pooled] = torch.zeros(1, conditioner.width)
     return features
 
 
@@ -196,40 +251,48 @@ def check_features(denoiser: DenoiserConfig, about: Mapping[str, Any] | None) ->
     Raises:
         ValueError: There are none, or they have another width or length.
     """
+    found = captions_by_name(about)
     for conditioner in text_conditioners(denoiser):
-        if about is None:
+        if not found:
             raise ValueError(
                 "a conditioner of kind 'text' needs the features of captions, and inputs.latents holds none. Set "
                 'encode_latents.captions = { kind = "minilm" } and encode again, have them computed with '
                 'train_unet.captions = { kind = "computed" }, or remove the conditioner.'
             )
-        encoder = conditioner.encoder
+        if conditioner.name not in found:
+            raise ValueError(
+                f"the text conditioner reads the features named {conditioner.name!r}, but there are those of "
+                f"{sorted(found)}. Change its name, or give encode_latents.captions of kind 'named' an encoder of it "
+                "and encode again."
+            )
+        encoder, info = conditioner.encoder, found[conditioner.name]
         asked = {"kind": encoder.kind, "width": conditioner.width, "tokens": encoder.max_tokens}
-        if wrong := {name: size for name, size in asked.items() if about[name] != size}:
-            held = ", ".join(f"{name} = {about[name]}" for name in wrong)
-            given = ", ".join(f"{name} = {size}" for name, size in wrong.items())
+        if wrong := {key: value for key, value in asked.items() if getattr(info, key) != value}:
+            held = ", ".join(f"{key} = {getattr(info, key)}" for key in wrong)
+            given = ", ".join(f"{key} = {value}" for key, value in wrong.items())
             raise ValueError(
                 f"the text conditioner has {given}, but its features have {held}. Give the conditioner the encoder "
                 "(and its max_tokens) that encode_latents.captions has, and that width."
             )
 
 
-def prompt_encoder(model: LatentDiffusion) -> CaptionEncoder | None:
-    """Return the encoder of a trained model's prompts, None for a model that reads no text.
+def prompt_encoder(model: LatentDiffusion) -> CaptionEncoders | None:
+    """Return the encoders of a trained model's prompts, None for a model that reads no text.
 
     Raises:
-        ValueError: The encoder is not there, or is another one than that of the training.
+        ValueError: An encoder is not there, or is another one than that of the training.
     """
-    conditioners, about = text_conditioners(model.denoiser.config), model.caption_features
-    if not conditioners or about is None:
+    configs, about = encoders_of(model.denoiser.config), captions_by_name(model.caption_features)
+    if not configs or not about:
         return None
-    encoder = CaptionEncoder(conditioners[0].encoder, device=model.device)
-    if encoder.about != about:
-        raise ValueError(
-            f"the text encoder here is {encoder.about}, but the U-Net was trained on features of {dict(about)}. A "
-            "prompt of another encoder means nothing to it: restore the encoder that was used."
-        )
-    return encoder
+    encoders = CaptionEncoders(configs, device=model.device)
+    for name, info in captions_by_name(encoders.about).items():
+        if info != about.get(name):
+            raise ValueError(
+                f"the text encoder here is {info}, but the U-Net was trained on features of {about.get(name)}. A "
+                "prompt of another encoder means nothing to it: restore the encoder that was used."
+            )
+    return encoders
 
 
 def as_tensors(features: Mapping[str, np.ndarray]) -> dict[str, Tensor]:

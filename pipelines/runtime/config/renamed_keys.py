@@ -16,7 +16,7 @@ RENAMED_KEYS: Mapping[str, Mapping[str, str]] = {
 
 # Stage -> key that older versions lacked -> what they did; "*" is any name or number.
 ADDED_KEYS: Mapping[str, Mapping[str, Any]] = {
-    "train_unet": {"denoiser.joint_drop_probability": 0.0},
+    "train_unet": {"denoiser.joint_drop_probability": 0.0, "denoiser.conditioners.*.name": "text"},
 }
 
 
