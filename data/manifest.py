@@ -137,12 +137,17 @@ class LatentStatistics(LatentScaling):
 
 
 class CaptionFeaturesInfo(BaseModel, frozen=True, extra="forbid"):
-    """Features of captions: kind of encoder, digest of its files, and shape (tokens, width)."""
+    """Features of captions: kind of encoder, digest of its files, shape (tokens, width), and what they are.
+
+    The defaults are what older versions computed, which wrote neither.
+    """
 
     kind: str
     encoder: str
     tokens: int
     width: int
+    padding: Literal["masked", "attended"] = "masked"
+    pooled: Literal["mean", "own"] = "own"  # the encoder's own where it has one
 
 
 #: Features of captions; several by the names of the conditioners that read them, where one alone is named "text".

@@ -7,6 +7,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+import transformers
 from conftest import Run, run_here, run_stage
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -16,8 +17,10 @@ from data.manifest import DiffusersVAEManifest, read_input
 from data.transforms import to_unit_range
 from models.conditioning.class_label import ClassConditionerConfig
 from models.conditioning.text import TextConditionerConfig
+from models.conditioning.text_encoder import PretrainedConfig
 from models.denoiser import Denoiser, DenoiserConfig
 from models.unet import UNetConfig
+from pipelines.model.captions import CaptionEncoder, as_tensors
 from pipelines.model.diffusers_weights import DiffusersStart, RandomStart, check_start, load_start
 
 NETWORK = UNetConfig(
@@ -138,6 +141,62 @@ def test_a_start_computes_what_the_published_unet_computes(with_tokens: bool, tm
         found = ours.output(x, times, fields, torch.zeros(2, 1, dtype=torch.bool))
     assert (found - expected).norm() / expected.norm() < 1e-5
     assert load_start(RandomStart(), ours) is None
+
+
+def test_conditions_and_outputs_are_those_of_a_published_text_to_image_pipeline(tmp_path: Path) -> None:
+    """Stable Diffusion's: padding is attended to, in prompts and in the empty caption that stands for none."""
+    torch.manual_seed(0)
+    words = [*"abcdefghijklmnopqrstuvwxyz", *(f"{letter}</w>" for letter in "abcdefghijklmnopqrstuvwxyz")]
+    vocabulary = {word: number for number, word in enumerate([*words, "<|startoftext|>", "<|endoftext|>"])}
+    tokenizer = transformers.CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=9)
+    shape = transformers.CLIPTextConfig(
+        vocab_size=len(vocabulary),
+        **{"hidden_size": 12, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2},
+        **{"max_position_embeddings": 9, "bos_token_id": 52, "eos_token_id": 53, "pad_token_id": 53},
+    )
+    pipeline = diffusers.StableDiffusionPipeline(
+        vae=build_vae(latent_channels=3),
+        text_encoder=transformers.CLIPTextModel(shape).eval(),
+        tokenizer=tokenizer,
+        unet=diffusers.UNet2DConditionModel(
+            in_channels=3,
+            out_channels=3,
+            block_out_channels=[16, 32],
+            layers_per_block=1,
+            down_block_types=["DownBlock2D", "CrossAttnDownBlock2D"],
+            up_block_types=["CrossAttnUpBlock2D", "UpBlock2D"],
+            attention_head_dim=[1, 2],
+            norm_num_groups=8,
+            cross_attention_dim=12,
+            use_linear_projection=True,
+        ).eval(),
+        scheduler=diffusers.DDIMScheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.text_encoder.save_pretrained(tmp_path / "text")
+    pipeline.tokenizer.save_pretrained(tmp_path / "text")
+    pipeline.unet.save_pretrained(tmp_path / "unet")
+
+    # Ours, as training and prompts meet it.
+    encoder = PretrainedConfig(folder=tmp_path / "text", max_tokens=9)
+    text = TextConditionerConfig(width=12, use="tokens", null="empty_caption", encoder=encoder)
+    network = NETWORK.model_copy(update={"time_injection": "shift"})
+    config = DenoiserConfig(network=network, conditioners=(text,))
+    ours = Denoiser(config, latent_channels=3, latent_size=8, num_classes=0).eval()
+    load_start(DiffusersStart(folder=tmp_path / "unet"), ours)
+    captions = ["a cat", "dog", ""]
+    features = as_tensors(CaptionEncoder(encoder, device=torch.device("cpu"))(captions))
+
+    x, times = torch.randn(3, 3, 8, 8), torch.tensor([3, 400, 700])
+    with torch.no_grad():
+        cond, uncond = pipeline.encode_prompt(captions, "cpu", 1, do_classifier_free_guidance=True)
+        torch.testing.assert_close(features["text_tokens"][:2], cond[:2], atol=1e-5, rtol=1e-5)
+        for dropped, states in ((False, cond), (True, uncond)):
+            expected = pipeline.unet(x, times, encoder_hidden_states=states).sample
+            found = ours.output(x, times, features, torch.full((3, 1), dropped))
+            assert (found - expected).norm() / expected.norm() < 1e-5
 
 
 def test_a_start_of_another_shape_is_refused_with_every_difference(tmp_path: Path) -> None:

@@ -1,11 +1,13 @@
 """Laws of a stage's frame: what counts as the same request, and what a shared folder refuses."""
 
+import copy
 import json
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from functools import reduce
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +15,14 @@ import pytest
 from conftest import REPOSITORY, SMOKE, environment, run_stage, start_ranks, start_warm, wait_until
 from manifests import commit_unet
 
+from pipelines.encode_latents import EncodeLatentsConfig
 from pipelines.model.grids import grid_png
 from pipelines.runtime.config.errors import ConfigError, config_error_at
+from pipelines.runtime.config.stage_config import StageConfig
 from pipelines.runtime.stage.fingerprint import already_done, begin, differing_keys, fingerprint_of, ignored_values
 from pipelines.runtime.stage.stage import running_stage
 from pipelines.runtime.training.config import TrainingConfig
+from pipelines.train_unet import TrainUNetConfig
 
 
 def request(**config: object) -> dict[str, object]:
@@ -103,11 +108,60 @@ def test_what_another_version_began_is_not_continued_in_silence_and_what_it_fini
     assert already_done(done, request(), allowed=(), revisions=revisions)
 
 
-def test_a_key_that_an_older_version_lacked_stands_for_what_that_version_did(tmp_path: Path) -> None:
-    begin(tmp_path, request(denoiser={"dropout": 0.0}), fingerprint_ignores={})
-    assert not already_done(tmp_path, request(denoiser={"dropout": 0.0, "joint_drop_probability": 0.0}), allowed=())
-    with pytest.raises(ConfigError, match=r"denoiser.joint_drop_probability: was 0.0, is now 0.1\n"):
-        already_done(tmp_path, request(denoiser={"dropout": 0.0, "joint_drop_probability": 0.1}), allowed=())
+PRETRAINED = {"kind": "pretrained", "folder": "t5"}
+COUNTS = {"updates": 1, "global_batch": 1}
+
+
+@pytest.mark.parametrize(
+    ("model", "given", "key", "before"),
+    [
+        (
+            TrainUNetConfig,
+            {**COUNTS, "denoiser": {"conditioners": ({"kind": "class"}, {"kind": "text"})}},
+            "denoiser.joint_drop_probability",
+            0.0,
+        ),
+        (EncodeLatentsConfig, {"captions": {**PRETRAINED, "padding": "masked"}}, "captions.pooled", "own"),
+        (EncodeLatentsConfig, {"captions": {**PRETRAINED, "pooled": "own"}}, "captions.padding", "masked"),
+        (
+            TrainUNetConfig,
+            {**COUNTS, "denoiser": {"conditioners": ({"kind": "text", "encoder": {**PRETRAINED, "pooled": "own"}},)}},
+            "denoiser.conditioners.0.encoder.padding",
+            "masked",
+        ),
+    ],
+)
+def test_a_key_that_an_older_version_lacked_stands_for_what_that_version_did(
+    model: type[StageConfig], given: dict, key: str, before: object, tmp_path: Path
+) -> None:
+    """What it began is not continued in silence, and goes on with that value."""
+    stage, parent = ("train_unet", "latents") if model is TrainUNetConfig else ("encode_latents", "corpus")
+    now = fingerprint_of(stage, model.model_validate({**given, "inputs": {parent: "", "vae": ""}}), {})
+
+    def leaf(request: dict) -> tuple[dict, str]:
+        *tables, last = key.split(".")
+        return reduce(lambda tree, part: tree[int(part) if part.isdigit() else part], tables, request["config"]), last
+
+    older, as_before = copy.deepcopy(now), copy.deepcopy(now)
+    table, last = leaf(older)
+    del table[last]
+    begin(tmp_path, older, fingerprint_ignores={})
+    with pytest.raises(ConfigError, match=rf"{key}: was {before}, is now (auto|0.1)\n  Change it back"):
+        already_done(tmp_path, now, allowed=())
+    table, last = leaf(as_before)
+    table[last] = before
+    assert not already_done(tmp_path, as_before, allowed=())
+
+
+def test_one_condition_and_a_text_encoder_by_itself_are_the_work_of_before(tmp_path: Path) -> None:
+    text = {"kind": "text", "encoder": {"kind": "minilm"}}
+    given = {**COUNTS, "inputs": {"latents": "", "vae": ""}, "denoiser": {"conditioners": (text,)}}
+    now = fingerprint_of("train_unet", TrainUNetConfig.model_validate(given), {})
+    older = copy.deepcopy(now)
+    del older["config"]["denoiser"]["joint_drop_probability"]
+    del older["config"]["denoiser"]["conditioners"][0]["name"]
+    begin(tmp_path, older, fingerprint_ignores={})
+    assert not already_done(tmp_path, now, allowed=())
 
 
 def test_a_folder_with_old_names_of_keys_is_the_same_work(tmp_path: Path) -> None:

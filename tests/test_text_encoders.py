@@ -210,46 +210,64 @@ def test_the_encoder_is_the_bert_of_transformers(width: int, heads: int, layers:
     torch.testing.assert_close(features.pooled, pooled * width**0.5, atol=1e-5, rtol=1e-5)
 
 
-def clip_or_t5(kind: str) -> Any:
+def published(kind: str) -> Any:
     torch.manual_seed(0)
     small = {"vocab_size": len(VOCABULARY), "hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 1}
+    small |= {"num_attention_heads": 2, "max_position_embeddings": 16, "pad_token_id": 0}
     if kind == "clip":
-        shape = transformers.CLIPTextConfig(
-            **small, num_attention_heads=2, max_position_embeddings=16, eos_token_id=3, pad_token_id=0
-        )
-        return transformers.CLIPTextModel(shape).eval()
+        return transformers.CLIPTextModel(transformers.CLIPTextConfig(**small, eos_token_id=3)).eval()
+    if kind == "bert":
+        return transformers.BertModel(transformers.BertConfig(**small)).eval()
     shape = transformers.T5Config(
         vocab_size=len(VOCABULARY), d_model=8, d_kv=4, d_ff=12, num_layers=1, num_heads=2, pad_token_id=0
     )
     return transformers.T5EncoderModel(shape).eval()
 
 
-@pytest.mark.parametrize("kind", ["clip", "t5"])
+def save_published(kind: str, folder: Path, to: Path) -> Any:
+    model = published(kind)
+    model.save_pretrained(to)
+    transformers.BertTokenizerFast(str(folder / "vocab.txt")).save_pretrained(to)
+    return model
+
+
+@pytest.mark.parametrize("kind", ["clip", "t5", "bert"])
 def test_encoders_of_transformers_can_be_used(kind: str, folder: Path, tmp_path: Path) -> None:
-    model = clip_or_t5(kind)
-    model.save_pretrained(tmp_path)
-    transformers.BertTokenizerFast(str(folder / "vocab.txt")).save_pretrained(tmp_path)
+    model = save_published(kind, folder, tmp_path)
     encoder = PretrainedConfig(folder=tmp_path, max_tokens=7).build()
     features = encoder.encode(["a photo of a cafe, of a cafe", "sneaker"])
     assert encoder.width == 8
     assert features.tokens.shape == (2, 7, 8)
-    assert (features.tokens != 0).any(dim=-1).sum(dim=1).tolist() == [7, 4]  # [CLS] sneak ##er [SEP]
+    # [CLS] sneak ##er [SEP], and for CLIP its padding.
+    assert (features.tokens != 0).any(dim=-1).sum(dim=1).tolist() == [7, 7 if kind == "clip" else 4]
     torch.testing.assert_close(encoder.encode(["sneaker"]).tokens, features.tokens[1:])
     numbers = torch.tensor([[VOCABULARY.index(piece) for piece in ("[CLS]", "sneak", "##er", "[SEP]")]])
     with torch.no_grad():
         found = model(input_ids=numbers)
     torch.testing.assert_close(features.tokens[1:, :4], found.last_hidden_state, atol=1e-5, rtol=1e-5)
+    # Only CLIP was trained to say all in one vector: sentence encoders average, as their model cards say.
     summary = found.pooler_output if kind == "clip" else found.last_hidden_state.mean(dim=1)
     torch.testing.assert_close(features.pooled[1:], nn.functional.normalize(summary, dim=1) * 8**0.5)
     assert {path.name for path in encoder.files} >= {"config.json", "model.safetensors"}
 
 
+def test_features_can_be_those_of_older_versions(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "clip").mkdir()
+    save_published("clip", folder, tmp_path / "clip")
+    options = {"max_tokens": 7, "padding": "masked", "pooled": "own"}
+    tokens = PretrainedConfig(folder=tmp_path / "clip", **options).build().encode(["sneaker"]).tokens
+    assert (tokens != 0).any(dim=-1).tolist() == [[True] * 4 + [False] * 3]
+    model = save_published("bert", folder, tmp_path)
+    features = PretrainedConfig(folder=tmp_path, **options).build().encode(["sneaker"])
+    with torch.no_grad():
+        summary = model(input_ids=torch.tensor([[2, 7, 8, 3]])).pooler_output
+    torch.testing.assert_close(features.pooled, nn.functional.normalize(summary, dim=1) * 8**0.5)
+
+
 def test_an_encoder_that_is_only_pickled_is_refused(folder: Path, tmp_path: Path) -> None:
-    model = clip_or_t5("t5")
-    model.save_pretrained(tmp_path)
+    model = save_published("t5", folder, tmp_path)
     torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
     (tmp_path / "model.safetensors").unlink()
-    transformers.BertTokenizerFast(str(folder / "vocab.txt")).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="holds no text encoder in the Hugging Face format"):
         PretrainedConfig(folder=tmp_path).build()
 

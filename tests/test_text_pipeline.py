@@ -6,6 +6,7 @@ import shutil
 import tomllib
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ from data.manifest import read_manifest
 from data.samples import latent_members
 from data.shards.writer import ShardWriter
 from models.conditioning.text import TextConditionerConfig
-from models.conditioning.text_encoder import MiniLMConfig
+from models.conditioning.text_encoder import MiniLMConfig, PretrainedConfig
 from models.denoiser import DenoiserConfig
 from pipelines.model.captions import (
     CaptionEncoder,
@@ -31,6 +32,7 @@ from pipelines.model.captions import (
     StoredFeaturesConfig,
     check_features,
     encoders_of,
+    prompt_encoder,
 )
 from pipelines.runtime.config.errors import ConfigError
 
@@ -311,6 +313,60 @@ def test_features_are_stored_and_read_by_the_name_of_their_conditioner(tmp_path:
             torch.testing.assert_close(told.tokens[0], expected_tokens, atol=1e-5, rtol=1e-5)
     with pytest.raises(ValueError, match=r"features named 'text', but there are those of \['large', 'small'\]"):
         check_features(DenoiserConfig(conditioners=(TextConditionerConfig(),)), encoders.about)
+
+
+def test_features_of_one_kind_of_padding_are_not_taken_for_the_other(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "clip_text_model"}')
+    stored = {"kind": "pretrained", "encoder": "0" * 64, "tokens": 7, "width": 8}  # as an older version says: masked
+
+    def check(null: str = "learned", **options: str) -> None:
+        encoder = PretrainedConfig(folder=tmp_path, max_tokens=7, **options)
+        text = TextConditionerConfig(width=8, null=null, encoder=encoder)
+        check_features(DenoiserConfig(conditioners=(text,)), stored)
+
+    check()
+    check(null="empty_caption", padding="masked")
+    for wrong in ({"padding": "attended"}, {"null": "empty_caption"}):
+        with pytest.raises(ValueError, match="has padding = attended, but its features have padding = masked"):
+            check(**wrong)
+    with pytest.raises(ValueError, match="has pooled = mean, but its features have pooled = own"):
+        check(pooled="mean")
+
+
+def test_prompts_are_encoded_as_the_features_of_the_training(tmp_path: Path) -> None:
+    """Also those of a U-Net that an older version trained, on BERT's pooler."""
+    import transformers
+
+    torch.manual_seed(0)
+    shape = {"hidden_size": WIDTH, "intermediate_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = transformers.BertModel(transformers.BertConfig(vocab_size=len(VOCABULARY), **shape)).eval()
+    model.save_pretrained(tmp_path)
+    (tmp_path / "vocab.txt").write_text("\n".join(VOCABULARY) + "\n")
+    transformers.BertTokenizerFast(str(tmp_path / "vocab.txt")).save_pretrained(tmp_path)
+    encoder = PretrainedConfig(folder=tmp_path, max_tokens=MAX_TOKENS)
+    about = CaptionEncoder(encoder, device=CPU).about
+    assert (about.get("padding"), about["pooled"]) == (None, "mean")
+    config = DenoiserConfig(conditioners=(TextConditionerConfig(width=WIDTH, encoder=encoder),))
+
+    def prompts_of(described: dict) -> CaptionEncoders | None:
+        return prompt_encoder(
+            SimpleNamespace(denoiser=SimpleNamespace(config=config), caption_features=described, device=CPU)
+        )
+
+    pooled = {}
+    for pooling, described in {"mean": about, "own": {k: v for k, v in about.items() if k != "pooled"}}.items():
+        prompts = prompts_of(described)
+        assert prompts is not None
+        assert prompts.about == described
+        pooled[pooling] = torch.from_numpy(prompts(["cat"])["text_pooled"])
+    with torch.no_grad():
+        found = model(
+            input_ids=torch.tensor([[VOCABULARY.index(one) for one in ("[CLS]", "c", "##a", "##t", "[SEP]")]])
+        )
+    for pooling, expected in {"mean": found.last_hidden_state.mean(dim=1), "own": found.pooler_output}.items():
+        torch.testing.assert_close(pooled[pooling], torch.nn.functional.normalize(expected, dim=1) * WIDTH**0.5)
+    with pytest.raises(ValueError, match="A prompt of another encoder means nothing to it"):
+        prompts_of({**about, "encoder": "0"})
 
 
 def test_a_plan_counts_the_captions_too(emoji: tuple[Path, Path], tmp_path: Path) -> None:

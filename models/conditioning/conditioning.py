@@ -16,5 +16,5 @@ class Conditioning(NamedTuple):
 class TextFeatures(NamedTuple):
     """Features of captions by a text encoder."""
 
-    tokens: Tensor  # (b s d), float32; zero where a caption has ended
+    tokens: Tensor  # (b s d), float32; zero where there is no token to attend to
     pooled: Tensor  # (b d), float32; about unit variance over d

@@ -6,13 +6,19 @@ The default is MiniLM (Wang et al. 2020, arXiv:2002.10957) fine-tuned for senten
 arXiv:1908.10084), a BERT (Devlin et al. 2019, arXiv:1810.04805); CLIP (Radford et al. 2021, arXiv:2103.00020) and T5
 (Raffel et al. 2020, arXiv:1910.10683) are read from a folder. Only local folders with safetensors are read: nothing is
 downloaded, and no code that comes with a model is run. The library takes seconds to import: only ``build`` does it.
+
+Features follow what was trained with them. Stable Diffusion (Rombach et al. 2022, arXiv:2112.10752) passes CLIP no mask
+and attends to all 77 positions, padding among them (``StableDiffusionPipeline.encode_prompt`` of diffusers); a U-Net of
+T5 features masks it (PixArt-alpha, Chen et al. 2023, arXiv:2310.00426), and BERT is trained with a mask. CLIP says all
+in its last token, which its pooled output is; sentence encoders are averaged over their tokens, as their model cards
+say, and T5 has nothing else: BERT's pooler is of another task, or not in the file at all.
 """
 
 import importlib.util
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import torch
 import torch.nn.functional as F
@@ -34,6 +40,8 @@ _BERT_SHAPE = (
 
 # Model types that hold more than a text encoder, and the class of the part that we want.
 _PARTS = {"clip": "CLIPTextModel", "clip_text_model": "CLIPTextModel", "t5": "T5EncoderModel"}
+
+_CLIP = ("clip", "clip_text_model")
 
 _PRETRAINED_SUFFIXES = (".json", ".txt", ".model", ".safetensors")
 
@@ -94,6 +102,22 @@ class PretrainedConfig(BaseModel, frozen=True, extra="forbid"):
     kind: Literal["pretrained"] = "pretrained"
     folder: Path  # holds the model and its tokenizer, weights as safetensors
     max_tokens: Annotated[int, Field(ge=2)] = 77  # tokens of a caption; the rest is cut
+    padding: Literal["auto", "masked", "attended"] = "auto"  # whether its features count; auto: only CLIP's do
+    pooled: Literal["auto", "mean", "own"] = "auto"  # mean of tokens, or the model's own; auto: CLIP's own, else mean
+
+    def resolved(self) -> Self:
+        """With the options that are ``auto`` as the type of the model in the folder was trained.
+
+        Raises:
+            ValueError: There is no model.
+        """
+        try:
+            architecture = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{self.folder} holds no text encoder in the Hugging Face format: {error}") from error
+        is_clip = architecture.get("model_type") in _CLIP
+        found = {"padding": "attended", "pooled": "own"} if is_clip else {"padding": "masked", "pooled": "mean"}
+        return self.model_copy(update={key: value for key, value in found.items() if getattr(self, key) == "auto"})
 
     def build(self) -> "TextEncoder":
         """Load the encoder.
@@ -111,7 +135,8 @@ class PretrainedConfig(BaseModel, frozen=True, extra="forbid"):
         except (OSError, ValueError) as error:
             raise ValueError(f"{self.folder} holds no text encoder in the Hugging Face format: {error}") from error
         files = sorted(path for path in self.folder.iterdir() if path.suffix in _PRETRAINED_SUFFIXES)
-        return TextEncoder(model, tokenizer, files=files, max_tokens=self.max_tokens)
+        options = self.resolved().model_dump(include={"max_tokens", "padding", "pooled"})
+        return TextEncoder(model, tokenizer, files=files, **options)
 
 
 TextEncoderConfig = Annotated[MiniLMConfig | PretrainedConfig, Field(discriminator="kind")]
@@ -121,17 +146,29 @@ class TextEncoder(nn.Module):
     """A frozen network of transformers with its tokenizer.
 
     Args:
-        model: Its output has ``last_hidden_state``, and ``pooler_output`` where that is to stand for the caption.
+        model: Its output has ``last_hidden_state``, and ``pooler_output`` where it has a feature of the whole.
         tokenizer: Captions to token numbers and the mask of those that are no padding.
         files: Whatever both were read from; features of two encoders of equal files are equal.
         max_tokens: Tokens of a caption; the rest is cut.
+        padding: ``masked`` padding has features of zero, ``attended`` has those that the network gives without a mask.
+        pooled: Feature of the whole: the ``mean`` of the tokens, or the network's ``own`` if it has one.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, *, files: Sequence[Path], max_tokens: int) -> None:
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        *,
+        files: Sequence[Path],
+        max_tokens: int,
+        padding: Literal["masked", "attended"] = "masked",
+        pooled: Literal["mean", "own"] = "own",
+    ) -> None:
         super().__init__()
         self.model: nn.Module = model
         self._tokenizer = tokenizer
         self.files, self.max_tokens = tuple(files), max_tokens
+        self.padding, self.pooled = padding, pooled
         self.width: int = model.config.hidden_size
         self.eval().requires_grad_(False)
         self.tokens_of([""])  # the first call sets the tokenizer's padding, which threads must not do at once
@@ -147,12 +184,14 @@ class TextEncoder(nn.Module):
         """Features of captions of any length, on the device of the weights."""
         given = self.tokens_of(captions).to(next(self.model.parameters()).device)
         mask = given["attention_mask"]
-        found = self.model(input_ids=given["input_ids"], attention_mask=mask)
-        tokens = found.last_hidden_state.float() * mask[..., None]  # (b s d)
-        # CLIP was trained to say all in its last token; others are best averaged.
-        pooled = getattr(found, "pooler_output", None)
-        pooled = tokens.sum(dim=1) / mask.sum(dim=1, keepdim=True) if pooled is None else pooled.float()
+        attended = self.padding == "attended"
+        found = self.model(input_ids=given["input_ids"], attention_mask=None if attended else mask)
+        states = found.last_hidden_state.float()
+        masked = states * mask[..., None]  # (b s d)
+        own = getattr(found, "pooler_output", None) if self.pooled == "own" else None
+        pooled = masked.sum(dim=1) / mask.sum(dim=1, keepdim=True) if own is None else own.float()
         # At unit length times sqrt(d) each number is about 1, as networks like their inputs.
+        tokens = states if attended else masked
         return TextFeatures(tokens=tokens, pooled=F.normalize(pooled, dim=1) * self.width**0.5)
 
 

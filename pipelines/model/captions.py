@@ -16,7 +16,7 @@ from torch import Tensor
 
 from data.files import sha256_of
 from data.loading import LatentBatch
-from data.manifest import LatentsManifest, captions_by_name, digest_of
+from data.manifest import CaptionFeaturesInfo, LatentsManifest, captions_by_name, digest_of
 from models.conditioning.text import FeatureName, TextConditionerConfig, tokens_and_pooled
 from models.conditioning.text_encoder import MiniLMConfig, PretrainedConfig, TextEncoderConfig
 from models.denoiser import DenoiserConfig
@@ -77,13 +77,16 @@ class CaptionEncoder:
         self._tokens, self._pooled = tokens_and_pooled(name)
         self._batch_size = batch_size
         self._of_thread = threading.local()  # shards are encoded at once, and none may see what another has kept
-        #: The features in a manifest: the encoder's digest, and their sizes.
-        self.about: dict[str, Any] = {
-            "kind": config.kind,
-            "encoder": digest_of({path.name: sha256_of(path) for path in self._encoder.files}),
-            "tokens": self._encoder.max_tokens,
-            "width": self._encoder.width,
-        }
+        info = CaptionFeaturesInfo(
+            kind=config.kind,
+            encoder=digest_of({path.name: sha256_of(path) for path in self._encoder.files}),
+            tokens=self._encoder.max_tokens,
+            width=self._encoder.width,
+            padding=self._encoder.padding,
+            pooled=self._encoder.pooled,
+        )
+        #: The features in a manifest: the encoder's digest, their sizes, and what they are.
+        self.about: dict[str, Any] = info.model_dump(exclude_defaults=True)
 
     @property
     def _kept(self) -> dict[str, dict[str, np.ndarray]]:
@@ -249,7 +252,7 @@ def check_features(denoiser: DenoiserConfig, about: Mapping[str, Any] | None) ->
         about: The features as in the latents' manifest; None when there are none.
 
     Raises:
-        ValueError: There are none, or they have another width or length.
+        ValueError: There are none, or they have another width or length, or are of another kind.
     """
     found = captions_by_name(about)
     for conditioner in text_conditioners(denoiser):
@@ -266,13 +269,18 @@ def check_features(denoiser: DenoiserConfig, about: Mapping[str, Any] | None) ->
                 "and encode again."
             )
         encoder, info = conditioner.encoder, found[conditioner.name]
-        asked = {"kind": encoder.kind, "width": conditioner.width, "tokens": encoder.max_tokens}
+        asked: dict[str, Any] = {"kind": encoder.kind, "width": conditioner.width, "tokens": encoder.max_tokens}
+        if isinstance(encoder, PretrainedConfig):
+            # A null that the encoder computes must be of the same features; else "auto" follows those that there are.
+            encoder = encoder.resolved() if conditioner.null == "empty_caption" else encoder
+            options = {"padding": encoder.padding, "pooled": encoder.pooled}
+            asked |= {key: value for key, value in options.items() if value != "auto"}
         if wrong := {key: value for key, value in asked.items() if getattr(info, key) != value}:
             held = ", ".join(f"{key} = {getattr(info, key)}" for key in wrong)
             given = ", ".join(f"{key} = {value}" for key, value in wrong.items())
             raise ValueError(
                 f"the text conditioner has {given}, but its features have {held}. Give the conditioner the encoder "
-                "(and its max_tokens) that encode_latents.captions has, and that width."
+                "(and its other keys) that encode_latents.captions has, and that width."
             )
 
 
@@ -285,6 +293,10 @@ def prompt_encoder(model: LatentDiffusion) -> CaptionEncoders | None:
     configs, about = encoders_of(model.denoiser.config), captions_by_name(model.caption_features)
     if not configs or not about:
         return None
+    for name, config in configs.items():
+        if isinstance(config, PretrainedConfig) and name in about:
+            # As in training, also where an older version trained: "auto" was another choice then.
+            configs[name] = config.model_copy(update=about[name].model_dump(include={"padding", "pooled"}))
     encoders = CaptionEncoders(configs, device=model.device)
     for name, info in captions_by_name(encoders.about).items():
         if info != about.get(name):

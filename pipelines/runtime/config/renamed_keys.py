@@ -16,7 +16,13 @@ RENAMED_KEYS: Mapping[str, Mapping[str, str]] = {
 
 # Stage -> key that older versions lacked -> what they did; "*" is any name or number.
 ADDED_KEYS: Mapping[str, Mapping[str, Any]] = {
-    "train_unet": {"denoiser.joint_drop_probability": 0.0, "denoiser.conditioners.*.name": "text"},
+    "encode_latents": {"captions.padding": "masked", "captions.pooled": "own"},
+    "train_unet": {
+        "denoiser.joint_drop_probability": 0.0,
+        "denoiser.conditioners.*.name": "text",
+        "denoiser.conditioners.*.encoder.padding": "masked",
+        "denoiser.conditioners.*.encoder.pooled": "own",
+    },
 }
 
 
