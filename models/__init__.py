@@ -28,6 +28,7 @@ whole trajectories of samplers and whole calls of networks are compared, with th
     attend                         the formula; backends with each other   1e-5            networks_attention
     SelfAttention, CrossAttention  torch's MultiheadAttention              1e-5            networks_attention
     TextEncoder (MiniLM)           torch's TransformerEncoderLayer         1e-5            text_encoders
+    TextEncoder (CLIP), its U-Net  StableDiffusionPipeline                 1e-5            foreign
     Perceptual (LPIPS)             a second implementation of the paper    1e-5 relative   networks_perceptual
     averages of weights            the plain recurrence, float64           1e-12           ema
 """

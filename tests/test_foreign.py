@@ -170,7 +170,7 @@ def test_conditions_and_outputs_are_those_of_a_published_text_to_image_pipeline(
             cross_attention_dim=12,
             use_linear_projection=True,
         ).eval(),
-        scheduler=diffusers.DDIMScheduler(),
+        scheduler=diffusers.DDIMScheduler(clip_sample=False, steps_offset=1),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
