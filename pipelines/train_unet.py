@@ -78,7 +78,11 @@ class LatentDraw:
 def main() -> None:
     config = config_from_command_line(TrainUNetConfig, table="train_unet", about=__doc__)
     with running_stage(
-        config, name="train_unet", precision=config.precision, check=lambda parents: check(config, parents)
+        config,
+        name="train_unet",
+        precision=config.precision,
+        tf32=config.tf32,
+        check=lambda parents: check(config, parents),
     ) as stage:
         train(config, stage)
 

@@ -80,7 +80,11 @@ class Adversary:
 def main() -> None:
     config = config_from_command_line(TrainVAEConfig, table="train_vae", about=__doc__)
     with running_stage(
-        config, name="train_vae", precision=config.precision, check=lambda parents: check(config, parents)
+        config,
+        name="train_vae",
+        precision=config.precision,
+        tf32=config.tf32,
+        check=lambda parents: check(config, parents),
     ) as stage:
         train(config, stage)
 

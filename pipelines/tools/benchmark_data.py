@@ -221,7 +221,8 @@ def encoding(folder: Path, rounds: int) -> Comparison:
 
 def _stage(config: EncodeLatentsConfig, folder: Path) -> Stage:
     folder.mkdir()
-    accelerator = start_accelerator(config.run.model_copy(update={"threads": 1}), precision=config.precision)
+    run = config.run.model_copy(update={"threads": 1})
+    accelerator = start_accelerator(run, precision=config.precision, tf32=config.tf32)
     return Stage(
         name="encode_latents",
         folder=folder,

@@ -4,8 +4,9 @@
     python -m pipelines.tools.sync runs/demo/unet --follow   go on sending until that run ends
 
 Reads a stage's spools (``pipelines.runtime.tracking.spool``) from where the last sender came, and writes
-``tracking/sent.json`` and the MLflow run's id into ``run.json``. A run whose process has gone without closing it is
-closed as KILLED, or as FAILED where a rank has left its failure in ``outcome.json``. Sending something again stores nothing twice, so a sender may die at any moment. A running stage has a
+``tracking/sent.json`` and the MLflow run's id into ``run.json``.
+A run whose process has gone without closing it is closed as KILLED, or as FAILED where a rank has left its failure in
+``outcome.json``. Sending something again stores nothing twice, so a sender may die at any moment. A running stage has a
 sender of its own.
 Exit code 0: everything is sent. 1: something is left, since the store does not answer. 2: there is nothing to send.
 """

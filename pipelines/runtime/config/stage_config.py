@@ -38,6 +38,7 @@ class StageConfig(CommandConfig):
 
     # Dotted keys that do not change the result: left out of the fingerprint, so they may differ on resume.
     fingerprint_ignores: ClassVar[frozenset[str]] = frozenset()
+    # A new key's default is what versions without it did, so that folders of theirs are the same work; else a revision.
     # How the result of one and the same configuration has changed from version to version of this code, oldest first:
     # what an older version began is not continued as another order, other bytes or another validation sample.
     revisions: ClassVar[tuple[str, ...]] = ()

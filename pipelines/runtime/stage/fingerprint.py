@@ -55,6 +55,14 @@ def fingerprint_of(name: str, config: StageConfig, parents: Mapping[str, Manifes
     return {"stage": name, "config": whole, "parents": {key: parent.digest for key, parent in sorted(parents.items())}}
 
 
+def keys_at_default(config: StageConfig) -> frozenset[str]:
+    """Return the dotted keys whose value is the default: what an older version did that did not know them."""
+    places = {"run", "inputs"}
+    changed = flattened(config.model_dump(mode="json", exclude=places, exclude_defaults=True))
+    whole = flattened(config.model_dump(mode="json", exclude=places))
+    return frozenset(key for key in whole if not is_among(key, changed))
+
+
 def ignored_values(config: StageConfig) -> dict[str, Any]:
     """Return the values of the keys that the fingerprint ignores, by dotted key."""
     leaves = flattened(config.model_dump(mode="json", exclude={"run", "inputs"}))
@@ -89,6 +97,7 @@ def already_done(
     *,
     allowed: tuple[str, ...],
     fingerprint_ignores: Collection[str] = (),
+    at_default: Collection[str] = (),
     revisions: Sequence[str] | None = None,
 ) -> bool:
     """Return whether the stage has finished this very request; False when it has yet to start or to continue.
@@ -99,6 +108,7 @@ def already_done(
         allowed: Keys whose change the user accepts while it is unfinished. Only a training stage heeds them: finished
             parts of the others stay as they are, so that a changed request would mix with the old one.
         fingerprint_ignores: Keys that do not matter, though an older version may have written them down.
+        at_default: Keys that have their default, which is no difference where an older version did not know them.
         revisions: Of the stage's configuration. What is finished stays valid: they count for what is begun.
 
     Raises:
@@ -121,6 +131,7 @@ def already_done(
             before,
             request,
             fingerprint_ignores=fingerprint_ignores,
+            at_default=at_default,
             revisions=None if finished else revisions,
         )
         if not (can_change and key in allowed)
@@ -142,21 +153,35 @@ def differing_keys(
     now: Mapping[str, Any],
     *,
     fingerprint_ignores: Collection[str] = (),
+    at_default: Collection[str] = (),
     revisions: Sequence[str] | None = None,
 ) -> list[tuple[str, str]]:
     """Return (key, "key: was X, is now Y") for each difference between two requests that matters.
 
-    Keys of ``before`` that were renamed since are compared under their present names. With ``revisions``, those that
+    Keys of ``before`` that were renamed since are compared under their present names; keys ``at_default`` that it does
+    not know are no difference. With ``revisions``, those that
     are newer than ``before`` are differences of the key "revisions".
     """
     old = flattened({"parents": before["parents"], **with_new_names(now["stage"], before["config"])})
     new = flattened({"parents": now["parents"], **now["config"]})
-    found = [(key, line) for key, line in _differences(old, new) if not is_among(key, fingerprint_ignores)]
+    found = [
+        (key, line)
+        for key, line in _differences(old, new)
+        if not is_among(key, fingerprint_ignores) and not (key in at_default and _is_new(key, old))
+    ]
     known = len(before.get("revisions", ()))
     if revisions is not None and known > len(revisions):
         found.append(("revisions", "revisions: a newer version of Latentline began it; continue with that one"))
     newer = () if revisions is None else revisions[known:]
     return found + [("revisions", f"revisions: an older version began it; since then {change}") for change in newer]
+
+
+def _is_new(key: str, old: Mapping[str, Any]) -> bool:
+    """Return whether ``old`` was written by a version without this key; one more table of a list is no new key."""
+    parts = key.split(".")
+    above = (".".join(parts[: depth + 1]) for depth in range(len(parts)))
+    unknown = next((each for each in above if not any(is_among(known, (each,)) for known in old)), "")
+    return bool(unknown) and not unknown.rsplit(".", 1)[-1].isdigit()
 
 
 def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[tuple[str, str]]:
