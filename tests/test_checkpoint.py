@@ -9,7 +9,8 @@ from tiny_training import Recipe, Tiny
 
 from data.files import sha256_of
 from pipelines.runtime.config.errors import ConfigError
-from pipelines.runtime.stage.provenance import code_version
+from pipelines.runtime.config.stage_config import RunConfig
+from pipelines.runtime.stage.provenance import code_version, exactness, made_by
 from pipelines.runtime.stage.stage import running_stage
 from pipelines.runtime.training.checkpoint import CheckpointConfig, Checkpoints, DamagedCheckpoint, verify
 from pipelines.runtime.training.config import TrainingConfig
@@ -139,6 +140,29 @@ def test_a_checkpoint_says_what_its_bits_depend_on(tmp_path: Path, capsys: pytes
     commit_again(path.parent)
     Tiny(tmp_path, Recipe(config={"updates": 10})).run()
     assert f"to rounding at best, since code was 0000, is now {code_version()}" in capsys.readouterr().out
+
+
+def test_a_gpu_without_deterministic_kernels_and_another_library_or_processor_are_not_bit_for_bit(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100-SXM4-40GB")
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91900)
+
+    def made(device: str, *, deterministic: bool = False) -> dict[str, object]:
+        run = RunConfig(deterministic=deterministic)
+        return made_by({}, run, world_size=1, device=torch.device(device))
+
+    cpu, gpu, any_order = made("cpu"), made("cuda", deterministic=True), made("cuda")
+    assert exactness(cpu, cpu) == exactness(gpu, gpu) == "bit for bit"
+    assert exactness(any_order, any_order) == (
+        "to rounding at best, since kernels of a GPU sum in any order with run.deterministic = false"
+    )
+    other = {"torch": "2.10.0", "cudnn": 90100, "processor": "NVIDIA H100", "attention": "math"}
+    for name, value in other.items():
+        assert f"to rounding at best, since {name} was {value}, is now " in exactness({**gpu, name: value}, gpu)
+    older = {name: value for name, value in cpu.items() if name != "torch"}
+    assert "torch was not recorded, is now" in exactness(older, cpu)
+    assert "processor was" in exactness(gpu, cpu)
 
 
 @pytest.mark.parametrize("change", ["renamed", "missing", "unknown"])

@@ -78,7 +78,8 @@ class Training:
         self._checkpoints = Checkpoints(stage.folder / "checkpoints", config.checkpoint, writes=stage.is_main)
         self._best, self._save_for_best = Best(config.checkpoint.best), False
         request = fingerprint_of(stage.name, config, stage.parents)
-        self._made_by = made_by(request, world_size=accelerator.num_processes) if stage.is_main else {}
+        world_size, device = accelerator.num_processes, accelerator.device
+        self._made_by = made_by(request, config.run, world_size=world_size, device=device) if stage.is_main else {}
 
         # Logs.
         self._buffer = MetricBuffer(accelerator)
