@@ -142,6 +142,33 @@ def test_a_checkpoint_says_what_its_bits_depend_on(tmp_path: Path, capsys: pytes
     assert f"to rounding at best, since code was 0000, is now {code_version()}" in capsys.readouterr().out
 
 
+def test_a_finished_training_goes_on_from_its_last_checkpoint_as_one_that_was_never_finished(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = Tiny(tmp_path / "whole", Recipe(config={"updates": 40})).run()
+    Tiny(tmp_path / "unet", Recipe(config={"updates": 20})).run()
+    manifest = tmp_path / "unet" / "manifest.json"
+    manifest.write_text("{}")
+    there: list[bool] = []
+    longer = Tiny(tmp_path / "unet", Recipe(config={"updates": 40}))
+    longer.after_update = lambda update: there.append(manifest.exists())
+    longer.run()
+    assert there == [False] * 20
+    assert (
+        "was finished after update 20: its manifest is removed, it trains on until update 40" in capsys.readouterr().out
+    )
+    assert longer.tensors().keys() == whole.tensors().keys()
+    assert all(torch.equal(value, longer.tensors()[name]) for name, value in whole.tensors().items())
+
+
+def test_a_finished_training_without_checkpoints_is_left_as_it_is(tmp_path: Path) -> None:
+    manifest = tmp_path / "manifest.json"
+    manifest.write_text("{}")
+    with pytest.raises(ConfigError, match="is finished and holds no intact checkpoint to train on from"):
+        Tiny(tmp_path, Recipe(config={"updates": 40})).run()
+    assert manifest.exists()
+
+
 def test_a_gpu_without_deterministic_kernels_and_another_library_or_processor_are_not_bit_for_bit(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

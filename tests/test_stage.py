@@ -92,6 +92,20 @@ def test_what_an_older_version_took_for_a_difference_is_none(tmp_path: Path) -> 
     )
 
 
+def test_a_finished_training_is_unfinished_when_more_updates_are_allowed(tmp_path: Path) -> None:
+    commit_unet(tmp_path, request(updates=4))
+    with pytest.raises(ConfigError, match=r"updates: was 4, is now 8\n.*give a larger --updates with --allow-changed"):
+        already_done(tmp_path, request(updates=8), allowed=())
+    assert not already_done(tmp_path, request(updates=8), allowed=("updates",))
+    assert already_done(tmp_path, request(updates=4), allowed=("updates",))
+    assert not already_done(tmp_path, request(updates=8, seed=1), allowed=("updates", "seed"))
+    for changes, allowed in (({"updates": 3}, ("updates",)), ({"updates": 8, "seed": 1}, ("updates",))):
+        with pytest.raises(ConfigError, match="was finished|was begun"):
+            already_done(tmp_path, request(**changes), allowed=allowed)
+    with pytest.raises(ConfigError, match="since then noise is another"):
+        already_done(tmp_path, request(updates=8), allowed=("updates",), revisions=("noise is another",))
+
+
 def test_a_key_that_an_older_version_did_not_know_is_no_difference_at_its_default(tmp_path: Path) -> None:
     def is_done(**changes: object) -> bool:
         config = training_config(tmp_path, **changes)

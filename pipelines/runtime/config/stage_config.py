@@ -23,9 +23,7 @@ class RunConfig(BaseModel, frozen=True, extra="forbid"):
     num_processes: NonNegativeInt = 0  # world size to insist on; 0 accepts what was launched
     threads: NonNegativeInt = 0  # CPU threads of each process; 0 divides the machine's cores among its processes
     attention: Literal["auto", "sdpa", "xformers", "math"] = "auto"  # its backend; auto takes the first that runs here
-    deterministic: bool = (
-        False  # GPU kernels that give the same bits each time, at some speed; those of CPUs do
-    )
+    deterministic: bool = False  # GPU kernels that give the same bits each time, at some speed; those of CPUs do
     allow_changed: tuple[str, ...] = ()  # keys whose change is accepted on resume (also: --allow-changed KEY)
 
 

@@ -105,8 +105,9 @@ def already_done(
     Args:
         folder: Of the stage.
         request: What it is asked to do.
-        allowed: Keys whose change the user accepts while it is unfinished. Only a training stage heeds them: finished
-            parts of the others stay as they are, so that a changed request would mix with the old one.
+        allowed: Keys whose change the user accepts. Only a training stage heeds them: finished parts of the others stay
+            as they are, so that a changed request would mix with the old one. One that is finished heeds them, and is
+            then unfinished, where ``updates`` is among them and has grown.
         fingerprint_ignores: Keys that do not matter, though an older version may have written them down.
         at_default: Keys that have their default, which is no difference where an older version did not know them.
         revisions: Of the stage's configuration. What is finished stays valid: they count for what is begun.
@@ -114,7 +115,7 @@ def already_done(
     Raises:
         ConfigError: The folder holds another request's work; the message shows each difference.
     """
-    finished = (folder / MANIFEST_NAME).is_file()
+    finished, trains = (folder / MANIFEST_NAME).is_file(), request["stage"].startswith("train_")
     if finished:
         try:
             before: Mapping[str, Any] = read_manifest(folder).content
@@ -124,7 +125,15 @@ def already_done(
         before = json.loads((folder / "request.json").read_bytes())
     else:
         return False
-    can_change = request["stage"].startswith("train_") and not finished
+
+    # A training is longer now: it is unfinished work, of the versions that have worked on it.
+    if finished and trains and "updates" in allowed and request["config"]["updates"] > before["config"]["updates"]:
+        finished = False
+        if (folder / "request.json").is_file():
+            before = {**before, "revisions": json.loads((folder / "request.json").read_bytes()).get("revisions", ())}
+
+    # What differs, but for what may.
+    can_change = trains and not finished
     differences = [
         line
         for key, line in differing_keys(
@@ -140,6 +149,11 @@ def already_done(
         return finished
     what = "finished with" if finished else "begun with"
     advice = ", or accept the change with --allow-changed KEY" if can_change else ""
+    if finished and trains:
+        advice = (
+            ". To train it on from its last checkpoint, give a larger --updates with --allow-changed updates (and any "
+            "other key that changes): its weights are then replaced"
+        )
     raise ConfigError(
         f"{folder} was {what} another request:\n    "
         + "\n    ".join(differences)
