@@ -101,6 +101,7 @@ class Training:
         Raises:
             ConfigError: Another version of the code wrote it, or of a finished training no checkpoint is left.
         """
+        # What is finished is so no longer, but only where it can be trained on.
         manifest, state = self.stage.folder / MANIFEST_NAME, self._restore()
         if any_rank(self.stage.is_main and manifest.is_file(), self.stage.accelerator):
             if not state:
@@ -112,6 +113,8 @@ class Training:
             if self.stage.is_main:
                 manifest.unlink()
                 flush_file(manifest.parent)
+
+        # Say where it goes on, and how exactly.
         if state:
             self.stage.log.info(f"continuing after update {self.update}, {exactness(state, self._made_by)}")
         self.stage.tracker.resume_after(self.update)
