@@ -191,6 +191,7 @@ class VAEManifest(Manifest):
     factor: int  # pixels a side of one latent pixel
     latent_channels: int
     view: Mapping[str, Any] | None = None  # how its images became squares; unknown of older ones
+    start: str | None = None  # sha256 of the weights that it started from
 
 
 class DiffusersVAEManifest(Manifest):

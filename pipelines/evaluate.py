@@ -55,6 +55,7 @@ def main() -> None:
         config,
         name="evaluate",
         precision=config.precision,
+        tf32=config.tf32,
         check=lambda parents: check_inputs(config, parents),
         folder_name=f"evaluation-{config.name}" if config.name else None,
     ) as stage:
@@ -191,7 +192,7 @@ def contract_of(maker: ItemMaker, reference: Reference) -> dict[str, Any]:
     """Return everything two evaluations must share for their metrics to be comparable."""
     corpus, extractor = maker.stage.parents.corpus, maker.extractor
     settings = maker.config.model_dump(mode="json", exclude={"guidance": {"scale"}})
-    of_samples = ("num_samples", "seed", "sampler", "guidance", "precision", "likelihood")
+    of_samples = ("num_samples", "seed", "sampler", "guidance", "precision", "tf32", "likelihood")
     return {
         # the samples
         **{name: settings[name] for name in of_samples},

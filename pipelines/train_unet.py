@@ -27,8 +27,8 @@ from models.latent_diffusion import Normalisation
 from pipelines.model.batches import GlobalBatches
 from pipelines.model.captions import CaptionFeatures, FeatureSourceConfig, StoredFeaturesConfig
 from pipelines.model.device import device_of
-from pipelines.model.diffusers_weights import RandomStart, StartConfig, check_start, load_start
 from pipelines.model.inputs import verify_shards
+from pipelines.model.start import RandomStart, StartConfig, check_start, load_start
 from pipelines.model.validation import GridConfig, UNetValidation
 from pipelines.model.weights import check_same_vae, check_sampler_suits, publish
 from pipelines.runtime.config.command_line import config_from_command_line
@@ -78,7 +78,11 @@ class LatentDraw:
 def main() -> None:
     config = config_from_command_line(TrainUNetConfig, table="train_unet", about=__doc__)
     with running_stage(
-        config, name="train_unet", precision=config.precision, check=lambda parents: check(config, parents)
+        config,
+        name="train_unet",
+        precision=config.precision,
+        tf32=config.tf32,
+        check=lambda parents: check(config, parents),
     ) as stage:
         train(config, stage)
 
@@ -109,9 +113,9 @@ def check(config: TrainUNetConfig, parents: Parents) -> None:
     with config_error_at("train_unet.denoiser"):
         CaptionFeatures(config.captions, config.denoiser, latents=latents, device=torch.device("cpu"))
         with torch.device("meta"):
-            build_denoiser(config, latents.latent, num_classes=len(latents.classes))
+            denoiser = build_denoiser(config, latents.latent, num_classes=len(latents.classes))
     with config_error_at("train_unet.start"):
-        check_start(config.start, config.denoiser, latent_channels=latents.latent.channels)
+        check_start(config.start, denoiser)
     with config_error_at("train_unet.grid.sampler"):
         check_sampler_suits(config.grid.sampler, config.denoiser)
 

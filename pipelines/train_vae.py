@@ -28,6 +28,7 @@ from models.autoencoder.vae import AutoencoderKL, Posterior, VAEConfig
 from pipelines.model.batches import GlobalBatches
 from pipelines.model.device import device_of
 from pipelines.model.inputs import verify_shards
+from pipelines.model.start import RandomStart, StartConfig, check_start, load_start
 from pipelines.model.validation import VAEValidation
 from pipelines.model.weights import publish
 from pipelines.runtime.config.command_line import config_from_command_line
@@ -56,6 +57,7 @@ class TrainVAEConfig(TrainingConfig):
 
     inputs: TrainVAEInputs  # where the stage reads
     network: VAEConfig = VAEConfig()  # the autoencoder
+    start: StartConfig = RandomStart()  # weights to start from; those of a discriminator are random
     objective: VAEObjectiveConfig = VAEObjectiveConfig()  # what it minimises
     order: OrderConfig = FullShuffleConfig()  # order of the training images
     flip_probability: Annotated[float, Field(ge=0, le=1)] = 0.5  # of mirroring a training image
@@ -81,7 +83,11 @@ class Adversary:
 def main() -> None:
     config = config_from_command_line(TrainVAEConfig, table="train_vae", about=__doc__)
     with running_stage(
-        config, name="train_vae", precision=config.precision, check=lambda parents: check(config, parents)
+        config,
+        name="train_vae",
+        precision=config.precision,
+        tf32=config.tf32,
+        check=lambda parents: check(config, parents),
     ) as stage:
         train(config, stage)
 
@@ -90,7 +96,7 @@ def check(config: TrainVAEConfig, parents: Parents) -> None:
     """Refuse what cannot work, before any work.
 
     Raises:
-        ConfigError: A batch that does not split, images that cannot be halved often enough.
+        ConfigError: A batch that does not split, images that cannot be halved often enough, a start that does not fit.
     """
     BatchShare.of(config, table="train_vae", rank=0, world_size=launched_world_size())
     resolution, factor = parents.corpus.image.resolution, config.network.factor
@@ -100,6 +106,8 @@ def check(config: TrainVAEConfig, parents: Parents) -> None:
             f"{resolution} pixels are no multiple of {factor}. Use fewer levels, or prepare the corpus at "
             f"{resolution // factor * factor or factor} or {-(-resolution // factor) * factor} pixels."
         )
+    with config_error_at("train_vae.start"), torch.device("meta"):
+        check_start(config.start, AutoencoderKL(config.network, image_channels=parents.corpus.image.channels))
 
 
 def train(config: TrainVAEConfig, stage: Stage) -> None:
@@ -110,7 +118,10 @@ def train(config: TrainVAEConfig, stage: Stage) -> None:
     corpus = stage.parents.corpus
     channels = corpus.image.channels
     torch.manual_seed(config.seed)
-    network = device.place(AutoencoderKL(config.network, image_channels=channels))
+    network = AutoencoderKL(config.network, image_channels=channels)
+    with config_error_at("train_vae.start"):
+        start = load_start(config.start, network)
+    network = device.place(network)
     vae = Trainable(network, config, stage.accelerator)
     adversary: Adversary | None = None
     if isinstance(patchgan := config.objective.adversary, PatchAdversary):
@@ -168,6 +179,7 @@ def train(config: TrainVAEConfig, stage: Stage) -> None:
         factor=config.network.factor,
         latent_channels=config.network.latent_channels,
         view=corpus.config["view"],
+        start=start,
     )
 
 

@@ -1,11 +1,18 @@
 """The measuring itself: a known ratio is found, a control holds 1, and two sides that differ are not timed."""
 
+import threading
 import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from clocks import quietest_round
+from torch import Tensor
 
+from models.autoencoder.vae import AutoencoderKL
+from pipelines.tools import benchmark_data
 from pipelines.tools.benchmark_data import check_same
 from pipelines.tools.paired_timing import Ratio, compare
 
@@ -42,3 +49,37 @@ def test_sides_that_read_different_samples_are_not_timed() -> None:
     with pytest.raises(ValueError, match="b differs by 1 on average"):
         check_same(one, {**one, "b": np.full(3, 2, dtype=np.uint8)})
     check_same(one, {**one, "b": np.full(3, 2, dtype=np.uint8)}, within=1.0)
+
+
+def test_the_bare_network_encodes_the_same_batches_in_as_many_threads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the whole with reading and writing can be "faster" than the network in it."""
+    calls: list[tuple[int, float]] = []
+    at_once, most_at_once = 0, 0
+
+    def encode(network: AutoencoderKL, images: Tensor) -> Any:
+        nonlocal at_once, most_at_once
+        at_once += 1
+        most_at_once = max(most_at_once, at_once)
+        calls.append((threading.get_ident(), float(images.double().sum())))
+        time.sleep(0.05)  # so that each thread gets its turn
+        posterior = original(network, images)
+        at_once -= 1
+        return posterior
+
+    def called_by(work: Callable[[], object]) -> tuple[int, list[float]]:
+        calls.clear()
+        work()
+        assert threading.get_ident() not in {thread for thread, _ in calls}
+        return len({thread for thread, _ in calls}), sorted(total for _, total in calls)
+
+    def compare(ours: Callable[[], object], theirs: Callable[[], object], **_: object) -> bool:
+        assert called_by(ours) == called_by(theirs)
+        return True
+
+    original = AutoencoderKL.encode
+    monkeypatch.setattr(AutoencoderKL, "encode", encode)
+    monkeypatch.setattr(benchmark_data, "compare", compare)
+    assert benchmark_data.encoding(tmp_path, rounds=1)
+    assert most_at_once == 1

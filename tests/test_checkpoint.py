@@ -9,7 +9,8 @@ from tiny_training import Recipe, Tiny
 
 from data.files import sha256_of
 from pipelines.runtime.config.errors import ConfigError
-from pipelines.runtime.stage.provenance import code_version
+from pipelines.runtime.config.stage_config import RunConfig
+from pipelines.runtime.stage.provenance import code_version, exactness, made_by
 from pipelines.runtime.stage.stage import running_stage
 from pipelines.runtime.training.checkpoint import CheckpointConfig, Checkpoints, DamagedCheckpoint, verify
 from pipelines.runtime.training.config import TrainingConfig
@@ -139,6 +140,56 @@ def test_a_checkpoint_says_what_its_bits_depend_on(tmp_path: Path, capsys: pytes
     commit_again(path.parent)
     Tiny(tmp_path, Recipe(config={"updates": 10})).run()
     assert f"to rounding at best, since code was 0000, is now {code_version()}" in capsys.readouterr().out
+
+
+def test_a_finished_training_goes_on_from_its_last_checkpoint_as_one_that_was_never_finished(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = Tiny(tmp_path / "whole", Recipe(config={"updates": 40})).run()
+    Tiny(tmp_path / "unet", Recipe(config={"updates": 20})).run()
+    manifest = tmp_path / "unet" / "manifest.json"
+    manifest.write_text("{}")
+    there: list[bool] = []
+    longer = Tiny(tmp_path / "unet", Recipe(config={"updates": 40}))
+    longer.after_update = lambda update: there.append(manifest.exists())
+    longer.run()
+    assert there == [False] * 20
+    assert (
+        "was finished after update 20: its manifest is removed, it trains on until update 40" in capsys.readouterr().out
+    )
+    assert longer.tensors().keys() == whole.tensors().keys()
+    assert all(torch.equal(value, longer.tensors()[name]) for name, value in whole.tensors().items())
+
+
+def test_a_finished_training_without_checkpoints_is_left_as_it_is(tmp_path: Path) -> None:
+    manifest = tmp_path / "manifest.json"
+    manifest.write_text("{}")
+    with pytest.raises(ConfigError, match="is finished and holds no intact checkpoint to train on from"):
+        Tiny(tmp_path, Recipe(config={"updates": 40})).run()
+    assert manifest.exists()
+
+
+def test_a_gpu_without_deterministic_kernels_and_another_library_or_processor_are_not_bit_for_bit(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100-SXM4-40GB")
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91900)
+
+    def made(device: str, *, deterministic: bool = False) -> dict[str, object]:
+        run = RunConfig(deterministic=deterministic)
+        return made_by({}, run, world_size=1, device=torch.device(device))
+
+    cpu, gpu, any_order = made("cpu"), made("cuda", deterministic=True), made("cuda")
+    assert exactness(cpu, cpu) == exactness(gpu, gpu) == "bit for bit"
+    assert exactness(any_order, any_order) == (
+        "to rounding at best, since kernels of a GPU sum in any order with run.deterministic = false"
+    )
+    other = {"torch": "2.10.0", "cudnn": 90100, "processor": "NVIDIA H100", "attention": "math"}
+    for name, value in other.items():
+        assert f"to rounding at best, since {name} was {value}, is now " in exactness({**gpu, name: value}, gpu)
+    older = {name: value for name, value in cpu.items() if name != "torch"}
+    assert "torch was not recorded, is now" in exactness(older, cpu)
+    assert "processor was" in exactness(gpu, cpu)
 
 
 @pytest.mark.parametrize("change", ["renamed", "missing", "unknown"])

@@ -1,6 +1,7 @@
 """Networks published in the format of diffusers: as the VAE of a run, and as the start of a training."""
 
 import json
+import shutil
 from pathlib import Path
 
 import diffusers
@@ -12,17 +13,20 @@ from conftest import Run, run_here, run_stage
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from data.files import sha256_of
 from data.loading import ImageShards, LatentShards
 from data.manifest import DiffusersVAEManifest, read_input
 from data.transforms import to_unit_range
+from models.autoencoder.vae import AutoencoderKL, VAEConfig
 from models.conditioning.class_label import ClassConditionerConfig
 from models.conditioning.text import TextConditionerConfig
 from models.conditioning.text_encoder import PretrainedConfig
 from models.denoiser import Denoiser, DenoiserConfig
 from models.unet import UNetConfig
 from pipelines.model.captions import CaptionEncoder, as_tensors
-from pipelines.model.diffusers_weights import DiffusersStart, RandomStart, check_start, load_start
+from pipelines.model.start import DiffusersStart, RandomStart, RunStart, check_start, load_start
 
+MADE_BEFORE = Path(__file__).with_name("made_by_0_1")
 NETWORK = UNetConfig(
     channels=(16, 32), blocks=(1, 1), attention=(False, True), heads=(1, 2), transformer_depth=(1, 1), norm_groups=8
 )
@@ -131,7 +135,7 @@ def test_a_start_computes_what_the_published_unet_computes(with_tokens: bool, tm
     theirs.save_pretrained(tmp_path)
     config, start = DenoiserConfig(network=NETWORK, conditioners=conditioners), DiffusersStart(folder=tmp_path)
     ours = Denoiser(config, latent_channels=3, latent_size=8, num_classes=4).eval()
-    check_start(start, config, latent_channels=3)
+    check_start(start, ours)
     assert len(load_start(start, ours) or "") == 64
     x, times = torch.randn(2, 3, 8, 8), torch.tensor([3, 700])
     fields = {"labels": torch.tensor([1, 3]), "text_tokens": torch.randn(2, 6, 12)}
@@ -203,7 +207,59 @@ def test_a_start_of_another_shape_is_refused_with_every_difference(tmp_path: Pat
     build_unet(in_channels=4, layers_per_block=2).save_pretrained(tmp_path)
     config = DenoiserConfig(network=NETWORK, conditioners=(ClassConditionerConfig(),))
     with pytest.raises(ValueError, match=r"has blocks = \[2, 2\], not \[1, 1\]; latent channels = 4, not 3"):
-        check_start(DiffusersStart(folder=tmp_path), config, latent_channels=3)
+        check_start(DiffusersStart(folder=tmp_path), Denoiser(config, latent_channels=3, latent_size=8, num_classes=4))
+
+
+def test_a_published_vae_is_a_start_for_the_network_that_it_is(tmp_path: Path) -> None:
+    theirs = build_vae()
+    theirs.save_pretrained(tmp_path)
+    config = VAEConfig(channels=(8, 16), latent_channels=3, blocks_per_level=1, norm_groups=4, quant_convs=True)
+    ours, start = AutoencoderKL(config, image_channels=3).eval(), DiffusersStart(folder=tmp_path)
+    check_start(start, ours)
+    assert load_start(start, ours) == sha256_of(tmp_path / "diffusion_pytorch_model.safetensors")
+    images = torch.randn(2, 3, 16, 16)
+    with torch.no_grad():
+        expected = theirs(images).sample
+        found = ours.decode(ours.encode(images).mode())
+    assert (found - expected).norm() / expected.norm() < 1e-5
+    wider = AutoencoderKL(config.model_copy(update={"channels": (8, 32)}), image_channels=3)
+    with pytest.raises(ValueError, match=r"has channels = \[8, 16\], not \[8, 32\]"):
+        check_start(start, wider)
+
+
+@pytest.mark.parametrize("name", ["vae", "unet"])
+def test_a_start_from_a_run_has_its_weights_and_no_others(name: str, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(MADE_BEFORE / name, tmp_path / name))
+    start, config = RunStart(folder=folder), json.loads((folder / "config.json").read_bytes())
+
+    def build(*, num_classes: int | None = None) -> AutoencoderKL | Denoiser:
+        if name == "vae":
+            return AutoencoderKL(VAEConfig(**config["network"]), image_channels=config["image_channels"])
+        return Denoiser(
+            DenoiserConfig.model_validate(config["denoiser"]),
+            latent_channels=config["latent_channels"],
+            latent_size=config["latent_size"],
+            num_classes=num_classes or config["num_classes"],
+        )
+
+    network, stored = build(), load_file(folder / f"{name}.safetensors")
+    check_start(start, network)
+    assert load_start(start, network) == sha256_of(folder / f"{name}.safetensors")
+    assert all(torch.equal(value, stored[key]) for key, value in network.state_dict().items())
+
+    # Other shapes, another stage's folder, weights that were changed, and a folder that is not finished.
+    if name == "unet":
+        with pytest.raises(ValueError, match=r"of another network: conditioners.* is \(.*\), not \(.*Number of cl"):
+            check_start(start, build(num_classes=config["num_classes"] + 1))
+    with pytest.raises(ValueError, match=rf"is the folder of .*, not of train_{name}"):
+        check_start(RunStart(folder=MADE_BEFORE / ("unet" if name == "vae" else "vae")), network)
+    first = next(iter(stored))
+    save_file({**stored, first: stored[first] + 1}, folder / f"{name}.safetensors")
+    with pytest.raises(ValueError, match="sha256"):
+        load_start(start, network)
+    (folder / "manifest.json").unlink()
+    with pytest.raises(ValueError, match="has not finished"):
+        check_start(start, network)
 
 
 def test_weights_that_could_run_code_are_refused(tmp_path: Path) -> None:

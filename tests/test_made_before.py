@@ -5,7 +5,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import STAGES, run_here
+from safetensors.torch import load_file
 
 from data.loading import ImageShards, LatentShards
 from data.manifest import EvaluationManifest, read_input, read_manifest
@@ -68,13 +70,41 @@ def test_an_old_key_is_answered_with_the_new_one(root: Path) -> None:
         assert new in done.stderr
 
 
+def test_a_training_starts_from_its_weights_and_is_trained_on_after_its_end(
+    root: Path, experiment: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "new" / "vae"
+    words = ("--run.root", str(folder.parent), "--inputs.corpus", str(root / "corpus"), "--optim.peak_lr", "1e-6")
+    words = (*words, "--start", f'{{ kind = "run", folder = "{root / "vae"}" }}')
+    weights = []
+    for more in (("--updates", "2"), ("--updates", "4", "--run.allow_changed", '["updates"]')):
+        done = run_here("train_vae", *words, *more, config=experiment)
+        assert done.returncode == 0, done.stderr
+        manifest = read_input("vae", folder)
+        assert manifest.start == read_input("vae", root / "vae").weights
+        assert manifest.config["updates"] == int(more[1])
+        weights.append(load_file(folder / "vae.safetensors"))
+    assert "was finished after update 2: its manifest is removed, it trains on until update 4" in done.stdout
+    old = load_file(root / "vae" / "vae.safetensors")
+    for found in weights:
+        for name, value in old.items():  # at a rate of almost nothing
+            torch.testing.assert_close(found[name], value, rtol=0, atol=1e-5)
+    done = run_here("train_vae", *words, "--updates", "2", config=experiment)
+    assert done.returncode == 2
+    assert "give a larger --updates with --allow-changed updates" in done.stderr
+
+
 def test_an_unfinished_training_is_refused_with_a_way_on(root: Path, experiment: Path, tmp_path: Path) -> None:
     shutil.copytree(root / "unfinished" / "unet", tmp_path / "begun" / "unet")
     inputs = ("--inputs.latents", str(root / "latents"), "--inputs.vae", str(root / "vae"))
-    done = run_here("train_unet", "--run.root", str(tmp_path / "begun"), *inputs, config=experiment)
+    words = ("train_unet", "--run.root", str(tmp_path / "begun"), *inputs)
+    done = run_here(*words, config=experiment)
     assert done.returncode == 2
-    assert "verdicts" in done.stderr
+    assert "an older version began it; since then validation looks at a sample" in done.stderr
     assert "run.root" in done.stderr
+    done = run_here(*words, "--allow-changed", "revisions", config=experiment)
+    assert done.returncode == 2
+    assert "verdicts" in done.stderr, "its checkpoints cannot be read"
 
 
 def test_an_unfinished_encoding_is_continued(root: Path, experiment: Path, tmp_path: Path) -> None:

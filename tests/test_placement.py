@@ -1,7 +1,10 @@
-"""What ``run.attention`` asks for, is said, is recorded, and reaches every network of a stage."""
+"""What ``run.attention`` and ``tf32`` ask for, is said, is recorded, and reaches every network of a stage."""
 
+import contextlib
+import importlib
 import json
 import types
+from collections.abc import Iterator
 from typing import Any, get_args
 
 import pytest
@@ -15,6 +18,8 @@ from models.unet import UNet, UNetConfig
 from pipelines.model.device import Device, attention_on, device_of
 from pipelines.runtime.config.errors import ConfigError
 from pipelines.runtime.config.stage_config import RunConfig
+from pipelines.runtime.stage.launch import set_float32, start_accelerator
+from pipelines.runtime.training.flops import known_peak_flops
 from pipelines.tools import sample
 
 CPU = torch.device("cpu")
@@ -95,6 +100,63 @@ def test_the_sample_tool_honours_it_too(two_process_run: Run, tmp_path: Any) -> 
     with pytest.raises(ConfigError, match="run.attention: "):
         sample.draw(config)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture
+def float32_kept() -> Iterator[None]:
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    yield
+    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+
+
+@pytest.mark.usefixtures("float32_kept")
+@pytest.mark.parametrize("tf32", [False, True])
+def test_float32_is_set_for_products_and_convolutions_alike(tf32: bool) -> None:
+    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = not tf32, not tf32
+    start_accelerator(RunConfig(threads=1), tf32=tf32)
+    assert (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32) == (tf32, tf32)
+
+
+@pytest.mark.usefixtures("float32_kept")
+@pytest.mark.parametrize(
+    ("stage", "expected"), [("train_vae", True), ("encode_latents", False), ("train_unet", True), ("evaluate", False)]
+)
+def test_float32_is_what_its_name_says_where_figures_and_latents_are_made(
+    stage: str, expected: bool, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[bool] = []
+    module = importlib.import_module(f"pipelines.{stage}")
+
+    @contextlib.contextmanager
+    def running_stage(config: Any, **words: Any) -> Iterator[None]:
+        found.append(words["tf32"])
+        raise SystemExit(0)
+        yield
+
+    monkeypatch.setattr(module, "running_stage", running_stage)
+    run_here(stage, "--run.root", str(tmp_path))
+    run_here(stage, "--run.root", str(tmp_path), "--tf32", str(not expected).lower())
+    assert found == [expected, not expected]
+
+
+def test_the_peak_is_that_of_what_float32_is_computed_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA A100-SXM4-40GB")
+    peaks = [known_peak_flops("cuda:0", precision, tf32=tf32) / 1e12 for precision, tf32 in
+             (("float32", False), ("float32", True), ("bf16", False), ("bf16", True))]  # fmt: skip
+    assert peaks == [19.5, 156, 312, 312]  # the data sheet's
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("float32_kept")
+def test_a_convolution_in_float32_has_its_precision_on_a_gpu() -> None:
+    images, kernel = torch.randn(4, 64, 32, 32), torch.randn(64, 64, 3, 3)
+    exact = torch.nn.functional.conv2d(images.double(), kernel.double())
+    errors = []
+    for tf32 in (False, True):
+        set_float32(tf32=tf32)
+        found = torch.nn.functional.conv2d(images.cuda(), kernel.cuda()).cpu().double()
+        errors.append(float((found - exact).norm() / exact.norm()))
+    assert errors[0] < 1e-6 < 1e-5 < errors[1]
 
 
 def test_another_backend_is_no_other_request(two_process_run: Run) -> None:

@@ -19,7 +19,14 @@ from pipelines.encode_latents import EncodeLatentsConfig
 from pipelines.model.grids import grid_png
 from pipelines.runtime.config.errors import ConfigError, config_error_at
 from pipelines.runtime.config.stage_config import StageConfig
-from pipelines.runtime.stage.fingerprint import already_done, begin, differing_keys, fingerprint_of, ignored_values
+from pipelines.runtime.stage.fingerprint import (
+    already_done,
+    begin,
+    differing_keys,
+    fingerprint_of,
+    ignored_values,
+    keys_at_default,
+)
 from pipelines.runtime.stage.stage import running_stage
 from pipelines.runtime.training.config import TrainingConfig
 from pipelines.train_unet import TrainUNetConfig
@@ -88,6 +95,38 @@ def test_what_an_older_version_took_for_a_difference_is_none(tmp_path: Path) -> 
     assert already_done(
         tmp_path, fingerprint_of("train_unet", config, {}), allowed=(), fingerprint_ignores=config.fingerprint_ignores
     )
+
+
+def test_a_finished_training_is_unfinished_when_more_updates_are_allowed(tmp_path: Path) -> None:
+    commit_unet(tmp_path, request(updates=4))
+    with pytest.raises(ConfigError, match=r"updates: was 4, is now 8\n.*give a larger --updates with --allow-changed"):
+        already_done(tmp_path, request(updates=8), allowed=())
+    assert not already_done(tmp_path, request(updates=8), allowed=("updates",))
+    assert already_done(tmp_path, request(updates=4), allowed=("updates",))
+    assert not already_done(tmp_path, request(updates=8, seed=1), allowed=("updates", "seed"))
+    for changes, allowed in (({"updates": 3}, ("updates",)), ({"updates": 8, "seed": 1}, ("updates",))):
+        with pytest.raises(ConfigError, match="was finished|was begun"):
+            already_done(tmp_path, request(**changes), allowed=allowed)
+    with pytest.raises(ConfigError, match="since then noise is another"):
+        already_done(tmp_path, request(updates=8), allowed=("updates",), revisions=("noise is another",))
+
+
+def test_a_key_that_an_older_version_did_not_know_is_no_difference_at_its_default(tmp_path: Path) -> None:
+    def is_done(**changes: object) -> bool:
+        config = training_config(tmp_path, **changes)
+        now = fingerprint_of("train_unet", config, {})
+        return already_done(tmp_path, now, allowed=(), at_default=keys_at_default(config))
+
+    older = fingerprint_of("train_unet", training_config(tmp_path), {})
+    del older["config"]["tf32"], older["config"]["optim"]["rate"]
+    commit_unet(tmp_path, older)
+    assert is_done()
+    with pytest.raises(ConfigError, match="tf32: was absent, is now False"):
+        is_done(tf32=False)
+    with pytest.raises(ConfigError, match=r"optim.rate.reference: was absent, is now 70000"):
+        is_done(optim={"rate": {"kind": "inverse_sqrt"}})
+    with pytest.raises(ConfigError, match=r"averages.1.decay: was absent, is now"):
+        is_done(averages=[{"kind": "exponential"}, {"kind": "exponential"}])
 
 
 def test_what_another_version_began_is_not_continued_in_silence_and_what_it_finished_stands(tmp_path: Path) -> None:

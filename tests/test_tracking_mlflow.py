@@ -19,6 +19,7 @@ import numpy as np
 import psutil
 import pytest
 from clocks import FOREVER_SECONDS, quietest_round, seconds_of
+from conftest import start_ranks
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 from PIL import Image
@@ -380,6 +381,33 @@ def test_a_killed_stage_is_closed_as_killed_and_its_restart_continues_the_same_r
     assert losses(root, proxy.uri) == [(n, 1 / n) for n in range(1, 151)]
     lines = [json.loads(line)["update"] for line in (root / "unet" / "metrics.jsonl").read_text().splitlines()]
     assert lines == list(range(1, 151))
+
+
+def test_a_run_whose_main_process_is_killed_since_another_rank_failed_is_failed(tmp_path: Path) -> None:
+    """As on GPUs, where the main process waits in a collective until the launcher kills it."""
+    code = (
+        "import json, sys, time\n"
+        "from pipelines.runtime.stage.stage import running_stage\n"
+        "from pipelines.runtime.training.config import TrainingConfig\n"
+        "with running_stage(TrainingConfig.model_validate_json(sys.argv[1]), name='train_unet') as stage:\n"
+        "    while not stage.is_main and not (stage.folder / 'fail').exists(): time.sleep(0.05)\n"
+        "    if not stage.is_main: raise RuntimeError('out of memory')\n"
+        "    time.sleep(600)\n"
+    )
+    root, uri = tmp_path / "demo", f"sqlite:///{tmp_path}/mlflow.db"
+    run = {"root": str(root), "tracking_uri": uri, "threads": 1}
+    main, other = start_ranks("-c", code, json.dumps({"updates": 1, "global_batch": 2, "run": run}))
+    try:
+        wait_until(lambda: json.loads((root / "unet" / "run.json").read_bytes())["mlflow_run_id"])
+        assert mlflow_run(root, uri)[1].info.status == "RUNNING"
+        (root / "unet" / "fail").touch()
+        assert other.wait(timeout=FOREVER_SECONDS) == 1
+        assert main.poll() is None
+    finally:
+        main.kill()
+        other.kill()
+    wait_until(lambda: mlflow_run(root, uri)[1].info.status not in ("RUNNING", "SCHEDULED"))
+    assert mlflow_run(root, uri)[1].info.status == "FAILED"
 
 
 def test_sync_closes_a_run_as_killed_when_stage_and_sender_died_together(tmp_path: Path, proxy: FaultProxy) -> None:

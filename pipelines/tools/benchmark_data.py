@@ -5,6 +5,7 @@ import functools
 import itertools
 import multiprocessing
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from io import BytesIO
 from multiprocessing.shared_memory import SharedMemory
@@ -16,6 +17,7 @@ import numpy as np
 import torch
 import webdataset
 from PIL import Image
+from torch import Tensor
 
 from data.files import FolderLock
 from data.loading import COLD_READS, ImageShards, LatentShards
@@ -175,7 +177,10 @@ def _decode_in_worker(number: int) -> None:
 
 
 def encoding(folder: Path, rounds: int) -> Comparison:
-    """Image shards to latent shards on disk, against the encoder alone on the same batches in memory."""
+    """Image shards to latent shards on disk, against the encoder alone on the same batches in memory.
+
+    The encoder runs in as many threads as the stage has, one at a time: in the main thread alone it takes longer.
+    """
     corpus = folder / "corpus"
     corpus.mkdir()
     members = functools.partial(image_members, label=1, caption="a picture", metadata={})
@@ -191,12 +196,16 @@ def encoding(folder: Path, rounds: int) -> Comparison:
     batches = [images.read(np.arange(first, first + size)) for first in range(0, total, size)]
     tensors = [to_unit_range(batch.images) for batch in batches]
 
+    shards, turn, runs = {part.entry.name: part for part in images.shards}, Lock(), itertools.count()
+
     @torch.no_grad()
-    def theirs() -> None:
-        for tensor in tensors:
+    def encode(tensor: Tensor) -> None:
+        with turn:
             vae.encode(tensor)
 
-    shards, turn, runs = {part.entry.name: part for part in images.shards}, Lock(), itertools.count()
+    def theirs() -> None:
+        with ThreadPoolExecutor(SHARDS_AT_ONCE) as pool:
+            list(pool.map(encode, tensors))
 
     def ours() -> None:
         make_items(
@@ -212,7 +221,8 @@ def encoding(folder: Path, rounds: int) -> Comparison:
 
 def _stage(config: EncodeLatentsConfig, folder: Path) -> Stage:
     folder.mkdir()
-    accelerator = start_accelerator(config.run.model_copy(update={"threads": 1}), precision=config.precision)
+    run = config.run.model_copy(update={"threads": 1})
+    accelerator = start_accelerator(run, precision=config.precision, tf32=config.tf32)
     return Stage(
         name="encode_latents",
         folder=folder,

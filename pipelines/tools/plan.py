@@ -45,7 +45,7 @@ from pipelines.runtime.config.command_line import Answer, run_tool
 from pipelines.runtime.config.errors import ConfigError
 from pipelines.runtime.config.experiment import experiment_path, load_config
 from pipelines.runtime.config.stage_config import STAGE_FOLDERS, RunConfig, StageConfig
-from pipelines.runtime.stage.fingerprint import differing_keys, fingerprint_of, inputs_of
+from pipelines.runtime.stage.fingerprint import differing_keys, fingerprint_of, inputs_of, keys_at_default
 from pipelines.runtime.stage.progress import duration
 from pipelines.runtime.training.config import TrainingConfig
 from pipelines.runtime.training.flops import peak_flops
@@ -142,7 +142,7 @@ def plan(config: PlanConfig, path: str) -> list[StagePlan]:
         else:
             device = "cuda" if torch.cuda.is_available() else "cpu"
             found.images_per_second = (
-                config.utilisation * peak_flops(device, training.precision) / found.flops_per_image
+                config.utilisation * peak_flops(device, training.precision, tf32=training.tf32) / found.flops_per_image
             )
         found.device_hours = found.images / found.images_per_second / 3600
     return list(plans.values())
@@ -168,7 +168,13 @@ def state_of(stage: str, config: StageConfig, before: Mapping[str, StagePlan]) -
         request = fingerprint_of(stage, config, parents)
         held = read_manifest(folder).content if finished else json.loads((folder / "request.json").read_bytes())
         revisions = None if finished else config.revisions
-        found = differing_keys(held, request, fingerprint_ignores=config.fingerprint_ignores, revisions=revisions)
+        found = differing_keys(
+            held,
+            request,
+            fingerprint_ignores=config.fingerprint_ignores,
+            at_default=keys_at_default(config),
+            revisions=revisions,
+        )
         why = [line for _, line in found]
     return StagePlan(stage=stage, state="stale" if why else "done" if finished else "begun", why=why)
 

@@ -33,6 +33,7 @@ from pipelines.runtime.config.command_line import Answer, run_tool
 from pipelines.runtime.config.errors import ConfigError, config_error_at
 from pipelines.runtime.config.stage_config import StageConfig
 from pipelines.runtime.stage.fingerprint import read_parents
+from pipelines.runtime.stage.launch import set_float32
 from pipelines.runtime.stage.progress import progress_line
 
 log = logging.getLogger("latentline.sample")
@@ -65,6 +66,7 @@ def draw(config: SampleConfig) -> Answer:
     # The model, and the device.
     parents = read_parents(config)
     check_latent_diffusion(config.inputs, parents, {"sampler": config.sampler})
+    set_float32(tf32=False)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     attention = attention_on(device, config.run)
     log.info(f"on {device}, attention by {attention.name}: {attention.reason}")

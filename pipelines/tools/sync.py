@@ -4,8 +4,9 @@
     python -m pipelines.tools.sync runs/demo/unet --follow   go on sending until that run ends
 
 Reads a stage's spools (``pipelines.runtime.tracking.spool``) from where the last sender came, and writes
-``tracking/sent.json`` and the MLflow run's id into ``run.json``. A run whose process has gone without closing it is
-closed as KILLED. Sending something again stores nothing twice, so a sender may die at any moment. A running stage has a
+``tracking/sent.json`` and the MLflow run's id into ``run.json``.
+A run whose process has gone without closing it is closed as KILLED, or as FAILED where a rank has left its failure in
+``outcome.json``. Sending something again stores nothing twice, so a sender may die at any moment. A running stage has a
 sender of its own.
 Exit code 0: everything is sent. 1: something is left, since the store does not answer. 2: there is nothing to send.
 """
@@ -77,16 +78,16 @@ def sync(folder: Path, *, tracking_uri: str, follow: bool) -> dict[str, Any]:
     with lock:
         sender = Sender(folder, MlflowStore(uri))
         try:
-            killed = send_until_ended(sender) if follow else send_once(sender)
+            closed = send_until_ended(sender) if follow else send_once(sender)
         except StoreUnavailableError as error:
             left = unsent(folder, Sent.read(folder))
             log.error(f"{folder}: {left} records and events are left. {error}")
             return {**found, "state": "left", "left": left}
     notes = [f"{folder}: sent to {sender.store.name}"]
-    notes += ["closed as KILLED"] if killed else []
+    notes += [f"closed as {closed}"] if closed else []
     notes += [f"{sender.sent.refused} metrics or events refused"] if sender.sent.refused else []
     log.info("; ".join(notes))
-    return {**found, "state": "sent", "store": sender.store.name, "killed": killed, "refused": sender.sent.refused}
+    return {**found, "state": "sent", "store": sender.store.name, "closed": closed, "refused": sender.sent.refused}
 
 
 def uri_of(identity: RunIdentity) -> str:

@@ -2,8 +2,11 @@
 
 ``accelerate launch`` makes 1 of every exit code, so this file holds the true one. Of the ranks of one run the first to
 end writes it; those that end because of it do not write over it. No run writes into a folder that another one owns.
+What the work itself ended by names its ``rank``: from that the sender of a main process that was killed after another
+rank had failed knows that the run is FAILED.
 """
 
+import json
 import os
 import shlex
 import sys
@@ -48,8 +51,19 @@ class Outcome:
         if not self.working:
             with suppress(BlockingIOError), FolderLock(folder):  # another run may own the folder
                 write_json(path, content)
-        elif not write_json_once(path, content) and self.state != "failed":
+        elif (
+            not write_json_once(path, {**content, "rank": int(os.environ.get("RANK", "0"))}) and self.state != "failed"
+        ):
             self.set("failed")
+
+
+def has_failed(folder: Path) -> bool:
+    """Return whether a rank of the run in ``folder`` has failed in its work."""
+    try:
+        outcome = json.loads((folder / OUTCOME_NAME).read_bytes())
+        return bool(outcome["state"] == "failed" and "rank" in outcome)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def resume_command() -> str:

@@ -23,7 +23,7 @@ class RunConfig(BaseModel, frozen=True, extra="forbid"):
     num_processes: NonNegativeInt = 0  # world size to insist on; 0 accepts what was launched
     threads: NonNegativeInt = 0  # CPU threads of each process; 0 divides the machine's cores among its processes
     attention: Literal["auto", "sdpa", "xformers", "math"] = "auto"  # its backend; auto takes the first that runs here
-    deterministic: bool = False  # bit-reproducible GPU kernels, at some speed; CPU runs always are
+    deterministic: bool = False  # GPU kernels that give the same bits each time, at some speed; those of CPUs do
     allow_changed: tuple[str, ...] = ()  # keys whose change is accepted on resume (also: --allow-changed KEY)
 
 
@@ -38,6 +38,7 @@ class StageConfig(CommandConfig):
 
     # Dotted keys that do not change the result: left out of the fingerprint, so they may differ on resume.
     fingerprint_ignores: ClassVar[frozenset[str]] = frozenset()
+    # A new key's default is what versions without it did, so that folders of theirs are the same work; else a revision.
     # How the result of one and the same configuration has changed from version to version of this code, oldest first:
     # what an older version began is not continued as another order, other bytes or another validation sample.
     revisions: ClassVar[tuple[str, ...]] = ()

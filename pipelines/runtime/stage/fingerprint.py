@@ -55,6 +55,14 @@ def fingerprint_of(name: str, config: StageConfig, parents: Mapping[str, Manifes
     return {"stage": name, "config": whole, "parents": {key: parent.digest for key, parent in sorted(parents.items())}}
 
 
+def keys_at_default(config: StageConfig) -> frozenset[str]:
+    """Return the dotted keys whose value is the default: what an older version did that did not know them."""
+    places = {"run", "inputs"}
+    changed = flattened(config.model_dump(mode="json", exclude=places, exclude_defaults=True))
+    whole = flattened(config.model_dump(mode="json", exclude=places))
+    return frozenset(key for key in whole if not is_among(key, changed))
+
+
 def ignored_values(config: StageConfig) -> dict[str, Any]:
     """Return the values of the keys that the fingerprint ignores, by dotted key."""
     leaves = flattened(config.model_dump(mode="json", exclude={"run", "inputs"}))
@@ -89,6 +97,7 @@ def already_done(
     *,
     allowed: tuple[str, ...],
     fingerprint_ignores: Collection[str] = (),
+    at_default: Collection[str] = (),
     revisions: Sequence[str] | None = None,
 ) -> bool:
     """Return whether the stage has finished this very request; False when it has yet to start or to continue.
@@ -96,15 +105,17 @@ def already_done(
     Args:
         folder: Of the stage.
         request: What it is asked to do.
-        allowed: Keys whose change the user accepts while it is unfinished. Only a training stage heeds them: finished
-            parts of the others stay as they are, so that a changed request would mix with the old one.
+        allowed: Keys whose change the user accepts. Only a training stage heeds them: finished parts of the others stay
+            as they are, so that a changed request would mix with the old one. One that is finished heeds them, and is
+            then unfinished, where ``updates`` is among them and has grown.
         fingerprint_ignores: Keys that do not matter, though an older version may have written them down.
+        at_default: Keys that have their default, which is no difference where an older version did not know them.
         revisions: Of the stage's configuration. What is finished stays valid: they count for what is begun.
 
     Raises:
         ConfigError: The folder holds another request's work; the message shows each difference.
     """
-    finished = (folder / MANIFEST_NAME).is_file()
+    finished, trains = (folder / MANIFEST_NAME).is_file(), request["stage"].startswith("train_")
     if finished:
         try:
             before: Mapping[str, Any] = read_manifest(folder).content
@@ -114,13 +125,22 @@ def already_done(
         before = json.loads((folder / "request.json").read_bytes())
     else:
         return False
-    can_change = request["stage"].startswith("train_") and not finished
+
+    # A training is longer now: it is unfinished work, of the versions that have worked on it.
+    if finished and trains and "updates" in allowed and request["config"]["updates"] > before["config"]["updates"]:
+        finished = False
+        if (folder / "request.json").is_file():
+            before = {**before, "revisions": json.loads((folder / "request.json").read_bytes()).get("revisions", ())}
+
+    # What differs, but for what may.
+    can_change = trains and not finished
     differences = [
         line
         for key, line in differing_keys(
             before,
             request,
             fingerprint_ignores=fingerprint_ignores,
+            at_default=at_default,
             revisions=None if finished else revisions,
         )
         if not (can_change and key in allowed)
@@ -129,6 +149,11 @@ def already_done(
         return finished
     what = "finished with" if finished else "begun with"
     advice = ", or accept the change with --allow-changed KEY" if can_change else ""
+    if finished and trains:
+        advice = (
+            ". To train it on from its last checkpoint, give a larger --updates with --allow-changed updates (and any "
+            "other key that changes): its weights are then replaced"
+        )
     raise ConfigError(
         f"{folder} was {what} another request:\n    "
         + "\n    ".join(differences)
@@ -142,23 +167,36 @@ def differing_keys(
     now: Mapping[str, Any],
     *,
     fingerprint_ignores: Collection[str] = (),
+    at_default: Collection[str] = (),
     revisions: Sequence[str] | None = None,
 ) -> list[tuple[str, str]]:
     """Return (key, "key: was X, is now Y") for each difference between two requests that matters.
 
     Keys of ``before`` that were renamed since are compared under their present names, and those that its version
-    lacked by what it did. With ``revisions``, those that
-    are newer than ``before`` are differences of the key "revisions".
+    lacked by what it did; of the rest that it lacked, those ``at_default`` are no difference. With ``revisions``, those
+    that are newer than ``before`` are differences of the key "revisions".
     """
     old = flattened({"parents": before["parents"], **with_new_names(now["stage"], before["config"])})
     new = flattened({"parents": now["parents"], **now["config"]})
     old = lacked_values(now["stage"], new.keys() - old.keys()) | old
-    found = [(key, line) for key, line in _differences(old, new) if not is_among(key, fingerprint_ignores)]
+    found = [
+        (key, line)
+        for key, line in _differences(old, new)
+        if not is_among(key, fingerprint_ignores) and not (key in at_default and _is_new(key, old))
+    ]
     known = len(before.get("revisions", ()))
     if revisions is not None and known > len(revisions):
         found.append(("revisions", "revisions: a newer version of Latentline began it; continue with that one"))
     newer = () if revisions is None else revisions[known:]
     return found + [("revisions", f"revisions: an older version began it; since then {change}") for change in newer]
+
+
+def _is_new(key: str, old: Mapping[str, Any]) -> bool:
+    """Return whether ``old`` was written by a version without this key; one more table of a list is no new key."""
+    parts = key.split(".")
+    above = (".".join(parts[: depth + 1]) for depth in range(len(parts)))
+    unknown = next((each for each in above if not any(is_among(known, (each,)) for known in old)), "")
+    return bool(unknown) and not unknown.rsplit(".", 1)[-1].isdigit()
 
 
 def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[tuple[str, str]]:

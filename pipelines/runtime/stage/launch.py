@@ -32,7 +32,7 @@ def launched_world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def start_accelerator(run: RunConfig, *, precision: Precision = "float32") -> Accelerator:
+def start_accelerator(run: RunConfig, *, precision: Precision = "float32", tf32: bool = False) -> Accelerator:
     """Set up this process and join the others.
 
     Raises:
@@ -47,6 +47,7 @@ def start_accelerator(run: RunConfig, *, precision: Precision = "float32") -> Ac
             "ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes 2, or change run.num_processes."
         )
     torch.set_num_threads(threads_per_process(run))
+    set_float32(tf32=tf32)
     torch.use_deterministic_algorithms(run.deterministic)
     if run.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -66,6 +67,16 @@ def start_accelerator(run: RunConfig, *, precision: Precision = "float32") -> Ac
     if accelerator.num_processes != world_size:
         raise ConfigError(f"{world_size} processes were launched, but only {accelerator.num_processes} joined.")
     return accelerator
+
+
+def set_float32(*, tf32: bool) -> None:
+    """Set what float32 matrix products and convolutions are computed in on GPUs: TF32 or float32.
+
+    torch's own default is TF32 for convolutions only. Set by the names that torch 2.10 to 2.13 share: its newer
+    ``fp32_precision`` must not be mixed with them, and torch itself still reads these.
+    """
+    torch.backends.cuda.matmul.allow_tf32 = tf32
+    torch.backends.cudnn.allow_tf32 = tf32
 
 
 def threads_per_process(run: RunConfig) -> int:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from data.manifest import digest_of
+from pipelines.runtime.config.stage_config import RunConfig
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 
@@ -33,21 +34,35 @@ def code_version() -> str:
         return "unknown"
 
 
-def made_by(request: Mapping[str, Any], *, world_size: int) -> dict[str, Any]:
+def made_by(request: Mapping[str, Any], run: RunConfig, *, world_size: int, device: torch.device) -> dict[str, Any]:
     """Return what the bits of a checkpoint depend on besides its numbers."""
+    on_gpu = device.type == "cuda"
     return {
         "world_size": world_size,
         "threads": torch.get_num_threads(),
         "config": digest_of(request),
         "code": code_version(),
+        "torch": torch.__version__,
+        **({"cudnn": torch.backends.cudnn.version()} if on_gpu else {}),
+        "processor": torch.cuda.get_device_name(device) if on_gpu else processor(),
+        "attention": run.attention,
+        "deterministic": run.deterministic or not on_gpu,
     }
 
 
 def exactness(state: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """Say how exactly training goes on from a checkpoint's ``state``; one of an older version does not say all."""
+    """Say how exactly training goes on from a checkpoint's ``state``: as the same run without a stop, or to rounding.
+
+    Bit for bit it does with the same of everything in ``now``, unless kernels of a GPU may sum in any order. What a
+    checkpoint of an older version does not say may have been another.
+    """
     changes = [
-        f"{name} was {state[name]}, is now {value}" for name, value in now.items() if state.get(name, value) != value
+        f"{name} was {state.get(name, 'not recorded')}, is now {value}"
+        for name, value in now.items()
+        if state.get(name, "not recorded") != value
     ]
+    if not now["deterministic"]:
+        changes.append("kernels of a GPU sum in any order with run.deterministic = false")
     return f"to rounding at best, since {'; '.join(changes)}" if changes else "bit for bit"
 
 
@@ -65,9 +80,15 @@ def hardware() -> str:
     """Return the accelerators' name and number, or the processor's."""
     if torch.cuda.is_available():
         return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
+    return f"{os.cpu_count()} x {processor()}"
+
+
+@lru_cache(maxsize=1)
+def processor() -> str:
+    """Return the processor's name."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     except OSError:
         names = []
-    return f"{len(names)} x {names[0]}" if names else platform.processor() or platform.machine()
+    return names[0] if names else platform.processor() or platform.machine()

@@ -35,6 +35,7 @@ from pipelines.runtime.stage.fingerprint import (
     begin,
     fingerprint_of,
     ignored_values,
+    keys_at_default,
     read_parents,
 )
 from pipelines.runtime.stage.launch import Precision, StopSignal, any_rank, from_main, start_accelerator
@@ -132,6 +133,7 @@ def running_stage(
     *,
     name: Literal["prepare_corpus", "train_vae", "encode_latents", "train_unet", "evaluate"],
     precision: Precision = "float32",
+    tf32: bool = False,
     check: Callable[[Parents], None] = lambda parents: None,
     folder_name: str | None = None,
     joinable: bool = False,
@@ -142,6 +144,7 @@ def running_stage(
         config: The resolved configuration.
         name: Name of the stage and of its table.
         precision: What the networks compute in.
+        tf32: Float32 products and convolutions are computed in TF32 on GPUs.
         check: Raises ConfigError when the request cannot work; called with the parents' manifests before any work.
         joinable: Several runs may work on the folder at once: its work falls into parts. Each has its own MLflow run;
             those that come later keep theirs in ``runs/HOST-PID`` below the folder.
@@ -164,13 +167,14 @@ def running_stage(
             request,
             allowed=config.run.allow_changed,
             fingerprint_ignores=config.fingerprint_ignores,
+            at_default=keys_at_default(config),
             revisions=config.revisions,
         ):
             outcome.set("done")
             log.info(f"already finished in {folder}; nothing to do.")
             raise SystemExit(0)
         check(manifests)  # what a finished stage was made from may be gone
-        accelerator = start_accelerator(config.run, precision=precision)
+        accelerator = start_accelerator(config.run, precision=precision, tf32=tf32)
         own = take_folder(folder, lock, accelerator, joinable=joinable)
         if accelerator.is_main_process:
             ignored = ignored_values(config)
@@ -193,7 +197,8 @@ def running_stage(
             lock=lock,
         )
         threads = f"{torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)}"
-        log.info(f"{accelerator.num_processes} process(es) x {threads} on {accelerator.device}, {precision}, {folder}")
+        computes = f"{precision} with TF32" if tf32 and torch.cuda.is_available() else precision
+        log.info(f"{accelerator.num_processes} process(es) x {threads} on {accelerator.device}, {computes}, {folder}")
         with stop.handling_signals():
             outcome.working = True
             yield stage

@@ -11,9 +11,10 @@ import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from data.files import FolderLock
+from pipelines.runtime.config.outcome import has_failed
 from pipelines.runtime.config.redaction import without_credentials
 from pipelines.runtime.tracking.identity import RunIdentity, pipeline_lock
 from pipelines.runtime.tracking.mlflow_store import Metric, MlflowStore, RefusedError
@@ -60,8 +61,10 @@ class Sender:
             self._send_events(EVENTS)
             self._send_events(FILES, until=time.time() - files_older_than)
 
-    def close_as_killed(self) -> bool:
-        """Close the run as KILLED if it was started and never closed; return whether it was so.
+    def close_dead(self) -> str:
+        """Close the run if it was started and never closed; return the status it was closed with, else "".
+
+        It is FAILED where a rank has left its failure behind: the launcher then kills the main process. Else KILLED.
 
         Raises:
             StoreUnavailableError: As in `send`.
@@ -70,11 +73,12 @@ class Sender:
             event for event in read_spool_backwards(self.folder / EVENTS) if event.get("kind") in ("start", "close")
         )
         if next(marks, {}).get("kind") != "start":
-            return False
+            return ""
+        status: Literal["FAILED", "KILLED"] = "FAILED" if has_failed(self.folder) else "KILLED"
         last = [next(read_spool_backwards(self.folder / spool), {}) for spool in (METRICS, SYSTEM, EVENTS)]
         with self._connection():
-            self.store.set_status("KILLED", since=max(each.get("time", 0.0) for each in last))
-        return True
+            self.store.set_status(status, since=max(each.get("time", 0.0) for each in last))
+        return status
 
     @contextlib.contextmanager
     def _connection(self) -> Iterator[None]:
@@ -209,18 +213,18 @@ def is_running(folder: Path) -> bool:
         return True
 
 
-def send_once(sender: Sender) -> bool:
-    """Send what is there, and close a run whose process is gone; return whether it was closed so.
+def send_once(sender: Sender) -> str:
+    """Send what is there, and close a run whose process is gone; return the status it was closed with, else "".
 
     Raises:
         StoreUnavailableError: The store does not answer.
     """
     sender.send()
     # Asked only now: a stage that starts after this line writes a start that is sent after it, and runs again.
-    return not is_running(sender.folder) and sender.close_as_killed()
+    return "" if is_running(sender.folder) else sender.close_dead()
 
 
-def send_until_ended(sender: Sender) -> bool:
+def send_until_ended(sender: Sender) -> str:
     """Go on sending while the stage runs, also while the store does not answer; then as `send_once`."""
     while is_running(sender.folder):
         try:

@@ -40,7 +40,8 @@ def send_while_owned(folder: Path) -> int:
     """Be the sender of a stage, which holds the other end of the standard input; return the exit code.
 
     The stage writes ``close`` when it has logged its last event, and kills a sender that then takes too long. When
-    the pipe ends, the stage was killed: what a few seconds allow is sent, and the run is closed as KILLED.
+    the pipe ends, the stage was killed: what a few seconds allow is sent, and the run is closed as KILLED, or as FAILED
+    where another rank's failure came first.
     """
     set_up_logging(RunIdentity.read(folder).stage, stream=_become_a_background_process(folder))
     owner = _Owner()

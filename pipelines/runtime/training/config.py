@@ -30,6 +30,8 @@ class TrainingConfig(StageConfig):
     global_batch: PositiveInt  # images an update, over all processes
     images_per_device: NonNegativeInt = 0  # images of one forward pass; 0 takes a process's whole share at once
     precision: Precision = "float32"  # what the network computes in; weights stay float32
+    # As torch has always computed convolutions, at 8 times the speed; bf16, which most train in, has 3 bits less.
+    tf32: bool = True  # float32 products and convolutions by TF32 on GPUs that have it: 10 bits of fraction, not 23
     compile: bool = False  # by torch.compile: slow to start, faster updates; on a CPU it needs a C++ compiler
     optim: OptimConfig = OptimConfig()  # how the weights move
     averages: tuple[AverageConfig, ...] = Field(default=(ExponentialAverage(),), min_length=1)  # the first is published

@@ -13,9 +13,11 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from data.files import flush_file
+from data.manifest import MANIFEST_NAME
 from data.prefetch import Prefetch
 from data.randomness import key_of
-from pipelines.runtime.config.errors import Stopped
+from pipelines.runtime.config.errors import ConfigError, Stopped
 from pipelines.runtime.stage.fingerprint import fingerprint_of
 from pipelines.runtime.stage.launch import any_rank, from_main
 from pipelines.runtime.stage.progress import ProgressLine, progress_line
@@ -78,7 +80,8 @@ class Training:
         self._checkpoints = Checkpoints(stage.folder / "checkpoints", config.checkpoint, writes=stage.is_main)
         self._best, self._save_for_best = Best(config.checkpoint.best), False
         request = fingerprint_of(stage.name, config, stage.parents)
-        self._made_by = made_by(request, world_size=accelerator.num_processes) if stage.is_main else {}
+        world_size, device = accelerator.num_processes, accelerator.device
+        self._made_by = made_by(request, config.run, world_size=world_size, device=device) if stage.is_main else {}
 
         # Logs.
         self._buffer = MetricBuffer(accelerator)
@@ -93,10 +96,26 @@ class Training:
     def resume(self) -> None:
         """Continue after the newest intact checkpoint, on every rank the same one; do nothing when there is none.
 
+        A training that had finished is longer now: its manifest is removed before its weights can be replaced.
+
         Raises:
-            ConfigError: Another version of the code wrote it.
+            ConfigError: Another version of the code wrote it, or of a finished training no checkpoint is left.
         """
-        if state := self._restore():
+        # What is finished is so no longer, but only where it can be trained on.
+        manifest, state = self.stage.folder / MANIFEST_NAME, self._restore()
+        if any_rank(self.stage.is_main and manifest.is_file(), self.stage.accelerator):
+            if not state:
+                raise ConfigError(f"{self.stage.folder} is finished and holds no intact checkpoint to train on from.")
+            self.stage.log.info(
+                f"was finished after update {self.update}: its manifest is removed, it trains on until update "
+                f"{self.config.updates}, and rates that depend on the number of updates follow the new one"
+            )
+            if self.stage.is_main:
+                manifest.unlink()
+                flush_file(manifest.parent)
+
+        # Say where it goes on, and how exactly.
+        if state:
             self.stage.log.info(f"continuing after update {self.update}, {exactness(state, self._made_by)}")
         self.stage.tracker.resume_after(self.update)
 

@@ -84,7 +84,7 @@ class Throughput:
     def __init__(self, accelerator: Accelerator, config: TrainingConfig, *, flops_per_image: float) -> None:
         self._accelerator, self._device = accelerator, accelerator.device
         self._global_batch, self._flops = config.global_batch, flops_per_image
-        self._peak = known_peak_flops(str(self._device), config.precision)
+        self._peak = known_peak_flops(str(self._device), config.precision, tf32=config.tf32)
         self._own_events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
         self.restart()
 
