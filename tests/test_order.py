@@ -1,11 +1,15 @@
 """Laws of the data order: each epoch a permutation, any position on its own."""
 
+import hashlib
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import stats
 
 from data.order.order import FullShuffleConfig, Order, SequentialConfig
+from data.order.permutation import permute, round_keys
 
 SIZES = st.integers(1, 5_000)
 SEEDS = st.integers(0, 2**63 - 1)
@@ -70,3 +74,27 @@ def test_sequential_is_the_order_of_the_shards() -> None:
 def test_an_empty_corpus_is_refused() -> None:
     with pytest.raises(ValueError, match="the corpus is empty"):
         shuffled(0, 0)
+
+
+@pytest.mark.parametrize("size", [2, 3, 5, 6, 11, 17, 25, 63, 64])
+def test_a_small_set_is_shuffled_uniformly_place_by_place_and_pair_by_pair(size: int) -> None:
+    draws = 40_000
+    values, salts = np.tile(np.arange(size), draws), np.repeat(np.arange(draws), size)
+    shuffles = permute(values, size, round_keys(0, "order"), salts=salts).reshape(draws, size)
+    assert np.array_equal(np.sort(shuffles, axis=1), np.broadcast_to(np.arange(size), shuffles.shape))
+    places = np.stack([np.bincount(column, minlength=size) for column in shuffles.T])
+    pairs = np.bincount(shuffles[:, 0] * size + shuffles[:, -1], minlength=size**2).reshape(size, size)
+    for counts, freedom in ((places, (size - 1) ** 2), (pairs[~np.eye(size, dtype=bool)], size * (size - 1) - 1)):
+        assert stats.chisquare(counts.ravel(), ddof=counts.size - 1 - freedom).pvalue > 1e-4
+
+
+def test_sizes_of_one_call_do_not_mix() -> None:
+    sizes, keys = np.array([3, 1_000, 63, 64, 1]), round_keys(0, "order")
+    values = sizes - 1
+    alone = [permute(values[[i]], int(size), keys, salts=np.array([i]))[0] for i, size in enumerate(sizes)]
+    assert permute(values, sizes, keys, salts=np.arange(5)).tolist() == alone
+
+
+def test_large_sets_keep_the_orders_that_they_have_always_had() -> None:
+    order = shuffled(1_000, 0).indices(0, 3_000).astype("<i8").tobytes()
+    assert hashlib.sha256(order).hexdigest() == "0ad965f08ce16a505408a0cedf5eba92ced5f2f4547c09fd207bbcc4480d78d0"

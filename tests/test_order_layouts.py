@@ -135,6 +135,22 @@ def test_weights_are_the_shares_of_their_classes() -> None:
     np.testing.assert_allclose(shares, [5 / 8, 2 / 8, 1 / 8], atol=1 / 4096)
 
 
+@pytest.mark.parametrize("weights", [{"cat": 0.7313, "dog": 0.2}, {"cat": 1.2345678, "dog": 0.9}])
+def test_in_long_cycles_too_a_class_is_gone_through_in_turns_from_its_first_draw_on(weights: dict) -> None:
+    sizes = [11, 7, 700]
+    labels = np.repeat([0, 1, 2], sizes)
+    config, classes = WeightedConfig(weights=weights), ("cat", "dog", "emu")
+    order = Order(config, num_samples=718, seed=1, labels=labels, classes=classes)
+    stream = order.indices(0, 40_000)
+    for label, size in enumerate(sizes):
+        taken = stream[labels[stream] == label]
+        turns = taken[: len(taken) // size * size].reshape(-1, size)
+        assert [len(set(turn)) for turn in turns.tolist()] == [size] * len(turns)
+    # The same however it is cut, and from wherever it begins.
+    pieces = [order.indices(first, 613) for first in range(9_000, 9_000 + 20 * 613, 613)]
+    assert np.array_equal(np.concatenate(pieces), stream[9_000 : 9_000 + 20 * 613])
+
+
 @pytest.mark.parametrize(
     ("labels", "weights", "message"),
     [

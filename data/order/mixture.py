@@ -81,9 +81,17 @@ class Mixture:
 
     def at(self, positions: np.ndarray) -> np.ndarray:
         """Return the samples at stream positions; int64 (k,)."""
-        cycle, slot = np.divmod(positions, int(self._last_slot[-1]))
-        slot = permute(slot, int(self._last_slot[-1]), round_keys(self._seed, "order/cycle"), salts=cycle)
-        group = np.searchsorted(self._last_slot, slot, side="right")
+        # The slots of the whole cycles that the positions lie in: some thousands at most.
+        length = int(self._last_slot[-1])
+        cycles, row = np.unique(positions // length, return_inverse=True)
+        slots = np.tile(np.arange(length), len(cycles))
+        slots = permute(slots, length, round_keys(self._seed, "order/cycle"), salts=np.repeat(cycles, length))
+        groups = np.searchsorted(self._last_slot, slots, side="right").reshape(-1, length)
+
+        # A group's slots are numbered in the order of the stream, so that its samples come in turns.
+        ranks = np.argsort(np.argsort(groups, axis=1, kind="stable"), axis=1)
+        cycle, place = np.divmod(positions, length)
+        group, slot = groups[row, place], ranks[row, place]
         taken = cycle * self._slots[group] + slot - (self._last_slot[group] - self._slots[group])
         turn, place = np.divmod(taken, self._sizes[group])
         salts = turn * len(self._sizes) + group

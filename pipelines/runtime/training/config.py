@@ -25,6 +25,10 @@ class TrainingConfig(StageConfig):
         }
     )
 
+    revisions: ClassVar[tuple[str, ...]] = (
+        "orders of fewer than 64 samples or shards, and of weighted classes, are others",
+    )
+
     seed: NonNegativeInt = 0  # of order, noise, drops and initial weights
     updates: PositiveInt  # length of the training
     global_batch: PositiveInt  # images an update, over all processes
