@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from pydantic import BaseModel, Field, PositiveInt
 from torch import Tensor
 
@@ -22,12 +22,16 @@ DEFAULT_MAX_PIXELS = 64_000_000
 STRIP_ROWS = 256
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 
+# How the view of one and the same file has changed from version to version of this code.
+VIEW_REVISIONS = ("JPEGs are cropped within the box that their decoder returns",)
+
 # Dropped by choice of the view or the source, not bad.
 FILTER_REASONS = frozenset({"too_small", "extreme_aspect", "not_listed"})
 
 Fit = Literal["crop", "random_crop", "pad", "stretch", "centre"]
 Level = Annotated[int, Field(ge=0, le=255)]
 MaxPixels = Annotated[int, Field(ge=1, le=178_000_000)]  # above it Pillow itself refuses
+Box = tuple[float, float, float, float]  # left, top, right, bottom; pixels
 
 
 class ImageViewConfig(BaseModel, frozen=True, extra="forbid"):
@@ -61,13 +65,14 @@ def view_image(
         BadSample: ``not_an_image``, ``too_many_pixels``, ``animated``, ``colour_mode``, ``broken_image``, ``too_small``
             or ``extreme_aspect``.
     """
+    box: Box | None = None
     if isinstance(image, bytes):
-        picture = _open_image(image, max_pixels=max_pixels, config=config)
+        picture, box = _open_image(image, max_pixels=max_pixels, config=config)
     else:
         picture = Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image)
         _check_shape(picture.size, config)
     picture = _flatten(picture, config)
-    picture = _fit(picture, config, crop_position(config, key))
+    picture = _fit(picture, config, crop_position(config, key), box)
     pixels = np.asarray(picture, dtype=np.uint8)
     return pixels.reshape(config.resolution, config.resolution, config.channels)
 
@@ -88,15 +93,23 @@ def crop_position(config: ImageViewConfig, key: str) -> tuple[float, float]:
 
 def decode_image(payload: bytes, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> np.ndarray:
     """Return the pixels of an encoded image, upright; uint8 (h w c) with c = 1 (grey), 3 (RGB) or 4 (RGBA)."""
-    pixels = np.asarray(_open_image(payload, max_pixels=max_pixels), dtype=np.uint8)
+    picture, _ = _open_image(payload, max_pixels=max_pixels)
+    pixels = np.asarray(picture, dtype=np.uint8)
     return pixels[:, :, None] if pixels.ndim == 2 else pixels
 
 
-def _open_image(payload: bytes, *, max_pixels: int, config: ImageViewConfig | None = None) -> Image.Image:
+def _open_image(
+    payload: bytes, *, max_pixels: int, config: ImageViewConfig | None = None
+) -> tuple[Image.Image, Box | None]:
     """Decode an image to mode L, RGB or RGBA, upright by its EXIF orientation.
 
     With a view its size is checked before decoding, and of a JPEG no more is decoded than the view needs.
+
+    Returns:
+        The picture, and the box in it that a JPEG fills when it was decoded at a reduced size: the decoder's sides are
+        rounded up to whole pixels.
     """
+    box: Box | None = None
     try:
         picture = Image.open(BytesIO(payload), formats=FORMATS)
     except UnidentifiedImageError:
@@ -116,14 +129,18 @@ def _open_image(payload: bytes, *, max_pixels: int, config: ImageViewConfig | No
             raise BadSample("animated", f"{picture.format} with {getattr(picture, 'n_frames', 0)} frames")
         if picture.format == "JPEG" and config is not None:
             grey = config.channels == 1 and picture.mode in ("L", "RGB")
-            picture.draft("L" if grey else picture.mode, _draft_size(picture.size, config))
+            whole = picture.size
+            drafted = picture.draft("L" if grey else picture.mode, _draft_size(whole, config))
+            box = drafted[1] if drafted and picture.size != whole else None
         picture.load()
+        orientation = picture.getexif().get(ExifTags.Base.Orientation, 1)
         ImageOps.exif_transpose(picture, in_place=True)
+        box = box and _transpose_box(box, picture.size, orientation)
     except BadSample:
         raise
     except Exception as error:
         raise BadSample("broken_image", f"{picture.format}: {type(error).__name__}: {str(error)[:200]}") from None
-    return _to_eight_bits(picture)
+    return _to_eight_bits(picture), box
 
 
 def _check_png(payload: bytes) -> None:
@@ -162,11 +179,22 @@ def _check_shape(size: tuple[int, int], config: ImageViewConfig) -> None:
 
 
 def _draft_size(size: tuple[int, int], config: ImageViewConfig) -> tuple[int, int]:
-    """Return the smallest size that a JPEG may be decoded at: at 1/2, 1/4 or 1/8, by fewer coefficients of its DCT."""
+    """Return the smallest size that a JPEG may be decoded at: at 1/2, 1/4 or 1/8, by fewer coefficients of its DCT.
+
+    Neither side gets shorter than the square. Pillow's area filter takes whole pixels, so it needs more of them.
+    """
     if config.fit not in ("crop", "random_crop", "stretch"):
         return size
-    scale = config.resolution / min(size)
-    return max(1, int(size[0] * scale)), max(1, int(size[1] * scale))
+    least = config.resolution * (4 if config.resample == "area" else 1)
+    return least, least
+
+
+def _transpose_box(box: Box, size: tuple[int, int], orientation: int) -> Box:
+    """Move a box at the corner (0, 0) of a stored picture to where it lies in the upright one of ``size``."""
+    width, height = (box[3], box[2]) if orientation in (5, 6, 7, 8) else box[2:]
+    left = size[0] - width if orientation in (2, 3, 6, 7) else 0.0
+    top = size[1] - height if orientation in (3, 4, 7, 8) else 0.0
+    return left, top, left + width, top + height
 
 
 def _to_eight_bits(picture: Image.Image) -> Image.Image:
@@ -208,22 +236,27 @@ def _strips(picture: Image.Image) -> Iterator[tuple[int, Image.Image]]:
         yield first, picture.crop((0, first, picture.width, min(first + STRIP_ROWS, picture.height)))
 
 
-def _fit(picture: Image.Image, config: ImageViewConfig, position: tuple[float, float]) -> Image.Image:
-    """Bring a flattened picture to the square."""
-    side, (width, height) = config.resolution, picture.size
+def _fit(
+    picture: Image.Image, config: ImageViewConfig, position: tuple[float, float], box: Box | None = None
+) -> Image.Image:
+    """Bring a flattened picture, or the box in it that is the picture, to the square."""
+    left, top, right, bottom = box or (0, 0, *picture.size)
+    side, width, height = config.resolution, right - left, bottom - top
     # Enlarging by area would repeat pixels.
     by_area = config.resample == "area" and side < (max(width, height) if config.fit == "pad" else min(width, height))
     method = Image.Resampling.BOX if by_area else Image.Resampling.LANCZOS
     if config.fit in ("crop", "random_crop"):
         short = min(width, height)
-        left, top = (width - short) * position[1], (height - short) * position[0]
-        if short == side:
+        left, top = left + (width - short) * position[1], top + (height - short) * position[0]
+        if short == side and box is None:
             # Whole pixels: nothing to resample.
             left, top = round(left), round(top)
             return picture.crop((int(left), int(top), int(left) + side, int(top) + side))
         return picture.resize((side, side), method, box=(left, top, left + short, top + short))
     if config.fit == "stretch":
-        return picture if (width, height) == (side, side) else picture.resize((side, side), method)
+        if (width, height) == (side, side) and picture.size == (side, side):
+            return picture
+        return picture.resize((side, side), method, box=(left, top, right, bottom))
     if config.fit == "pad" and max(width, height) != side:
         scale = side / max(width, height)
         picture = picture.resize((max(1, round(width * scale)), max(1, round(height * scale))), method)

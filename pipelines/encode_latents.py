@@ -39,7 +39,7 @@ from data.shards.keys import check_unique
 from data.shards.split import ShardRange
 from data.shards.writer import ShardWriter
 from data.statistics import ChannelSums
-from data.transforms import to_unit_range
+from data.transforms import VIEW_REVISIONS, to_unit_range
 from models.autoencoder.vae import AutoencoderKL
 from pipelines.model.captions import CaptionEncoders, CaptionFeaturesConfig, NoTextConfig, encoders_of
 from pipelines.model.device import device_of
@@ -69,6 +69,7 @@ class EncodeLatentsConfig(StageConfig):
     """Encoding of images to stored moments, and of captions to features."""
 
     fingerprint_ignores = frozenset({"bad_samples", "max_bad_fraction"})
+    revisions = VIEW_REVISIONS  # of shards in place, which are viewed as they are read
 
     inputs: EncodeLatentsInputs  # where the stage reads
     batch_size: PositiveInt = 64  # images of one forward pass; batches never cross a shard's border

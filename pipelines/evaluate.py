@@ -22,6 +22,7 @@ from data.files import write_atomically, write_json
 from data.manifest import EvaluationManifest, FileEntry, Parents, digest_of
 from data.samples import Split, image_members
 from data.shards.writer import ShardWriter
+from data.transforms import VIEW_REVISIONS
 from models.diffusion.samplers import SamplerConfig
 from pipelines.evaluation.likelihood import TERMS, VariationalBoundConfig
 from pipelines.evaluation.metrics import Metrics, Reference, distribution_metrics, mean_metrics, sweep_plot
@@ -44,6 +45,7 @@ class EvaluateConfig(DrawConfig):
     """Drawing, measuring and storing of samples."""
 
     fingerprint_ignores = frozenset({"name"})
+    revisions = VIEW_REVISIONS  # of shards in place, which are viewed as they are read
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]*$")] = ""  # NAME writes evaluation-NAME/; empty evaluation/
     samples_per_shard: PositiveInt = 1_000  # samples of one tar

@@ -23,7 +23,7 @@ from data.shards.keys import check_unique
 from data.shards.writer import ShardWriter
 from data.sources import Corpus, FashionMNISTConfig, Source, SourceConfig, WebDataset, corpora_of, listing_digest
 from data.sources.in_place import index_in_place
-from data.transforms import DEFAULT_MAX_PIXELS, FILTER_REASONS, ImageViewConfig, MaxPixels, view_sample
+from data.transforms import DEFAULT_MAX_PIXELS, FILTER_REASONS, VIEW_REVISIONS, ImageViewConfig, MaxPixels, view_sample
 from pipelines.model.grids import grid_png
 from pipelines.runtime.config.command_line import config_from_command_line
 from pipelines.runtime.config.errors import ConfigError, config_error_at
@@ -41,6 +41,7 @@ class PrepareCorpusConfig(StageConfig):
     """Source, view of each image, and size of a shard."""
 
     fingerprint_ignores = frozenset({"bad_samples", "max_bad_fraction"})
+    revisions = VIEW_REVISIONS
 
     source: SourceConfig = FashionMNISTConfig()  # where the images come from
     view: ImageViewConfig = ImageViewConfig()  # how they become squares of one size

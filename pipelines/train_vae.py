@@ -19,7 +19,7 @@ from data.loading import ImageShards
 from data.manifest import Parents, VAEManifest
 from data.order.order import FullShuffleConfig, OrderConfig
 from data.randomness import SampleDraws
-from data.transforms import to_unit_range
+from data.transforms import VIEW_REVISIONS, to_unit_range
 from models.autoencoder.discriminator import Discriminator
 from models.autoencoder.discriminator_start import AdversaryStart
 from models.autoencoder.health import gradient_norms, latent_metrics
@@ -53,7 +53,11 @@ class TrainVAEConfig(TrainingConfig):
     """Configuration of the autoencoder, its objective and its training."""
 
     fingerprint_ignores = TrainingConfig.fingerprint_ignores | {"decode_threads"}
-    revisions = ("validation looks at a sample spread over its whole split, in the training's precision",)
+    revisions = (
+        *TrainingConfig.revisions,
+        *VIEW_REVISIONS,  # shards in place are viewed as they are read
+        "validation looks at a sample spread over its whole split, in the training's precision",
+    )
 
     inputs: TrainVAEInputs  # where the stage reads
     network: VAEConfig = VAEConfig()  # the autoencoder

@@ -2,13 +2,14 @@
 
 import contextlib
 import io
+from functools import lru_cache
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageOps
 
 from data.samples import BadSample, ImageSample
 from data.transforms import (
@@ -207,6 +208,67 @@ def test_a_large_jpeg_decoded_small_is_the_one_decoded_whole() -> None:
     whole = view_image(decode_image(payload), view).astype(int)
     assert np.abs(view_image(payload, view).astype(int) - whole).max() <= 4
     assert np.abs(view_image(payload, view).astype(int) - whole).mean() < 0.5
+
+
+@lru_cache
+def wavy_jpeg(height: int, width: int, orientation: int = 1) -> bytes:
+    """A picture whose finest detail is a tenth of its long side."""
+    y, x = np.mgrid[0:height, 0:width] / max(height, width)
+    waves = 127.5 + 110 * np.stack([np.sin(54 * x + 2), np.cos(48 * y), np.sin(36 * (x + y))], axis=-1)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return encoded(Image.fromarray(waves.astype(np.uint8)), "JPEG", quality=95, subsampling=0, exif=exif)
+
+
+def fitted(picture: Image.Image, view: ImageViewConfig) -> np.ndarray:
+    """The reference: a whole decode, resampled from the exact box."""
+    (width, height), box = picture.size, (0.0, 0.0, float(picture.width), float(picture.height))
+    if view.fit != "stretch":
+        (top, left), short = crop_position(view, "k"), min(picture.size)
+        left, top = (width - short) * left, (height - short) * top
+        box = (left, top, left + short, top + short)
+    method = Image.Resampling.BOX if view.resample == "area" else Image.Resampling.LANCZOS
+    return np.asarray(picture.resize((view.resolution, view.resolution), method, box=box)).astype(float)
+
+
+SIZES = [(512, 1023), (513, 517), (705, 705), (1026, 512), (766, 1001), (1023, 1025), (2049, 2100), (3001, 2300)]
+
+
+@pytest.mark.parametrize("fit", ["crop", "random_crop", "stretch"])
+@pytest.mark.parametrize("resample", ["lanczos", "area"])
+def test_jpegs_of_any_size_are_shown_where_a_whole_decode_has_them(fit: str, resample: str) -> None:
+    view = ImageViewConfig(resolution=256, fit=fit, resample=resample)
+    for height, width in SIZES:
+        payload = wavy_jpeg(height, width)
+        expected = fitted(Image.open(io.BytesIO(payload)), view)
+        found = view_image(payload, view, key="k").astype(float)
+        noise_level = np.square(found - expected).mean()
+        assert 10 * np.log10(255**2 / max(noise_level, 1e-9)) >= 45, (height, width)
+        # Least squares: how far the one has to be moved to become the other.
+        slopes = np.stack([slope.ravel() for slope in np.gradient(expected.mean(axis=-1))], axis=-1)
+        shift = np.linalg.lstsq(slopes, (expected - found).mean(axis=-1).ravel(), rcond=None)[0]
+        assert np.abs(shift).max() < 0.25, (height, width)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_jpeg_decoded_small_is_turned_with_its_box(orientation: int) -> None:
+    for height, width in [(705, 1001), (1001, 705)]:
+        payload = wavy_jpeg(height, width, orientation)
+        view = ImageViewConfig(resolution=64)
+        expected = fitted(ImageOps.exif_transpose(Image.open(io.BytesIO(payload))), view)
+        assert np.square(view_image(payload, view) - expected).mean() < 255**2 / 10**4.5
+
+
+@pytest.mark.parametrize("side", [384, 383, 129])
+def test_no_jpeg_is_decoded_smaller_than_the_square(side: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    decoded: list[tuple[int, int]] = []
+    resize = Image.Image.resize
+    monkeypatch.setattr(Image.Image, "resize", lambda self, *a, **k: decoded.append(self.size) or resize(self, *a, **k))
+    for factor in (2, 4, 8):
+        for short in range(factor * side - 3, factor * side + 4):
+            payload = encoded(Image.new("L", (short, short)), "JPEG")
+            view_image(payload, ImageViewConfig(resolution=side, channels=1))
+            assert min(decoded[-1]) >= side, short
 
 
 def test_the_pixel_bound_holds_before_anything_is_decoded() -> None:

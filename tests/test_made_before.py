@@ -107,11 +107,10 @@ def test_an_unfinished_training_is_refused_with_a_way_on(root: Path, experiment:
     assert "verdicts" in done.stderr, "its checkpoints cannot be read"
 
 
-def test_an_unfinished_encoding_is_continued(root: Path, experiment: Path, tmp_path: Path) -> None:
+def test_an_unfinished_encoding_is_refused_with_a_way_on(root: Path, experiment: Path, tmp_path: Path) -> None:
     shutil.copytree(root / "unfinished" / "latents", tmp_path / "begun" / "latents")
     inputs = ("--inputs.corpus", str(root / "corpus"), "--inputs.vae", str(root / "vae"))
     done = run_here("encode_latents", "--run.root", str(tmp_path / "begun"), *inputs, config=experiment)
-    assert done.returncode == 0, done.stderr
-    assert "continuing: 1 of 2" in done.stdout
-    again = read_input("latents", tmp_path / "begun" / "latents")
-    assert again.files[1].sha256 == read_input("latents", root / "latents").files[1].sha256
+    assert done.returncode == 2
+    assert "since then JPEGs are cropped" in done.stderr
+    assert "run.root" in done.stderr

@@ -141,6 +141,11 @@ def test_what_another_version_began_is_not_continued_in_silence_and_what_it_fini
         "revisions: an older version began it; since then JPEGs are cropped elsewhere"
     ]
     assert not already_done(begun, request(), allowed=(), revisions=revisions)
+    # The lists of several parts of the code are joined, so that a new change may come anywhere.
+    with pytest.raises(ConfigError) as refusal:
+        already_done(begun, request(), allowed=(), revisions=("losses are weighted", *revisions))
+    assert "since then losses are weighted" in str(refusal.value)
+    assert "JPEGs" not in str(refusal.value)
     with pytest.raises(ConfigError, match="a newer version of Latentline began it"):
         already_done(begun, request(), allowed=(), revisions=())
     commit_unet(done, request())

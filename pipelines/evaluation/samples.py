@@ -21,7 +21,7 @@ from data.files import write_atomically
 from data.loading import ImageShards
 from data.manifest import CorpusManifest
 from data.order.order import FullShuffleConfig, Order
-from data.transforms import to_unit_range
+from data.transforms import VIEW_REVISIONS, to_unit_range
 from models.diffusion.guidance import GuidanceConfig
 from models.diffusion.samplers import DDIMConfig, SamplerConfig
 from models.features import FeatureExtractorConfig
@@ -134,6 +134,8 @@ class ItemMaker:
         }
         name = f"{corpus.digest[:16]}-{self.extractor.name}-{self.extractor.weights_sha256[:16]}"
         shape = f"{in_floor}-{len(self.real_indices['train'])}-{config.batch_size}"
+        if corpus.view is not None:  # shards in place are viewed as they are read
+            shape += f"-{len(VIEW_REVISIONS)}"
         self.reference_folder = Path(config.run.root).parent / "cache" / "features" / f"{name}-{shape}"
 
     @cached_property

@@ -184,10 +184,10 @@ def differing_keys(
         for key, line in _differences(old, new)
         if not is_among(key, fingerprint_ignores) and not (key in at_default and _is_new(key, old))
     ]
-    known = len(before.get("revisions", ()))
-    if revisions is not None and known > len(revisions):
+    known = before.get("revisions", ())
+    if revisions is not None and not set(known) <= set(revisions):
         found.append(("revisions", "revisions: a newer version of Latentline began it; continue with that one"))
-    newer = () if revisions is None else revisions[known:]
+    newer = [change for change in revisions or () if change not in known]
     return found + [("revisions", f"revisions: an older version began it; since then {change}") for change in newer]
 
 
