@@ -1,4 +1,4 @@
-"""Transforms of images: decoded safely, upright, in the wanted channels, at the wanted size; uint8 (h w c).
+"""Transforms of images: decoded safely, upright, in sRGB, in the wanted channels and size; uint8 (h w c).
 
 Nothing is decoded before its size is known and bounded. What cannot be shown right in 8 bits (animations, float pixels,
 unknown colour spaces) is refused with a reason, not guessed at.
@@ -7,12 +7,13 @@ unknown colour spaces) is refused with a reason, not guessed at.
 import hashlib
 import zlib
 from collections.abc import Iterator
+from functools import lru_cache
 from io import BytesIO
 from typing import Annotated, Literal
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageCms, ImageOps, UnidentifiedImageError
 from pydantic import BaseModel, Field, PositiveInt
 from torch import Tensor
 
@@ -23,7 +24,10 @@ STRIP_ROWS = 256
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 
 # How the view of one and the same file has changed from version to version of this code.
-VIEW_REVISIONS = ("JPEGs are cropped within the box that their decoder returns",)
+VIEW_REVISIONS = (
+    "JPEGs are cropped within the box that their decoder returns",
+    "images with a colour profile are converted to sRGB",
+)
 
 # Dropped by choice of the view or the source, not bad.
 FILTER_REASONS = frozenset({"too_small", "extreme_aspect", "not_listed"})
@@ -101,7 +105,7 @@ def decode_image(payload: bytes, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> np.
 def _open_image(
     payload: bytes, *, max_pixels: int, config: ImageViewConfig | None = None
 ) -> tuple[Image.Image, Box | None]:
-    """Decode an image to mode L, RGB or RGBA, upright by its EXIF orientation.
+    """Decode an image to mode L, RGB or RGBA in sRGB, upright by its EXIF orientation.
 
     With a view its size is checked before decoding, and of a JPEG no more is decoded than the view needs.
 
@@ -124,11 +128,13 @@ def _open_image(
         _check_shape(picture.size, config)
     if picture.format == "PNG":
         _check_png(payload)
+    profile = picture.info.get("icc_profile")
     try:
         if getattr(picture, "n_frames", 1) > 1:
             raise BadSample("animated", f"{picture.format} with {getattr(picture, 'n_frames', 0)} frames")
         if picture.format == "JPEG" and config is not None:
-            grey = config.channels == 1 and picture.mode in ("L", "RGB")
+            as_it_is = not any(_to_srgb(profile, mode) for mode in ("L", "RGB"))
+            grey = config.channels == 1 and picture.mode in ("L", "RGB") and as_it_is
             whole = picture.size
             drafted = picture.draft("L" if grey else picture.mode, _draft_size(whole, config))
             box = drafted[1] if drafted and picture.size != whole else None
@@ -140,7 +146,44 @@ def _open_image(
         raise
     except Exception as error:
         raise BadSample("broken_image", f"{picture.format}: {type(error).__name__}: {str(error)[:200]}") from None
-    return _to_eight_bits(picture), box
+    of_inks = picture.mode == "CMYK" and _to_srgb(profile, "CMYK")
+    return _in_srgb(picture if of_inks else _to_eight_bits(picture), profile), box
+
+
+def _in_srgb(picture: Image.Image, profile: bytes | None) -> Image.Image:
+    """Convert a picture of mode L, RGB, RGBA or CMYK from its profile to sRGB; CMYK becomes RGB."""
+    transform = _to_srgb(profile, picture.mode)
+    if transform is None:
+        return picture
+    if transform.input_mode == transform.output_mode:
+        ImageCms.applyTransform(picture, transform, inPlace=True)
+        return picture
+    converted = ImageCms.applyTransform(picture, transform)
+    assert converted is not None
+    return converted.convert("L") if picture.mode == "L" else converted
+
+
+@lru_cache(maxsize=16)
+def _to_srgb(profile: bytes | None, mode: str) -> ImageCms.ImageCmsTransform | None:
+    """Return the transform from a profile to sRGB for pixels of ``mode``.
+
+    None where it changes nothing, or the profile is damaged or of other colours than the pixels, which then stay as
+    they are.
+    """
+    if not profile:
+        return None
+    try:
+        target = ImageCms.createProfile("sRGB")
+        transform = ImageCms.buildTransform(BytesIO(profile), target, mode, "RGBA" if mode == "RGBA" else "RGB")
+        # Profiles of sRGB come from many makers and differ by a level: they are known by what they do.
+        levels = np.moveaxis(np.indices((9, 9, 9)), 0, -1).reshape(27, 27, 3) * 255 // 8
+        plain = Image.fromarray(levels.astype(np.uint8)).convert(mode)
+        changed = ImageCms.applyTransform(plain, transform)
+    except (OSError, ValueError, TypeError, ImageCms.PyCMSError):
+        return None
+    assert changed is not None
+    before, after = (np.asarray(picture.convert("RGB"), dtype=int) for picture in (plain, changed))
+    return transform if np.abs(after - before).max() > 2 else None
 
 
 def _check_png(payload: bytes) -> None:

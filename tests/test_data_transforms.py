@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+from collections.abc import Iterable
 from functools import lru_cache
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image, ImageOps
+from PIL import Image, ImageCms, ImageOps
 
 from data.samples import BadSample, ImageSample
 from data.transforms import (
@@ -112,6 +113,102 @@ def test_cmyk_becomes_rgb() -> None:
     shown = decode_image(encoded(Image.fromarray(HALVES).convert("CMYK"), "JPEG", quality=95))
     assert np.abs(shown[2, 1].astype(int) - RED).max() < 12
     assert np.abs(shown[2, 6].astype(int) - BLUE).max() < 12
+
+
+WHITE = (0.9642, 1.0, 0.8249)  # D50
+SRGB = np.array([[0.4361, 0.3851, 0.1431], [0.2225, 0.7169, 0.0606], [0.0139, 0.0971, 0.7141]])  # to XYZ at D50
+DISPLAY_P3 = np.array([[0.5151, 0.2919, 0.1572], [0.2412, 0.6922, 0.0666], [-0.0011, 0.0419, 0.7841]])
+
+
+def icc(space: bytes, **tags: bytes) -> bytes:
+    """A colour profile, version 2."""
+    tags = {"wtpt": xyz(WHITE), **tags}
+    table, body, start = len(tags).to_bytes(4, "big"), b"", 132 + 12 * len(tags)
+    for name, data in tags.items():
+        table += name.encode() + (start + len(body)).to_bytes(4, "big") + len(data).to_bytes(4, "big")
+        body += data + bytes(-len(data) % 4)
+    kind, connection = (b"prtr", b"Lab ") if space == b"CMYK" else (b"mntr", b"XYZ ")
+    head = (start + len(body)).to_bytes(4, "big") + bytes(4) + b"\2\x10\0\0" + kind + space + connection
+    return head + bytes(12) + b"acsp" + bytes(28) + xyz(WHITE)[8:] + bytes(48) + table + body
+
+
+def xyz(values: Iterable[float]) -> bytes:
+    return b"XYZ " + bytes(4) + b"".join(round(value * 65536).to_bytes(4, "big", signed=True) for value in values)
+
+
+def gamma(value: float) -> bytes:
+    return b"curv" + bytes(4) + (1).to_bytes(4, "big") + round(value * 256).to_bytes(2, "big")
+
+
+def rgb_profile(to_xyz: np.ndarray, exponent: float) -> bytes:
+    columns = {f"{name}XYZ": xyz(column) for name, column in zip("rgb", to_xyz.T, strict=True)}
+    return icc(b"RGB ", **columns, **{f"{name}TRC": gamma(exponent) for name in "rgb"})
+
+
+def to_srgb(levels: np.ndarray, to_xyz: np.ndarray, exponent: float) -> np.ndarray:
+    """The reference: from the profile's primaries to XYZ to those of sRGB, in float64; (... 3)."""
+    linear = np.clip((levels / 255) ** exponent @ (np.linalg.inv(SRGB) @ to_xyz).T, 0, 1)
+    return 255 * np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)
+
+
+@pytest.mark.parametrize("form", ["PNG", "JPEG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_colour_profile_is_converted_to_srgb(form: str, channels: int) -> None:
+    image = Image.fromarray(np.clip(smooth(32, 32), 60, 190))
+    options = {"JPEG": {"quality": 100, "subsampling": 0}, "WEBP": {"lossless": True}}.get(form, {})
+    payload = encoded(image, form, icc_profile=rgb_profile(DISPLAY_P3, 1.8), **options)
+    stored = decode_image(encoded(image, form, **options)).astype(float)
+    expected = to_srgb(stored, DISPLAY_P3, 1.8)
+    assert np.abs(expected - stored).max() > 20
+    if channels == 1:
+        expected = (expected @ [0.299, 0.587, 0.114])[:, :, None]
+    shown = view_image(payload, ImageViewConfig(resolution=32, channels=channels))
+    assert np.abs(shown - expected).max() < 2
+
+
+def test_grey_and_transparent_images_are_converted_too() -> None:
+    grey = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    shown = decode_image(encoded(Image.fromarray(grey), icc_profile=icc(b"GRAY", kTRC=gamma(1.8))))
+    linear = (grey / 255) ** 1.8
+    expected = np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055) * 255
+    assert shown.shape == (16, 16, 1)
+    assert np.abs(shown[:, :, 0] - expected).max() < 2
+    clear = noise(16, 16, 4)
+    shown = decode_image(encoded(Image.fromarray(clear), icc_profile=rgb_profile(DISPLAY_P3, 2.2)))
+    np.testing.assert_array_equal(shown[:, :, 3], clear[:, :, 3])
+    assert np.abs(shown[:, :, :3] - to_srgb(clear[:, :, :3], DISPLAY_P3, 2.2)).max() < 3
+
+
+def test_cmyk_has_the_colours_of_its_profile() -> None:
+    # Cyan is printed as a middle grey; every other ink is black.
+    corners = [(255, 128, 128) if ink == 0 else (127, 128, 128) if ink == 8 else (0, 128, 128) for ink in range(16)]
+    identity = b"".join(int(65536 * (i == j)).to_bytes(4, "big") for i in range(3) for j in range(3))
+    tables = [bytes(range(256)) * 4, bytes(np.array(corners, dtype=np.uint8)), bytes(range(256)) * 3]
+    lut = b"mft1" + bytes(4) + bytes([4, 3, 2, 0]) + identity + b"".join(tables)
+    image = Image.new("CMYK", (16, 16), (255, 0, 0, 0))
+    profile = icc(b"CMYK", A2B0=lut, A2B1=lut)
+    shown = decode_image(encoded(image, "JPEG", quality=100, icc_profile=profile))
+    assert np.abs(shown.astype(int) - 119).max() < 4  # L* = 50
+
+
+@pytest.mark.parametrize(
+    "profile",
+    [
+        ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes(),
+        b"junk",
+        rgb_profile(DISPLAY_P3, 2.2)[:300],
+        icc(b"GRAY", kTRC=gamma(1.0)),
+        icc(b"CMYK"),
+    ],
+    ids=["sRGB", "junk", "cut", "of grey", "of ink without a table"],
+)
+def test_pixels_stay_as_they_are_with_a_profile_of_srgb_or_one_that_cannot_be_theirs(profile: bytes) -> None:
+    image = Image.fromarray(noise(64, 64))
+    for form in ("PNG", "JPEG"):
+        for channels in (1, 3):
+            view = ImageViewConfig(resolution=16, channels=channels)
+            with_profile = view_image(encoded(image, form, icc_profile=profile), view)
+            np.testing.assert_array_equal(with_profile, view_image(encoded(image, form), view))
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
