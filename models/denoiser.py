@@ -139,10 +139,11 @@ class Denoiser(nn.Module):
             output, x=x, x0=x0, eps=noise, times=times, process=self.process, objective=self.config.objective
         )
 
-    def times(self, uniforms: Tensor, *, positions: Tensor, global_batch: int) -> Tensor:
-        """Training times (b,) from a uniform draw a sample (b,), given where each stands in the global batch (b,)."""
+    def times(self, uniforms: Tensor, *, batch: int, positions: Tensor, global_batch: int) -> Tensor:
+        """Training times (b,) from a uniform draw a sample (b,), given where each stands in global batch ``batch``."""
         return times_from_uniforms(
             uniforms,
+            batch=batch,
             positions=positions,
             global_batch=global_batch,
             times=self.config.objective.times,

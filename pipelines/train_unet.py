@@ -53,7 +53,11 @@ class TrainUNetConfig(TrainingConfig):
     """Configuration of the denoiser and its training."""
 
     fingerprint_ignores = TrainingConfig.fingerprint_ignores | {"grid"}
-    revisions = ("validation looks at a sample spread over its whole split, in the training's precision",)
+    revisions = (
+        *TrainingConfig.revisions,
+        "validation looks at a sample spread over its whole split, in the training's precision",
+        "the strata of the times turn from batch to batch",
+    )
 
     inputs: TrainUNetInputs  # where the stage reads
     denoiser: DenoiserConfig = DenoiserConfig()  # network, conditions, process and objective
@@ -268,6 +272,7 @@ class BatchMaker(GlobalBatches[LatentDraw]):
             noise=torch.from_numpy(draws.normals("noise", shape)),
             times=self.times(
                 torch.from_numpy(draws.uniforms("time")),
+                batch=index,
                 positions=torch.tensor(positions),
                 global_batch=config.global_batch,
             ),

@@ -135,7 +135,7 @@ def draws(denoiser: Denoiser, rank: int) -> Iterator[LatentDraw]:
         labels = torch.from_numpy(of.uniforms("label") * CLASSES).long()
         dropped = torch.from_numpy(of.uniforms("drop", (1,)) < 0.1)
         uniforms = torch.from_numpy(of.uniforms("time"))
-        times = denoiser.times(uniforms, positions=torch.tensor(positions), global_batch=16)
+        times = denoiser.times(uniforms, batch=index, positions=torch.tensor(positions), global_batch=16)
         yield LatentDraw(normals("x0"), normals("noise"), times, {"labels": labels}, dropped)
 
 

@@ -52,26 +52,42 @@ def uniforms(n: int, seed: int = 0) -> torch.Tensor:
 @settings(max_examples=60, deadline=None)
 @given(global_batch=st.integers(1, 2048))
 def test_every_part_of_the_way_is_dealt_to_one_sample_of_a_global_batch(global_batch):
-    dealt = strata(torch.arange(global_batch), global_batch=global_batch)
+    dealt = strata(torch.arange(global_batch), batch=7, global_batch=global_batch)
     assert torch.equal(dealt.sort().values, torch.arange(global_batch))
 
 
 @pytest.mark.parametrize(("global_batch", "ranks"), [(256, 4), (256, 8), (96, 3), (1000, 8)])
 def test_the_share_of_every_rank_covers_all_noise_levels_evenly(global_batch, ranks):
-    shares = strata(torch.arange(global_batch), global_batch=global_batch).double() / global_batch
+    shares = strata(torch.arange(global_batch), batch=7, global_batch=global_batch).double() / global_batch
     for share in shares.chunk(ranks):
         n = len(share)
         distance = stats.kstest(share.numpy(), "uniform").statistic
         assert distance < 6 / n  # of the order of 1 / n, where independent draws have 1 / sqrt(n)
 
 
+@pytest.mark.parametrize(("global_batch", "part"), [(256, 4), (256, 1), (96, 8), (100, 1), (7, 1)])
+def test_a_shard_of_a_blocked_order_meets_as_many_noise_levels_as_if_they_were_drawn(global_batch, part):
+    """Its samples come at the few positions of one stream, batch after batch."""
+    for first_position in (0, global_batch - part):
+        for first_batch in (0, 1_000):
+            positions = torch.arange(first_position, first_position + part)
+            batches = range(first_batch, first_batch + global_batch // part // 2)
+            met = {int(s) for b in batches for s in strata(positions, batch=b, global_batch=global_batch)}
+            num_samples = part * len(batches)
+            independent = global_batch * (1 - (1 - 1 / global_batch) ** num_samples)
+            assert len(met) >= independent
+            through = range(first_batch, first_batch + global_batch)
+            met = {int(s) for b in through for s in strata(positions[:1], batch=b, global_batch=global_batch)}
+            assert met == set(range(global_batch))
+
+
 @pytest.mark.parametrize("times", [UniformTimes(), LogitNormalTimes(mean=0.3), UniformTimes(stratified=False)])
 @pytest.mark.parametrize("process", [CHAIN, FLOW])
 def test_a_time_depends_on_its_own_draw_and_position_only(process, times):
     u, positions = uniforms(12), torch.arange(12)
-    whole = times_from_uniforms(u, positions=positions, global_batch=12, times=times, process=process)
+    whole = times_from_uniforms(u, batch=0, positions=positions, global_batch=12, times=times, process=process)
     parts = [
-        times_from_uniforms(u[part], positions=positions[part], global_batch=12, times=times, process=process)
+        times_from_uniforms(u[part], batch=0, positions=positions[part], global_batch=12, times=times, process=process)
         for part in (slice(0, 5), slice(5, 12))
     ]
     assert torch.equal(whole, torch.cat(parts))
@@ -79,7 +95,7 @@ def test_a_time_depends_on_its_own_draw_and_position_only(process, times):
 
 def test_stratified_times_hit_every_part_of_the_chain_once():
     times = times_from_uniforms(
-        uniforms(250), positions=torch.arange(250), global_batch=250, times=UniformTimes(), process=CHAIN
+        uniforms(250), batch=0, positions=torch.arange(250), global_batch=250, times=UniformTimes(), process=CHAIN
     )
     assert times.dtype == torch.int64
     assert torch.equal((times // 4).sort().values, torch.arange(250))
@@ -95,7 +111,7 @@ def test_times_follow_their_distribution(process, stratified):
     }
     for times, distribution in expected.items():
         drawn = times_from_uniforms(
-            uniforms(n), positions=torch.arange(n), global_batch=n, times=times, process=process
+            uniforms(n), batch=0, positions=torch.arange(n), global_batch=n, times=times, process=process
         )
         assert drawn.min() >= 0
         assert drawn.max() <= process.num_steps - (process is CHAIN)
@@ -110,7 +126,7 @@ def test_extreme_draws_stay_within_the_process():
     for times in (UniformTimes(stratified=False), LogitNormalTimes(std=10.0, stratified=False)):
         for process in (CHAIN, FLOW):
             drawn = times_from_uniforms(
-                extremes, positions=torch.arange(2), global_batch=2, times=times, process=process
+                extremes, batch=0, positions=torch.arange(2), global_batch=2, times=times, process=process
             )
             level = process.level(drawn, like=torch.zeros(2, 1, 1, 1))
             assert torch.isfinite(level.alpha).all()

@@ -133,7 +133,7 @@ def test_training_lowers_the_loss(changes: dict) -> None:
     denoiser = build(CLASS, objective=objective, **changes)
     optimizer = torch.optim.Adam(denoiser.parameters(), lr=3e-3)
     x0, noise = latents()
-    times = denoiser.times(torch.full((4,), 0.5), positions=torch.arange(4), global_batch=4)
+    times = denoiser.times(torch.full((4,), 0.5), batch=0, positions=torch.arange(4), global_batch=4)
     losses = []
     for _ in range(20):
         loss = denoiser(x0, noise, times, conditions(), kept(denoiser)).loss.mean()

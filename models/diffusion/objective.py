@@ -55,12 +55,13 @@ TimesConfig = Annotated[UniformTimes | LogitNormalTimes, Field(discriminator="ki
 
 
 def times_from_uniforms(
-    u: Tensor, *, positions: Tensor, global_batch: int, times: TimesConfig, process: Process
+    u: Tensor, *, batch: int, positions: Tensor, global_batch: int, times: TimesConfig, process: Process
 ) -> Tensor:
     """Turn one uniform number a sample into its time.
 
     Args:
         u: One draw for each sample, in [0, 1); (b,) float64.
+        batch: Index of the global batch.
         positions: Index of each sample in the global batch; (b,) int64.
         global_batch: Samples in the global batch, over all ranks.
 
@@ -69,21 +70,29 @@ def times_from_uniforms(
     """
     u = u.double()
     if times.stratified:
-        u = (strata(positions, global_batch=global_batch) + u) / global_batch
+        u = (strata(positions, batch=batch, global_batch=global_batch) + u) / global_batch
     return process.time(times.fraction(u))
 
 
-def strata(positions: Tensor, *, global_batch: int) -> Tensor:
+def strata(positions: Tensor, *, batch: int, global_batch: int) -> Tensor:
     """Deal the equal parts of [0, 1) to the samples of a global batch, one each; (b,) int64 in [0, global_batch).
 
     Kingma et al. 2021 (arXiv:2107.00630), appendix I.1, lower the variance of the loss like this. The parts are dealt
     in strides of the golden ratio, so that every rank's share, and every micro-batch, covers all noise levels evenly.
+    From batch to batch they turn, in strides of another irrational number: an order that keeps a shard to a few
+    positions would otherwise show it a few noise levels only.
     """
-    golden = (math.sqrt(5) - 1) / 2
-    stride = max(round(global_batch * golden), 1)
-    while math.gcd(stride, global_batch) != 1:  # coprime, so that no part is dealt twice
+    golden, silver = (math.sqrt(5) - 1) / 2, math.sqrt(2) - 1
+    turn = batch * _stride(silver, global_batch) % global_batch
+    return (positions * _stride(golden, global_batch) + turn) % global_batch
+
+
+def _stride(fraction: float, parts: int) -> int:
+    """Return a number near ``fraction`` of the parts, coprime to them, so that none is dealt twice."""
+    stride = max(round(parts * fraction), 1)
+    while math.gcd(stride, parts) != 1:
         stride += 1
-    return positions * stride % global_batch
+    return stride
 
 
 # ---------------------------------------------------------------------------------------------------------- weights
