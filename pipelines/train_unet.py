@@ -23,6 +23,7 @@ from data.order.order import FullShuffleConfig, OrderConfig
 from data.randomness import SampleDraws
 from models.autoencoder.vae import Posterior
 from models.denoiser import Denoiser, DenoiserConfig
+from models.diffusion.objective import check_starting_weight
 from models.latent_diffusion import Normalisation
 from pipelines.model.batches import GlobalBatches
 from pipelines.model.captions import CaptionFeatures, FeatureSourceConfig, StoredFeaturesConfig
@@ -95,7 +96,8 @@ def check(config: TrainUNetConfig, parents: Parents) -> None:
     """Refuse what cannot work, before any work.
 
     Raises:
-        ConfigError: A batch that does not split, latents of another VAE, flips that were not encoded, a misfit network.
+        ConfigError: A batch that does not split, latents of another VAE, flips that were not encoded, a misfit network,
+            a step that would never be trained.
     """
     # The batch and the latents.
     BatchShare.of(config, table="train_unet", rank=0, world_size=launched_world_size())
@@ -118,6 +120,7 @@ def check(config: TrainUNetConfig, parents: Parents) -> None:
         CaptionFeatures(config.captions, config.denoiser, latents=latents, device=torch.device("cpu"))
         with torch.device("meta"):
             denoiser = build_denoiser(config, latents.latent, num_classes=len(latents.classes))
+        check_starting_weight(config.denoiser.objective, denoiser.process)
     with config_error_at("train_unet.start"):
         check_start(config.start, denoiser)
     with config_error_at("train_unet.grid.sampler"):
@@ -143,6 +146,8 @@ def train(config: TrainUNetConfig, stage: Stage) -> None:
     with config_error_at("train_unet.captions"):
         captions = CaptionFeatures(config.captions, config.denoiser, latents=latents, device=device.torch)
     batches = BatchMaker(config, stage, denoiser, captions)
+    if warning := check_starting_weight(config.denoiser.objective, denoiser.process):
+        stage.log.info(f"warning: train_unet.denoiser.{warning}")
 
     # How to learn it.
     averages = Averages(denoiser, config.averages)

@@ -19,6 +19,7 @@ from models.diffusion.objective import (
     UniformTimes,
     UniformWeighting,
     check_objective,
+    check_starting_weight,
     denoising_loss,
     loss_weights,
     strata,
@@ -29,6 +30,7 @@ from models.diffusion.schedule import (
     CosineScheduleConfig,
     FlowMatchingConfig,
     LinearScheduleConfig,
+    ScaledLinearScheduleConfig,
     add_noise,
     scalar_level,
 )
@@ -342,3 +344,21 @@ def test_every_other_combination_is_accepted(kind):
     check_objective(ObjectiveConfig(prediction=kind, variance="learned"), CosineScheduleConfig())
     if kind not in ("eps", "score"):
         check_objective(ObjectiveConfig(prediction=kind), FlowMatchingConfig())
+
+
+def test_a_last_step_without_weight_is_refused_and_one_with_hardly_any_is_warned_about():
+    """The reference: min(SNR, gamma) / (SNR + 1) is alpha_bar at the last step of a chain."""
+    min_snr = ObjectiveConfig(prediction="v", weighting=MinSNRWeighting())
+    pure_noise = CosineScheduleConfig(zero_terminal_snr=True).build()
+    with pytest.raises(ValueError, match=r'"min_snr" with prediction = "v" .* never trained') as caught:
+        check_starting_weight(min_snr, pure_noise)
+    assert 'Use weighting.kind = "uniform" or "truncated_snr"' in str(caught.value)
+    capped = snr_at(torch.arange(1000)).clamp(max=5) / (snr_at(torch.arange(1000)) + 1)
+    assert f"{CHAIN.alpha_bars[-1] / capped.median():.1g} of the median weight" in check_starting_weight(min_snr, CHAIN)
+    assert "hardly trained" in check_starting_weight(min_snr.model_copy(update={"prediction": "velocity"}), FLOW)
+    for process in (CHAIN, FLOW, pure_noise):
+        for weighting in (UniformWeighting(), TruncatedSNRWeighting()):
+            for kind in ("v", "velocity", "x0"):
+                assert not check_starting_weight(ObjectiveConfig(prediction=kind, weighting=weighting), process)
+    assert not check_starting_weight(ObjectiveConfig(prediction="eps", weighting=MinSNRWeighting()), CHAIN)
+    assert not check_starting_weight(min_snr, ScaledLinearScheduleConfig().build())  # Stable Diffusion's

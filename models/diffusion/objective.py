@@ -172,6 +172,8 @@ def x0_error_per_error(level: NoiseLevel, snr: Tensor, prediction: Prediction) -
 
 # -------------------------------------------------------------------------------------------------------- objective
 
+LEAST_STARTING_WEIGHT = 1e-3  # of the step where sampling starts, in medians over all steps; below it is warned about
+
 
 class ObjectiveConfig(BaseModel, frozen=True, extra="forbid"):
     """Target of the network, its training times, and the weight of its errors."""
@@ -206,6 +208,30 @@ def check_objective(objective: ObjectiveConfig, schedule: ScheduleConfig) -> Non
             'objective.variance = "learned" belongs to the reverse steps of a chain, but schedule.kind = '
             '"flow_matching" has none. Use variance = "fixed", or a linear, scaled_linear or cosine schedule.'
         )
+
+
+def check_starting_weight(objective: ObjectiveConfig, process: Process) -> str:
+    """Return a warning if the step where sampling starts has hardly any weight, else "".
+
+    min(SNR, gamma) / (SNR + 1), as Hang et al. 2023 weigh v, vanishes with the SNR; Lin et al. 2024 train their last
+    step, which is pure noise, with the plain error of v.
+
+    Raises:
+        ValueError: It has none at all, and no other time of the chain is near it.
+    """
+    levels = [process.moment(step).level for step in range(process.num_steps)]
+    weights = torch.stack([loss_weights(objective.weighting, level, objective.prediction) for level in levels])
+    share = float(weights[-1] / weights.median())
+    if share > LEAST_STARTING_WEIGHT:
+        return ""
+    fault = (
+        f'objective.weighting.kind = "{objective.weighting.kind}" with prediction = "{objective.prediction}" gives the '
+        f"step where sampling starts {share:.1g} of the median weight, so that it is"
+    )
+    remedy = 'Use weighting.kind = "uniform" or "truncated_snr".'
+    if share < 1e-20 and isinstance(process, DiscreteDiffusion):
+        raise ValueError(f"{fault} never trained: with zero_terminal_snr = true it is pure noise. {remedy}")
+    return f"{fault} hardly trained. {remedy}"
 
 
 @dataclass(frozen=True)
