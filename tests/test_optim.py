@@ -45,10 +45,23 @@ def test_the_rate_warms_up_linearly_and_ends_as_its_kind_says() -> None:
     assert learning_rate(constant, update=1, total_updates=110) == pytest.approx(0.2)
     assert learning_rate(constant, update=110, total_updates=110) == 2.0
     assert learning_rate(cosine, update=10, total_updates=110) == pytest.approx(2.0)
-    assert learning_rate(cosine, update=60, total_updates=110) == pytest.approx(2.0 * 0.55)
-    assert learning_rate(cosine, update=110, total_updates=110) == pytest.approx(0.2)
+    assert learning_rate(cosine, update=61, total_updates=110) == pytest.approx(2.0 * 0.55)
+    assert learning_rate(cosine, update=111, total_updates=110) == pytest.approx(0.2)
     assert learning_rate(root, update=25, total_updates=110) == 2.0
     assert learning_rate(root, update=100, total_updates=110) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("final", [0.0, 0.1])
+def test_the_cosine_rate_is_that_of_torch_and_no_update_has_none(final: float) -> None:
+    config = OptimConfig(peak_lr=2.0, warmup_updates=0, rate=CosineRate(final=final))
+    theirs = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=2.0)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(theirs, T_max=37, eta_min=2.0 * final)
+    for update in range(1, 38):
+        rate = learning_rate(config, update=update, total_updates=37)
+        assert rate == pytest.approx(theirs.param_groups[0]["lr"])
+        assert rate > 1e-3
+        theirs.step()
+        schedule.step()
 
 
 def test_a_step_is_that_of_plain_adamw_with_clipping() -> None:

@@ -27,6 +27,7 @@ class TrainingConfig(StageConfig):
 
     revisions: ClassVar[tuple[str, ...]] = (
         "orders of fewer than 64 samples or shards, and of weighted classes, are others",
+        "the cosine rate falls one update later, so that the last update still learns",
     )
 
     seed: NonNegativeInt = 0  # of order, noise, drops and initial weights

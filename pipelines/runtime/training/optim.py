@@ -18,8 +18,8 @@ class ConstantRate(BaseModel, frozen=True, extra="forbid"):
 class CosineRate(BaseModel, frozen=True, extra="forbid"):
     """Half a cosine from the peak to ``final`` of it (Loshchilov & Hutter 2017, arXiv:1608.03983, eq. 5)."""
 
-    kind: Literal["cosine"] = "cosine"  # ends with the last update
-    final: NonNegativeFloat = 0.0  # rate at the last update, as a fraction of the peak
+    kind: Literal["cosine"] = "cosine"  # from the end of the warm-up to the end of the training
+    final: NonNegativeFloat = 0.0  # rate after the last update, as a fraction of the peak
 
 
 class InverseSquareRootRate(BaseModel, frozen=True, extra="forbid"):
@@ -53,7 +53,8 @@ def learning_rate(config: OptimConfig, *, update: int, total_updates: int) -> fl
             decay = 1.0
         case CosineRate(final=final):
             span = max(1, total_updates - config.warmup_updates)
-            progress = min(1.0, max(0, update - config.warmup_updates) / span)
+            # What lies behind the update: the last one still learns, however small the final rate.
+            progress = min(1.0, max(0, update - 1 - config.warmup_updates) / span)
             decay = final + (1.0 - final) * 0.5 * (1.0 + math.cos(math.pi * progress))
         case InverseSquareRootRate(reference=reference):
             decay = 1.0 / math.sqrt(max(1.0, update / reference))
