@@ -19,6 +19,11 @@ def key_of(seed: int, purpose: str) -> tuple[int, int]:
     return int.from_bytes(digest[:8], "little"), int.from_bytes(digest[8:16], "little")
 
 
+def derived_seed(seed: int, purpose: str) -> int:
+    """Derive a seed whose order and draws are unrelated to those of ``seed`` and of other purposes; below 2^64."""
+    return key_of(seed, purpose)[0]
+
+
 def generator(seed: int, purpose: str, batch: int = 0, position: int = 0) -> np.random.Generator:
     """Return a generator that depends on its arguments alone.
 

@@ -261,7 +261,7 @@ class BatchMaker(GlobalBatches[LatentDraw]):
         """Read this rank's share of global batch ``index`` and make every random choice in it."""
         # Read the moments, of mirrored images where drawn.
         config, positions = self.config, self.share.positions
-        draws = SampleDraws(config.seed, index, positions)
+        draws = self.draws(index)
         mirrored = draws.uniforms("flip") < config.flip_probability
         with config_error_at("inputs.latents"):
             stored = self.latents.read(

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from data.loading import ImageShards
 from data.manifest import Parents, VAEManifest
 from data.order.order import FullShuffleConfig, OrderConfig
-from data.randomness import SampleDraws
 from data.transforms import VIEW_REVISIONS, to_unit_range
 from models.autoencoder.discriminator import Discriminator
 from models.autoencoder.discriminator_start import AdversaryStart
@@ -269,7 +268,7 @@ class BatchMaker(GlobalBatches[VAEBatch]):
 
     def make(self, index: int) -> VAEBatch:
         """Read, mirror, and draw the noise of this rank's share of global batch ``index``."""
-        draws = SampleDraws(self.config.seed, index, self.share.positions)
+        draws = self.draws(index)
         with config_error_at("inputs.corpus"):
             images = to_unit_range(self.images.read(self.samples(index, self.share.positions)).images)
         mirrored = torch.from_numpy(draws.uniforms("flip") < self.config.flip_probability)

@@ -1,9 +1,15 @@
 """Laws of the per-sample draws: a function of (seed, purpose, batch, position) and nothing else."""
 
+from types import SimpleNamespace
+from typing import Any, cast
+
 import numpy as np
 from scipy import stats
 
+from data.order.order import FullShuffleConfig, Order
 from data.randomness import SampleDraws, generator
+from pipelines.model.batches import GlobalBatches
+from pipelines.runtime.training.config import TrainingConfig
 
 
 def test_a_sample_draws_the_same_whoever_draws_it() -> None:
@@ -40,3 +46,27 @@ def test_long_draws_of_neighbours_never_overlap() -> None:
     first = generator(0, "noise", batch=0, position=0).random(100_000)
     second = generator(0, "noise", batch=0, position=1).random(100_000)
     assert not np.isin(first, second).any()
+
+
+class Shares(GlobalBatches[tuple[np.ndarray, np.ndarray, np.ndarray]]):
+    """Samples, flips and posterior noise of a training's batches."""
+
+    def __init__(self, stage: str) -> None:
+        shards = SimpleNamespace(order=lambda order, *, seed, global_batch: Order(order, num_samples=5_000, seed=seed))
+        frame = SimpleNamespace(name=stage, accelerator=SimpleNamespace(process_index=0, num_processes=1))
+        config = TrainingConfig(updates=1, global_batch=1_000)
+        super().__init__(config, cast(Any, frame), cast(Any, shards), order=FullShuffleConfig())
+
+    def make(self, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        draws = self.draws(index)
+        samples = self.samples(index, self.share.positions)
+        return samples, draws.uniforms("flip"), draws.normals("posterior", (4,))
+
+
+def test_trainings_of_one_seed_share_neither_order_nor_draws() -> None:
+    (order, flips, noise), theirs = (Shares(stage).make(3) for stage in ("train_vae", "train_unet"))
+    assert (order == theirs[0]).sum() < 10
+    assert stats.pearsonr(flips, theirs[1]).pvalue > 0.001
+    assert stats.pearsonr(noise.ravel(), theirs[2].ravel()).pvalue > 0.001
+    again = Shares("train_vae").make(3)
+    assert all(np.array_equal(one, other) for one, other in zip((order, flips, noise), again, strict=True))

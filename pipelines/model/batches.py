@@ -1,4 +1,8 @@
-"""Global batches of a training: this rank's share of each, a pure function of the batch's index."""
+"""Global batches of a training: this rank's share of each, a pure function of the batch's index.
+
+Order and draws depend on the stage's name, too: with one seed for both trainings, the denoiser would otherwise get each
+sample where the autoencoder had it, mirrored alike and with the same noise of the posterior.
+"""
 
 from abc import ABC, abstractmethod
 from typing import Generic, TypeVar
@@ -7,6 +11,7 @@ import numpy as np
 
 from data.order.order import OrderConfig
 from data.prefetch import Prefetch
+from data.randomness import SampleDraws, derived_seed
 from data.shards.split import ShardSet
 from pipelines.runtime.config.errors import config_error_at
 from pipelines.runtime.stage.stage import Stage
@@ -34,8 +39,9 @@ class GlobalBatches(ABC, Generic[Batch]):
     ) -> None:
         rank, world_size = stage.accelerator.process_index, stage.accelerator.num_processes
         self.share = BatchShare.of(config, table=stage.name, rank=rank, world_size=world_size)
+        self._seed = derived_seed(config.seed, stage.name)
         with config_error_at(f"{stage.name}.order"):
-            self._order = shards.order(order, seed=config.seed, global_batch=config.global_batch)
+            self._order = shards.order(order, seed=self._seed, global_batch=config.global_batch)
         self._shards, self._threads = shards, threads
         self._global_batch, self._depth = config.global_batch, config.prefetch_batches
 
@@ -46,6 +52,10 @@ class GlobalBatches(ABC, Generic[Batch]):
     def samples(self, index: int, positions: range) -> np.ndarray:
         """Return the indices of the samples at ``positions`` of global batch ``index``; int64 (n,)."""
         return self._order.indices(index * self._global_batch + positions.start, len(positions))
+
+    def draws(self, index: int) -> SampleDraws:
+        """Return the random draws of this rank's share of global batch ``index``."""
+        return SampleDraws(self._seed, index, self.share.positions)
 
     def keys(self, index: int, positions: range) -> list[str]:
         """Return the keys of the samples at ``positions`` of global batch ``index``."""

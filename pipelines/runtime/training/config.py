@@ -27,6 +27,7 @@ class TrainingConfig(StageConfig):
 
     revisions: ClassVar[tuple[str, ...]] = (
         "orders of fewer than 64 samples or shards, and of weighted classes, are others",
+        "order and draws of the two trainings are unrelated",
         "the cosine rate falls one update later, so that the last update still learns",
     )
 
