@@ -3,8 +3,9 @@
     accelerate launch -m pipelines.encode_latents --config pipelines/configs/demo.toml
 
 Reads: ``runs/NAME/corpus/``, ``runs/NAME/vae/``. Writes: ``runs/NAME/latents/``, one latent shard per image shard, with
-``manifest.json``, which holds the VAE's digest and each channel's mean and standard deviation. With a text encoder
-(``captions``) the features of each caption lie beside its latent, and the manifest holds the encoder's digest.
+``manifest.json``, which holds the VAE's digest and each channel's mean and standard deviation, over mirrored latents
+too where they are stored. With a text encoder (``captions``) the features of each caption lie beside its latent, and
+the manifest holds the encoder's digest.
 
 Resuming: a killed encoding leaves finished shards, each with its result in ``parts/``, temporary files and leases. The
 next start sweeps the last two and encodes the shards without a result.
@@ -69,7 +70,8 @@ class EncodeLatentsConfig(StageConfig):
     """Encoding of images to stored moments, and of captions to features."""
 
     fingerprint_ignores = frozenset({"bad_samples", "max_bad_fraction"})
-    revisions = VIEW_REVISIONS  # of shards in place, which are viewed as they are read
+    # Shards in place are viewed as they are read.
+    revisions = (*VIEW_REVISIONS, "mirrored latents are in the statistics")
 
     inputs: EncodeLatentsInputs  # where the stage reads
     batch_size: PositiveInt = 64  # images of one forward pass; batches never cross a shard's border
@@ -324,7 +326,9 @@ def encode_shard(
                     set_aside(error.at(key=key))
                     continue
                 writer.add(key, members)
-                sums.add(moments[row].astype(config.dtype))
+                # Training draws mirrored latents, too, so the statistics are those of both.
+                for stored in (moments,) if mirrored is None else (moments, mirrored):
+                    sums.add(stored[row].astype(config.dtype))
     assert writer.entry is not None
     entry = replace(writer.entry, corpus=part.entry.corpus)
     return {"entry": entry.as_json(), "quarantined": quarantined, "sums": sums.to_json()}

@@ -1,11 +1,23 @@
 """Laws of the latents' statistics: exact, mergeable, and those of latents that are really drawn."""
 
+import io
 import json
+import shutil
+import tarfile
+from contextlib import nullcontext
+from pathlib import Path
+from threading import Lock
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
+import torch
 
+from data.loading import ImageShards
 from data.statistics import ChannelSums
+from models.autoencoder.vae import AutoencoderKL, VAEConfig
+from pipelines.encode_latents import EncodeLatentsConfig, EncodeLatentsInputs, encode_shard
 
 
 def moments(num_samples: int, *, seed: int = 0) -> np.ndarray:
@@ -50,3 +62,26 @@ def test_a_channel_that_is_only_prior_is_not_active() -> None:
 def test_nothing_to_measure_is_refused() -> None:
     with pytest.raises(ValueError, match="no training shard was encoded"):
         ChannelSums.merged([ChannelSums.empty(3)])
+
+
+@pytest.mark.parametrize("flipped", [False, True])
+def test_the_statistics_are_those_of_all_that_is_stored_mirrored_latents_too(flipped: bool, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    corpus = shutil.copytree(Path(__file__).with_name("made_by_0_1") / "corpus", tmp_path / "corpus")
+    images = ImageShards(corpus, split="train", cache_bytes=0)
+    channels = images.image_shape[2]
+    vae = AutoencoderKL(VAEConfig(channels=(8, 8), latent_channels=3, norm_groups=8), image_channels=channels)
+    config = EncodeLatentsConfig(inputs=EncodeLatentsInputs(corpus="", vae=""), flipped=flipped, batch_size=8)
+    accelerator = SimpleNamespace(device="cpu", autocast=nullcontext)
+    stage = cast(Any, SimpleNamespace(folder=tmp_path, accelerator=accelerator))
+    result = encode_shard(config, stage, vae, None, images, images.shards[0], Lock())
+    with tarfile.open(tmp_path / result["entry"]["name"]) as tar:
+        names = [name for name in tar.getnames() if ".latent" in name]
+        files = [tar.extractfile(name) for name in names]
+        stored = np.stack([np.load(io.BytesIO(file.read())) for file in files if file]).astype(np.float64)
+    assert len(stored) == images.shards[0].entry.samples * (1 + flipped)
+    sums = ChannelSums.from_json(result["sums"])
+    means, variances = stored[:, 0], np.exp(stored[:, 1])
+    np.testing.assert_allclose(sums.channel_mean, means.mean(axis=(0, 2, 3)), rtol=1e-9)
+    expected = np.sqrt(means.var(axis=(0, 2, 3)) + variances.mean(axis=(0, 2, 3)))
+    np.testing.assert_allclose(sums.std, expected, rtol=1e-9)
