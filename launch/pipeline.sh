@@ -30,6 +30,10 @@ case ${1:-} in
         ;;
 esac
 experiment="$1"
+if [[ ! -f $experiment ]]; then
+    echo "pipeline.sh: there is no file $experiment in $PWD" >&2
+    exit 2
+fi
 printf -v this_command '%q ' bash "${BASH_SOURCE[0]}" "$@"
 shift
 launcher=()

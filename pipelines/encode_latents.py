@@ -295,7 +295,7 @@ def encode_shard(
         if config.bad_samples == "strict":
             raise ConfigError(
                 f"inputs.corpus: {error}. Mend the sample and prepare the corpus again, or set "
-                'encode_latents.bad_samples = "quarantine" to count such samples and go on.'
+                'encode_latents.bad_samples = "quarantine" to count such samples and go on, up to max_bad_fraction.'
             ) from error
         quarantined.append({name: getattr(error, name) for name in REPORTED})
 

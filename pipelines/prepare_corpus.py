@@ -211,7 +211,7 @@ def set_aside(config: PrepareCorpusConfig, error: BadSample) -> dict[str, str]:
     if config.bad_samples == "strict" and error.reason not in FILTER_REASONS:
         raise ConfigError(
             f"prepare_corpus.source: {error}. Mend or remove it, or set "
-            'prepare_corpus.bad_samples = "quarantine" to count such samples and go on.'
+            'prepare_corpus.bad_samples = "quarantine" to count such samples and go on, up to max_bad_fraction.'
         ) from error
     return {name: getattr(error, name) for name in REPORTED}
 

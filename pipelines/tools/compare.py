@@ -83,9 +83,11 @@ def reports_of(run: str) -> list[Report]:
 def report_of_folder(folder: Path) -> Report:
     """Read what a stage left in its folder; whatever is not there yet is not shown."""
     identity = RunIdentity.read(folder)
-    facts = {"state": _json_of(folder / "outcome.json").get("state", "unfinished")}
+    # The outcome is that of the last command, which may have been refused in a finished folder.
+    finished = (folder / "manifest.json").exists()
+    facts = {"state": "done" if finished else _json_of(folder / "outcome.json").get("state", "unfinished")}
     settings: dict[str, str] = {}
-    if (folder / "manifest.json").exists():
+    if finished:
         manifest = read_manifest(folder)
         facts["digest"] = manifest.digest[:SHORT_DIGEST]
         facts |= {f"upstream.{key}": str(text)[:SHORT_DIGEST] for key, text in manifest.parents.items()}
