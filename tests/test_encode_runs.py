@@ -156,7 +156,7 @@ def test_a_killed_owners_lease_is_taken_over_at_once(tmp_path: Path) -> None:
         "with Leases(Path(sys.argv[1])) as leases, leases.lease('a'): print('leased', flush=True); time.sleep(60)\n"
     )
     owner = start_warm("-c", program, str(tmp_path))
-    wait_until(lambda: list(tmp_path.glob("*.lease")) != [], seconds=60, what="the lease")
+    wait_until(lambda: owner.printed() == "leased\n", seconds=60, what="the lease")
     with Leases(tmp_path) as leases:
         with leases.lease("a") as mine:
             assert not mine

@@ -52,7 +52,7 @@ def test_a_backend_is_tried_in_the_dtype_that_networks_compute_in(
     monkeypatch.setattr(attention, "probe_backend", lambda backend, device, dtype: tried.append(dtype) or "")
     attention_on(CPU, RunConfig(attention="math"), precision=precision)
     assert tried == [dtype]
-    monkeypatch.setattr(attention, "probe_backend", lambda *_: "no")
+    monkeypatch.setattr(attention, "probe_backend", lambda *_, **__: "no")
     with pytest.raises(ConfigError, match=r"^run.attention: attention backend 'math' .* on cpu in b?float\d\d \(no\)"):
         attention_on(CPU, RunConfig(attention="math"), precision=precision)
 

@@ -114,8 +114,8 @@ class Training:
                 manifest.unlink()
                 flush_file(manifest.parent)
 
-        # Say where it goes on, and how exactly.
-        if state:
+        # Say where it goes on, and how exactly; the main process alone knows what wrote it.
+        if state and self.stage.is_main:
             self.stage.log.info(f"continuing after update {self.update}, {exactness(state, self._made_by)}")
         self.stage.tracker.resume_after(self.update)
 
