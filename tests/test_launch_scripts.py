@@ -51,7 +51,8 @@ def house(tmp_path: Path) -> Path:
     (root / "launch" / "setup.sh").write_text("exit 0\n")
     (root / ".venv" / "bin").mkdir(parents=True)
     (root / "records").mkdir()
-    (root / "x.toml").touch()
+    for name in ("x.toml", "an experiment.toml"):
+        (root / name).touch()
     folders = " ".join(f"[{stage}]={folder}" for stage, folder in STAGE_FOLDERS.items())
     executable(root / ".venv" / "bin" / "python", PYTHON.replace("FOLDERS", folders).replace("REAL", sys.executable))
     return root
