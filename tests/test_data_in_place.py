@@ -1,5 +1,7 @@
 """Shards of others, used where they lie: on disk and in an object store, img2dataset's failed samples included."""
 
+import contextlib
+import gzip
 import hashlib
 import io
 import json
@@ -197,6 +199,20 @@ def test_a_corpus_in_an_object_store_is_used_through_a_cache_too_small_for_it(
     assert SECRET not in done.stdout + done.stderr
     for path in (tmp_path / "run").rglob("*"):
         assert not path.is_file() or SECRET.encode() not in path.read_bytes(), path
+
+
+def test_a_compressed_shard_in_an_object_store_is_unpacked_once(s3: str, cache: Cache) -> None:
+    import boto3
+
+    payload = gzip.compress(img2dataset_shard(range(20)))
+    boto3.client("s3").put_object(Bucket="corpora", Key="packed/00000.tar.gz", Body=payload)
+    source = WebDatasetConfig(urls=(s3.replace("laion", "packed/*.tar.gz"),), val_fraction=0.3).open()
+    for split in ("train", "val"):
+        for index in range(source.count(split)):
+            with contextlib.suppress(BadSample):  # the two that img2dataset could not download
+                source.read(split, index)
+            time.sleep(0.01)  # a use, which is noted in the copy's time
+    assert len(copies(cache)) == 2
 
 
 def test_what_is_fetched_is_what_was_stored_and_the_longest_unused_makes_room(s3: str, cache: Cache) -> None:

@@ -208,16 +208,15 @@ class Cache:
                 self._download(_filesystem(url.partition("://")[0]), url, found, path, sha256=sha256)
         return path
 
-    def unpacked(self, packed: Path) -> Path:
-        """Return a copy of a gzip-compressed file without compression, made now if need be.
+    def unpacked(self, packed: Path, *, version: str) -> Path:
+        """Return a copy of a gzip-compressed file without compression, made now if need be, one for each ``version``.
 
         Of one that was cut the copy ends there, without blocks that end a tar: so its scan finds it truncated.
 
         Raises:
             OSError: It is damaged, cannot be read, or the copy would be larger than the cache.
         """
-        about = packed.stat()
-        path = self.path(f"{packed} {about.st_size} {about.st_mtime_ns}")
+        path = self.path(f"{packed} {version}")
         if self._touched(path, None):
             return path
         self.folder.mkdir(parents=True, exist_ok=True)

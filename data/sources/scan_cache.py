@@ -31,7 +31,11 @@ class FoundShard:
     def path(self) -> Path:
         """A local file with its content, unpacked; fetched and unpacked again when the cache has dropped it."""
         found = local_path(self.url, size=self.bytes)
-        return Cache.of_environment().unpacked(found) if self.is_packed else found
+        if not self.is_packed:
+            return found
+        # Of a fetched copy the time says when it was used last.
+        version = self.version if is_remote(self.url) else str(found.stat().st_mtime_ns)
+        return Cache.of_environment().unpacked(found, version=f"{self.bytes} {version}")
 
     @property
     def is_packed(self) -> bool:
