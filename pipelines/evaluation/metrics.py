@@ -1,6 +1,5 @@
 """Metrics of an evaluation: distances to real images, accuracy of a class probe, and their plot over guidance."""
 
-import io
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -9,6 +8,7 @@ from torch import Tensor
 from models.metrics.distribution import frechet_distance, kernel_distance, precision_recall
 from models.metrics.estimate import Estimate, mean_estimate, worst_fraction
 from models.metrics.probe import LinearProbe
+from pipelines.model.grids import plot_png
 
 Metrics = dict[str, dict[str, float]]
 
@@ -136,7 +136,7 @@ def sweep_plot(by_scale: Mapping[float, Mapping[str, Any]], floor: Mapping[str, 
     figure = Figure(figsize=(3.2 * max(len(names), 1), 3.0), layout="constrained")
     if not names:
         figure.text(0.5, 0.5, "no figure: see metrics.json", ha="center")
-        return _png(figure)
+        return plot_png(figure)
     for axis, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
         values = [by_scale[scale][name] for scale in scales]
         axis.errorbar(scales, [v["value"] for v in values], yerr=[v["error"] for v in values], marker="o", capsize=3)
@@ -148,13 +148,7 @@ def sweep_plot(by_scale: Mapping[float, Mapping[str, Any]], floor: Mapping[str, 
         axis.set_title(name.replace("_", " "))
         axis.set_xlabel("guidance scale")
         axis.grid(alpha=0.3)
-    return _png(figure)
-
-
-def _png(figure: Any) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
-    return buffer.getvalue()
+    return plot_png(figure)
 
 
 def _metric(estimate: Estimate) -> dict[str, float]:

@@ -1,7 +1,8 @@
-"""Grids of images as one PNG, for people."""
+"""Grids of images, and plots, as one PNG each, for people."""
 
 import io
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -45,6 +46,13 @@ def grid_png(
             canvas.paste(picture, (left + GAP + column * cell_w, top + GAP + row * cell_h))
     buffer = io.BytesIO()
     canvas.save(buffer, format="PNG", optimize=True)
+    return buffer.getvalue()
+
+
+def plot_png(figure: Any) -> bytes:
+    """Return a figure of matplotlib, which only those who draw one import, as PNG."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
     return buffer.getvalue()
 
 

@@ -1,6 +1,5 @@
 """Statistics of all latents: alarms about collapsed channels and a scale that is not the VAE's, and their plot."""
 
-import io
 import json
 import math
 from pathlib import Path
@@ -8,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from data.statistics import ChannelSums
+from pipelines.model.grids import plot_png
 
 COLLAPSED_STD = 1e-3  # of the posterior's means; a channel below it carries nothing of the image
 SCALE_TOLERANCE = 0.2  # how far the scale may be from the VAE's own, relative
@@ -58,6 +58,4 @@ def statistics_plot(sums: ChannelSums) -> bytes:
     axis.set_ylabel("latent")
     axis.set_title(f"{int(sums.active.sum())} of {sums.num_channels} channels active", fontsize=10)
     axis.legend(fontsize=8)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
-    return buffer.getvalue()
+    return plot_png(figure)
