@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import numpy as np
@@ -113,22 +114,26 @@ def test_a_unet_is_trained_and_evaluated_on_a_published_vae_from_a_published_une
     assert 0 < difference < 0.02 < theirs["conv_in.weight"].abs().max()
 
 
+def build_conditional_unet(**more: Any) -> diffusers.UNet2DConditionModel:
+    return diffusers.UNet2DConditionModel(
+        in_channels=3,
+        out_channels=3,
+        block_out_channels=[16, 32],
+        layers_per_block=1,
+        down_block_types=["DownBlock2D", "CrossAttnDownBlock2D"],
+        up_block_types=["CrossAttnUpBlock2D", "UpBlock2D"],
+        attention_head_dim=[1, 2],
+        norm_num_groups=8,
+        cross_attention_dim=12,
+        use_linear_projection=True,
+        **more,
+    ).eval()
+
+
 @pytest.mark.parametrize("with_tokens", [False, True])
 def test_a_start_computes_what_the_published_unet_computes(with_tokens: bool, tmp_path: Path) -> None:
     if with_tokens:
-        theirs = diffusers.UNet2DConditionModel(
-            in_channels=3,
-            out_channels=3,
-            block_out_channels=[16, 32],
-            layers_per_block=1,
-            down_block_types=["DownBlock2D", "CrossAttnDownBlock2D"],
-            up_block_types=["CrossAttnUpBlock2D", "UpBlock2D"],
-            attention_head_dim=[1, 2],
-            norm_num_groups=8,
-            cross_attention_dim=12,
-            resnet_time_scale_shift="scale_shift",
-            use_linear_projection=True,
-        ).eval()
+        theirs = build_conditional_unet(resnet_time_scale_shift="scale_shift")
         conditioners = (TextConditionerConfig(width=12, use="tokens"),)
     else:
         theirs, conditioners = build_unet(), (ClassConditionerConfig(),)
@@ -162,18 +167,7 @@ def test_conditions_and_outputs_are_those_of_a_published_text_to_image_pipeline(
         vae=build_vae(latent_channels=3),
         text_encoder=transformers.CLIPTextModel(shape).eval(),
         tokenizer=tokenizer,
-        unet=diffusers.UNet2DConditionModel(
-            in_channels=3,
-            out_channels=3,
-            block_out_channels=[16, 32],
-            layers_per_block=1,
-            down_block_types=["DownBlock2D", "CrossAttnDownBlock2D"],
-            up_block_types=["CrossAttnUpBlock2D", "UpBlock2D"],
-            attention_head_dim=[1, 2],
-            norm_num_groups=8,
-            cross_attention_dim=12,
-            use_linear_projection=True,
-        ).eval(),
+        unet=build_conditional_unet(),
         scheduler=diffusers.DDIMScheduler(clip_sample=False, steps_offset=1),
         safety_checker=None,
         feature_extractor=None,
