@@ -98,11 +98,12 @@ class Manifest(BaseModel, frozen=True, extra="forbid"):
 
 
 class Counts(BaseModel, frozen=True, extra="forbid"):
-    """Samples of a stage: ``given`` = ``out`` + all ``quarantined``, by reason."""
+    """Samples of a stage: ``given`` = ``out`` + all ``quarantined``, by reason, + all ``left_out``, by suffix."""
 
     given: int = Field(alias="in")
     out: int
     quarantined: Mapping[str, int] = {}
+    left_out: Mapping[str, int] = {}  # files, or members of shards, that are no part of a sample
 
 
 class ImageShape(BaseModel, frozen=True, extra="forbid"):

@@ -1,6 +1,6 @@
 """Samples and their members: one image or one latent, and its bytes in a shard, both ways.
 
-A sample is a key and members ``KEY.suffix``. Images: ``png|jpg|jpeg|webp``, ``cls`` (decimal label), ``txt`` (UTF-8
+A sample is a key and members ``KEY.suffix``. Images: one of ``IMAGE_SUFFIXES``, ``cls`` (decimal label), ``txt`` (UTF-8
 caption), ``json``. Latents: ``latent.npy``, ``latent_flip.npy`` (2, c, h, w) = posterior mean, log-variance, with the
 same ``cls``, ``txt``, ``json``, and ``NAME.npy`` for features of conditioners. Everything here is parsed as data,
 within bounds, and never unpickled: member contents come from whoever wrote the shard.
@@ -11,6 +11,7 @@ import contextlib
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -23,6 +24,7 @@ from PIL import Image
 Split = Literal["train", "val"]
 
 IMAGE_SUFFIXES = ("png", "jpg", "jpeg", "webp")
+MOST_LEFT_OUT_NAMES = 32
 LATENT_SUFFIX, FLIPPED_SUFFIX = "latent.npy", "latent_flip.npy"
 MAX_KEY_CHARACTERS = 80
 MAX_CAPTION_BYTES = 64 * 1024
@@ -92,6 +94,11 @@ class ImageSample:
     metadata: Mapping[str, Any] = field(default_factory=dict)
     shard: str = ""
     member: str = ""
+
+
+def count_left_out(counts: Counter[str], name: str, *, number: int = 1) -> None:
+    """Count what a source leaves out, by suffix or name; beyond 32 of these they are counted together."""
+    counts[name if name in counts or len(counts) < MOST_LEFT_OUT_NAMES else "others"] += number
 
 
 def check_key(key: str) -> str:

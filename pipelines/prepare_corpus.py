@@ -23,6 +23,7 @@ from data.shards.keys import check_unique
 from data.shards.writer import ShardWriter
 from data.sources import Corpus, FashionMNISTConfig, Source, SourceConfig, WebDataset, corpora_of, listing_digest
 from data.sources.in_place import index_in_place
+from data.sources.source import said_left_out
 from data.transforms import DEFAULT_MAX_PIXELS, FILTER_REASONS, VIEW_REVISIONS, ImageViewConfig, MaxPixels, view_sample
 from pipelines.model.grids import grid_png
 from pipelines.runtime.config.command_line import config_from_command_line
@@ -41,7 +42,7 @@ class PrepareCorpusConfig(StageConfig):
     """Source, view of each image, and size of a shard."""
 
     fingerprint_ignores = frozenset({"bad_samples", "max_bad_fraction"})
-    revisions = VIEW_REVISIONS
+    revisions = (*VIEW_REVISIONS, "members of shards that nothing reads are left out")
 
     source: SourceConfig = FashionMNISTConfig()  # where the images come from
     view: ImageViewConfig = ImageViewConfig()  # how they become squares of one size
@@ -77,7 +78,7 @@ def prepare(config: PrepareCorpusConfig, stage: Stage) -> None:
     # Account for every sample, and show the first ones.
     given = sum(source.count(split) for split in get_args(Split))
     bad = settle_quarantine(stage, results, num_in=given, max_bad_fraction=config.max_bad_fraction, free=FILTER_REASONS)
-    files, counts = files_and_counts(results, bad, num_in=given)
+    files, counts = files_and_counts(results, bad, num_in=given, left_out=source.left_out)
     if stage.is_main:
         with config_error_at("prepare_corpus.source"):
             check_unique(stage.folder, files)
@@ -99,6 +100,7 @@ def prepare(config: PrepareCorpusConfig, stage: Stage) -> None:
     )
     stage.log.info(
         f"{counts['out']} images in {len(files)} shards, {bad.total()} quarantined, {len(source.classes)} classes"
+        f"{said_left_out(source.left_out)}"
     )
 
 

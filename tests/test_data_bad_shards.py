@@ -20,14 +20,15 @@ from manifests import commit_corpus
 from PIL import Image
 
 from data.loading import ImageShards
-from data.manifest import FileEntry
+from data.manifest import Counts, FileEntry
 from data.samples import BadSample, encode_png
 from data.shards.writer import ShardWriter
 from data.sources import WebDatasetConfig
+from data.sources.source import said_left_out
 from data.transforms import FILTER_REASONS, ImageViewConfig, view_sample
 from pipelines.prepare_corpus import PrepareCorpusConfig, shard_makers, view_at_reading
 from pipelines.runtime.config.errors import ConfigError
-from pipelines.runtime.stage.quarantine import settle_quarantine
+from pipelines.runtime.stage.quarantine import files_and_counts, settle_quarantine
 
 SAMPLES = 7
 PLACES = {"start": 0, "middle": 3, "end": 6}
@@ -96,6 +97,10 @@ def with_member(place: int, suffix: str, change: Callable[[Entry], Entry | None]
 
 def with_payload(place: int, suffix: str, payload: bytes, reason: str) -> Bad:
     return with_member(place, suffix, lambda entry: entry._replace(payload=payload), reason)
+
+
+def with_renamed(place: int, old: str, new: str, reason: str) -> Bad:
+    return with_member(place, old, lambda entry: entry._replace(name=entry.name.replace(old, new)), reason)
 
 
 def with_extra(place: int, entry: Entry, reason: str, *, good: int = SAMPLES) -> Bad:
@@ -261,15 +266,8 @@ KINDS: dict[str, Callable[[int], Bad]] = {
     "missing label": lambda place: with_member(place, ".cls", lambda e: None, "missing_label"),
     "missing caption": lambda place: with_member(place, ".txt", lambda e: None, "missing_caption"),
     "failed download": lambda place: with_member(place, ".png", lambda e: None, "missing_image"),
-    "unknown extension": lambda place: with_extra(
-        place, Entry(f"b{place:04d}.exe", b"MZ"), "unknown_extension", good=SAMPLES - 1
-    ),
-    "pyd member": lambda place: with_extra(
-        place, Entry(f"b{place:04d}.pyd", pickle.dumps(Trap())), "unknown_extension", good=SAMPLES - 1
-    ),
-    "pickle member": lambda place: with_extra(place, Entry("trap.pickle", pickle.dumps(Trap())), "unknown_extension"),
-    "pth member": lambda place: with_extra(place, Entry("trap.pth", pickle.dumps(Trap())), "unknown_extension"),
-    "name without an extension": lambda place: with_extra(place, Entry("README", b"hello"), "unknown_extension"),
+    "image behind a second dot": lambda place: with_extra(place, Entry("photo.1.png", picture(1)), "missing_image"),
+    "image of an unknown suffix": lambda place: with_renamed(place, ".png", ".heic", "missing_image"),
     "broken PNG": lambda place: with_payload(place, ".png", picture(1)[:-30], "broken_image"),
     "broken JPEG": lambda place: with_payload(
         place, ".png", encoded(Image.effect_noise((64, 64), 90), "JPEG")[:400], "broken_image"
@@ -371,6 +369,43 @@ def test_every_kind_of_bad_input_is_counted_exactly_or_stops_with_its_name(kind:
     assert not Path("/tmp/latentline-was-written.png").exists()
 
 
+OTHER_MEMBERS = {
+    "a mask": (Entry("b0003.mask.webp", picture(1)), ".mask.webp"),
+    "a caption by another name": (Entry("b0003.caption", b"a bee"), ".caption"),
+    "a program": (Entry("b0003.pyd", pickle.dumps(Trap())), ".pyd"),
+    "a pickle of its own": (Entry("trap.pickle", pickle.dumps(Trap())), ".pickle"),
+    "a name without an extension": (Entry("README", b"hello"), "README"),
+    "a file of macOS": (Entry("__MACOSX/._b0003.png", b"\0\5\x16\7"), "hidden files"),
+}
+
+
+@pytest.mark.parametrize("kind", OTHER_MEMBERS)
+def test_members_that_nothing_reads_are_counted_by_suffix_unless_asked_to_be_strict(kind: str, tmp_path: Path) -> None:
+    entry, name = OTHER_MEMBERS[kind]
+    samples = clean_samples()
+    # In the midst of a sample: the others stay together.
+    samples[3] = [*samples[3][:2], entry, *samples[3][2:]]
+    config = corpus(tmp_path, tar_of(samples))
+    assert ingest(config, tmp_path) == (3 * SAMPLES, 3 * SAMPLES, [])
+    assert config.open().left_out == {name: 1}
+    strict = ingest(config.model_copy(update={"other_members": "refused"}), tmp_path)[2]
+    assert "unknown_extension" in {finding.reason for finding in strict}
+    assert not Path("/tmp/latentline-was-executed").exists()
+
+
+def test_what_is_left_out_is_said_and_part_of_the_counts(tmp_path: Path) -> None:
+    names = [f"b{number:04d}.caption" for number in range(SAMPLES)] + [f"x.{number}" for number in range(60)]
+    samples = [*clean_samples(), [Entry(name, b"") for name in names]]
+    left_out = corpus(tmp_path, tar_of(samples)).open().left_out
+    assert left_out[".caption"] == SAMPLES
+    assert left_out["others"] == 60 - 31, "names without an end must not fill the memory"
+    assert said_left_out({".caption": 7, "README": 1}) == "; left out: 7 .caption, 1 README"
+    entry = {"name": "train-000000.tar", "bytes": 1, "sha256": "", "samples": 5}
+    _, counts = files_and_counts([{"entry": entry}], Counter(missing_image=2), num_in=7, left_out={".caption": 3})
+    assert counts == {"in": 10, "out": 5, "quarantined": {"missing_image": 2}, "left_out": {".caption": 3}}
+    assert Counts(**counts).left_out == {".caption": 3}
+
+
 @pytest.mark.parametrize("copied", [True, False])
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_stage_settles_every_kind_of_bad_input(kind: str, copied: bool, tmp_path: Path) -> None:
@@ -447,7 +482,7 @@ def test_there_are_at_least_forty_kinds_of_bad_input() -> None:
         ("broken PNG", "png"),
         ("cut in a payload", "png"),
         ("duplicate key, next to it", "png"),
-        ("pyd member", "pyd"),
+        ("image behind a second dot", "1.png"),
     ],
 )
 def test_findings_name_the_member_at_fault(kind: str, suffix: str, tmp_path: Path) -> None:

@@ -387,20 +387,22 @@ def test_what_was_found_in_a_shard_is_believed_as_long_as_it_is_that_version(
     about: dict[str, object] = {"size": 100, "ETag": "a"}
     monkeypatch.setattr("data.sources.scan_cache.properties_of", lambda url: about)
     (shard,) = found_shards(["s3://b/x.tar"])
-    assert shard.key_hashes() is None
-    shard.remember(np.array([3, 2**64 - 1], dtype=np.uint64))
+    assert shard.scan("a") is None
+    shard.remember(np.array([3, 2**64 - 1], dtype=np.uint64), {".mask.webp": 7}, "a")
     (again,) = found_shards(["s3://b/x.tar"])
-    assert again.key_hashes().tolist() == [3, 2**64 - 1]
+    hashes, left_out = again.scan("a")
+    assert (hashes.tolist(), left_out) == ([3, 2**64 - 1], {".mask.webp": 7})
+    assert again.scan("b") is None, "of another kind of scan"
     (note,) = tmp_path.iterdir()
     raw = note.read_bytes()
     for damaged in (raw[:-1] + b"\x01", raw[:-8], b""):
         note.write_bytes(damaged)
-        assert again.key_hashes() is None
+        assert again.scan("a") is None
     note.write_bytes(raw)
     for other in ({"size": 100, "ETag": "b"}, {"size": 101, "ETag": "a"}, {"size": 100}):
         about.clear()
         about.update(other)
         (changed,) = found_shards(["s3://b/x.tar"])
-        assert changed.key_hashes() is None
-    changed.remember(np.array([1], dtype=np.uint64))  # of a version that cannot be told from others
+        assert changed.scan("a") is None
+    changed.remember(np.array([1], dtype=np.uint64), {}, "a")  # of a version that cannot be told from others
     assert note.read_bytes() == raw

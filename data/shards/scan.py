@@ -5,13 +5,14 @@ import mmap
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from data.samples import IMAGE_SUFFIXES, BadSample
+from data.samples import IMAGE_SUFFIXES, BadSample, count_left_out
 from data.shards.tar import Fault, Member, scan_tar
 
-KNOWN_SUFFIXES = frozenset({*IMAGE_SUFFIXES, "cls", "txt", "json"})
+IMAGES = frozenset(IMAGE_SUFFIXES)
+KNOWN_SUFFIXES = IMAGES | {"cls", "txt", "json"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +22,18 @@ class RawSample:
     key: str
     members: Mapping[str, Member]
     faults: tuple[BadSample, ...] = ()
+
+
+@dataclass(slots=True)
+class _Group:
+    """A sample in the making."""
+
+    key: str
+    members: dict[str, Member] = field(default_factory=dict)
+    faults: list[BadSample] = field(default_factory=list)
+
+    def fault(self, reason: str, detail: str, *, shard: str, member: str = "") -> None:
+        self.faults.append(BadSample(reason, detail, shard=shard, key=self.key, member=member))
 
 
 def split_name(name: str) -> tuple[str, str]:
@@ -41,57 +54,74 @@ def mapped(path: Path) -> Iterator[mmap.mmap | bytes]:
             yield view
 
 
-def scan_shard(buffer: bytes | mmap.mmap, *, shard: str) -> list[RawSample]:
-    """Group the members of a shard into samples, in order; adjacent members with one key are one sample.
+def scan_shard(buffer: bytes | mmap.mmap, *, shard: str, left_out: Counter[str] | None = None) -> list[RawSample]:
+    """Group the members of a shard into samples, in the order of their first members.
 
     A fault goes to the sample it hit: the one it names, else a neighbour that lacks members which the shard's other
     samples have, else a sample of its own without key and members, so that nothing is lost in silence.
+
+    Args:
+        buffer: The shard.
+        shard: Its name, for errors.
+        left_out: Counts the members of unknown suffix, which are then no faults of their samples.
     """
-    groups: list[tuple[str, dict[str, Member], list[BadSample]]] = []
+    groups: list[_Group] = []
     unplaced: list[tuple[int, Fault]] = []
     seen: set[str] = set()
+    others: dict[str, str] = {}  # of a key: a member that is left out, an image if there is one
     for item in scan_tar(buffer):
         key, suffix = split_name(item.name if isinstance(item, Member) else item.member)
         if isinstance(item, Fault) and (not key or item.reason in ("unsafe_name", "long_name", "name_not_utf8")):
             unplaced.append((len(groups), item))
             continue
-        if not groups or groups[-1][0] != key:
-            groups.append((key, {}, []))
+        is_hidden = not key or key.endswith("/")
+        is_known = not is_hidden and (suffix in KNOWN_SUFFIXES or suffix.endswith(".npy") or suffix == "npy")
+        if isinstance(item, Member) and not is_known and left_out is not None:
+            name = "hidden files" if is_hidden else f".{suffix}" if suffix else item.name.rpartition("/")[2]
+            count_left_out(left_out, name)
+            # An image is never left out alone: its sample is bad for the want of one.
+            if is_hidden or suffix.rpartition(".")[2] not in IMAGE_SUFFIXES:
+                others.setdefault(key, item.name)
+                continue
+            others[key] = item.name
+        if not groups or groups[-1].key != key:
+            groups.append(_Group(key))
             if key in seen:
-                groups[-1][2].append(BadSample("duplicate_key", "the shard holds this key twice", shard=shard, key=key))
+                groups[-1].fault("duplicate_key", "the shard holds this key twice", shard=shard)
             seen.add(key)
-        _, members, faults = groups[-1]
+        group = groups[-1]
         if isinstance(item, Fault):
-            faults.append(BadSample(item.reason, item.detail, shard=shard, key=key, member=item.member))
-        elif suffix in members:
-            faults.append(
-                BadSample("duplicate_member", f"two members {suffix!r}", shard=shard, key=key, member=item.name)
-            )
-        else:
-            members[suffix] = item
-            if suffix not in KNOWN_SUFFIXES and not suffix.endswith(".npy") and suffix != "npy":
+            group.fault(item.reason, item.detail, shard=shard, member=item.member)
+        elif suffix in group.members:
+            group.fault("duplicate_member", f"two members {suffix!r}", shard=shard, member=item.name)
+        elif is_known or left_out is None:
+            group.members[suffix] = item
+            if not is_known:
                 detail = f"{suffix[:40]!r} is not one of {', '.join(sorted(KNOWN_SUFFIXES))} or NAME.npy"
-                faults.append(BadSample("unknown_extension", detail, shard=shard, key=key, member=item.name[:200]))
+                group.fault("unknown_extension", detail, shard=shard, member=item.name[:200])
+    for group in groups:
+        if group.key in others and not group.members.keys() & IMAGES:
+            name = others[group.key][:200]
+            detail = f"{split_name(name)[1]!r}, all behind the first dot, is no suffix of an image that is read"
+            group.fault("missing_image", detail, shard=shard, member=name)
     return _place_faults(groups, unplaced, shard=shard)
 
 
-def _place_faults(
-    groups: list[tuple[str, dict[str, Member], list[BadSample]]], unplaced: list[tuple[int, Fault]], *, shard: str
-) -> list[RawSample]:
+def _place_faults(groups: list[_Group], unplaced: list[tuple[int, Fault]], *, shard: str) -> list[RawSample]:
     """Give each fault without a key to an incomplete neighbour, or make it a sample of its own."""
-    kinds = Counter(frozenset(members) for _, members, _ in groups)
+    kinds = Counter(frozenset(group.members) for group in groups)
     usual: frozenset[str] = max(kinds, key=lambda kind: kinds[kind], default=frozenset())
     alone: dict[int, list[RawSample]] = {}
     for before, fault in unplaced:
         error = BadSample(fault.reason, fault.detail, shard=shard, member=fault.member)
         neighbours = groups[max(before - 1, 0) : before + 1]
-        incomplete = [group for group in neighbours if not usual <= group[1].keys()]
-        for key, _, faults in incomplete:
-            faults.append(error.at(key=key))
+        incomplete = [group for group in neighbours if not usual <= group.members.keys()]
+        for group in incomplete:
+            group.faults.append(error.at(key=group.key))
         if not incomplete:
             alone.setdefault(before, []).append(RawSample("", {}, (error,)))
     samples: list[RawSample] = []
-    for place, (key, members, faults) in enumerate(groups):
+    for place, group in enumerate(groups):
         samples += alone.get(place, [])
-        samples.append(RawSample(key, members, tuple(faults)))
+        samples.append(RawSample(group.key, group.members, tuple(group.faults)))
     return samples + alone.get(len(groups), [])

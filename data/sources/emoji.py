@@ -10,10 +10,10 @@ Drawings that the list does not name, newer ones and single letters of flags, an
 
 import importlib.util
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, Field
 
@@ -56,6 +56,8 @@ class _Listed:
 
 class Emoji:
     """The drawings of a folder, sorted by name, with what a list says of them."""
+
+    left_out: ClassVar[Mapping[str, int]] = {}
 
     def __init__(self, drawings: Path, names: Path, *, val_fraction: float) -> None:
         if not drawings.is_dir():

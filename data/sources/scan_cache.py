@@ -1,10 +1,13 @@
-"""Cache of scans: the keys' hashes of a remote shard, kept beside it, so that a restart need not fetch it again.
+"""Cache of scans: what was found in a remote shard, kept beside it, so that a restart need not fetch it again.
 
-Of each sample only the hash of its key is kept, in order. A shard that was replaced is scanned again.
+Of each sample only the hash of its key is kept, in order, and of other members their number by suffix. A shard that was
+replaced, or was scanned in another way, is scanned again.
 """
 
 import hashlib
 import json
+from collections import Counter
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +18,7 @@ from data.files import write_atomically
 from data.shards.remote import Cache, is_remote, local_path, properties_of
 
 ASKED_AT_ONCE = 16
+SCAN_FORMAT = 2  # what a scan takes for a sample, so that rows are counted alike
 PACKED_SUFFIXES = (".gz", ".tgz")
 _VERSIONS = ("ETag", "etag", "generation", "LastModified", "Last-Modified", "Content-MD5", "md5Hash")
 
@@ -50,21 +54,26 @@ class FoundShard:
         """
         return local_path(self.url, size=self.bytes).stat().st_size
 
-    def key_hashes(self) -> np.ndarray | None:
-        """Return the hashes kept of this version, uint64 (samples,), or None."""
+    def scan(self, kind: str) -> tuple[np.ndarray, Counter[str]] | None:
+        """Return the keys' hashes, uint64 (samples,), and the members left out that a scan of this kind found."""
         path = Cache.of_environment().note(self.url)
         if not self.version or not path.is_file():
             return None
         head, _, payload = path.read_bytes().partition(b"\n")
-        whole = hashlib.sha256(payload).hexdigest()
-        return np.frombuffer(payload, dtype="<u8") if head.decode("latin-1") == f"{self.version} {whole}" else None
+        if head.decode("latin-1") != self._head(kind, hashlib.sha256(payload).hexdigest()):
+            return None
+        others, _, hashes = payload.partition(b"\n")
+        return np.frombuffer(hashes, dtype="<u8"), Counter(json.loads(others))
 
-    def remember(self, key_hashes: np.ndarray) -> None:
-        """Keep the hashes, if this version can be told from others."""
+    def remember(self, key_hashes: np.ndarray, left_out: Mapping[str, int], kind: str) -> None:
+        """Keep what a scan found, if this version can be told from others."""
         if self.version:
-            payload = key_hashes.astype("<u8").tobytes()
-            head = f"{self.version} {hashlib.sha256(payload).hexdigest()}\n"
-            write_atomically(Cache.of_environment().note(self.url), head.encode() + payload)
+            payload = json.dumps(left_out).encode() + b"\n" + key_hashes.astype("<u8").tobytes()
+            head = self._head(kind, hashlib.sha256(payload).hexdigest())
+            write_atomically(Cache.of_environment().note(self.url), head.encode() + b"\n" + payload)
+
+    def _head(self, kind: str, digest: str) -> str:
+        return f"{self.version} {SCAN_FORMAT} {kind} {digest}"
 
 
 def found_shards(urls: list[str]) -> list[FoundShard]:

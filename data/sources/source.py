@@ -3,7 +3,7 @@
 import hashlib
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Protocol
 
 from data.samples import ImageSample, Split
@@ -15,6 +15,11 @@ class Source(Protocol):
     @property
     def classes(self) -> tuple[str, ...]:
         """Class names by label; empty when images have no class."""
+        ...
+
+    @property
+    def left_out(self) -> Mapping[str, int]:
+        """Number of files, or members of shards, that are no part of a sample, by suffix or name."""
         ...
 
     def count(self, split: Split) -> int:
@@ -40,6 +45,11 @@ def listing_digest(source: Source) -> str:
     for line in source.listing():
         digest.update(os.fsencode(line) + b"\n")
     return digest.hexdigest()
+
+
+def said_left_out(left_out: Mapping[str, int]) -> str:
+    """Return the end of a line that says what a source leaves out; empty when it is nothing."""
+    return "; left out: " + ", ".join(f"{count} {name}" for name, count in left_out.items()) if left_out else ""
 
 
 def caption_of_class(name: str) -> str:

@@ -3,8 +3,8 @@
 Class = shape; colour, size and place vary. A sample is a pure function of (seed, split, index).
 """
 
-from collections.abc import Iterator
-from typing import Literal
+from collections.abc import Iterator, Mapping
+from typing import ClassVar, Literal
 
 import numpy as np
 from pydantic import BaseModel, Field, NonNegativeInt, PositiveInt
@@ -41,6 +41,7 @@ class Synthetic:
     """Shapes, drawn when they are read."""
 
     classes = CLASSES
+    left_out: ClassVar[Mapping[str, int]] = {}
 
     def __init__(self, config: SyntheticConfig) -> None:
         self._config = config

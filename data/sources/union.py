@@ -3,13 +3,14 @@
 Classes are united by name: ``cat`` of two corpora is one class. A key is ``CORPUS-KEY``, so no two corpora share one.
 """
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, Field
 
-from data.samples import MAX_KEY_CHARACTERS, ImageSample, Split
+from data.samples import MAX_KEY_CHARACTERS, ImageSample, Split, count_left_out
 from data.sources.emoji import EmojiConfig
 from data.sources.fashion_mnist import FashionMNISTConfig
 from data.sources.image_folder import ImageFolderConfig
@@ -82,6 +83,10 @@ class Union:
     def __init__(self, sources: Mapping[str, Source]) -> None:
         self.classes = tuple(dict.fromkeys(name for source in sources.values() for name in source.classes))
         labels = {name: label for label, name in enumerate(self.classes)}
+        self.left_out: Counter[str] = Counter()
+        for source in sources.values():
+            for name, count in source.left_out.items():
+                count_left_out(self.left_out, name, number=count)
         self.corpora = tuple(
             Corpus(name, source, tuple(labels[own] for own in source.classes)) for name, source in sources.items()
         )

@@ -1,7 +1,8 @@
 """WebDataset shards that others wrote (img2dataset's too): read in place, strictly, at any index.
 
-Every shard is scanned once at opening, headers only; what is kept of a sample is 16 bytes. Nothing is extracted, no
-address is ever given to a shell, and a member's name is only ever compared.
+Every shard is scanned once at opening, headers only; what is kept of a sample is 16 bytes. Members that are no part of
+a sample are counted by suffix. Nothing is extracted, no address is ever given to a shell, and a member's name is only
+ever compared.
 """
 
 import glob
@@ -9,7 +10,7 @@ import hashlib
 import os
 import re
 import threading
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -27,6 +28,7 @@ from data.samples import (
     ImageSample,
     Split,
     check_key,
+    count_left_out,
     located,
     parse_caption,
     parse_label,
@@ -36,7 +38,7 @@ from data.shards.keys import later_occurrences
 from data.shards.remote import check_address, is_remote, matches
 from data.shards.scan import RawSample, mapped, scan_shard
 from data.sources.scan_cache import FoundShard, found_shards
-from data.sources.source import safe_key
+from data.sources.source import safe_key, said_left_out
 
 MAX_SHARDS = 1_000_000
 MAX_IMAGE_BYTES = 512 * 1024 * 1024
@@ -59,6 +61,7 @@ class WebDatasetConfig(BaseModel, frozen=True, extra="forbid"):
     val_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.01  # share kept for validation, by the hash of the key
     classes: tuple[str, ...] = ()  # names by label; without them labels are not read
     captions: Literal["required", "optional", "ignored"] = "optional"  # whether a sample needs KEY.txt
+    other_members: Literal["ignored", "refused"] = "ignored"  # such as KEY.mask.webp: counted, or bad samples
     copied: bool = False  # write new shards of finished squares, instead of using these where they lie; .tar.gz always
 
     def open(self) -> "WebDataset":
@@ -76,7 +79,9 @@ class WebDataset:
     def __init__(self, config: WebDatasetConfig) -> None:
         self._config = config
         self.classes = config.classes
-        self._scans: OrderedDict[int, list[RawSample]] = OrderedDict()
+        self._scans: OrderedDict[int, tuple[list[RawSample], Counter[str]]] = OrderedDict()
+        #: Members that nothing reads, by suffix.
+        self.left_out: Counter[str] = Counter()
         self._lock = threading.Lock()
         train, val = expand(config.urls), expand(config.val_urls)
         if both := sorted(set(train) & set(val)):
@@ -97,7 +102,8 @@ class WebDataset:
         for split, places in self._places.items():
             if not len(places):
                 raise ValueError(
-                    f"{len(self._shards)} shards with {len(rows)} samples leave none for {split}. "
+                    f"{len(self._shards)} shards with {len(rows)} samples leave none for {split}"
+                    f"{said_left_out(self.left_out)}. "
                     "Give other urls, give val_urls, or change val_fraction."
                 )
 
@@ -203,7 +209,11 @@ class WebDataset:
             return parse(payload)
 
     def _scan(self, number: int) -> list[RawSample]:
-        """Return the samples of a shard, scanning it unless that was done lately."""
+        """Return the samples of a shard."""
+        return self._scanned(number)[0]
+
+    def _scanned(self, number: int) -> tuple[list[RawSample], Counter[str]]:
+        """Return the samples of a shard and what it holds besides, scanning it unless that was done lately."""
         shard = self._shards[number]
         try:
             size = shard.current_bytes()
@@ -215,8 +225,10 @@ class WebDataset:
             raise BadSample("shard_changed", detail, shard=shard.url)
         with self._lock:
             if number not in self._scans:
+                others: Counter[str] = Counter()
+                counted = others if self._config.other_members == "ignored" else None
                 with mapped(shard.path) as buffer:
-                    self._scans[number] = scan_shard(buffer, shard=shard.url)
+                    self._scans[number] = scan_shard(buffer, shard=shard.url, left_out=counted), others
                 while len(self._scans) > SCANS_KEPT:
                     self._scans.popitem(last=False)
             self._scans.move_to_end(number)
@@ -231,12 +243,15 @@ class WebDataset:
         """Return, for every sample of every shard: hash of its key (uint64), shard number and row (int32)."""
         hashes = []
         for number, shard in enumerate(self._shards):
-            known = shard.key_hashes()
-            if known is None:
-                keys = [sample.key or _nameless(shard.url, row) for row, sample in enumerate(self._scan(number))]
-                known = np.array([_hash(key) for key in keys], dtype=np.uint64)
-                shard.remember(known)
-            hashes.append(known)
+            kept = shard.scan(self._config.other_members)
+            if kept is None:
+                samples, others = self._scanned(number)
+                keys = [sample.key or _nameless(shard.url, row) for row, sample in enumerate(samples)]
+                kept = np.array([_hash(key) for key in keys], dtype=np.uint64), others
+                shard.remember(*kept, self._config.other_members)
+            hashes.append(kept[0])
+            for name, count in kept[1].items():
+                count_left_out(self.left_out, name, number=count)
         numbers = np.repeat(np.arange(len(hashes), dtype=np.int32), [len(known) for known in hashes])
         rows = np.concatenate([np.arange(len(known), dtype=np.int32) for known in hashes])
         return np.concatenate(hashes), numbers, rows

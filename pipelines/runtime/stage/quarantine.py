@@ -2,7 +2,8 @@
 
 import json
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, Literal
 
 from data.files import write_atomically
@@ -45,10 +46,27 @@ def settle_quarantine(
 
 
 def files_and_counts(
-    results: Sequence[Result], quarantined: Counter[str], *, num_in: int
+    results: Sequence[Result],
+    quarantined: Counter[str],
+    *,
+    num_in: int,
+    left_out: Mapping[str, int] = MappingProxyType({}),
 ) -> tuple[list[FileEntry], dict[str, Any]]:
-    """Return the shards that hold samples, and a manifest's counts: every sample is stored or counted as bad."""
+    """Return the shards that hold samples, and a manifest's counts: every sample is stored or counted as bad.
+
+    Args:
+        results: Of all items.
+        quarantined: Bad samples by reason.
+        num_in: Number of samples.
+        left_out: What was given besides, by suffix or name; it is counted as given and not as stored.
+    """
     files = [FileEntry(**result["entry"]) for result in results if result["entry"]["samples"]]
     num_out = sum(entry.samples for entry in files)
     assert num_in == num_out + quarantined.total(), "a sample was lost without being counted"
-    return files, {"in": num_in, "out": num_out, "quarantined": dict(sorted(quarantined.items()))}
+    counts = {
+        "in": num_in + sum(left_out.values()),
+        "out": num_out,
+        "quarantined": dict(sorted(quarantined.items())),
+        **({"left_out": dict(sorted(left_out.items()))} if left_out else {}),
+    }
+    return files, counts
