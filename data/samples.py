@@ -11,6 +11,7 @@ import contextlib
 import json
 import math
 import re
+from codecs import BOM_UTF8
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -132,8 +133,9 @@ def image_members(
     if caption:
         members["txt"] = caption.encode()
     try:
-        members["json"] = json.dumps(dict(metadata), sort_keys=True, ensure_ascii=False, allow_nan=False).encode()
-    except (TypeError, ValueError) as error:
+        text = json.dumps(dict(metadata), sort_keys=True, ensure_ascii=False, allow_nan=False)
+        members["json"] = text.encode(errors="backslashreplace")  # half a surrogate pair, as JSON writes it
+    except (TypeError, ValueError, RecursionError) as error:
         raise BadSample("bad_json", f"metadata is not JSON: {error}", key=key, member=f"{key}.json") from error
     return members
 
@@ -196,7 +198,7 @@ def parse_label(payload: bytes, *, num_classes: int | None = None) -> int:
     Raises:
         BadSample: ``label_not_a_number`` or ``label_out_of_range``.
     """
-    match = _LABEL.fullmatch(payload)
+    match = _LABEL.fullmatch(payload.removeprefix(BOM_UTF8))
     if not match:
         raise BadSample("label_not_a_number", f"expected a decimal number, found {payload[:40]!r}")
     label = int(match[1])
@@ -206,27 +208,28 @@ def parse_label(payload: bytes, *, num_classes: int | None = None) -> int:
     return label
 
 
-def parse_caption(payload: bytes) -> str:
-    """Return the caption in a ``txt`` member, without surrounding white space.
+def parse_caption(payload: bytes, *, required: bool = True) -> str:
+    """Return the caption in a ``txt`` member, without a byte order mark and surrounding white space.
 
     Raises:
-        BadSample: ``caption_too_long`` (over 64 KiB), ``caption_not_utf8``, ``caption_has_nul`` or ``caption_empty``.
+        BadSample: ``caption_too_long`` (over 64 KiB), ``caption_not_utf8``, ``caption_has_nul`` or, where it is
+            ``required``, ``caption_empty``.
     """
     if len(payload) > MAX_CAPTION_BYTES:
         raise BadSample("caption_too_long", f"{len(payload)} bytes; at most {MAX_CAPTION_BYTES}")
     try:
-        caption = payload.decode("utf-8").strip()
+        caption = payload.decode("utf-8-sig").strip()
     except UnicodeDecodeError as error:
         raise BadSample("caption_not_utf8", f"byte {error.start} is not UTF-8") from error
     if "\0" in caption:
         raise BadSample("caption_has_nul", f"NUL at character {caption.index(chr(0))}")
-    if not caption:
+    if required and not caption:
         raise BadSample("caption_empty", "nothing but white space")
     return caption
 
 
 def parse_metadata(payload: bytes) -> dict[str, Any]:
-    """Return the object in a ``json`` member.
+    """Return the object in a ``json`` member; NaN and infinities, which others write but JSON lacks, become null.
 
     Raises:
         BadSample: ``json_too_long`` (over 1 MiB) or ``bad_json`` (not JSON, nested too deep, or not an object).
@@ -234,12 +237,16 @@ def parse_metadata(payload: bytes) -> dict[str, Any]:
     if len(payload) > MAX_JSON_BYTES:
         raise BadSample("json_too_long", f"{len(payload)} bytes; at most {MAX_JSON_BYTES}")
     try:
-        value = json.loads(payload)
+        value = json.loads(payload, parse_constant=lambda _: None, parse_float=_finite_or_none)
     except (ValueError, RecursionError) as error:
         raise BadSample("bad_json", f"not JSON: {str(error)[:200]}") from error
     if not isinstance(value, dict):
         raise BadSample("bad_json", f"expected an object, found {type(value).__name__}")
     return value
+
+
+def _finite_or_none(digits: str) -> float | None:
+    return number if math.isfinite(number := float(digits)) else None
 
 
 @dataclass(frozen=True)

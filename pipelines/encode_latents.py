@@ -71,7 +71,11 @@ class EncodeLatentsConfig(StageConfig):
 
     fingerprint_ignores = frozenset({"bad_samples", "max_bad_fraction"})
     # Shards in place are viewed as they are read.
-    revisions = (*VIEW_REVISIONS, "mirrored latents are in the statistics")
+    revisions = (
+        *VIEW_REVISIONS,
+        "mirrored latents are in the statistics",
+        "a byte order mark is no part of a caption",
+    )
 
     inputs: EncodeLatentsInputs  # where the stage reads
     batch_size: PositiveInt = 64  # images of one forward pass; batches never cross a shard's border

@@ -45,7 +45,8 @@ class EvaluateConfig(DrawConfig):
     """Drawing, measuring and storing of samples."""
 
     fingerprint_ignores = frozenset({"name"})
-    revisions = VIEW_REVISIONS  # of shards in place, which are viewed as they are read
+    # Shards in place are viewed as they are read.
+    revisions = (*VIEW_REVISIONS, "a byte order mark is no part of a caption")
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]*$")] = ""  # NAME writes evaluation-NAME/; empty evaluation/
     samples_per_shard: PositiveInt = 1_000  # samples of one tar

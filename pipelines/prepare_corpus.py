@@ -42,7 +42,11 @@ class PrepareCorpusConfig(StageConfig):
     """Source, view of each image, and size of a shard."""
 
     fingerprint_ignores = frozenset({"bad_samples", "max_bad_fraction"})
-    revisions = (*VIEW_REVISIONS, "members of shards that nothing reads are left out")
+    revisions = (
+        *VIEW_REVISIONS,
+        "members of shards that nothing reads are left out",
+        "members of a sample may lie apart, and a byte order mark is no part of a caption",
+    )
 
     source: SourceConfig = FashionMNISTConfig()  # where the images come from
     view: ImageViewConfig = ImageViewConfig()  # how they become squares of one size

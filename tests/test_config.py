@@ -352,3 +352,10 @@ def test_the_shares_of_all_ranks_are_the_whole_batch_once(world_size: int, per_d
         assert not per_device or len(pieces[0]) == per_device
         seen += [position for piece in pieces for position in piece]
     assert seen == list(range(48))
+
+
+def test_a_byte_order_mark_before_an_experiment_is_no_part_of_it(tmp_path: Path) -> None:
+    path = tmp_path / "experiment.toml"
+    path.write_bytes(b"\xef\xbb\xbf" + SMOKE.read_bytes())
+    argv = ["--config", str(path)]
+    assert load_config(TrainVAEConfig, table="train_vae", argv=argv).updates == 60

@@ -87,6 +87,7 @@ def check_corpus(folder: Path, *, prefix: str, resolution: int = 32) -> None:
     assert not list(folder.rglob("*.tar"))
     reports = [json.loads(line) for line in (folder / "quarantine.jsonl").read_text().splitlines()]
     assert sorted(report["key"] for report in reports) == [f"{number:09d}" for number in range(9, 80, 10)]
+    assert all("its json says 'failed_to_download'" in report["detail"] for report in reports)
     found = {}
     for split in ("train", "val"):
         images = ImageShards(folder, split=split)

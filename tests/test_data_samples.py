@@ -135,6 +135,25 @@ def test_bad_captions_have_a_reason(payload: bytes, reason: str) -> None:
         parse_caption(payload)
 
 
+BOM = b"\xef\xbb\xbf"
+
+
+def test_a_byte_order_mark_is_no_part_of_what_it_stands_before() -> None:
+    assert parse_caption(BOM + b"a cat\n") == "a cat"
+    assert parse_label(BOM + b"3\r\n") == 3
+    assert parse_metadata(BOM + b'{"a": 1}') == {"a": 1}
+    with pytest.raises(BadSample, match="caption_empty"):
+        parse_caption(BOM)
+    assert parse_caption(BOM, required=False) == ""
+
+
+def test_numbers_that_json_lacks_are_null() -> None:
+    found = parse_metadata(b'{"a": NaN, "b": [-Infinity, 1e999, 1.5], "c": 7}')
+    assert found == {"a": None, "b": [None, None, 1.5], "c": 7}
+    members = image_members("k", np.zeros((4, 4, 1), dtype=np.uint8), label=-1, caption="", metadata={"a": "\ud800"})
+    assert parse_metadata(members["json"]) == {"a": "\ud800"}
+
+
 @pytest.mark.parametrize("payload", [b"", b"[]", b"null", b"{", b"\xff{}", b"[" * 100_000, b'{"a":' * 100_000])
 def test_metadata_is_a_json_object(payload: bytes) -> None:
     with pytest.raises(BadSample, match="bad_json"):

@@ -1,7 +1,11 @@
 """The tar scanner against the standard library's, for every format that shards come in."""
 
+import bz2
+import gzip
 import io
+import lzma
 import tarfile
+from collections.abc import Callable
 
 import pytest
 from hypothesis import given, settings
@@ -37,6 +41,50 @@ def test_members_lie_where_tarfile_finds_them(members: list[tuple[str, bytes]], 
     found = list(scan_tar(raw))
     assert [(m.name, m.offset, m.size) for m in found if isinstance(m, Member)] == as_tarfile_sees(raw)
     assert not [item for item in found if isinstance(item, Fault)]
+
+
+def as_v7(raw: bytes) -> bytes:
+    """Rewrite the headers of an archive of plain members as Unix v7 had them: no magic, no owner's name."""
+    out, position = bytearray(raw), 0
+    while any(header := out[position : position + 512]):
+        size = int(header[124:135], 8)
+        header[257:512] = bytes(255)
+        header[156:157] = b"\0"
+        header[148:156] = b" " * 8
+        header[148:156] = b"%06o\0 " % sum(header)
+        out[position : position + 512] = header
+        position += 512 + -(-size // 512) * 512
+    return bytes(out)
+
+
+def test_archives_of_unix_v7_are_read_and_their_damage_is_found() -> None:
+    members = [(f"d/{n}.png", bytes([n]) * 700) for n in range(5)]
+    raw = as_v7(archive([("d/", b""), *members], tarfile.USTAR_FORMAT))
+    found = list(scan_tar(raw))
+    assert [(m.name, m.offset, m.size) for m in found if isinstance(m, Member)] == as_tarfile_sees(raw)
+    assert len(found) == 5, "a name that ends in a slash is a folder"
+    damaged = bytearray(raw)
+    damaged[512 + 2 * 1536 + 3] ^= 1
+    found = list(scan_tar(bytes(damaged)))
+    assert [item.name for item in found if isinstance(item, Member)] == ["d/0.png", "d/1.png", "d/3.png", "d/4.png"]
+    assert [item.reason for item in found if isinstance(item, Fault)] == ["damaged_header"]
+    for cut in range(512, len(raw) - 10240 + 6 * 1536, 256):
+        assert any(isinstance(item, Fault) for item in scan_tar(raw[:cut]))
+
+
+@pytest.mark.parametrize(
+    ("packed", "reason"),
+    [
+        (bz2.compress, "bzip2-compressed"),
+        (lzma.compress, "xz-compressed"),
+        (lambda raw: b"\x28\xb5\x2f\xfd" + raw, "zstd-compressed"),
+        (gzip.compress, "name it .tar.gz"),
+    ],
+)
+def test_what_another_program_compressed_is_named(packed: Callable[[bytes], bytes], reason: str) -> None:
+    (fault,) = scan_tar(packed(archive([("a.png", b"1")], tarfile.USTAR_FORMAT)))
+    assert isinstance(fault, Fault)
+    assert reason in fault.detail
 
 
 @pytest.mark.parametrize("form", FORMATS)
@@ -114,6 +162,47 @@ def test_samples_group_as_webdataset_groups_them() -> None:
         for sample in webdataset.tariterators.group_by_keys({**item, "__url__": "x"} for item in stream)
     ]
     assert [(sample.key, set(sample.members)) for sample in scan_shard(raw, shard="x")] == theirs
+
+
+SAMPLES = {"a": ("jpg", "txt"), "b": ("jpg", "txt"), "c": ("jpg", "txt")}
+
+
+def scanned(names: list[str], *, cut: int = 0) -> dict[str, tuple[set[str], list[str]]]:
+    """Return the members and faults of each sample of a shard with these members; a key's second sample as KEY+."""
+    raw = archive([(name, b"1") for name in names], FORMATS["gnu"])
+    found: dict[str, tuple[set[str], list[str]]] = {}
+    for sample in scan_shard(raw[: 1024 * len(names) - cut] if cut else raw, shard="x"):
+        name = sample.key + "+" if sample.key in found else sample.key
+        found[name] = set(sample.members), [fault.reason for fault in sample.faults]
+    return found
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.permutations([f"{key}.{suffix}" for key, suffixes in SAMPLES.items() for suffix in suffixes]))
+def test_members_of_a_sample_are_found_in_any_order(names: list[str]) -> None:
+    assert scanned(names) == {key: (set(suffixes), []) for key, suffixes in SAMPLES.items()}
+
+
+def test_faults_among_members_that_lie_apart_hit_every_sample_that_may_lack_something() -> None:
+    apart = ["a.jpg", "b.jpg", "c.jpg", "a.txt", "b.txt", "c.txt"]
+    # Cut within the last member but one: nobody can say what came behind it.
+    assert scanned(apart, cut=1024 + 512) == {
+        "a": ({"jpg", "txt"}, []),
+        "b": ({"jpg"}, ["truncated"]),
+        "c": ({"jpg"}, ["truncated"]),
+    }
+    # A key that is there twice: whose the scattered members are cannot be said.
+    twice = scanned(["a.jpg", "b.jpg", "a.txt", "b.txt", "a.jpg"])
+    assert twice == {
+        "a": ({"jpg", "txt"}, ["duplicate_key"]),
+        "b": ({"jpg", "txt"}, []),
+        "a+": ({"jpg"}, ["duplicate_key"]),
+    }
+    assert scanned(["a.jpg", "a.txt", "b.jpg", "a.jpg", "a.txt"]) == {
+        "a": ({"jpg", "txt"}, []),
+        "b": ({"jpg"}, []),
+        "a+": ({"jpg", "txt"}, ["duplicate_key"]),
+    }
 
 
 def test_a_finding_survives_the_way_between_processes() -> None:

@@ -1,4 +1,8 @@
-"""Scan of a shard: a tar's members grouped into samples by key, as webdataset does, each with its faults."""
+"""Scan of a shard: a tar's members grouped into samples by key, each with its faults.
+
+Names are split as webdataset does. It only finds members together that are adjacent; here they may lie anywhere in the
+shard, as ``tar`` writes a folder that it did not sort.
+"""
 
 import contextlib
 import mmap
@@ -58,7 +62,8 @@ def scan_shard(buffer: bytes | mmap.mmap, *, shard: str, left_out: Counter[str] 
     """Group the members of a shard into samples, in the order of their first members.
 
     A fault goes to the sample it hit: the one it names, else a neighbour that lacks members which the shard's other
-    samples have, else a sample of its own without key and members, so that nothing is lost in silence.
+    samples have, else a sample of its own without key and members, so that nothing is lost in silence. Where samples
+    are scattered, damage hits all that lack members.
 
     Args:
         buffer: The shard.
@@ -67,13 +72,17 @@ def scan_shard(buffer: bytes | mmap.mmap, *, shard: str, left_out: Counter[str] 
     """
     groups: list[_Group] = []
     unplaced: list[tuple[int, Fault]] = []
-    seen: set[str] = set()
+    first: dict[str, _Group] = {}
+    scattered: set[str] = set()
     others: dict[str, str] = {}  # of a key: a member that is left out, an image if there is one
     for item in scan_tar(buffer):
         key, suffix = split_name(item.name if isinstance(item, Member) else item.member)
-        if isinstance(item, Fault) and (not key or item.reason in ("unsafe_name", "long_name", "name_not_utf8")):
-            unplaced.append((len(groups), item))
-            continue
+        if isinstance(item, Fault):
+            # A cut is the last that is found; of scattered samples it may have taken members from any.
+            hits_any = item.reason == "truncated" and scattered
+            if not key or hits_any or item.reason in ("unsafe_name", "long_name", "name_not_utf8"):
+                unplaced.append((len(groups), item))
+                continue
         is_hidden = not key or key.endswith("/")
         is_known = not is_hidden and (suffix in KNOWN_SUFFIXES or suffix.endswith(".npy") or suffix == "npy")
         if isinstance(item, Member) and not is_known and left_out is not None:
@@ -84,12 +93,18 @@ def scan_shard(buffer: bytes | mmap.mmap, *, shard: str, left_out: Counter[str] 
                 others.setdefault(key, item.name)
                 continue
             others[key] = item.name
-        if not groups or groups[-1].key != key:
+        group = groups[-1] if groups and groups[-1].key == key else first.get(key)
+        if group is None:
+            group = first[key] = _Group(key)
+            groups.append(group)
+        elif group is not groups[-1] and suffix in group.members:
             groups.append(_Group(key))
-            if key in seen:
-                groups[-1].fault("duplicate_key", "the shard holds this key twice", shard=shard)
-            seen.add(key)
-        group = groups[-1]
+            # Nobody can say which of the two the scattered members belong to.
+            for twin in (groups[-1], group) if key in scattered else (groups[-1],):
+                twin.fault("duplicate_key", "the shard holds this key twice", shard=shard)
+            group = groups[-1]
+        elif group is not groups[-1]:
+            scattered.add(key)
         if isinstance(item, Fault):
             group.fault(item.reason, item.detail, shard=shard, member=item.member)
         elif suffix in group.members:
@@ -102,20 +117,26 @@ def scan_shard(buffer: bytes | mmap.mmap, *, shard: str, left_out: Counter[str] 
     for group in groups:
         if group.key in others and not group.members.keys() & IMAGES:
             name = others[group.key][:200]
-            detail = f"{split_name(name)[1]!r}, all behind the first dot, is no suffix of an image that is read"
+            detail = f"its suffix, all behind the first dot, is {split_name(name)[1]!r}, which is no image's"
             group.fault("missing_image", detail, shard=shard, member=name)
-    return _place_faults(groups, unplaced, shard=shard)
+    return _place_faults(groups, unplaced, shard=shard, scattered=bool(scattered))
 
 
-def _place_faults(groups: list[_Group], unplaced: list[tuple[int, Fault]], *, shard: str) -> list[RawSample]:
+def _place_faults(
+    groups: list[_Group], unplaced: list[tuple[int, Fault]], *, shard: str, scattered: bool
+) -> list[RawSample]:
     """Give each fault without a key to an incomplete neighbour, or make it a sample of its own."""
     kinds = Counter(frozenset(group.members) for group in groups)
     usual: frozenset[str] = max(kinds, key=lambda kind: kinds[kind], default=frozenset())
+    every = usual.union(*kinds)
+    lacking = [group for group in groups if not every <= group.members.keys()] if scattered else []
     alone: dict[int, list[RawSample]] = {}
     for before, fault in unplaced:
         error = BadSample(fault.reason, fault.detail, shard=shard, member=fault.member)
         neighbours = groups[max(before - 1, 0) : before + 1]
         incomplete = [group for group in neighbours if not usual <= group.members.keys()]
+        if scattered and fault.reason in ("truncated", "damaged_header"):
+            incomplete, lacking = lacking, []
         for group in incomplete:
             group.faults.append(error.at(key=group.key))
         if not incomplete:

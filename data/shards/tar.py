@@ -2,7 +2,7 @@
 
 It reads headers only, never extracts, and never makes a path of a member's name. After damage it looks for the next
 sound header (magic and checksum, on a 512-byte border), so that what follows is still found and the damage is counted.
-Formats: POSIX.1-1988 ustar, GNU long names, POSIX.1-2001 pax (``path`` and ``size``).
+Formats: Unix v7, POSIX.1-1988 ustar, GNU long names, POSIX.1-2001 pax (``path`` and ``size``).
 """
 
 import mmap
@@ -14,6 +14,8 @@ MAX_NAME_BYTES = 1024
 MAX_EXTENSION_BYTES = 1024 * 1024
 
 _ZEROS = bytes(BLOCK)
+_NO_MAGIC = bytes(72)  # magic, version and names of owner and group, which v7 headers lack
+_PACKERS = {b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd", b"PK\3\4": "zip"}
 _REGULAR = (b"\0", b"0", b"7")  # as old tars say it, as POSIX does, and contiguous files
 _FOLDER = b"5"
 _ODD_KINDS = {
@@ -68,6 +70,9 @@ def scan_tar(buffer: Buffer) -> Iterator[Member | Fault]:
     if buffer[:2] == b"\x1f\x8b":
         yield Fault("gzip", "", "gzip-compressed, though it is not called so: name it .tar.gz")
         return
+    if packer := next((name for start, name in _PACKERS.items() if buffer[: len(start)] == start), ""):
+        yield Fault("not_a_tar", "", f"{packer}-compressed; plain tars and .tar.gz are read")
+        return
     position, pending, found = 0, _Pending(), False
     while position < size:
         header = buffer[position : position + BLOCK]
@@ -120,7 +125,7 @@ def _one_entry(buffer: Buffer, position: int, header: bytes, pending: _Pending) 
         return following, _extension(payload, length, kind, shown, pending)
     sparse = pending.sparse or kind == b"S"
     _reset(pending)
-    if kind == _FOLDER:
+    if kind == _FOLDER or (kind in _REGULAR and raw_name.endswith(b"/")):  # as the oldest tars say it
         return following, []
     if kind in _ODD_KINDS:
         reason = "link" if kind in b"12" else "device"
@@ -193,7 +198,7 @@ def _header_problem(header: bytes) -> str:
     """Say why ``header`` is not a tar header; "" when it is one."""
     if len(header) < BLOCK:
         return f"a header of {len(header)} bytes instead of {BLOCK}"
-    if header[257:262] != b"ustar":
+    if header[257:262] != b"ustar" and header[257:329] != _NO_MAGIC:
         return "no ustar magic"
     stored = _number(header[148:156])
     # The checksum counts its own field as eight spaces.
@@ -231,6 +236,9 @@ def _after_sparse(buffer: Buffer, header: bytes, start: int) -> int:
 
 def _next_header(buffer: Buffer, position: int) -> int:
     """Return where the first sound header at or after ``position`` is, on a block border; -1 when there is none."""
+    if buffer[257:329] == _NO_MAGIC:
+        borders = range(position + -position % BLOCK, len(buffer), BLOCK)
+        return next((start for start in borders if not _header_problem(buffer[start : start + BLOCK])), -1)
     while (magic := buffer.find(b"ustar", position + 257)) >= 0:
         candidate = magic - 257
         if candidate % BLOCK == 0 and not _header_problem(buffer[candidate : candidate + BLOCK]):

@@ -144,7 +144,8 @@ class WebDataset:
         for place in self._places_of(number, split).tolist():
             raw = self._scan(number)[int(self._rows[place])]
             try:
-                yield self._listed(raw), self._read(place)
+                found = self._read(place)
+                yield self._listed(raw, found), found
             except BadSample as error:
                 yield raw, error
 
@@ -153,11 +154,11 @@ class WebDataset:
         first, last = np.searchsorted(self._numbers[places], [number, number + 1])
         return places[first:last]
 
-    def _listed(self, raw: RawSample) -> RawSample:
+    def _listed(self, raw: RawSample, sample: ImageSample) -> RawSample:
         """Return the sample under our key, with those members that the configuration reads."""
         read = {*IMAGE_SUFFIXES, "json"}
         read |= {"cls"} if self.classes else set()
-        read |= {"txt"} if self._config.captions != "ignored" else set()
+        read |= {"txt"} if sample.caption else set()
         return RawSample(_key_of(raw.key), {suffix: at for suffix, at in raw.members.items() if suffix in read})
 
     def _sample(self, raw: RawSample, shard: FoundShard) -> ImageSample:
@@ -165,7 +166,8 @@ class WebDataset:
         suffixes = [suffix for suffix in IMAGE_SUFFIXES if suffix in raw.members]
         if not suffixes:
             # img2dataset leaves a sample without an image where its download failed, and says so in the json.
-            status = f"; its json says {str(metadata['status'])[:60]!r}" if "status" in metadata else ""
+            said = [str(metadata[name])[:200] for name in ("status", "error_message") if metadata.get(name)]
+            status = f"; its json says {', '.join(map(repr, said))}" if said else ""
             raise BadSample("missing_image", f"no member {' or '.join(IMAGE_SUFFIXES)}{status}")
         if len(suffixes) > 1:
             raise BadSample("two_images", f"members {' and '.join(suffixes)}")
@@ -193,7 +195,9 @@ class WebDataset:
             if self._config.captions == "required":
                 raise BadSample("missing_caption", "no member txt, but captions are required")
             return ""
-        return self._parsed(raw, shard, "txt", MAX_CAPTION_BYTES, parse_caption)
+        # img2dataset writes an empty one where it has none.
+        parse = partial(parse_caption, required=self._config.captions == "required")
+        return self._parsed(raw, shard, "txt", MAX_CAPTION_BYTES, parse)
 
     def _parsed(self, raw: RawSample, shard: FoundShard, suffix: str, at_most: int, parse: Callable[[bytes], T]) -> T:
         """Read a member of bounded size and parse it; findings name the member."""

@@ -116,7 +116,7 @@ def _tree_of_file(path: str | None, *, table: str, shared: bool) -> tuple[dict[s
         missing = "  --config (command line)\n      missing; give the experiment: --config EXPERIMENT.toml"
         return {}, {}, [missing] if shared else []
     try:
-        whole = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        whole = tomllib.loads(Path(path).read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         return {}, {}, [f"  --config {path}\n      there is no such file, seen from {Path.cwd()}"]
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:

@@ -13,7 +13,7 @@ from pipelines.runtime.stage.stage import Stage
 from pipelines.runtime.stage.work_items import Result
 
 BadSamplePolicy = Literal["strict", "quarantine"]
-REPORTED = ("shard", "key", "member", "reason")  # fields of a sample's line in the report
+REPORTED = ("shard", "key", "member", "reason", "detail")  # fields of a sample's line in the report
 REPORT_NAME = "quarantine.jsonl"
 
 
@@ -31,7 +31,7 @@ def settle_quarantine(
     counts = Counter(report["reason"] for report in reports)
     if stage.is_main and reports:
         lines = "".join(json.dumps(report, ensure_ascii=False) + "\n" for report in reports)
-        write_atomically(stage.folder / REPORT_NAME, lines.encode())
+        write_atomically(stage.folder / REPORT_NAME, lines.encode(errors="backslashreplace"))
         stage.tracker.log_artifact(stage.folder / REPORT_NAME)
     bad = sum(count for reason, count in counts.items() if reason not in free)
     if bad > max_bad_fraction * num_in:
