@@ -24,7 +24,10 @@ from PIL import Image
 
 Split = Literal["train", "val"]
 
-IMAGE_SUFFIXES = ("png", "jpg", "jpeg", "webp")
+IMAGE_SUFFIXES = (
+    *("png", "jpg", "jpeg", "webp", "avif", "bmp", "gif", "j2k", "jfif", "jp2"),
+    *("pbm", "pgm", "pnm", "ppm", "tif", "tiff"),
+)
 MOST_LEFT_OUT_NAMES = 32
 LATENT_SUFFIX, FLIPPED_SUFFIX = "latent.npy", "latent_flip.npy"
 MAX_KEY_CHARACTERS = 80
@@ -99,6 +102,7 @@ class ImageSample:
 
 def count_left_out(counts: Counter[str], name: str, *, number: int = 1) -> None:
     """Count what a source leaves out, by suffix or name; beyond 32 of these they are counted together."""
+    name = "".join(letter if letter.isprintable() else "?" for letter in name[:60])
     counts[name if name in counts or len(counts) < MOST_LEFT_OUT_NAMES else "others"] += number
 
 

@@ -21,7 +21,9 @@ from data.samples import BadSample, ImageSample, located
 
 DEFAULT_MAX_PIXELS = 64_000_000
 STRIP_ROWS = 256
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
+# By name: Pillow's EPS would start a program.
+FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM", "JPEG2000")
+FIRST_OF_MANY = ("MPO", "GIF")  # the first picture is taken; a JPEG with several, as phones write, opens as MPO
 
 # How the view of one and the same file has changed from version to version of this code.
 VIEW_REVISIONS = (
@@ -130,7 +132,7 @@ def _open_image(
         _check_png(payload)
     profile = picture.info.get("icc_profile")
     try:
-        if getattr(picture, "n_frames", 1) > 1:
+        if picture.format not in FIRST_OF_MANY and getattr(picture, "n_frames", 1) > 1:
             raise BadSample("animated", f"{picture.format} with {getattr(picture, 'n_frames', 0)} frames")
         if picture.format == "JPEG" and config is not None:
             as_it_is = not any(_to_srgb(profile, mode) for mode in ("L", "RGB"))
@@ -243,7 +245,7 @@ def _transpose_box(box: Box, size: tuple[int, int], orientation: int) -> Box:
 def _to_eight_bits(picture: Image.Image) -> Image.Image:
     """Bring any mode that has one meaning to L, RGB or RGBA."""
     mode, transparent = picture.mode, "transparency" in picture.info
-    if mode.startswith("I;16") or (mode == "I" and picture.format == "PNG"):
+    if mode.startswith("I;16") or (mode == "I" and picture.format in ("PNG", "PPM")):
         narrow = np.empty((picture.height, picture.width), dtype=np.uint8)
         for first, strip in _strips(picture):
             wide = np.asarray(strip).astype(np.uint32)

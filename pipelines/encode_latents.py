@@ -85,7 +85,7 @@ class EncodeLatentsConfig(StageConfig):
     precision: Precision = "float32"  # what the encoder computes in
     tf32: bool = False  # float32 products and convolutions by TF32 on GPUs that have it: faster, 10 bits of fraction
     bad_samples: BadSamplePolicy = "strict"  # stop at the first bad sample, or count it and go on
-    max_bad_fraction: Annotated[float, Field(ge=0, le=1)] = 0.001  # of all samples; more stop the stage all the same
+    max_bad_fraction: Annotated[float, Field(ge=0, le=1)] = 0.001  # of all samples, but at least 5; more stop the stage
 
 
 def main() -> None:

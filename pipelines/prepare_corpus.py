@@ -46,13 +46,14 @@ class PrepareCorpusConfig(StageConfig):
         *VIEW_REVISIONS,
         "members of shards that nothing reads are left out",
         "members of a sample may lie apart, and a byte order mark is no part of a caption",
+        "more formats of images are read, and folders without training images are no classes",
     )
 
     source: SourceConfig = FashionMNISTConfig()  # where the images come from
     view: ImageViewConfig = ImageViewConfig()  # how they become squares of one size
     samples_per_shard: PositiveInt = 1_000  # a shard is the unit of work of encoding; 1,000 to 10,000 on clusters
     bad_samples: BadSamplePolicy = "strict"  # stop at the first bad sample, or count it and go on
-    max_bad_fraction: Annotated[float, Field(ge=0, le=1)] = 0.001  # of all samples; more stop the stage all the same
+    max_bad_fraction: Annotated[float, Field(ge=0, le=1)] = 0.001  # of all samples, but at least 5; more stop the stage
     max_pixels: MaxPixels = DEFAULT_MAX_PIXELS  # larger images are bad samples, refused before decoding
 
 

@@ -6,11 +6,14 @@ import re
 import shutil
 import signal
 import tarfile
+import tomllib
 from pathlib import Path
 
 import numpy as np
 import pytest
+import tomli_w
 from conftest import (
+    SMOKE,
     STAGES,
     Run,
     kill_tree,
@@ -296,3 +299,28 @@ def test_a_latent_shard_with_one_flipped_bit_is_refused(two_process_run: Run, tm
     assert done.returncode == 2
     assert "train-000002.tar has sha256" in done.stderr
     assert not list((tmp_path / "run" / "unet" / "checkpoints").glob("update-*"))
+
+
+def test_a_flat_folder_of_images_goes_through_all_stages_at_the_first_try(tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    for number in range(60):
+        pixels = np.random.default_rng(number).integers(0, 256, (18, 24, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "images" / f"IMG_{number:04}.{('jpg', 'png', 'webp')[number % 3]}")
+    (tmp_path / "images" / "IMG_0060.heic").touch()
+    experiment = tomllib.loads(SMOKE.read_text())
+    source = {"kind": "image_folder", "path": str(tmp_path / "images"), "val_fraction": 0.2}
+    experiment["prepare_corpus"]["source"] = source
+    del experiment["train_unet"]["denoiser"]["conditioners"]
+    for training in ("train_vae", "train_unet"):
+        experiment[training] |= {"updates": 2, "validate_every": 2}
+    experiment["evaluate"]["num_samples"] = 16
+    (tmp_path / "flat.toml").write_text(tomli_w.dumps(experiment))
+    for stage in STAGES:
+        done = run_stage(stage, "--run.root", str(tmp_path / "run"), config=tmp_path / "flat.toml")
+        assert done.returncode == 0, done.stderr
+        if stage == "prepare_corpus":
+            assert "60 images in 3 shards, 0 quarantined, 0 classes; left out: 1 .heic" in done.stdout
+    counts = json.loads((tmp_path / "run" / "corpus" / "manifest.json").read_bytes())["content"]["counts"]
+    assert counts == {"in": 61, "out": 60, "quarantined": {}, "left_out": {".heic": 1}}
+    words = ("--run.root", str(tmp_path / "run"), "--number", "2", "--output", str(tmp_path / "samples"))
+    assert run_here("sample", *words, config=tmp_path / "flat.toml").returncode == 0

@@ -16,10 +16,10 @@ from data.samples import BadSample, ImageSample, Split, check_key, image_members
 from data.shards.writer import ShardWriter
 from data.sources import FashionMNISTConfig, ImageFolderConfig, Source, SourceConfig, SyntheticConfig, WebDatasetConfig
 from data.sources.fashion_mnist import MOSAIC
-from data.sources.source import caption_of_class, safe_key
+from data.sources.source import caption_of_class, safe_key, unit_hash
 from data.sources.synthetic import COLOURS, draw
 from data.sources.webdataset import expand
-from data.transforms import decode_image
+from data.transforms import ImageViewConfig, decode_image, view_image
 
 SPLITS: tuple[Split, Split] = ("train", "val")
 
@@ -222,13 +222,133 @@ def test_bad_files_of_a_folder_are_named(tmp_path: Path) -> None:
         source.read("train", 0)
 
 
-def test_folders_without_classes_or_images_are_named(tmp_path: Path) -> None:
+def test_folders_without_images_are_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"is not a folder\. Give the folder that holds one folder per class"):
         ImageFolderConfig(path=tmp_path / "none").open()
-    with pytest.raises(ValueError, match=r"holds no folders\. Put the images of each class into a folder"):
-        ImageFolderConfig(path=tmp_path).open()
     (tmp_path / "a").mkdir()
-    with pytest.raises(ValueError, match=r"gives no train images at val_fraction = 0.1: it holds 0 files"):
+    for name in ("a/1.svg", "a/2.SVG", "3.heic"):
+        (tmp_path / name).touch()
+    with pytest.raises(ValueError, match=r"no train images at val_fraction = 0.1: it holds 0 .* 1 \.heic.*change val_"):
+        ImageFolderConfig(path=tmp_path).open()
+    Image.new("L", (4, 4)).save(tmp_path / "a" / "4.png")
+    needed = unit_hash("a/4.png")
+    with pytest.raises(
+        ValueError, match=rf"no val images .* holds 1 files .*, or set it to {needed + 5e-4:.3f} or more"
+    ):
+        ImageFolderConfig(path=tmp_path, val_fraction=0.001).open()
+
+
+# Pillow's name of the format of each suffix, and whether it keeps the pixels of a few colours unchanged.
+FORMATS = {
+    **{"jpg": ("JPEG", False), "jfif": ("JPEG", False), "MPO.JPG": ("MPO", False)},
+    **{"webp": ("WEBP", False), "avif": ("AVIF", False), "png": ("PNG", True), "gif": ("GIF", True)},
+    **{"bmp": ("BMP", True), "tif": ("TIFF", True), "ppm": ("PPM", True), "jp2": ("JPEG2000", True)},
+}
+
+
+@pytest.mark.parametrize("suffix", FORMATS)
+def test_of_every_format_the_first_picture_is_read(suffix: str, tmp_path: Path) -> None:
+    form, is_lossless = FORMATS[suffix]
+    pixels = np.zeros((24, 40, 3), dtype=np.uint8)
+    pixels[:, 20:], pixels[12:, :, 1] = (250, 0, 0), 120
+    first, second = Image.fromarray(pixels), Image.new("RGB", (40, 24), "white")
+    more = {"save_all": True, "append_images": [second]} if form in ("MPO", "GIF") else {}
+    (tmp_path / "a").mkdir()
+    for number in range(30):
+        first.save(tmp_path / "a" / f"{number}.{suffix}", form, **more, **({} if is_lossless else {"quality": 95}))
+    source = ImageFolderConfig(path=tmp_path, val_fraction=0.3).open()
+    assert sum(source.count(split) for split in SPLITS) == 30
+    assert not source.left_out
+    found = view_image(source.read("train", 0).image, ImageViewConfig(resolution=24, fit="crop"))
+    difference = np.abs(found.astype(int) - pixels[:, 8:32])
+    assert difference.max() == 0 if is_lossless else difference.mean() < 6
+
+
+def test_a_grey_image_of_16_bits_keeps_its_levels(tmp_path: Path) -> None:
+    levels = np.linspace(0, 65535, 64, dtype=np.uint16).reshape(8, 8)
+    payload = b"P5 8 8 65535\n" + levels.astype(">u2").tobytes()
+    np.testing.assert_array_equal(decode_image(payload)[:, :, 0], np.round(levels / 257))
+
+
+def test_a_program_is_never_started_for_an_image(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: pytest.fail("a program was started"))
+    with pytest.raises(BadSample, match="not_an_image"):
+        decode_image(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")
+
+
+def test_images_without_class_folders_are_a_corpus_without_classes(tmp_path: Path) -> None:
+    for number in range(40):
+        Image.new("RGB", (4, 4), (number, 0, 0)).save(tmp_path / f"{number}.png")
+    (tmp_path / "7.txt").write_bytes("\ufeffsieben \u00c4pfel".encode())
+    source = ImageFolderConfig(path=tmp_path, val_fraction=0.2).open()
+    assert source.classes == ()
+    assert not source.left_out
+    samples = [source.read(split, index) for split in SPLITS for index in range(source.count(split))]
+    assert len({sample.key for sample in samples}) == 40
+    assert {sample.label for sample in samples} == {-1}
+    assert {sample.caption for sample in samples} == {"", "sieben \u00c4pfel"}
+
+
+# Files beside 30 images of the class "a" -> what is left out.
+BESIDE = {
+    "other formats": (["a/x.heic", "a/y.HEIC", "a/z.svg"], {".heic": 2, ".svg": 1}),
+    "a caption without an image": (["a/lone.txt"], {".txt": 1}),
+    "a name without an end": (["a/LICENSE", "README"], {"LICENSE": 1, "README": 1}),
+    "images beside the folders": (["1.png", "2.jpg", "notes.txt"], {"images beside the folders": 2, ".txt": 1}),
+    "an empty folder": (["b/"], {}),
+    "a folder of drawings": (["b/1.svg"], {".svg": 1}),
+    "hidden files and folders": (["a/._0.png", ".cache/1.png", "a/.x/1.png"], {"hidden files": 1, "hidden folders": 2}),
+    "a linked folder": (["a/linked -> a/"], {"linked folders": 1}),
+    "names that cannot be printed": (["a/x.\udcff\n"], {".??": 1}),
+    "many names": ([f"a/{number}.{number}" for number in range(40)], {}),
+}
+
+
+@pytest.mark.parametrize("kind", BESIDE)
+def test_what_is_no_image_of_a_class_is_counted(kind: str, tmp_path: Path) -> None:
+    names, left_out = BESIDE[kind]
+    (tmp_path / "a").mkdir()
+    for number in range(30):
+        Image.new("L", (4, 4)).save(tmp_path / "a" / f"{number}.png")
+    for name in names:
+        name, _, target = name.partition(" -> ")
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        if target:
+            (tmp_path / name).symlink_to(tmp_path / target)
+        elif name.endswith("/"):
+            (tmp_path / name).mkdir()
+        else:
+            (tmp_path / name).touch()
+    source = ImageFolderConfig(path=tmp_path, val_fraction=0.3).open()
+    assert source.classes == ("a",)
+    assert sum(source.count(split) for split in SPLITS) == 30
+    if kind == "many names":
+        assert (len(source.left_out), source.left_out["others"], source.left_out.total()) == (33, 8, 40)
+    else:
+        assert source.left_out == left_out
+
+
+def test_a_folder_of_validation_images_alone_is_no_class(tmp_path: Path) -> None:
+    names = sorted((f"b/{number}.png" for number in range(200)), key=unit_hash)
+    for name in [*names[:3], *(f"a/{number}.png" for number in range(30))]:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.new("L", (4, 4)).save(tmp_path / name)
+    source = ImageFolderConfig(path=tmp_path, val_fraction=0.3).open()
+    assert source.classes == ("a",)
+    assert source.left_out == {"images of folders without a training image": 3}
+    Image.new("L", (4, 4)).save(tmp_path / names[-1])
+    source = ImageFolderConfig(path=tmp_path, val_fraction=0.3).open()
+    assert (source.classes, dict(source.left_out)) == (("a", "b"), {})
+
+
+def test_a_named_pipe_is_a_bad_sample_and_a_folder_that_cannot_be_read_an_error(tmp_path: Path) -> None:
+    (tmp_path / "a" / "deep").mkdir(parents=True)
+    for number in range(30):
+        os.mkfifo(tmp_path / "a" / f"{number}.png")
+    with pytest.raises(BadSample, match=r"a/\d+\.png: unreadable: it is no regular file"):
+        ImageFolderConfig(path=tmp_path).open().read("train", 0)
+    with pytest.raises(ValueError, match="is not UTF-8"):
+        (tmp_path / "a").rename(tmp_path / "\udcff")
         ImageFolderConfig(path=tmp_path).open()
 
 
@@ -379,6 +499,8 @@ def test_a_split_that_would_be_empty_is_named(tmp_path: Path) -> None:
 def test_braces_and_globs_name_files_in_order(tmp_path: Path) -> None:
     for number in (7, 8, 9, 10, 11):
         (tmp_path / f"s-{number:03d}.tar").touch()
+    falling = [Path(path).name for path in expand((f"{tmp_path}/s-{{011..009}}.tar",))]
+    assert falling == ["s-011.tar", "s-010.tar", "s-009.tar"]
     names = [
         Path(path).name
         for path in expand((f"{tmp_path}/s-{{009..011}}.tar", f"{tmp_path}/s-00{{8,7}}.tar", f"{tmp_path}/*.tar"))

@@ -369,6 +369,7 @@ def test_mended_samples_are_looked_at_again_and_a_changed_listing_is_refused(tmp
     words = [
         *("--run.root", str(tmp_path / "run"), "--source.kind", "image_folder", "--source.val_fraction", "0.3"),
         *("--source.path", str(tmp_path / "images"), "--samples_per_shard", "4", "--bad_samples", "quarantine"),
+        *("--max_bad_fraction", "0"),
     ]
     done = run_stage("prepare_corpus", *words)
     assert done.returncode == 2

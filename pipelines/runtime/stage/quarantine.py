@@ -15,6 +15,7 @@ from pipelines.runtime.stage.work_items import Result
 BadSamplePolicy = Literal["strict", "quarantine"]
 REPORTED = ("shard", "key", "member", "reason", "detail")  # fields of a sample's line in the report
 REPORT_NAME = "quarantine.jsonl"
+FEW_BAD = 5
 
 
 def settle_quarantine(
@@ -23,6 +24,7 @@ def settle_quarantine(
     """Write the report of all items' quarantined samples and return their number by reason.
 
     Samples with a reason in ``free`` were dropped by choice, not because they are bad: the budget does not count them.
+    It allows a few of a small corpus, too, unless it is 0.
 
     Raises:
         ConfigError: There are more than the budget allows; the report is written all the same.
@@ -34,7 +36,7 @@ def settle_quarantine(
         write_atomically(stage.folder / REPORT_NAME, lines.encode(errors="backslashreplace"))
         stage.tracker.log_artifact(stage.folder / REPORT_NAME)
     bad = sum(count for reason, count in counts.items() if reason not in free)
-    if bad > max_bad_fraction * num_in:
+    if bad > (max_bad_fraction and max(max_bad_fraction * num_in, FEW_BAD)):
         for result in results if stage.is_main else ():
             if result["quarantined"]:  # looked at again by the next start, when the samples may have been mended
                 (stage.folder / "parts" / f"{result['entry']['name']}.json").unlink(missing_ok=True)
