@@ -10,6 +10,7 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
@@ -17,8 +18,10 @@ import numpy as np
 from pydantic import Field, PositiveInt
 
 from data.files import write_atomically, write_json
+from data.loading import ImageShards
 from data.manifest import CorpusManifest, FileEntry, samples_by_split
 from data.samples import BadSample, ImageSample, Split, image_members
+from data.shards.index import ShardIndex
 from data.shards.keys import check_unique
 from data.shards.writer import ShardWriter
 from data.sources import Corpus, FashionMNISTConfig, Source, SourceConfig, WebDataset, corpora_of, listing_digest
@@ -80,29 +83,29 @@ def prepare(config: PrepareCorpusConfig, stage: Stage) -> None:
             stage, list(make), lambda name: make[name](), after_each=lambda done, _, __: line.advance_to(done)
         )
 
-    # Account for every sample, and show the first ones.
+    # Account for every sample, and show some.
     given = sum(source.count(split) for split in get_args(Split))
     bad = settle_quarantine(stage, results, num_in=given, max_bad_fraction=config.max_bad_fraction, free=FILTER_REASONS)
     files, counts = files_and_counts(results, bad, num_in=given, left_out=source.left_out)
+    content: dict[str, Any] = {
+        "counts": counts,
+        "splits": samples_by_split(files),
+        **by_corpus(files),
+        "classes": source.classes,
+        "value_range": (0, 255),
+        "image": {"resolution": config.view.resolution, "channels": config.view.channels},
+        **(view_at_reading(config) if any(entry.url for entry in files) else {}),
+    }
     if stage.is_main:
         with config_error_at("prepare_corpus.source"):
             check_unique(stage.folder, files)
-        write_atomically(stage.folder / "examples.png", example_grid(config, source))
+            grid = example_grid(stage.folder, CorpusManifest(files=tuple(files), **content))
+        write_atomically(stage.folder / "examples.png", grid)
     stage.tracker.log_image("corpus/examples", stage.folder / "examples.png", step=0)
     stage.tracker.log_metrics({"corpus/samples": counts["out"], "corpus/quarantined": bad.total()}, step=0)
 
     # Commit.
-    stage.finish(
-        CorpusManifest,
-        files=files,
-        counts=counts,
-        splits=samples_by_split(files),
-        **by_corpus(files),
-        classes=source.classes,
-        value_range=(0, 255),
-        image={"resolution": config.view.resolution, "channels": config.view.channels},
-        **(view_at_reading(config) if any(entry.url for entry in files) else {}),
-    )
+    stage.finish(CorpusManifest, files=files, **content)
     stage.log.info(
         f"{counts['out']} images in {len(files)} shards, {bad.total()} quarantined, {len(source.classes)} classes"
         f"{said_left_out(source.left_out)}"
@@ -223,29 +226,38 @@ def set_aside(config: PrepareCorpusConfig, error: BadSample) -> dict[str, str]:
     return {name: getattr(error, name) for name in REPORTED}
 
 
-def example_grid(config: PrepareCorpusConfig, source: Source) -> bytes:
-    """Draw the first training images of each class, as the corpus has them; PNG."""
-    # A few of each class; of several corpora, in turn.
-    columns: dict[int, list[np.ndarray]] = {}
-    num_columns = min(max(len(source.classes), 1), MAX_EXAMPLE_COLUMNS)
-    corpora = [(corpus, corpus.source.count("train")) for corpus in corpora_of(source)]
-    first = ((corpus, index) for index in range(50 * num_columns) for corpus, count in corpora if index < count)
-    for corpus, index in first:
-        try:
-            sample = corpus.read("train", index)
-            image = view_sample(sample, config.view, max_pixels=config.max_pixels)
-        except BadSample:
-            continue  # counted where its shard was written
-        column = columns.setdefault(max(sample.label, 0), [])
-        if len(column) < EXAMPLE_ROWS:
-            column.append(image)
+def example_grid(folder: Path, corpus: CorpusManifest) -> bytes:
+    """Draw training images of each class, as the corpus has them, those of several corpora in turn; PNG."""
+    # Room for a column a class, or for all of one class.
+    num_classes = min(len(corpus.classes), MAX_EXAMPLE_COLUMNS)
+    wanted = EXAMPLE_ROWS if num_classes else EXAMPLE_ROWS * MAX_EXAMPLE_COLUMNS
+    images = ImageShards(folder, split="train", manifest=corpus, cache_bytes=0, scattered=True)
+    labels = range(num_classes) if num_classes else (-1,)
 
-    # A column a class, filled up with white.
-    blank = np.full((config.view.resolution, config.view.resolution, config.view.channels), 255, dtype=np.uint8)
-    cells = [(columns.get(label, []) + [blank] * EXAMPLE_ROWS)[:EXAMPLE_ROWS] for label in range(num_columns)]
-    return grid_png(
-        np.stack([np.stack(column) for column in cells], axis=1), column_labels=source.classes[:num_columns]
-    )
+    # The first of each class in each corpus, by the indexes of as few shards as it takes.
+    found = {(label, name): list[int]() for label in labels for name in images.corpora()}
+    for part in images.shards:
+        missing = [label for label in labels if len(found[label, part.entry.corpus]) < wanted]
+        if not missing:
+            continue
+        index = ShardIndex.of(folder / part.entry.name, entry=part.entry)
+        for label in missing:
+            places = found[label, part.entry.corpus]
+            rows = np.flatnonzero(index.labels == label)[: wanted - len(places)]
+            places += (part.first + rows).tolist()
+    columns = []
+    for label in labels:
+        in_turn = zip_longest(*(places for (of, _), places in found.items() if of == label))
+        columns.append([place for turn in in_turn for place in turn if place is not None][:wanted])
+    if not num_classes:
+        side = max(1, -(-len(columns[0]) // EXAMPLE_ROWS))
+        columns = [columns[0][first::side] for first in range(side)]
+
+    # Filled up with white.
+    cells = np.full((EXAMPLE_ROWS, len(columns), *images.image_shape), 255, dtype=np.uint8)
+    for column, places in enumerate(columns):
+        cells[: len(places), column] = images.read(np.array(places, dtype=np.int64)).images
+    return grid_png(cells, column_labels=corpus.classes[:num_classes])
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Drawing images: the noise that samples start from, and the decoding of large ones."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from models.diffusion.samplers import slerp
 from models.latent_diffusion import LatentDiffusion, Normalisation
 from models.unet import UNetConfig
 from pipelines.model.noise import noise_of
-from pipelines.tools.sample import SampleConfig, draw_batch, start_of
+from pipelines.tools.sample import SampleConfig, draw_batch, start_of, write_images
 
 SIZE, FACTOR = 8, 2
 
@@ -73,3 +74,15 @@ def test_images_are_decoded_in_tiles_when_that_is_asked_for(monkeypatch: pytest.
     assert whole.shape == (2, SIZE * FACTOR, SIZE * FACTOR, 3)
     assert set(sides) == {4}
     assert len(sides) > 1
+
+
+def test_names_of_images_keep_the_letters_of_every_script(tmp_path: Path) -> None:
+    names = ["Gr\u00f6\u00dfe", "A\u0308rzte", "\u732b", "a/../b c"]
+    images = np.zeros((4, 8, 8, 3), dtype=np.uint8)
+    answer = write_images(config(output=str(tmp_path)), list(images), names)
+    shown = ["Gr\u00f6\u00dfe", "\u00c4rzte", "\u732b", "a_b_c"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        *(f"00000{index}-{name}-seed3.png" for index, name in enumerate(shown)),
+        "grid.png",
+    ]
+    assert len(answer.found["images"]) == 4

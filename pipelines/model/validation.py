@@ -23,7 +23,7 @@ from models.metrics.fidelity import psnr
 from pipelines.model.captions import CaptionFeatures
 from pipelines.model.decoded import finite_levels
 from pipelines.model.device import Device
-from pipelines.model.grids import grid_png
+from pipelines.model.grids import grid_png, heading
 from pipelines.model.noise import noise_of
 from pipelines.model.weights import load_vae
 from pipelines.runtime.stage.stage import Stage
@@ -90,7 +90,7 @@ class VAEValidation:
         classes = self.corpus.classes
         grid = grid_png(
             np.stack([self.images.images[shown], restored[shown]]),
-            column_labels=[classes[label] if label >= 0 else "" for label in self.images.labels[shown]],
+            column_labels=[heading(classes[label], label) if label >= 0 else "" for label in self.images.labels[shown]],
             row_labels=("image", "reconstruction"),
             title=f"update {update}: {metrics['val/psnr']:.2f} dB on {len(restored)} validation images",
         )

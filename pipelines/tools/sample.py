@@ -10,6 +10,7 @@ Reads: ``runs/NAME/vae/``, ``runs/NAME/unet/``. Writes: ``OUTPUT/KEY.png`` for e
 import logging
 import re
 import sys
+import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -123,7 +124,9 @@ def write_images(config: SampleConfig, images: Sequence[np.ndarray], names: Sequ
     output, paths = Path(config.output), []
     output.mkdir(parents=True, exist_ok=True)
     for index, (image, name) in enumerate(zip(images, names, strict=True)):
-        readable = re.sub(r"[^A-Za-z0-9_-]+", "_", name or config.prompt)[:40].strip("_") or "image"
+        # Letters of any script; composed, as most file systems expect them.
+        readable = unicodedata.normalize("NFC", name or config.prompt)
+        readable = re.sub(r"[^\w-]+", "_", readable)[:40].strip("_") or "image"
         paths.append(output / f"{index:06}-{readable}-seed{config.seed}.png")
         write_atomically(paths[-1], encode_png(image))
     heads = list(dict.fromkeys(names)) if config.class_name == "all" and any(names) else []
