@@ -53,8 +53,10 @@ def atomic_file(path: str | Path, *, sha256: Callable[[], str] | None = None) ->
             os.fsync(file.fileno())
         if sha256 is None or not _linked_first(temporary, path, sha256()):
             os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno is not None and error.filename is None:
+            error.filename = str(path)  # a disk that is full does not say where
         raise
     flush_file(path.parent)
 
@@ -95,6 +97,37 @@ def write_json_once(path: Path, value: Any) -> bool:
     finally:
         proposal.unlink(missing_ok=True)
     return True
+
+
+def write_beside(path: Path, payload: bytes) -> Path:
+    """Write ``payload`` to ``path``, or to PATH-2, PATH-3, ... where that holds something else; return the name."""
+    free, count = path, 1
+    while free.exists() and free.read_bytes() != payload:
+        count += 1
+        free = path.with_stem(f"{path.stem}-{count}")
+    if not free.exists():
+        write_atomically(free, payload)
+    return free
+
+
+def make_folder(path: str | Path) -> Path:
+    """Make a folder, with those above it, and return it; one that is there stays.
+
+    Raises:
+        OSError: It cannot be made, or not be written to; the message says why.
+    """
+    path = Path(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except FileExistsError as error:
+        taken = Path(error.filename)
+        raise FileExistsError(f"{taken} is {'a link to nothing' if taken.is_symlink() else 'no folder'}.") from None
+    except NotADirectoryError:
+        taken = next((above for above in path.parents if above.exists() and not above.is_dir()), path.parent)
+        raise NotADirectoryError(f"{path} lies below {taken}, which is no folder.") from None
+    if not os.access(path, os.W_OK | os.X_OK):
+        raise PermissionError(f"{path} cannot be written to: its owner or its file system does not allow it.")
+    return path
 
 
 @contextlib.contextmanager

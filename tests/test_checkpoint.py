@@ -222,5 +222,5 @@ def test_a_part_that_a_changed_configuration_has_dropped_is_left_out(tmp_path: P
     newest = tmp_path / "checkpoints/update-00000010"
     (newest / "loss_scale.safetensors").write_bytes((newest / "anomalies.safetensors").read_bytes())
     commit_again(newest)
-    changed = {"updates": 20, "run": {"root": "", "allow_changed": ["precision"]}}
+    changed = {"updates": 20, "run": {"root": "-", "allow_changed": ["precision"]}}
     assert Tiny(tmp_path, Recipe(config=changed)).run().tracker.rows[0]["update"] == 11

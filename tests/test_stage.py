@@ -1,7 +1,9 @@
 """Laws of a stage's frame: what counts as the same request, and what a shared folder refuses."""
 
 import copy
+import errno
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -9,15 +11,18 @@ import sys
 import time
 from functools import reduce
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import REPOSITORY, SMOKE, environment, run_stage, start_ranks, start_warm, wait_until
+from conftest import REPOSITORY, SMOKE, environment, run_here, run_stage, start_ranks, start_warm, wait_until
 from manifests import commit_unet
 
+from data.files import write_atomically
 from pipelines.encode_latents import EncodeLatentsConfig
 from pipelines.model.grids import grid_png
 from pipelines.runtime.config.errors import ConfigError, config_error_at
+from pipelines.runtime.config.outcome import Outcome
 from pipelines.runtime.config.stage_config import StageConfig
 from pipelines.runtime.stage.fingerprint import (
     already_done,
@@ -385,7 +390,6 @@ def test_mended_samples_are_looked_at_again_and_a_changed_listing_is_refused(tmp
 
 def test_a_second_start_leaves_the_outcome_of_the_owner_alone(tmp_path: Path) -> None:
     from data.files import FolderLock
-    from pipelines.runtime.config.outcome import Outcome
 
     owner = FolderLock(tmp_path)
     owner.acquire()
@@ -400,6 +404,78 @@ def test_a_second_start_leaves_the_outcome_of_the_owner_alone(tmp_path: Path) ->
     second.write(tmp_path, is_main=True)
     assert json.loads((tmp_path / "outcome.json").read_bytes())["exit_code"] == 2
     assert (second.state, second.code) == ("failed", 1)
+
+
+# Folders that cannot be, and what is said of each.
+BAD_ROOTS = {
+    "file": "lies below {root}, which is no folder.",
+    "file/a/b": "lies below {above}/file, which is no folder.",
+    "/dev/null/run": "lies below /dev/null, which is no folder.",
+    "link to nothing": "{root} is a link to nothing.",
+    "link to itself": "Too many levels of symbolic links",
+    "x" * 300: "File name too long",
+    "read-only": "cannot be written to: its owner or its file system does not allow it.",
+}
+
+
+@pytest.mark.parametrize("stage", ["prepare_corpus", "evaluate"])
+@pytest.mark.parametrize("name", BAD_ROOTS)
+def test_a_folder_that_cannot_be_made_or_written_to_is_named_first(
+    name: str, stage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = tmp_path / name
+    (tmp_path / "file").touch()
+    (tmp_path / "link to nothing").symlink_to(tmp_path / "nothing")
+    (tmp_path / "link to itself").symlink_to(tmp_path / "link to itself")
+    if name == "read-only":  # as it is for all but root, who may be running this
+        monkeypatch.setattr("os.access", lambda path, mode: False)
+    done = run_here(stage, "--run.root", str(root))
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"{stage}: run.root: ")
+    assert BAD_ROOTS[name].format(root=root, above=tmp_path) in done.stderr
+    assert "Traceback" not in done.stderr + done.stdout
+    assert len(done.stderr) < 2_000
+
+
+@pytest.mark.parametrize(("number", "code"), [(errno.ENOSPC, 1), (errno.EROFS, 1)])
+def test_a_disk_that_fails_in_the_work_is_a_sentence_and_the_folder_is_left_whole(
+    number: int, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    here = SimpleNamespace(is_main_process=True, num_processes=1, process_index=0, device="cpu")
+    monkeypatch.setattr("pipelines.runtime.stage.stage.start_accelerator", lambda *_, **__: here)
+    config = StageConfig.model_validate({"run": {"root": str(tmp_path), "tracking_uri": "offline"}})
+    with pytest.raises(SystemExit) as end, running_stage(config, name="prepare_corpus"):
+        write_atomically(tmp_path / "corpus" / "a.tar", b"whole")
+        fsync, failed = os.fsync, OSError(number, os.strerror(number))
+        monkeypatch.setattr("data.files.os.fsync", lambda _: (_ for _ in ()).throw(failed))
+        try:
+            write_atomically(tmp_path / "corpus" / "b.tar", b"half")
+        finally:
+            monkeypatch.setattr("data.files.os.fsync", fsync)
+    said = capsys.readouterr().err
+    assert end.value.code == code
+    assert f"{tmp_path / 'corpus' / 'b.tar'}: {os.strerror(number)}. Nothing committed is lost; once" in said
+    assert "Traceback" not in said
+    assert json.loads((tmp_path / "corpus" / "outcome.json").read_bytes())["exit_code"] == code
+    assert {path.name for path in (tmp_path / "corpus").glob("*.tar*")} == {"a.tar"}
+
+
+def test_a_store_that_cannot_be_beside_the_root_is_refused_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    root = tmp_path / "a?b" / "run"
+    done = run_here("prepare_corpus", "--run.root", str(root), "--run.tracking_uri", "auto")
+    assert done.returncode == 2
+    assert f"run.tracking_uri: The MLflow store {tmp_path}/a?b/mlflow.db would become {tmp_path}/a: " in done.stderr
+    assert {path.name for path in (root / "corpus").iterdir()} == {"lock", "outcome.json"}
+
+
+def test_an_outcome_that_cannot_be_written_hides_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").touch()
+    for outcome in (Outcome(), Outcome(working=True)):
+        outcome.write(tmp_path / "file" / "corpus", is_main=True)
+        assert "outcome.json cannot be written: " in capsys.readouterr().err
 
 
 def test_a_stop_reaches_a_rank_that_is_still_at_a_long_part(tmp_path: Path) -> None:

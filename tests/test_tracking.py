@@ -273,6 +273,29 @@ def test_the_store_is_the_configured_one_then_the_environments_then_sqlite_besid
     assert store_uri("auto", root=Path("runs/demo")) == f"sqlite:///{tmp_path}/runs/mlflow.db"
 
 
+@pytest.mark.parametrize(
+    ("name", "other"),
+    [
+        *((name, None) for name in ('it\'s "a"; b', "#1 of 2", "50% more", "100%", "a@b:c")),
+        ("a?b", "a"),
+        ("a%20b", "a b"),
+    ],
+)
+def test_the_default_store_lies_beside_the_root_or_is_refused(
+    name: str, other: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sqlalchemy.engine import make_url
+
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    database = tmp_path / name / "mlflow.db"
+    if other is None:
+        assert make_url(store_uri("auto", root=tmp_path / name / "run")).database == str(database)
+        return
+    with pytest.raises(ValueError, match=rf"store {re.escape(str(database))} would become {tmp_path}/{other}"):
+        store_uri("auto", root=tmp_path / name / "run")
+    assert str(make_url(f"sqlite:///{database}").database).startswith(f"{tmp_path}/{other}"), "as MLflow would do"
+
+
 @pytest.mark.parametrize("uri", ["runs/mlruns", "file:///tmp/mlruns", "of line"])
 def test_a_uri_that_names_no_store_is_refused(uri: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=f"run.tracking_uri = '{uri}' names no store.*http://HOST:5000.*'offline'"):

@@ -7,6 +7,7 @@ rank had failed knows that the run is FAILED.
 """
 
 import json
+import logging
 import os
 import shlex
 import sys
@@ -16,7 +17,10 @@ from pathlib import Path
 from typing import Literal
 
 from data.files import FolderLock, write_json, write_json_once
+from pipelines.runtime.config.errors import sentence
 from pipelines.runtime.config.redaction import without_credentials
+
+log = logging.getLogger("latentline.stage")
 
 OUTCOME_NAME = "outcome.json"
 EXIT_CODES = {"done": 0, "failed": 1, "stopped": 75}
@@ -38,7 +42,8 @@ class Outcome:
     def write(self, folder: Path, *, is_main: bool) -> None:
         """Write ``outcome.json``; become failed when another rank of this run has written it first.
 
-        A run that ended before its work began writes it unless another run owns the folder.
+        A run that ended before its work began writes it unless another run owns the folder. A disk that does not take
+        it is only reported: what ended the run has been said, and is not to be hidden by this.
 
         Args:
             folder: The run's folder, whose outcome of an earlier run was removed when the work began.
@@ -48,13 +53,15 @@ class Outcome:
             return
         path = folder / OUTCOME_NAME
         content = {"state": self.state, "exit_code": self.code, "resume_command": resume_command()}
-        if not self.working:
-            with suppress(BlockingIOError), FolderLock(folder):  # another run may own the folder
-                write_json(path, content)
-        elif (
-            not write_json_once(path, {**content, "rank": int(os.environ.get("RANK", "0"))}) and self.state != "failed"
-        ):
-            self.set("failed")
+        by = {"rank": int(os.environ.get("RANK", "0"))}
+        try:
+            if not self.working:
+                with suppress(BlockingIOError), FolderLock(folder):  # another run may own the folder
+                    write_json(path, content)
+            elif not write_json_once(path, content | by) and self.state != "failed":
+                self.set("failed")
+        except OSError as error:
+            log.warning(f"{OUTCOME_NAME} cannot be written: {sentence(error)}")
 
 
 def has_failed(folder: Path) -> bool:

@@ -1,8 +1,8 @@
 """Base models of every command's configuration, and the tables of an experiment file."""
 
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
-from pydantic import BaseModel, NonNegativeInt
+from pydantic import BaseModel, Field, NonNegativeInt
 
 STAGE_FOLDERS = {
     "prepare_corpus": "corpus",
@@ -14,14 +14,17 @@ STAGE_FOLDERS = {
 TOOL_TABLES = ("sample", "export", "reconstruct", "benchmark", "doctor", "plan", "compare", "sync")
 
 
+Name = Annotated[str, Field(min_length=1)]  # of a folder or an experiment; an empty one would be the working directory
+
+
 class RunConfig(BaseModel, frozen=True, extra="forbid"):
     """Settings of a run that do not change its result, so that none of them ever counts as a difference."""
 
-    root: str = "runs/default"  # folder of the experiment; the stages' folders lie in it
-    experiment: str = "latentline"  # MLflow experiment
+    root: Name = "runs/default"  # folder of the experiment; the stages' folders lie in it
+    experiment: Name = "latentline"  # MLflow experiment
     tracking_uri: str = "auto"  # MLflow server or store; "auto" is MLFLOW_TRACKING_URI, else sqlite beside run.root
     num_processes: NonNegativeInt = 0  # world size to insist on; 0 accepts what was launched
-    threads: NonNegativeInt = 0  # CPU threads of each process; 0 divides the machine's cores among its processes
+    threads: Annotated[int, Field(ge=0, le=1024)] = 0  # CPU threads of a process; 0 is its share of the machine's cores
     attention: Literal["auto", "sdpa", "xformers", "math"] = "auto"  # its backend; auto takes the first that runs here
     deterministic: bool = False  # GPU kernels that give the same bits each time, at some speed; those of CPUs do
     allow_changed: tuple[str, ...] = ()  # keys whose change is accepted on resume (also: --allow-changed KEY)

@@ -21,9 +21,9 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 
-from data.files import FolderLock, sweep_temporaries, write_atomically
+from data.files import FolderLock, make_folder, sweep_temporaries, write_atomically
 from data.manifest import FORMAT_VERSION, MANIFEST_NAME, FileEntry, Manifest, Parents, digest_of, write_manifest
-from pipelines.runtime.config.errors import ConfigError, Stopped, config_error_at
+from pipelines.runtime.config.errors import ConfigError, Stopped, config_error_at, sentence
 from pipelines.runtime.config.experiment import config_as_toml
 from pipelines.runtime.config.logs import say_mistake, set_up_logging
 from pipelines.runtime.config.outcome import OUTCOME_NAME, Outcome, resume_command
@@ -42,6 +42,7 @@ from pipelines.runtime.stage.launch import Precision, StopSignal, any_rank, from
 from pipelines.runtime.stage.leases import sweep_expired_leases
 from pipelines.runtime.stage.provenance import code_version, hardware
 from pipelines.runtime.stage.watchdog import Watchdog
+from pipelines.runtime.tracking.identity import store_uri
 from pipelines.runtime.tracking.tracker import SilentTracker, Tracker, open_tracker
 
 log = logging.getLogger("latentline.stage")
@@ -160,6 +161,9 @@ def running_stage(
     tracker: Tracker | SilentTracker = SilentTracker()
     stage: Stage | None = None
     try:
+        with config_error_at("run.root"):
+            if not os.path.isfile(folder / MANIFEST_NAME):  # what is finished may be read-only
+                make_folder(folder)
         manifests = read_parents(config)
         request = fingerprint_of(name, config, manifests)
         if already_done(
@@ -174,6 +178,9 @@ def running_stage(
             log.info(f"already finished in {folder}; nothing to do.")
             raise SystemExit(0)
         check(manifests)  # what a finished stage was made from may be gone
+        if is_main:
+            with config_error_at("run.tracking_uri"):
+                store_uri(config.run.tracking_uri, root=Path(config.run.root))
         accelerator = start_accelerator(config.run, precision=precision, tf32=tf32)
         own = take_folder(folder, lock, accelerator, joinable=joinable)
         if accelerator.is_main_process:
@@ -215,8 +222,13 @@ def running_stage(
             say_mistake(name, error)
     except KeyboardInterrupt:
         outcome.set("stopped")
+        log.info(f"stopped. Continue with: {resume_command()}")
     except Exception as error:
-        log.exception(f"{type(error).__name__}:")
+        if isinstance(error, OSError):  # of a disk that is full, read-only or gone
+            outcome.set("failed", code=1 if outcome.working else 2)
+            log.error(f"{sentence(error)}. Nothing committed is lost; once that is mended: {resume_command()}")
+        else:
+            log.exception(f"{type(error).__name__}:")
         if stage is not None and stage.watchdog is not None:
             with suppress(OSError):
                 stage.watchdog.report(f"{type(error).__name__}: {error}")

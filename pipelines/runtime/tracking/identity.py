@@ -10,6 +10,7 @@ import uuid
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from urllib.parse import unquote
 
 import psutil
 
@@ -118,11 +119,19 @@ def store_uri(tracking_uri: str, *, root: Path) -> str:
     """Return the URI of the store: as given, else from MLFLOW_TRACKING_URI, else sqlite beside ``root``.
 
     Raises:
-        ValueError: It is no store that MLflow has, or an sqlite file on a network folder, which such folders corrupt.
+        ValueError: It is no store that MLflow has, or an sqlite file on a network folder, which such folders corrupt,
+            or one whose address leads elsewhere.
     """
     uri = os.environ.get("MLFLOW_TRACKING_URI", "") if tracking_uri == AUTO else tracking_uri
     if not uri:
-        uri = f"sqlite:///{Path(os.path.abspath(root)).parent / 'mlflow.db'}"
+        beside = Path(os.path.abspath(root)).parent / "mlflow.db"
+        uri = f"sqlite:///{beside}"
+        if (other := sqlite_file(uri)) != beside:
+            raise ValueError(
+                f"The MLflow store {beside} would become {other}: in the address of an sqlite store '?' and '%' have "
+                f"meanings of their own. Name a store by run.tracking_uri or MLFLOW_TRACKING_URI, set run.tracking_uri "
+                f"= {OFFLINE!r}, or choose another run.root."
+            )
     if uri != OFFLINE and (uri.startswith("file:") or "://" not in uri) and not uri.startswith("databricks"):
         raise ValueError(
             f"run.tracking_uri = {uri!r} names no store: MLflow keeps no runs in plain folders. Give the address of a "
@@ -141,7 +150,7 @@ def store_uri(tracking_uri: str, *, root: Path) -> str:
 def sqlite_file(uri: str) -> Path | None:
     """Return the file of an sqlite URI; None for other stores."""
     match = re.fullmatch(r"sqlite(?:\+\w+)?:///([^?]+)(?:\?.*)?", uri)
-    return Path(match[1]) if match else None
+    return Path(unquote(match[1])) if match else None
 
 
 def network_file_system(path: Path) -> str:
