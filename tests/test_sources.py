@@ -512,13 +512,44 @@ def test_braces_and_globs_name_files_in_order(tmp_path: Path) -> None:
         expand((f"{tmp_path}/s-{{009..011.tar",))
 
 
-@pytest.mark.parametrize("braces", ["{0..999999999}", "{-9..999999999}", "{a,{999999999..0..9}}", "{1..1000001}"])
+@pytest.mark.parametrize(
+    "braces",
+    [
+        *("{0..999999999}", "{-9..999999999}", "{a,{999999999..0..9}}", "{1..1000001}"),
+        *("{a,{1..999}{1..999}{1..999}}", "{a,{a..z}{a..z}{a..z}{A..Z}}", "{0,1}" * 20, "{x{0..999},y{0..999999}}"),
+        *("{" + "9" * 400 + ".." + "8" * 400 + "}", "{1.." + "9" * 5_000 + "}"),
+    ],
+)
 def test_a_range_of_over_a_million_shards_is_refused_before_it_is_expanded(
     braces: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("data.sources.webdataset.braceexpand", lambda *_, **__: pytest.fail("it was expanded"))
-    with pytest.raises(ValueError, match=r"s-.*\.tar' names more than 1000000 shards\."):
+    with pytest.raises(ValueError, match=r"s-.*' names more than 1000000 shards\."):
         expand((f"/nowhere/s-{braces}.tar",))
+
+
+@pytest.mark.parametrize("url", ["{" * 50_000 + "}" * 50_000, "{a," * 5_000 + "b" + "}" * 5_000])
+def test_braces_in_thousands_of_others_are_refused(url: str) -> None:
+    with pytest.raises(ValueError, match="has braces in more than 16 others"):
+        expand((url,))
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        *("a", "{a}", "{a,b}", "a,b{1..3}", "{a{0..9},b{0..99..10}}", "{5..2}-{01..10}", "{{a,b},c}x{,y}", "{a{b,c}d}"),
+        *("{-3..3..2}", "x{1,2{3,4{5,6}}}", "{a,b}}", "{1..3..0}"),
+    ],
+)
+def test_the_number_of_names_is_known_before_they_are_made(url: str) -> None:
+    from braceexpand import braceexpand
+
+    from data.sources.webdataset import most_names
+
+    try:
+        assert most_names(url) == len(list(braceexpand(url, escape=False)))
+    except ValueError:
+        assert url == "{a,b}}"
 
 
 @pytest.mark.parametrize(

@@ -45,7 +45,9 @@ MAX_IMAGE_BYTES = 512 * 1024 * 1024
 MAX_LABEL_BYTES = 64
 SCANS_KEPT = 4
 T = TypeVar("T")
-_RANGE = re.compile(r"\{(-?\d+)\.\.(-?\d+)(?:\.\.(-?\d+))?\}")
+MAX_BRACES = 16  # that one lies in
+_BRACES = re.compile(r"\{(-?\d+)\.\.(-?\d+)(?:\.\.(-?\d+))?\}|\{[A-Za-z]\.\.[A-Za-z](?:\.\.-?\d+)?\}|[{},]")
+_LETTERS = 52
 
 ShardAddress = Annotated[str, AfterValidator(check_address)]
 
@@ -269,17 +271,14 @@ def expand(urls: tuple[str, ...]) -> list[str]:
     """
     found: dict[str, None] = {}
     for url in urls:
-        # Before it is expanded: braceexpand makes the whole of a range at once.
-        spans = (abs(int(last) - int(first)) // (abs(int(step or 1)) or 1) for first, last, step in _RANGE.findall(url))
-        if max(spans, default=0) >= MAX_SHARDS:
-            raise ValueError(f"{url!r} names more than {MAX_SHARDS} shards.")
+        # Before it is expanded: braceexpand makes the whole of a range, and of what braces hold, at once.
+        if not most_names(url) <= MAX_SHARDS:  # also of numbers that no float holds
+            raise ValueError(f"{url[:200]!r} names more than {MAX_SHARDS} shards.")
         try:
             patterns = braceexpand(url, escape=False)
         except ValueError:
-            raise ValueError(f"{url!r} has braces that do not close. Write {{000..099}} or {{a,b}}.") from None
-        for count, pattern in enumerate(patterns):
-            if count >= MAX_SHARDS:
-                raise ValueError(f"{url!r} names more than {MAX_SHARDS} shards.")
+            raise ValueError(f"{url[:200]!r} has braces that do not close. Write {{000..099}} or {{a,b}}.") from None
+        for pattern in patterns:
             if is_remote(pattern):
                 paths = matches(pattern)
             else:
@@ -289,6 +288,34 @@ def expand(urls: tuple[str, ...]) -> list[str]:
                 raise ValueError(f"{pattern!r} names no file. Check the path; a relative one starts at {Path.cwd()}.")
             found.update(dict.fromkeys(paths))
     return list(found)
+
+
+def most_names(url: str) -> float:
+    """Return how many names ``url`` stands for, at most: alternatives add up, what stands side by side multiplies.
+
+    Raises:
+        ValueError: Its braces are nested too deep.
+    """
+    opened: list[tuple[float, float]] = []  # of each open brace: names of the alternatives before, names outside it
+    names, before = 1.0, 0.0
+    for token in _BRACES.finditer(url):
+        match token[0]:
+            case "{":
+                if len(opened) == MAX_BRACES:
+                    raise ValueError(f"{url[:200]!r} has braces in more than {MAX_BRACES} others.")
+                opened.append((before, names))
+                names, before = 1.0, 0.0
+            case ",":
+                names, before = 1.0 if opened else names, before + names if opened else before
+            case "}" if opened:
+                outer_before, outer = opened.pop()
+                names, before = outer * (before + names), outer_before
+            case span if token[1]:
+                first, last, step = (float(number or 1) for number in token.groups())
+                names *= abs(last - first) // (abs(step) or 1) + 1
+            case span if len(span) > 1:
+                names *= _LETTERS
+    return names
 
 
 def _key_of(key: str) -> str:
