@@ -5,13 +5,15 @@ where they depend on time, an embedding that has already passed its activation: 
 """
 
 import math
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
 TimeInjection = Literal["shift", "scale_shift"]
+Widths = Annotated[tuple[PositiveInt, ...], Field(min_length=1)]  # channels of each level
 
 
 def set_to_zero(module: nn.Module) -> None:

@@ -17,7 +17,16 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from models.attention import AttentionBlock, TransformerBlock
-from models.layers import ConvNeXtBlock, Downsample, ResidualBlock, TimeEmbedding, TimeInjection, Upsample, set_to_zero
+from models.layers import (
+    ConvNeXtBlock,
+    Downsample,
+    ResidualBlock,
+    TimeEmbedding,
+    TimeInjection,
+    Upsample,
+    Widths,
+    set_to_zero,
+)
 
 Resample = Downsample | Upsample | None
 
@@ -25,7 +34,7 @@ Resample = Downsample | Upsample | None
 class UNetConfig(BaseModel, frozen=True, extra="forbid"):
     """A U-Net; each tuple has one entry a level, from the full resolution down, halving between levels."""
 
-    channels: tuple[PositiveInt, ...] = (128, 256, 512)  # width of each level
+    channels: Widths = (128, 256, 512)  # width of each level
     blocks: tuple[PositiveInt, ...] = (2, 2, 2)  # blocks of each level on the way down; one more on the way up
     attention: tuple[bool, ...] = (False, True, True)  # whether each block of the level is followed by attention
     heads: tuple[PositiveInt, ...] = (2, 4, 8)  # attention heads of each level

@@ -1,21 +1,25 @@
 """Laws of the configuration: one tree, strict types, every mistake at once, each with where and what to do."""
 
+import json
+import re
 import sys
 import tomllib
+from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self, get_type_hints
 
 import pytest
 from clocks import processor_seconds_of
 from conftest import REPOSITORY, SMOKE, STAGES, environment, run_stage
 from pydantic import BaseModel, Field, PositiveFloat, PositiveInt, model_validator
 
-from pipelines.runtime.config.command_line import help_text
-from pipelines.runtime.config.dotted_keys import flattened_texts
+from pipelines.runtime.config.command_line import config_from_command_line, help_text
+from pipelines.runtime.config.dotted_keys import flattened, flattened_texts
 from pipelines.runtime.config.errors import ConfigError
-from pipelines.runtime.config.experiment import config_as_toml, load_config
+from pipelines.runtime.config.experiment import config_as_toml, early_root, load_config
 from pipelines.runtime.config.renamed_keys import RENAMED_KEYS, with_new_names
 from pipelines.runtime.config.stage_config import StageConfig
+from pipelines.tools.plan import StageConfigs
 from pipelines.train_unet import TrainUNetConfig
 from pipelines.train_vae import TrainVAEConfig
 
@@ -213,6 +217,75 @@ def test_a_flip_probability_above_one_is_refused(stage: str, model: type[StageCo
         load_config(model, table=stage, argv=["--config", str(SMOKE), "--flip_probability", "50"])
 
 
+@pytest.mark.parametrize(
+    ("value", "flaw"),
+    [
+        *((text, "is not finite") for text in ("inf", "-inf", "nan", "1e400")),
+        *((text, "needs more than 64 bits") for text in (str(2**64), str(-(2**63)), "0x" + "f" * 5000)),
+    ],
+)
+@pytest.mark.parametrize("stage", list(STAGES))
+def test_a_number_that_files_and_stores_cannot_hold_is_refused_at_every_key(
+    stage: str, value: str, flaw: str, tmp_path: Path
+) -> None:
+    model = get_type_hints(StageConfigs)[stage]
+    whole = load_config(model, table=stage, argv=["--config", str(SMOKE)]).model_dump(mode="json")
+    numbers = {
+        key: f"[{value}]" if isinstance(leaf, list) else value
+        for key, leaf in flattened(whole).items()
+        for number in (leaf[:1] if isinstance(leaf, list) else [leaf])
+        if isinstance(number, int | float) and not isinstance(number, bool)
+    }
+    assert numbers
+    with pytest.raises(ConfigError) as error:
+        words = (f"--{key}={text}" for key, text in numbers.items())
+        load_config(model, table=stage, argv=["--config", str(SMOKE), *words])
+    said = [head + advice for head, advice in pairwise(str(error.value).splitlines()[1:])]
+    for key, text in numbers.items():
+        named = f"  {'' if key.startswith('run.') else stage + '.'}{key}{'.0' * text.startswith('[')} = "
+        assert any(line.startswith(named) and line.endswith(f"; this {flaw}") for line in said), f"{named}\n{said}"
+
+    table, _, key = next(iter(numbers)).rpartition(".")
+    experiment = tmp_path / "experiment.toml"
+    experiment.write_text(f"[{table if table.startswith('run') else f'{stage}.{table}'.strip('.')}]\n{key} = {value}")
+    with pytest.raises(ConfigError, match=f"this {flaw}"):
+        load_config(model, table=stage, argv=["--config", str(experiment)])
+
+
+@pytest.mark.parametrize(
+    "value", ["9" * 5_000, "[" * 100_000, "[" * 900 + "]" * 900, "{a=" * 500 + "1" + "}" * 500, "x" * 100_000]
+)
+def test_a_value_too_long_or_too_deep_is_a_short_message(value: str, tmp_path: Path) -> None:
+    for said in (
+        mistakes(tmp_path, "", f"--global_batch={value}"),
+        mistakes(tmp_path, f"[train_vae]\nglobal_batch = {value}"),
+        mistakes(tmp_path, "", f"--{'a.' * 5_000}b", value),
+    ):
+        assert len(said) < 1_000 + len(str(tmp_path))
+        assert "experiment.toml cannot be read as TOML" in said or "(command line)" in said
+
+
+def test_an_empty_name_and_a_nul_character_are_refused_wherever_a_folder_is_named(tmp_path: Path) -> None:
+    said = mistakes(tmp_path, '[run]\nroot = ""\nexperiment = ""\n[train_vae]\nname = "a\\u0000b"')
+    for key, why in (
+        ("run.root = ''", "should have at least 1 character"),
+        ("run.experiment = ''", "should have at least 1 character"),
+        (r"train_vae.name = 'a\x00b'", "expected a valid string; this holds a NUL character"),
+    ):
+        assert re.search(rf"  {re.escape(key)} \(.*\n      .*{why}", said), said
+
+
+def test_a_file_that_is_no_experiment_is_the_only_mistake(tmp_path: Path) -> None:
+    file = tmp_path / "experiment.toml"
+    said = mistakes(tmp_path, "[train_unet]\nupdates = = 3", "--stray", "1")
+    assert said == f"--config {file} cannot be read as TOML: Invalid value (at line 2, column 11)"
+    words = ["--config", str(file), "--run.root"]
+    with pytest.raises(SystemExit):
+        config_from_command_line(Config, table="train_vae", about="", argv=[*words, str(tmp_path / "run")])
+    assert json.loads((tmp_path / "run" / "vae" / "outcome.json").read_bytes())["exit_code"] == 2
+    assert early_root(Config, table="train_vae", argv=words[:2]) is None, "that of another experiment"
+
+
 def test_missing_and_broken_files_are_named(tmp_path: Path) -> None:
     assert "cannot be read as TOML" in mistakes(tmp_path, "x = [")
     with pytest.raises(ConfigError, match="there is no such file"):
@@ -237,6 +310,8 @@ def test_help_has_one_line_a_field_with_default_and_comment() -> None:
     assert any(line.split() == ["--global_batch", "64", "images", "an", "update"] for line in lines)
     assert any(line.split() == ["--shape.radius", "5.0", "metres"] for line in lines)
     assert any(line.split()[:2] == ["--inputs.corpus", "<run.root>/corpus"] for line in lines)
+    (attention,) = (line for line in lines if line.startswith("  --run.attention "))
+    assert attention.endswith(" (auto, sdpa, xformers, math)")
 
 
 @pytest.mark.parametrize("stage", list(STAGES))

@@ -14,12 +14,14 @@ from safetensors.torch import save_file
 
 from data.files import sha256_of, write_json
 from data.manifest import UNetManifest, VAEManifest, write_manifest
-from data.samples import image_members
+from data.samples import check_key, image_members
 from data.shards.writer import ShardWriter
 from models.autoencoder.vae import AutoencoderKL, VAEConfig
 from models.denoiser import Denoiser, DenoiserConfig
+from models.diffusion.guidance import GuidanceConfig
 from models.unet import UNetConfig
 from pipelines.evaluation.metrics import PROBED, absent_figures
+from pipelines.evaluation.samples import key_prefix
 
 VIEW = {"resolution": 16, "channels": 3, "fit": "crop", "resample": "lanczos", "background": [255, 255, 255]}
 COUNTS = {"in": 1, "out": 1}
@@ -153,3 +155,16 @@ def test_an_image_that_is_not_a_number_is_an_error_and_no_black_pixel(tmp_path: 
     assert code == 2
     assert "evaluate: 8 of 8 decoded images hold NaN or infinity, first validation image 0" in said
     assert "compute in float32" in said
+
+
+def test_a_guidance_scale_has_a_key_of_its_own_and_the_key_of_before() -> None:
+    scales = [0.0, 1e-300, 1e-5, 0.1 + 0.2, 0.3, 1.5, 2.0, 2.0000001, 12345.678, 1e5, 999_999.5, 1e6]
+    keys = [f"{key_prefix(scale)}-{index:06}" for scale in scales for index in (0, 7)]
+    assert [check_key(key) for key in keys] == keys
+    assert len(set(keys)) == len(keys)
+    assert [key_prefix(scale) for scale in (0.0, 1.0, 1.25, 2.0)] == [
+        *("guidance_0", "guidance_1", "guidance_1p25", "guidance_2")
+    ]
+    for words in ({"scale": 1.1e6}, {"scale": -0.1}):
+        with pytest.raises(ValueError, match="guidance|scale"):
+            GuidanceConfig.model_validate(words)

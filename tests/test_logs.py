@@ -2,13 +2,20 @@
 
 import io
 import logging
+import os
 import re
+import shlex
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+from conftest import REPOSITORY, environment
 
+from pipelines.runtime.config.command_line import Answer, run_tool
 from pipelines.runtime.config.errors import ConfigError
 from pipelines.runtime.config.logs import say_mistake, set_up_logging
+from pipelines.runtime.config.stage_config import CommandConfig
 from pipelines.runtime.stage.progress import progress_line
 
 log = logging.getLogger("latentline.stage")
@@ -67,6 +74,59 @@ def test_log_lines_go_above_the_progress_bar(monkeypatch: pytest.MonkeyPatch) ->
     assert text.count("update 4: PSNR 20 dB") == 1
     # The bar's line is wiped before the log line, and drawn again on the line below it.
     assert re.search(r"\x1b\[2K\d\d:\d\d:\d\d INFO train_unet\[0/1\] update 4: PSNR 20 dB *\n[^\n]*9/9 updates", text)
+
+
+def test_a_reader_that_goes_costs_lines_and_nothing_else(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    reader, writer = os.pipe()
+    with open(writer, "w") as stream:
+        monkeypatch.setattr(sys, "stdout", stream)
+        set_up_logging("train_unet")
+        os.close(reader)
+        with progress_line("train_unet", total=9, unit="updates") as line:
+            log.info("nobody reads this")
+            line.advance_to(9)
+        log.warning("the end")
+    said = capfd.readouterr().err  # closing flushes what is left
+    assert re.fullmatch(r"\d\d:\d\d:\d\d WARNING train_unet\[0/1\] the end\n", said), said
+
+
+def test_a_command_into_head_ends_in_silence_with_code_0() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    words = [sys.executable, "-m", "pipelines.tools.command"]
+    done = subprocess.run(words, cwd=REPOSITORY, env=environment(), stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_log_on_a_full_disk_costs_lines_and_an_answer_there_is_a_mistake(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        set_up_logging("train_unet")
+        log.info("nowhere to put this")
+    assert capfd.readouterr().err == ""
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        assert run_tool(CommandConfig, lambda _: Answer({}, "found"), table="sync", about="", argv=[]) == 2
+    assert re.fullmatch(r"sync: .*No space left on device\n", capfd.readouterr().err)
+
+
+def test_closed_streams_take_everything_and_no_file_gets_their_numbers(tmp_path: Path) -> None:
+    code = (
+        "from pipelines.runtime.config.logs import *; from pipelines.runtime.stage.progress import progress_line\n"
+        "set_up_logging('train_unet')\n"
+        "with open(sys.argv[1], 'w') as file, progress_line('train_unet', total=9, unit='updates') as line:\n"
+        "    line.advance_to(9); file.write(str(file.fileno())); logging.getLogger('latentline.stage').warning('x')\n"
+    )
+    words = [sys.executable, "-c", code, str(tmp_path / "file")]
+    closed = "exec <&- >&- 2>&- ; exec " + shlex.join(words)
+    done = subprocess.run(["bash", "-c", closed], cwd=REPOSITORY, env=environment(), check=False)
+    assert done.returncode == 0
+    assert int((tmp_path / "file").read_text()) > 2
 
 
 def test_a_mistake_is_said_once_a_machine_and_under_a_launcher_as_a_log_line(

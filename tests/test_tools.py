@@ -143,7 +143,22 @@ def test_the_command_passes_words_and_exit_codes_on(
     assert f"No run lies in {tmp_path}" in capsys.readouterr().err
 
 
-def test_the_benchmark_takes_its_figures_file_by_its_name() -> None:
+def test_ctrl_c_while_a_tool_is_imported_ends_it_as_later() -> None:
+    code = (
+        "import importlib, os, signal, sys\nfrom pipelines.tools import command\nsys.argv = ['latentline', 'sync']\n"
+        "importlib.import_module = lambda name: os.kill(os.getpid(), signal.SIGINT)\ncommand.main()\n"
+    )
+    here = {"cwd": REPOSITORY, "env": environment(), "capture_output": True, "text": True}
+    done = subprocess.run([sys.executable, "-c", code], **here)
+    assert (done.returncode, done.stdout, done.stderr) == (75, "", "latentline: stopped.\n")
+
+
+def test_the_benchmark_takes_its_figures_file_by_its_name(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setattr("pipelines.tools.benchmark.GOALS", {"data": [None]})  # nothing is measured
+    code, _, said = call(capfd, "benchmark", "data", "--output", str(tmp_path / "none" / "f.json"))
+    assert (code, said) == (2, f"benchmark: benchmark.output: {tmp_path}/none/f.json: No such file or directory\n")
     config = load_config(BenchmarkConfig, table="benchmark", argv=["data", "--rounds", "3", "--output", "f.json"])
     assert config == BenchmarkConfig(subjects=("data",), rounds=3, output="f.json")
 

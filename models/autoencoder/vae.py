@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from models.attention import AttentionBlock
-from models.layers import Downsample, ResidualBlock, Upsample
+from models.layers import Downsample, ResidualBlock, Upsample, Widths
 
 LOG_VARIANCE_RANGE = (-30.0, 20.0)
 
@@ -26,7 +26,7 @@ class VAEConfig(BaseModel, frozen=True, extra="forbid"):
     """A KL autoencoder; the image is halved between levels, so 3 levels make f4, 4 make f8 and 5 make f16."""
 
     latent_channels: PositiveInt = 4  # channels of the latent
-    channels: tuple[PositiveInt, ...] = (128, 256, 512, 512)  # width of each level, from the full resolution down
+    channels: Widths = (128, 256, 512, 512)  # width of each level, from the full resolution down
     blocks_per_level: PositiveInt = 2  # residual blocks of an encoder level; a decoder level has one more
     mid_attention: bool = True  # self-attention over the lowest resolution
     quant_convs: bool = False  # 1x1 convolutions on both sides of the latent, as published autoencoders have

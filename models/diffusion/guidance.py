@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Annotated
 
 import torch
-from pydantic import BaseModel, Field, NonNegativeFloat, model_validator
+from pydantic import BaseModel, Field, model_validator
 from torch import Tensor
 
 from models.diffusion.schedule import Moment
@@ -25,10 +25,13 @@ b to 2b - 1 are the same samples as rows 0 to b - 1, so the conditions must be r
 """
 
 
+GuidanceScale = Annotated[float, Field(ge=0, le=1e6)]
+
+
 class GuidanceConfig(BaseModel, frozen=True, extra="forbid"):
     """Classifier-free guidance of a sampler."""
 
-    scale: NonNegativeFloat = 1.0  # 0 unconditional, 1 conditional, above 1 extrapolates
+    scale: GuidanceScale = 1.0  # 0 unconditional, 1 conditional, above 1 extrapolates
     interval: tuple[float, float] = (
         0.0,
         1.0,

@@ -13,7 +13,7 @@ from typing import Any, Self
 
 import numpy as np
 import torch
-from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt, model_validator
+from pydantic import NonNegativeInt, PositiveInt, model_validator
 from safetensors.torch import load_file, save
 from torch import Tensor
 
@@ -22,7 +22,7 @@ from data.loading import ImageShards
 from data.manifest import CorpusManifest
 from data.order.order import FullShuffleConfig, Order
 from data.transforms import VIEW_REVISIONS, to_unit_range
-from models.diffusion.guidance import GuidanceConfig
+from models.diffusion.guidance import GuidanceConfig, GuidanceScale
 from models.diffusion.samplers import DDIMConfig, SamplerConfig
 from models.features import FeatureExtractorConfig
 from models.features.extractor import FeatureExtractor
@@ -57,7 +57,7 @@ class DrawConfig(StageConfig):
     batch_size: PositiveInt = 50  # images drawn at once; images of a batch may depend on it in their last bits
     sampler: SamplerConfig = DDIMConfig(num_steps=50)  # how samples are drawn
     guidance: GuidanceConfig = GuidanceConfig(scale=2.0)  # the default guidance, which is shown and stored first
-    sweep: tuple[NonNegativeFloat, ...] = (1.0, 1.5, 2.0, 3.0)  # guidance scales compared; the default's is added
+    sweep: tuple[GuidanceScale, ...] = (1.0, 1.5, 2.0, 3.0)  # guidance scales compared; the default's is added
     extractor: FeatureExtractorConfig = ScatteringConfig()  # features that metrics compare
     probe_images: NonNegativeInt = 10_000  # training images that the class probe is fitted on, at most; 0 is no probe
     likelihood: BoundConfig = NoBoundConfig()  # how probable the model finds validation latents
@@ -316,5 +316,5 @@ def check_shape(corpus: CorpusManifest, model: LatentDiffusion) -> None:
 
 
 def key_prefix(scale: float) -> str:
-    """Return the beginning of a sample's key, which names its guidance scale; keys hold no dot."""
-    return f"guidance_{scale:g}".replace(".", "p")
+    """Return the beginning of a sample's key, which names its guidance scale exactly; keys hold no dot."""
+    return f"guidance_{scale!r}".removesuffix(".0").replace(".", "p")

@@ -12,12 +12,14 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
-from pydantic import PositiveInt
+from pydantic import Field, PositiveInt
 
 from pipelines.runtime.config.command_line import Answer, run_tool
+from pipelines.runtime.config.errors import config_error_at
+from pipelines.runtime.config.logs import print_line
 from pipelines.runtime.config.stage_config import CommandConfig
 from pipelines.runtime.stage.provenance import hardware
 from pipelines.tools import benchmark_data
@@ -52,7 +54,7 @@ class BenchmarkConfig(CommandConfig):
 
     positional = "subjects"
 
-    subjects: tuple[Literal["data"], ...]  # what is measured
+    subjects: Annotated[tuple[Literal["data"], ...], Field(min_length=1)]  # what is measured
     rounds: PositiveInt = 11  # rounds of each pair
     output: str = ""  # file that takes the figures as JSON, too; empty for none
 
@@ -63,6 +65,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def measure(config: BenchmarkConfig) -> Answer:
     """Time every pair and show it at once."""
+    with config_error_at("benchmark.output"):
+        if config.output:
+            with open(config.output, "a"):
+                pass
     torch.set_num_threads(1)  # CPU seconds of one core are compared
     rows = []
     for goal in (goal for subject in config.subjects for goal in GOALS[subject]):
@@ -71,11 +77,10 @@ def measure(config: BenchmarkConfig) -> Answer:
         steady = found.control.low <= 1 <= found.control.high or abs(found.control.median - 1) <= CONTROL_SLACK
         reached = steady and found.faster.median >= goal.least
         rows.append({"title": goal.title, "least": goal.least, "unit": goal.unit, "reached": reached} | asdict(found))
-        print(
+        print_line(
             f"{'reached' if reached else 'MISSED ' if steady else 'unsteady'}  {goal.title}: {found.faster} times "
             f"(goal {goal.least:g}), control {found.control}; "
-            f"{found.ours_per_second:,.4g} and {found.theirs_per_second:,.4g} {goal.unit}",
-            flush=True,
+            f"{found.ours_per_second:,.4g} and {found.theirs_per_second:,.4g} {goal.unit}"
         )
     figures = {"hardware": hardware(), "rounds": config.rounds, "figures": rows}
     if config.output:

@@ -16,7 +16,9 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field
 
 from data.manifest import digest_of, read_manifest
 from pipelines.runtime.config.command_line import Answer, run_tool
@@ -48,7 +50,7 @@ class CompareConfig(CommandConfig):
 
     positional = "runs"
 
-    runs: tuple[str, ...]  # stages' folders, pipelines' folders, or mlflow:ID
+    runs: Annotated[tuple[str, ...], Field(min_length=1)]  # stages' folders, pipelines' folders, or mlflow:ID
 
 
 def main(argv: Sequence[str] | None = None) -> int:

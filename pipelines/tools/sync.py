@@ -16,7 +16,9 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field
 
 from data.files import FolderLock
 from pipelines.runtime.config.command_line import Answer, run_tool
@@ -38,7 +40,7 @@ class SyncConfig(CommandConfig):
 
     positional = "runs"
 
-    runs: tuple[str, ...]  # stages' folders, or folders above some
+    runs: Annotated[tuple[str, ...], Field(min_length=1)]  # stages' folders, or folders above some
     tracking_uri: str = ""  # another store than the one that a run was started with
     follow: bool = False  # go on sending until the run ends
 

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipelines.runtime.config.errors import ConfigError, Stopped
-from pipelines.runtime.config.experiment import Config, config_as_toml, load_config, merged_tree, root_of
-from pipelines.runtime.config.logs import say_mistake, set_up_logging
+from pipelines.runtime.config.errors import ConfigError, Stopped, sentence
+from pipelines.runtime.config.experiment import Config, config_as_toml, early_root, load_config
+from pipelines.runtime.config.logs import print_line, say_mistake, set_up_logging
 from pipelines.runtime.config.outcome import EXIT_CODES, Outcome
 from pipelines.runtime.config.schema import model_paths
 from pipelines.runtime.config.stage_config import STAGE_FOLDERS, TOOL_TABLES, CommandConfig
@@ -45,18 +45,19 @@ def run_tool(
     """
     words = list(sys.argv[1:] if argv is None else argv)
     as_json = "--json" in words
-    config = config_from_command_line(model, table=table, about=about, argv=[w for w in words if w != "--json"])
-    set_up_logging(table)
     try:
+        config = config_from_command_line(model, table=table, about=about, argv=[w for w in words if w != "--json"])
+        set_up_logging(table)
         with redirect_stdout(sys.stderr) if as_json else nullcontext():
             answer = work(config)
-    except ConfigError as error:
-        say_mistake(table, error)
+        _print_on_main(json.dumps(answer.found, indent=2) if as_json else answer.text)
+        return answer.code
+    except (ConfigError, OSError) as error:  # the latter of a disk that is full or fails, or of a folder in use
+        say_mistake(table, ConfigError(sentence(error)) if isinstance(error, OSError) else error)
         return 2
-    except (Stopped, KeyboardInterrupt):
+    except (Stopped, KeyboardInterrupt) as reason:
+        say_mistake(table, Stopped(f"stopped. {reason}".rstrip()))
         return EXIT_CODES["stopped"]
-    _print_on_main(json.dumps(answer.found, indent=2) if as_json else answer.text)
-    return answer.code
 
 
 def config_from_command_line(
@@ -99,14 +100,11 @@ def help_text(model: type[CommandConfig], *, table: str, about: str | None) -> s
 
 def _leave_early_outcome(model: type[CommandConfig], argv: Sequence[str], *, table: str) -> None:
     """Leave outcome.json for scripts even when the configuration is wrong: the launcher hides the exit code."""
-    root = root_of(merged_tree(model, table=table, argv=argv)[0])
-    if root is None or table not in STAGE_FOLDERS or not _is_main():
+    root = early_root(model, table=table, argv=argv)
+    if not root or "\0" in root or table not in STAGE_FOLDERS or not _is_main():
         return
-    folder = Path(root) / STAGE_FOLDERS[table]
-    try:
-        Outcome("failed", code=2).write(folder, is_main=True)
-    except OSError as error:
-        print(f"{table}: outcome.json could not be written to {folder}: {error}", file=sys.stderr)
+    set_up_logging(table)
+    Outcome("failed", code=2).write(Path(root) / STAGE_FOLDERS[table], is_main=True)
 
 
 def _is_main() -> bool:
@@ -116,4 +114,4 @@ def _is_main() -> bool:
 
 def _print_on_main(text: str) -> None:
     if text and _is_main():
-        print(text)
+        print_line(text)

@@ -19,12 +19,13 @@ from pydantic import ValidationError
 
 from pipelines.runtime.config.dotted_keys import below, flattened
 from pipelines.runtime.config.errors import ConfigError
-from pipelines.runtime.config.mistakes import explained, nearest
+from pipelines.runtime.config.mistakes import explained, nearest, shown, without_flaws
 from pipelines.runtime.config.renamed_keys import new_name, with_new_names
 from pipelines.runtime.config.schema import annotation_at, complete, kind_of, variant_at, variants_of
 from pipelines.runtime.config.stage_config import STAGE_FOLDERS, TOOL_TABLES, CommandConfig, RunConfig
 
 Config = TypeVar("Config", bound=CommandConfig)
+MAX_DEPTH = 32  # tables and lists that a value lies in; no key of ours lies in half as many
 
 
 def load_config(model: type[Config], *, table: str, argv: Sequence[str]) -> Config:
@@ -36,9 +37,11 @@ def load_config(model: type[Config], *, table: str, argv: Sequence[str]) -> Conf
     tree, sources, mistakes = merged_tree(model, table=table, argv=argv)
     try:
         # JSON in strict mode: "32" is no number and 1 is no boolean, while lists may still become tuples.
-        config = model.model_validate_json(json.dumps(tree, default=str), strict=True)
+        config = model.model_validate_json(json.dumps(without_flaws(tree), default=str), strict=True)
     except ValidationError as error:
-        mistakes += [explained(model, detail, tree, sources, table=table) for detail in error.errors()]
+        # What a default follows from is wrong: that is a mistake by itself.
+        found = [detail for detail in error.errors() if detail["type"] != "default_factory_not_called"]
+        mistakes += [explained(model, detail, tree, sources, table=table) for detail in found]
     if mistakes:
         count = "1 mistake" if len(mistakes) == 1 else f"{len(mistakes)} mistakes"
         raise ConfigError(f"{count} in the configuration.\n" + "\n".join(mistakes))
@@ -48,7 +51,11 @@ def load_config(model: type[Config], *, table: str, argv: Sequence[str]) -> Conf
 def merged_tree(
     model: type[CommandConfig], *, table: str, argv: Sequence[str]
 ) -> tuple[dict[str, Any], dict[str, str], list[str]]:
-    """Return the tree to validate, the source of each dotted key in it, and mistakes that validation cannot find."""
+    """Return the tree to validate, the source of each dotted key in it, and mistakes that validation cannot find.
+
+    Raises:
+        ConfigError: There is no experiment, or it is no TOML: whatever it lacks would be shown as a mistake, too.
+    """
     path, overrides, mistakes = _split_command_line(model, argv)
     tree, sources, file_mistakes = _tree_of_file(path, table=table, shared="run" in model.model_fields)
     mistakes += file_mistakes
@@ -73,6 +80,14 @@ def experiment_path(argv: Sequence[str] | None) -> str:
     path = _split_command_line(CommandConfig, sys.argv[1:] if argv is None else argv)[0]
     assert path is not None
     return path
+
+
+def early_root(model: type[CommandConfig], *, table: str, argv: Sequence[str]) -> str | None:
+    """Return ``run.root`` of a configuration that may be wrong; None where it is not known."""
+    try:
+        return root_of(merged_tree(model, table=table, argv=argv)[0])
+    except ConfigError:
+        return dict(_split_command_line(model, argv)[1]).get("run.root")
 
 
 def root_of(tree: dict[str, Any]) -> str | None:
@@ -113,14 +128,15 @@ def _split_command_line(
 def _tree_of_file(path: str | None, *, table: str, shared: bool) -> tuple[dict[str, Any], dict[str, str], list[str]]:
     """Return one table of a file, with [run] where the command has the ``shared`` one and so needs a file."""
     if path is None:
-        missing = "  --config (command line)\n      missing; give the experiment: --config EXPERIMENT.toml"
-        return {}, {}, [missing] if shared else []
+        if shared:
+            raise ConfigError("--config is missing; give the experiment: --config EXPERIMENT.toml")
+        return {}, {}, []
     try:
-        whole = tomllib.loads(Path(path).read_text(encoding="utf-8-sig"))
+        whole = _parsed(Path(path).read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
-        return {}, {}, [f"  --config {path}\n      there is no such file, seen from {Path.cwd()}"]
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        return {}, {}, [f"  --config {path}\n      cannot be read as TOML: {error}"]
+        raise ConfigError(f"--config {path}: there is no such file, seen from {Path.cwd()}") from None
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--config {path} cannot be read as TOML: {error}") from None
     known = ("run", *STAGE_FOLDERS, *TOOL_TABLES)
     mistakes = [
         f"  [{name}] ({path})\n      no stage reads this table{nearest(name, known)}; tables are {', '.join(known)}"
@@ -131,7 +147,7 @@ def _tree_of_file(path: str | None, *, table: str, shared: bool) -> tuple[dict[s
     for name in ("run", table) if shared else (table,):
         part = whole.get(name, {})
         if not isinstance(part, dict):
-            mistakes.append(f"  {name} = {part!r} ({path})\n      expected a table: [{name}]")
+            mistakes.append(f"  {name} = {shown(part)} ({path})\n      expected a table: [{name}]")
         elif name == "run":
             tree["run"] = part
         else:
@@ -148,7 +164,26 @@ def _renamed(key: str, value: Any, *, source: str, table: str) -> list[str]:
     """Return the mistake of an old key. Its value is validated under the new one, so that both mistakes show."""
     if (new := new_name(table, key)) == key:
         return []
-    return [f"  {table}.{key} = {value!r} ({source})\n      unknown key; it is called {table}.{new} now"]
+    return [f"  {table}.{key} = {shown(value)} ({source})\n      unknown key; it is called {table}.{new} now"]
+
+
+def _parsed(text: str) -> dict[str, Any]:
+    """Read TOML.
+
+    Raises:
+        ValueError: It is no TOML, or nested too deep, or has a number of thousands of digits.
+    """
+    try:
+        whole = tomllib.loads(text)
+    except RecursionError:
+        raise ValueError("its lists or tables are nested too deep") from None
+    inside: list[Any] = [whole]
+    for _ in range(MAX_DEPTH):
+        inside = [part for each in inside for part in (each.values() if isinstance(each, dict) else each)]
+        inside = [part for part in inside if isinstance(part, dict | list)]
+    if inside:
+        raise ValueError(f"its lists or tables are nested more than {MAX_DEPTH} deep")
+    return whole
 
 
 def _override(
@@ -157,6 +192,8 @@ def _override(
     """Put one command-line value into the tree; return mistakes that have no place in it."""
     parts = ["run", key] if key == "allow_changed" else key.split(".")
     key = ".".join(parts)
+    if len(parts) > MAX_DEPTH:
+        return [f"  --{shown(key)} (command line)\n      unknown key"]
     annotation = annotation_at(model, tree, parts)
     if raw is None:
         if annotation is not bool:
@@ -194,8 +231,8 @@ def _value_of(raw: str, annotation: Any) -> Any:
         return raw
     text = raw.lower() if raw.lower() in ("true", "false") else raw
     try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+        return _parsed(f"value = {text}")["value"]
+    except ValueError:
         try:
             return float(text)
         except ValueError:

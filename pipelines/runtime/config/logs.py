@@ -2,7 +2,7 @@
 
 INFO goes to standard output, from rank 0 alone; warnings and errors go to standard error, from every rank. Modules log
 to ``latentline.AREA`` (``stage``, ``training``, ``tracking``), stages and tools to ``latentline.NAME``. Loggers of
-other libraries are left alone.
+other libraries are left alone. A stream that is closed, or whose reader goes (``| head``), costs lines, never the work.
 """
 
 import logging
@@ -19,6 +19,7 @@ def set_up_logging(name: str, *, stream: TextIO | None = None) -> None:
         name: Of the command.
         stream: Takes all lines, instead of standard output and standard error.
     """
+    _open_missing_streams()
     rank, root = os.environ.get("RANK", "0"), logging.getLogger("latentline")
     root.handlers = [_Terminal(f"{name}[{rank}/{os.environ.get('WORLD_SIZE', '1')}]", stream)]
     root.setLevel(logging.INFO if rank == "0" else logging.WARNING)
@@ -36,7 +37,34 @@ def say_mistake(name: str, error: Exception) -> None:
         set_up_logging(name)
         logging.getLogger("latentline").error(error)
     else:
-        print(f"{name}: {error}", file=sys.stderr, flush=True)
+        print_line(f"{name}: {error}", to=sys.stderr)
+
+
+def print_line(text: str, *, to: TextIO | None = None) -> None:
+    """Print to standard output, or ``to``; into nothing from when its reader has gone.
+
+    Raises:
+        OSError: It is a file that cannot be written to, such as on a full disk; it is given up, too.
+    """
+    stream = to or sys.stdout
+    try:
+        print(text, file=stream, flush=True)
+    except OSError as error:
+        # The stream keeps what it could not write, and would raise at every later flush, the last as Python ends.
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
+        if not isinstance(error, BrokenPipeError):
+            raise
+
+
+def _open_missing_streams() -> None:
+    """Open what was closed of standard input, output and error: a file of ours would be given its number."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            stream = open(os.devnull, mode)  # noqa: SIM115 (for the life of the process)
+            os.set_inheritable(stream.fileno(), True)
+            setattr(sys, name, stream)
 
 
 class _Terminal(logging.Handler):
@@ -52,6 +80,8 @@ class _Terminal(logging.Handler):
             head = f"{time.strftime('%H:%M:%S', time.localtime(record.created))} {record.levelname} {self._source}"
             text = "\n".join(f"{head} {line}".rstrip() for line in self.format(record).splitlines())
             stream = self._stream or (sys.stderr if record.levelno >= logging.WARNING else sys.stdout)
-            print(text, file=stream, flush=True)
+            print_line(text, to=stream)
+        except OSError:
+            pass  # what is at work does not end because of its log
         except Exception:
             self.handleError(record)

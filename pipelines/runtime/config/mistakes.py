@@ -1,6 +1,7 @@
 """Validation errors in the user's terms: source, dotted key, the given value, the expected one, the nearest name."""
 
 import difflib
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,6 +13,8 @@ from pipelines.runtime.config.dotted_keys import below
 from pipelines.runtime.config.redaction import without_credentials
 from pipelines.runtime.config.schema import model_paths, variant_at
 from pipelines.runtime.config.stage_config import TOOL_TABLES, CommandConfig
+
+LONGEST_SHOWN = 200  # characters of a value
 
 
 def explained(
@@ -34,14 +37,15 @@ def explained(
         parts.append(str(part))
         place = below(place, part)
     key = ".".join(parts)
-    shown = key if parts[:1] == ["run"] else f"{table}.{key}" if key else f"[{table}]"
+    named = key if parts[:1] == ["run"] else f"{table}.{key}" if key else f"[{table}]"
     prefixes = [".".join(parts[:length]) for length in range(len(parts), 0, -1)]
     source = next((sources[prefix] for prefix in prefixes if prefix in sources), None)
     source = source or next(
         (name for leaf, name in sources.items() if leaf.startswith(f"{key}.") or not key), "default"
     )
-    hidden = detail["type"] == "missing" or isinstance(detail["input"], dict | BaseModel)
-    given = "" if hidden else f" = {detail['input']!r}"
+    found = place if (flaw := flaw_of(place)) else detail["input"]
+    hidden = detail["type"] == "missing" or isinstance(found, dict | BaseModel)
+    given = "" if hidden else f" = {shown(found)}"
     if detail["type"] == "extra_forbidden":
         variant = variant_at(model, tree, parts[:-1])
         siblings = list(variant.model_fields) if variant is not None else []
@@ -50,18 +54,49 @@ def explained(
         hint = nearest(parts[-1], siblings) or nearest(key, everything) or f"; known here: {', '.join(siblings)}"
         advice = f"unknown key{hint}"
     elif detail["type"] in ("union_tag_invalid", "literal_error"):
-        shown += ".kind" if detail["type"] == "union_tag_invalid" else ""
+        named += ".kind" if detail["type"] == "union_tag_invalid" else ""
         expected = str(detail["ctx"].get("expected_tags") or detail["ctx"].get("expected"))
-        found = detail["ctx"].get("tag", detail["input"])
-        given = f" = {found!r}"
+        found = detail["ctx"].get("tag", found)
+        given = f" = {shown(found)}"
         names = re.findall(r"'([^']*)'", expected)
-        advice = f"expected one of {expected}{nearest(str(found), names)}"
+        advice = f"expected one of {expected}{nearest(found, names) if isinstance(found, str) else ''}"
     elif detail["type"] == "missing":
         advice = "missing: this key has no default" + "; give words without a name" * (key == model.positional)
     else:
         advice = re.sub(r"^(Value error|Assertion failed), ", "", detail["msg"])
         advice = advice.replace("Input should be", "expected").replace("\n", "\n      ")
-    return without_credentials(f"  {shown}{given} ({source})\n      {advice}", queries=True)
+    advice += f"; this {flaw}" * bool(flaw)
+    return without_credentials(f"  {named}{given} ({source})\n      {advice}", queries=True)
+
+
+def without_flaws(value: Any) -> Any:
+    """Return ``value`` with None, which no field takes, for everything in it that has a flaw."""
+    if isinstance(value, dict):
+        return {key: without_flaws(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [without_flaws(part) for part in value]
+    return None if flaw_of(value) else value
+
+
+def flaw_of(value: Any) -> str:
+    """Return why no field may have a value that TOML may: files, networks and stores cannot hold it; else empty."""
+    match value:
+        case float() if not math.isfinite(value):
+            return "is not finite"
+        case int() if abs(value) >= 2**63:
+            return "needs more than 64 bits"
+        case str() if "\0" in value:
+            return "holds a NUL character"
+    return ""
+
+
+def shown(value: Any) -> str:
+    """Return a value as it may be written in a message: cut where it is long."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python refuses to write numbers of thousands of digits
+        return "a number of thousands of digits"
+    return text if len(text) <= LONGEST_SHOWN else f"{text[: LONGEST_SHOWN // 2]}... ({len(text)} characters)"
 
 
 def nearest(name: str, known: Sequence[str]) -> str:

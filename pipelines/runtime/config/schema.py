@@ -148,7 +148,7 @@ def model_paths(
         variants = variants_of(annotation)
         if not variants:
             shown = f"<run.root>/{name}" if path == ("inputs",) else _shown(value)
-            yield path, name, shown, comments.get(name, "")
+            yield path, name, shown, comments.get(name, "") + _choices(annotation)
         for variant in variants:
             kind = kind_of(variant)
             chosen = value if isinstance(value, variant) else None
@@ -158,6 +158,11 @@ def model_paths(
             for row in model_paths(variant, chosen, path_below):
                 if row[1] != "kind" or row[0] != path_below:
                     yield row
+
+
+def _choices(annotation: Any) -> str:
+    """Return the values that a field is chosen from; empty where any of its type will do."""
+    return f" ({', '.join(map(str, get_args(annotation)))})" if get_origin(annotation) is Literal else ""
 
 
 def _shown(value: Any) -> str:

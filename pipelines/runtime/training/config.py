@@ -2,9 +2,9 @@
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveInt
 
 from pipelines.runtime.config.errors import ConfigError
 from pipelines.runtime.config.stage_config import StageConfig
@@ -47,7 +47,7 @@ class TrainingConfig(StageConfig):
     prefetch_batches: PositiveInt = 4  # batches made ahead of the network
     on_bad_update: BadUpdateConfig = BadUpdateConfig()  # what happens to NaN, infinity and spikes
     replica_check_every: NonNegativeInt = 1_000  # updates between two comparisons of the ranks; 0 only when starting
-    hang_seconds: PositiveFloat = 1_200.0  # without a new update, until a process reports where it is and ends
+    hang_seconds: Annotated[float, Field(gt=0, le=1e9)] = 1_200.0  # without an update, until a process reports and ends
 
 
 @dataclass(frozen=True, kw_only=True)
