@@ -1,11 +1,15 @@
 """Drawing images: the noise that samples start from, and the decoding of large ones."""
 
+import errno
+import os
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from conftest import SMOKE, run_here
 from torch import Tensor
 
 from models.autoencoder.vae import AutoencoderKL, VAEConfig
@@ -14,7 +18,9 @@ from models.diffusion.samplers import slerp
 from models.latent_diffusion import LatentDiffusion, Normalisation
 from models.unet import UNetConfig
 from pipelines.model.noise import noise_of
-from pipelines.tools.sample import SampleConfig, draw_batch, start_of, write_images
+from pipelines.runtime.config.command_line import run_tool
+from pipelines.tools import export, reconstruct, sample
+from pipelines.tools.sample import SampleConfig, draw_batch, image_name, start_of
 
 SIZE, FACTOR = 8, 2
 
@@ -76,13 +82,78 @@ def test_images_are_decoded_in_tiles_when_that_is_asked_for(monkeypatch: pytest.
     assert len(sides) > 1
 
 
-def test_names_of_images_keep_the_letters_of_every_script(tmp_path: Path) -> None:
+def test_names_of_images_keep_the_letters_of_every_script() -> None:
     names = ["Gr\u00f6\u00dfe", "A\u0308rzte", "\u732b", "a/../b c"]
-    images = np.zeros((4, 8, 8, 3), dtype=np.uint8)
-    answer = write_images(config(output=str(tmp_path)), list(images), names)
     shown = ["Gr\u00f6\u00dfe", "\u00c4rzte", "\u732b", "a_b_c"]
-    assert sorted(path.name for path in tmp_path.iterdir()) == [
-        *(f"00000{index}-{name}-seed3.png" for index, name in enumerate(shown)),
-        "grid.png",
+    assert [image_name(config(), index, name) for index, name in enumerate(names)] == [
+        f"00000{index}-{name}-seed3.png" for index, name in enumerate(shown)
     ]
-    assert len(answer.found["images"]) == 4
+
+
+@pytest.fixture
+def trained(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A trained model for the tools, without its folders."""
+    parents = SimpleNamespace(unet=SimpleNamespace(classes=()))
+    for tool in (sample, export, reconstruct):
+        monkeypatch.setattr(tool, "read_parents", lambda config: parents)
+    for tool in (sample, export):
+        monkeypatch.setattr(tool, "check_latent_diffusion", lambda *_: None)
+    monkeypatch.setattr(sample, "load_latent_diffusion", lambda *_, device: model())
+
+
+def drawn(folder: Path, **changes: Any) -> int:
+    given = config(output=str(folder), batch_size=2, **changes)
+    return run_tool(SampleConfig, lambda _: sample.draw(given), table="sample", about="", argv=["--config", str(SMOKE)])
+
+
+@pytest.mark.parametrize("name", ["file", "file/below", "to nothing", "x" * 300, "read-only"])
+@pytest.mark.parametrize("tool", [sample, export, reconstruct])
+def test_a_folder_that_cannot_be_written_to_is_found_before_any_work(
+    tool: ModuleType, name: str, trained: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "to nothing").symlink_to(tmp_path / "nothing")
+    if name == "read-only":
+        monkeypatch.setattr("os.access", lambda path, mode: False)
+    for work in ("load_latent_diffusion", "snapshots_in"):
+        monkeypatch.setattr(tool, work, lambda *_, **__: pytest.fail("work was done"), raising=False)
+    done = run_here(tool.__name__.rpartition(".")[2], "--output", str(tmp_path / name))
+    assert done.returncode == 2
+    assert f".output: {tmp_path}" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_images_drawn_before_a_disk_was_full_or_ctrl_c_was_pressed_are_there(
+    trained: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write = sample.write_beside
+    for fault, code, said in (
+        (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "disk"), 2, "sample: disk: No space left on device"),
+        (KeyboardInterrupt(), 75, "sample: stopped."),
+    ):
+        folder = tmp_path / str(code)
+
+        def failing(path: Path, payload: bytes, fault: BaseException = fault) -> Path:
+            if path.name.startswith("000003"):
+                raise fault
+            return write(path, payload)
+
+        monkeypatch.setattr(sample, "write_beside", failing)
+        assert drawn(folder) == code
+        assert capsys.readouterr().err.strip().endswith(said)
+        assert [path.name[:6] for path in sorted(folder.iterdir())] == ["000000", "000001", "000002"]
+
+
+def test_a_second_draw_leaves_the_first_as_it_is(
+    trained: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert drawn(tmp_path) == 0
+    first = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    assert drawn(tmp_path) == 0, "equal images are the same files"
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == first
+    assert drawn(tmp_path, sampler={"kind": "ddim", "num_steps": 3}) == 0
+    assert "5 images and grid-2.png in" in capsys.readouterr().out
+    assert {path: path.read_bytes() for path in first} == first
+    assert {path.stem for path in tmp_path.iterdir()} == {
+        stem + suffix for stem in (path.stem for path in first) for suffix in ("", "-2")
+    }

@@ -14,18 +14,18 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt
+from pydantic import NonNegativeInt, PositiveInt
 from safetensors.torch import save
 from torch import Tensor
 
-from data.files import write_atomically, write_json
+from data.files import make_folder, write_atomically, write_json
 from data.transforms import to_levels
 from models.conditioning.class_label import ClassConditioner
 from models.conditioning.text import TextConditioner
 from models.denoiser import Denoiser
 from models.diffusers.config import scheduler_config_to_diffusers, unet_config_to_diffusers, vae_config_to_diffusers
 from models.diffusers.weights import denoiser_to_diffusers, vae_to_diffusers
-from models.diffusion.guidance import GuidanceConfig
+from models.diffusion.guidance import GuidanceConfig, GuidanceScale
 from models.diffusion.samplers import DDIMConfig
 from models.latent_diffusion import LatentDiffusion
 from pipelines.model.captions import as_tensors, prompt_encoder
@@ -35,7 +35,7 @@ from pipelines.model.noise import noise_of
 from pipelines.model.weights import ModelInputs, check_latent_diffusion, denoiser_config, load_latent_diffusion
 from pipelines.runtime.config.command_line import Answer, run_tool
 from pipelines.runtime.config.errors import ConfigError, config_error_at
-from pipelines.runtime.config.stage_config import StageConfig
+from pipelines.runtime.config.stage_config import Name, StageConfig
 from pipelines.runtime.stage.fingerprint import read_parents
 from pipelines.tools.model_card import model_card
 
@@ -48,9 +48,9 @@ class ExportConfig(StageConfig):
 
     inputs: ModelInputs  # where the weights are
     format: Literal["diffusers"] = "diffusers"  # whose files are written
-    output: str = "export"  # folder to write to
+    output: Name = "export"  # folder to write to
     prompts: tuple[str, ...] = ()  # captions of the example's samples, for a model that reads text; none: class names
-    guidance_scale: NonNegativeFloat = 2.0  # of the example
+    guidance_scale: GuidanceScale = 2.0  # of the example
     num_inference_steps: PositiveInt = 50  # DDIM steps of the example; divides the schedule's steps
     spacing: Literal["trailing", "leading"] = "trailing"  # of those steps, as the scheduler will have it
     seed: NonNegativeInt = 0  # of the example's noise
@@ -64,7 +64,9 @@ def export(config: ExportConfig) -> Answer:
     """Write the folder; the card comes last."""
     parents = read_parents(config)
     output, classes = Path(config.output), parents.unet.classes
-    if output.is_dir() and any(output.iterdir()) and not (output / "example.safetensors").is_file():
+    with config_error_at("export.output"):
+        make_folder(output)
+    if any(output.iterdir()) and not (output / "example.safetensors").is_file():
         raise ConfigError(f"output = {config.output!r} is a folder with other things in it. Give a new one.")
 
     # What cannot be exported is refused before any weight is read.

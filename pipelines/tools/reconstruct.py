@@ -19,11 +19,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from data.files import sha256_of, write_atomically, write_json
+from data.files import make_folder, sha256_of, write_atomically, write_json
 from data.manifest import MANIFEST_NAME, FileEntry, Reconstruction, UNetManifest, write_manifest
 from pipelines.runtime.config.command_line import Answer, run_tool
 from pipelines.runtime.config.errors import ConfigError, config_error_at
-from pipelines.runtime.config.stage_config import StageConfig
+from pipelines.runtime.config.stage_config import Name, StageConfig
 from pipelines.runtime.stage.fingerprint import read_parents
 from pipelines.runtime.stage.provenance import code_version
 from pipelines.runtime.training.checkpoint import PREFIX, verify
@@ -44,7 +44,7 @@ class ReconstructConfig(StageConfig):
     inputs: ReconstructInputs  # where the checkpoints are
     relative_std: Annotated[float, Field(gt=0, lt=0.28)] = 0.1  # width of its profile, as a fraction of training
     update: NonNegativeInt = 0  # that it ends with; 0 is the last one
-    output: str  # folder to write to
+    output: Name  # folder to write to
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -55,6 +55,8 @@ def reconstruct(config: ReconstructConfig) -> Answer:
     """Combine the averages in the checkpoints and publish the result."""
     unet = read_parents(config).unet
     source, output = Path(config.inputs.unet), Path(config.output)
+    with config_error_at("reconstruct.output"):
+        make_folder(output)
     if (output / MANIFEST_NAME).is_file() or output.resolve() == source.resolve():
         raise ConfigError(f"output = {config.output!r} holds something already. Give a new folder.")
     stored = snapshots_in(source, unet)
@@ -64,7 +66,6 @@ def reconstruct(config: ReconstructConfig) -> Answer:
         combination = combine_snapshots([snapshot for snapshot, _, _ in stored], wanted)
         weights = combined_weights(source, stored, combination)
 
-    output.mkdir(parents=True, exist_ok=True)
     path = output / "unet.safetensors"
     write_atomically(path, save(weights))
     write_json(output / "config.json", json.loads((source / "config.json").read_bytes()))

@@ -4,7 +4,8 @@
     python -m pipelines.tools.sample --config pipelines/configs/demo.toml --class_name bag --interpolate true --number 8
     python -m pipelines.tools.sample --config pipelines/configs/emoji.toml --prompt "grinning cat face"
 
-Reads: ``runs/NAME/vae/``, ``runs/NAME/unet/``. Writes: ``OUTPUT/KEY.png`` for each image, and ``OUTPUT/grid.png``.
+Reads: ``runs/NAME/vae/``, ``runs/NAME/unet/``. Writes: ``OUTPUT/KEY.png`` for each image as soon as it is drawn, and
+``OUTPUT/grid.png``. Other images of these names stay: the new ones are ``KEY-2.png`` and ``grid-2.png`` then.
 """
 
 import logging
@@ -19,7 +20,7 @@ import torch
 from pydantic import NonNegativeInt, PositiveInt
 from torch import Tensor
 
-from data.files import write_atomically
+from data.files import make_folder, write_beside
 from data.samples import encode_png
 from models.diffusion.guidance import GuidanceConfig
 from models.diffusion.samplers import DDIMConfig, SamplerConfig, slerp
@@ -32,7 +33,7 @@ from pipelines.model.noise import noise_of
 from pipelines.model.weights import ModelInputs, check_latent_diffusion, load_latent_diffusion
 from pipelines.runtime.config.command_line import Answer, run_tool
 from pipelines.runtime.config.errors import ConfigError, config_error_at
-from pipelines.runtime.config.stage_config import StageConfig
+from pipelines.runtime.config.stage_config import Name, StageConfig
 from pipelines.runtime.stage.fingerprint import read_parents
 from pipelines.runtime.stage.launch import set_float32
 from pipelines.runtime.stage.progress import progress_line
@@ -55,7 +56,7 @@ class SampleConfig(StageConfig):
     interpolate: bool = False  # images on the arc from the first one's noise to the last one's, both included
     batch_size: PositiveInt = 50  # images drawn at once
     tile: NonNegativeInt = 0  # decode in tiles of so many latent pixels a side, for large images; 0 decodes at once
-    output: str = "samples"  # folder to write to
+    output: Name = "samples"  # folder to write to
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -64,7 +65,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def draw(config: SampleConfig) -> Answer:
     """Draw the images and write them."""
-    # The model, and the device.
+    # The folder, the model, and the device.
+    with config_error_at("sample.output"):
+        output = make_folder(config.output)
     parents = read_parents(config)
     check_latent_diffusion(config.inputs, parents, {"sampler": config.sampler})
     set_float32(tf32=False)
@@ -83,15 +86,20 @@ def draw(config: SampleConfig) -> Answer:
     prompt = as_tensors(encoder([config.prompt])) if encoder is not None else {}
 
     # Batch by batch.
-    images: list[np.ndarray] = []
+    names = [classes[label] if label >= 0 else "" for label in labels]
+    images, paths = list[np.ndarray](), list[Path]()
     with progress_line("sample", total=config.number, unit="images") as line:
         for first in range(0, config.number, config.batch_size):
             indices = range(first, min(first + config.batch_size, config.number))
             conditions = {"labels": torch.tensor([labels[index] for index in indices])}
             conditions |= {name: torch.cat([field] * len(indices)) for name, field in prompt.items()}
-            images.extend(draw_batch(config, model, indices, conditions))
+            for index, image in zip(indices, draw_batch(config, model, indices, conditions), strict=True):
+                images.append(image)
+                paths.append(write_beside(output / image_name(config, index, names[index]), encode_png(image)))
             line.advance_to(len(images))
-    return write_images(config, images, [classes[label] if label >= 0 else "" for label in labels])
+    grid = write_beside(output / "grid.png", grid_of(config, images, names))
+    found = {"grid": str(grid), "images": list(map(str, paths)), "classes": names}
+    return Answer(found, f"sample: {len(images)} images and {grid.name} in {output}")
 
 
 def draw_batch(
@@ -119,25 +127,23 @@ def start_of(config: SampleConfig, model: LatentDiffusion, indices: Sequence[int
     return torch.cat([slerp(noise[:1], noise[1:], index / last) for index in indices]) if arc else noise
 
 
-def write_images(config: SampleConfig, images: Sequence[np.ndarray], names: Sequence[str]) -> Answer:
-    """Write each image, and a grid of all; ``names`` are their classes, "" for none."""
-    output, paths = Path(config.output), []
-    output.mkdir(parents=True, exist_ok=True)
-    for index, (image, name) in enumerate(zip(images, names, strict=True)):
-        # Letters of any script; composed, as most file systems expect them.
-        readable = unicodedata.normalize("NFC", name or config.prompt)
-        readable = re.sub(r"[^\w-]+", "_", readable)[:40].strip("_") or "image"
-        paths.append(output / f"{index:06}-{readable}-seed{config.seed}.png")
-        write_atomically(paths[-1], encode_png(image))
+def image_name(config: SampleConfig, index: int, name: str) -> str:
+    """Return the file's name of the image ``index`` of the class ``name``, "" for none."""
+    # Letters of any script; composed, as most file systems expect them.
+    readable = unicodedata.normalize("NFC", name or config.prompt)
+    readable = re.sub(r"[^\w-]+", "_", readable)[:40].strip("_") or "image"
+    return f"{index:06}-{readable}-seed{config.seed}.png"
+
+
+def grid_of(config: SampleConfig, images: Sequence[np.ndarray], names: Sequence[str]) -> bytes:
+    """Return all images in one, as PNG; ``names`` are their classes, "" for none."""
     heads = list(dict.fromkeys(names)) if config.class_name == "all" and any(names) else []
     columns = min(len(heads) or GRID_COLUMNS, len(images), 12)
     rows = max(1, len(images) // columns)
     shown = np.stack(images[: rows * columns]).reshape(rows, columns, *images[0].shape)
     what = ", ".join(part for part in (config.prompt, config.class_name if any(names) else "") if part) or "any"
     title = f"{what}, guidance {config.guidance.scale:g}, {config.sampler.num_steps} steps, seed {config.seed}"
-    write_atomically(output / "grid.png", grid_png(shown, column_labels=heads[:columns], title=title))
-    found = {"grid": str(output / "grid.png"), "images": list(map(str, paths)), "classes": list(names)}
-    return Answer(found, f"sample: {len(images)} images and grid.png in {output}")
+    return grid_png(shown, column_labels=heads[:columns], title=title)
 
 
 def labels_of(config: SampleConfig, classes: tuple[str, ...]) -> list[int]:
