@@ -101,6 +101,15 @@ def test_a_file_system_on_which_nothing_can_be_committed_fails(
     assert found == ("failed", f"cannot {step} {tmp_path}: Operation not supported")
 
 
+@pytest.mark.parametrize("name", ["file", "file/a/b", "link to nothing/run", "link to itself"])
+def test_a_folder_that_cannot_be_made_fails(name: str, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "link to nothing").symlink_to(tmp_path / "nothing")
+    (tmp_path / "link to itself").symlink_to(tmp_path / "link to itself")
+    ((level, text),) = file_operations(tmp_path / name)
+    assert (level, text.partition(": ")[0]) == ("failed", f"cannot make a folder in {tmp_path / name.split('/')[0]}")
+
+
 def test_sqlite_on_a_network_folder_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pipelines.runtime.tracking.identity.network_file_system", lambda path: "nfs4")
     ((level, text),) = mlflow_store(f"sqlite:///{tmp_path}/mlflow.db", tmp_path, experiment="mine")

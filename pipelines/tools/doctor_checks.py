@@ -119,8 +119,8 @@ def file_operations(root: Path) -> Findings:
 
 
 def nearest_folder(root: Path) -> Path:
-    """Return ``root``, or what of the way to it is there already."""
-    return next(folder for folder in (root, *root.absolute().parents) if folder.is_dir())
+    """Return ``root``, or what of the way to it is there already: no folder, where ``root`` cannot be made."""
+    return next(place for place in (root, *root.absolute().parents) if place.is_symlink() or place.exists())
 
 
 def free_space(stages: StageConfigs, root: Path) -> Findings:
