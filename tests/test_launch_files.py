@@ -1,4 +1,4 @@
-"""Whoever reads a launch file accepts it: bash, accelerate, Kubeflow, Docker and pip; and the files fit each other."""
+"""Whoever reads a launch file accepts it: bash, accelerate, Docker and pip; and the files fit each other."""
 
 import re
 import shutil
@@ -25,31 +25,10 @@ SCRIPTS = sorted(
 ACCELERATE_FILES = sorted((ROOT / "launch" / "accelerate").glob("*.yaml"))
 YAML_FILES = sorted([*(ROOT / "launch").rglob("*.yaml"), *(ROOT / "docker").glob("*.yaml")])
 
-# The fields of trainer.kubeflow.org/v1alpha1; its server refuses any other ("strict decoding error").
-TRAIN_JOB_FIELDS = {
-    "runtimeRef",
-    "initializer",
-    "trainer",
-    "runtimePatches",
-    "suspend",
-    "activeDeadlineSeconds",
-    "managedBy",
-}
-TRAINER_FIELDS = {"image", "command", "args", "env", "numNodes", "resourcesPerNode", "numProcPerNode"}
 # Of the Compose specification, what is used here.
 COMPOSE_SERVICE_FIELDS = {
     *("image", "build", "command", "environment", "volumes", "ports", "networks", "depends_on", "healthcheck"),
     *("restart", "init", "stop_grace_period", "shm_size", "profiles", "cap_drop", "security_opt", "deploy"),
-}
-# Of batch/v1 and v1: the server drops what it does not know without a word, or refuses it.
-JOB_FIELDS = {"backoffLimit", "template", "activeDeadlineSeconds", "completions", "parallelism", "completionMode"}
-POD_FIELDS = {
-    *("restartPolicy", "terminationGracePeriodSeconds", "securityContext", "containers", "volumes", "tolerations"),
-    *("nodeSelector", "affinity", "serviceAccountName", "imagePullSecrets", "initContainers"),
-}
-CONTAINER_FIELDS = {
-    *("name", "image", "command", "args", "workingDir", "env", "envFrom", "resources", "securityContext"),
-    *("volumeMounts", "ports", "imagePullPolicy", "livenessProbe", "readinessProbe"),
 }
 
 
@@ -59,11 +38,6 @@ def name_of(path: Path) -> str:
 
 def documents(path: Path) -> list[dict[str, Any]]:
     return [document for document in yaml.safe_load_all(path.read_text()) if document is not None]
-
-
-def kubernetes_documents(kind: str) -> list[dict[str, Any]]:
-    paths = sorted((ROOT / "launch" / "kubernetes").glob("*.yaml"))
-    return [document for path in paths for document in documents(path) if document["kind"] == kind]
 
 
 # Shell
@@ -137,7 +111,7 @@ def test_two_runs_on_one_machine_do_not_ask_for_the_same_port() -> None:
         assert (port == 0) == (path.stem != "multi_node"), name_of(path)
 
 
-# Kubernetes
+# YAML
 
 
 @pytest.mark.parametrize("path", YAML_FILES, ids=name_of)
@@ -153,57 +127,6 @@ def test_yaml_has_no_key_twice(path: Path) -> None:
 
     Strict.add_constructor("tag:yaml.org,2002:map", mapping)
     list(yaml.load_all(path.read_text(), Loader=Strict))
-
-
-def test_every_stage_has_one_train_job_that_the_api_accepts() -> None:
-    jobs = kubernetes_documents("TrainJob")
-    runtimes = {document["metadata"]["name"] for document in kubernetes_documents("TrainingRuntime")}
-    for job in jobs:
-        assert job["apiVersion"] == "trainer.kubeflow.org/v1alpha1"
-        assert re.fullmatch(r"[a-z]([-a-z0-9]{0,61}[a-z0-9])?", job["metadata"]["name"])
-        assert set(job["spec"]) <= TRAIN_JOB_FIELDS
-        assert set(job["spec"]["trainer"]) <= TRAINER_FIELDS
-        reference = job["spec"]["runtimeRef"]
-        assert (reference["apiGroup"], reference["kind"]) == ("trainer.kubeflow.org", "TrainingRuntime")
-        assert reference["name"] in runtimes
-        assert job["spec"]["trainer"]["args"][0].replace("_", "-") == job["metadata"]["name"]
-    assert sorted(job["spec"]["trainer"]["args"][0] for job in jobs) == sorted(STAGE_FOLDERS)
-
-
-def test_train_jobs_start_one_process_for_each_gpu_they_ask_for() -> None:
-    for job in kubernetes_documents("TrainJob"):
-        trainer = job["spec"]["trainer"]
-        resources = trainer["resourcesPerNode"]
-        gpus = resources["limits"].get("nvidia.com/gpu")
-        assert resources["requests"].get("nvidia.com/gpu") == gpus  # Kubernetes refuses extended resources that differ.
-        assert trainer["numNodes"] >= 1
-        if gpus is not None:
-            assert trainer["numProcPerNode"] == int(gpus)
-
-
-def test_the_training_runtime_has_what_the_api_requires() -> None:
-    (runtime,) = kubernetes_documents("TrainingRuntime")
-    assert runtime["apiVersion"] == "trainer.kubeflow.org/v1alpha1"
-    assert set(runtime["spec"]) <= {"mlPolicy", "podGroupPolicy", "template"}
-    assert "torch" in runtime["spec"]["mlPolicy"]
-    (job,) = runtime["spec"]["template"]["spec"]["replicatedJobs"]
-    # By these two names, and this label, the controller finds the container that a TrainJob's trainer changes.
-    assert job["name"] == "node"
-    assert job["template"]["metadata"]["labels"]["trainer.kubeflow.org/trainjob-ancestor-step"] == "trainer"
-    assert set(runtime["spec"]["template"]["spec"]) <= {"failurePolicy", "replicatedJobs", "successPolicy", "suspend"}
-    assert set(job) <= {"name", "replicas", "template"}
-    assert set(job["template"]["spec"]) <= JOB_FIELDS
-    pod = job["template"]["spec"]["template"]["spec"]
-    assert set(pod) <= POD_FIELDS
-    (container,) = pod["containers"]
-    assert set(container) <= CONTAINER_FIELDS
-    assert container["name"] == "node"
-    assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
-    assert (ROOT / container["command"][-1]).is_file()
-    leases = {document["metadata"]["name"] for document in kubernetes_documents("PersistentVolumeClaim")}
-    used = {v["persistentVolumeClaim"]["claimName"] for v in pod["volumes"] if "persistentVolumeClaim" in v}
-    assert used == leases
-    assert pod["terminationGracePeriodSeconds"] > 30  # A stage may take 30 s to commit its checkpoint.
 
 
 # Docker

@@ -26,7 +26,7 @@ pytestmark = [pytest.mark.soak, pytest.mark.timeout(7200)]
 
 KILLS = int(os.environ.get("LATENTLINE_KILLS", "100"))
 CASES = [(stage, processes) for stage in ("train_unet", "train_vae") for processes in (1, 2, 4)]
-# The discriminator is_main from update 10 on, so that kills fall before and after.
+# The discriminator trains from update 10 on, so that kills fall before and after.
 DISCRIMINATOR = (
     *("--objective.adversary.kind", "patchgan", "--objective.adversary.start.update", "10"),
     *("--objective.adversary.discriminator.channels", "8", "--objective.adversary.discriminator.downsamplings", "1"),

@@ -18,7 +18,7 @@ if (($# == 0)) || [[ $1 == -* ]]; then
     exit 2
 fi
 if [[ ! -x $python ]]; then
-    say "submit.sh: there is no $python. Make it once: LATENTLINE_TORCH=cuda bash launch/setup.sh gpu"
+    say "submit.sh: there is no $python. Make it once: LATENTLINE_TORCH=cuda bash launch/setup.sh gpu eval remote text"
     exit 2
 fi
 experiment="$1"
