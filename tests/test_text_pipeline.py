@@ -154,17 +154,20 @@ def test_features_of_another_encoder_are_refused(emoji: tuple[Path, Path], tmp_p
 
 @pytest.fixture(scope="module")
 def combined(two_process_run: Run, encoder: MiniLMConfig, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """One training on classes and captions with stored features, and the same with computed ones, each its root."""
+    """A training on classes and two encoders' stored features, and the same with computed ones, each its root."""
     folder = tmp_path_factory.mktemp("combined")
+    other = MiniLMConfig(folder=write_encoder(folder, VOCABULARY, seed=1, width=8), max_tokens=MAX_TOKENS)
     inputs = {name: f"--inputs.{name}={two_process_run.root / name}" for name in ("corpus", "vae", "latents")}
     roots = {"stored": folder / "stored", "computed": folder / "computed"}
     place = ["--run.root", str(roots["stored"]), inputs["corpus"], inputs["vae"]]
-    done = run_stage("encode_latents", *place, "--captions", as_toml(encoder))
+    named = f'{{ kind = "named", encoders = {{ text = {as_toml(encoder)}, other = {as_toml(other)} }} }}'
+    done = run_stage("encode_latents", *place, "--captions", named)
     assert done.returncode == 0, done.stderr
     conditioners = (
         '[{ kind = "class", drop_probability = 0.0 },'
         f' {{ kind = "text", use = "tokens", width = {WIDTH}, encoder = {as_toml(encoder)}, null = "empty_caption",'
-        " drop_probability = 0.5 }]"
+        " drop_probability = 0.5 },"
+        f' {{ kind = "text", name = "other", use = "pooled", width = 8, encoder = {as_toml(other)} }}]'
     )
     short = ["--updates", "30", "--validate_every", "30", "--log_every", "10", "--denoiser.conditioners", conditioners]
     short += ["--denoiser.joint_drop_probability", "0"]
@@ -211,7 +214,7 @@ def test_features_computed_in_training_teach_what_stored_ones_do(
     # What a prompt needs goes along with the U-Net.
     texts = [json.loads((root / "unet" / "config.json").read_bytes())["text"] for root in combined.values()]
     assert texts[0] == texts[1]
-    assert texts[0]["width"] == WIDTH
+    assert {name: about["width"] for name, about in texts[0].items()} == {"text": WIDTH, "other": 8}
     words = ("--prompt", "a large red circle", "--class_name", "cross")
     vae = two_process_run.root / "vae"
     pictures = [drawn(combined[kind], vae, tmp_path / kind, *words) for kind in ("stored", "computed")]
