@@ -14,7 +14,8 @@ from data.sources.fashion_mnist import FashionMNISTConfig
 from models.features import FeatureExtractorConfig
 from models.features.extractor import FeatureExtractor, eight_bit
 from models.features.scattering import ScatteringConfig, morlet_wavelets
-from models.metrics.distribution import frechet_distance, kernel_distance
+from models.metrics.frechet import frechet_distance
+from models.metrics.kernel import kernel_distance
 from models.metrics.probe import LinearProbe
 
 NUM_ANGLES, NUM_OCTAVES = 4, 3

@@ -11,14 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from models.metrics.distribution import (
-    Gaussian,
-    Transport,
-    frechet_distance,
-    kernel_distance,
-    precision_recall,
-)
 from models.metrics.estimate import mean_estimate, worst_fraction
+from models.metrics.frechet import Gaussian, Transport, frechet_at_infinity, frechet_distance
+from models.metrics.kernel import kernel_distance
+from models.metrics.neighbours import nearest, precision_recall
 from models.metrics.probe import LinearProbe
 
 
@@ -151,6 +147,29 @@ def test_the_error_of_the_frechet_distance_is_its_spread_over_repeated_draws(shi
     assert 0.85 < float(stated / spread) < 1.2  # the spread of 200 draws is itself known to 5 %
 
 
+def test_the_extrapolated_distance_has_no_bias_and_a_true_error() -> None:
+    """Features of which a half has twice as many images; the plain distance is off by many of these errors."""
+    scale, truth = torch.linspace(2.0, 0.3, 30), 0.0
+    mean, wider = torch.full((30,), 0.3).double(), 1.1 * scale.double()
+    truth = gaussian_distance(mean, wider.square().diag(), torch.zeros(30).double(), scale.double().square().diag())
+    pairs = [(normals(120, 30, seed=2 * n) * wider + mean, normals(200, 30, seed=2 * n + 1) * scale) for n in range(60)]
+
+    found = np.array([frechet_at_infinity(*pair) for pair in pairs])
+
+    covered = np.abs(found[:, 0] - truth) <= 1.96 * found[:, 1]
+    assert covered.mean() >= 0.9
+    assert abs(found[:, 0].mean() - truth) < found[:, 1].mean()
+    assert frechet_distance(*pairs[0]).value - truth > 5 * found[:, 1].mean()
+
+
+@pytest.mark.soak  # half a minute of linear algebra
+def test_the_frechet_distance_of_shifted_gaussians_in_2048_dimensions_is_2048() -> None:
+    """From given moments; samples have the bias of their count besides, which is O(d / n)."""
+    covariance = torch.eye(2048, dtype=torch.float64)
+    zeros, ones = torch.zeros(2048, dtype=torch.float64), torch.ones(2048, dtype=torch.float64)
+    assert gaussian_distance(zeros, covariance, ones, covariance) == pytest.approx(2048)
+
+
 # ---- kernel distance
 
 
@@ -205,7 +224,7 @@ def test_blocks_of_rows_do_not_change_the_kernel_distance(monkeypatch: pytest.Mo
     features, reference = normals(50, 6), normals(33, 6, seed=1)
     whole = kernel_distance(features, reference)
 
-    monkeypatch.setattr("models.metrics.distribution._ROWS_PER_BLOCK", 7)
+    monkeypatch.setattr("models.metrics.kernel._ROWS_PER_BLOCK", 7)
 
     assert kernel_distance(features, reference) == pytest.approx(whole, rel=1e-12)
 
@@ -227,7 +246,7 @@ def test_precision_and_recall_agree_with_their_definitions(monkeypatch: pytest.M
                     break
         return inside / len(points)
 
-    monkeypatch.setattr("models.metrics.distribution._ROWS_PER_BLOCK", 7)
+    monkeypatch.setattr("models.metrics.neighbours._ROWS_PER_BLOCK", 7)
     precision, recall = precision_recall(torch.from_numpy(features), torch.from_numpy(reference))
 
     assert precision.value == pytest.approx(fraction_inside(features, reference))
@@ -285,6 +304,18 @@ def test_too_few_samples_for_the_neighbours_are_refused() -> None:
         precision_recall(normals(9, 2), normals(3, 2))
     with pytest.raises(ValueError, match="num_neighbours = 0 must be at least 1"):
         precision_recall(normals(9, 2), normals(9, 2), num_neighbours=0)
+
+
+def test_the_nearest_neighbour_is_the_one_that_all_distances_show() -> None:
+    features, reference = normals(40, 5), normals(70, 5, seed=1)
+    features[3] = reference[11]
+    whole = np.linalg.norm(features.numpy()[:, None] - reference.numpy(), axis=2)
+
+    found = nearest(features, reference)
+
+    np.testing.assert_array_equal(found.indices, whole.argmin(axis=1))
+    np.testing.assert_allclose(found.distances, whole.min(axis=1), atol=1e-12)
+    assert found.distances[3] == 0
 
 
 # ---- what all metrics on features promise

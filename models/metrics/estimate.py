@@ -74,7 +74,7 @@ def worst_fraction(successes: Sequence[int], totals: Sequence[int], *, draws: in
 
 
 def checked_features(features: Tensor, *, name: str, min_samples: int = 2) -> Tensor:
-    """``features`` as float64 on the CPU, (n d), after checking what every metric on features assumes.
+    """``features`` as float64, (n d), on their device, after checking what every metric on features assumes.
 
     Args:
         features: One row a sample; (n d), any floating dtype and device.
@@ -88,7 +88,7 @@ def checked_features(features: Tensor, *, name: str, min_samples: int = 2) -> Te
         raise ValueError(f"{name} must be a table (samples, features), not of shape {tuple(features.shape)}.")
     if len(features) < min_samples:
         raise ValueError(f"{name}: {len(features)} samples are too few, this metric needs at least {min_samples}.")
-    features = features.detach().to("cpu", torch.float64)
+    features = features.detach().double()
     finite = features.isfinite().all(dim=1)
     if not finite.all():
         raise ValueError(

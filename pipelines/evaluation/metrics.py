@@ -5,8 +5,10 @@ from typing import Any
 
 from torch import Tensor
 
-from models.metrics.distribution import frechet_distance, kernel_distance, precision_recall
 from models.metrics.estimate import Estimate, mean_estimate, worst_fraction
+from models.metrics.frechet import frechet_at_infinity, frechet_distance
+from models.metrics.kernel import kernel_distance
+from models.metrics.neighbours import nearest, precision_recall
 from models.metrics.probe import LinearProbe
 from pipelines.model.grids import plot_png
 
