@@ -3,7 +3,8 @@
     accelerate launch -m pipelines.evaluate --config pipelines/configs/demo.toml
 
 Reads: ``runs/NAME/corpus/`` (reference images), ``runs/NAME/vae/``, ``runs/NAME/unet/``. Writes:
-``runs/NAME/evaluation/`` with ``metrics.json``, ``samples.png``, ``guidance.png``, ``sweep.png`` and sample shards.
+``runs/NAME/evaluation/`` with ``metrics.json``, ``samples.png``, ``guidance.png``, ``copies.png``, ``sweep.png`` and
+sample shards.
 
 Sample i has class i mod K, or with a text condition the caption of a validation image, and noise (seed, i); batches
 have a fixed size and are composed by sample index; ranks take whole batches. So the number of processes changes neither
@@ -16,16 +17,16 @@ from typing import Annotated, Any
 
 import numpy as np
 from pydantic import Field, PositiveInt
-from torch import Tensor
 
 from data.files import write_atomically, write_json
 from data.manifest import EvaluationManifest, FileEntry, Parents, digest_of
-from data.samples import Split, image_members
+from data.samples import image_members
 from data.shards.writer import ShardWriter
 from data.transforms import VIEW_REVISIONS
 from models.diffusion.samplers import SamplerConfig
+from pipelines.evaluation.figures import CALIBRATION, FIGURES, FigureMaker
 from pipelines.evaluation.likelihood import TERMS, VariationalBoundConfig
-from pipelines.evaluation.metrics import Metrics, Reference, distribution_metrics, mean_metrics, sweep_plot
+from pipelines.evaluation.metrics import COPY_QUANTILE, Metrics, mean_metrics, sweep_plot
 from pipelines.evaluation.samples import DrawConfig, ItemMaker, key_prefix
 from pipelines.model.grids import grid_png
 from pipelines.model.weights import check_latent_diffusion
@@ -38,7 +39,7 @@ from pipelines.runtime.stage.work_items import make_items
 GRID_ROWS = 8
 MAX_GRID_COLUMNS = 12
 VIEW_KEYS = ("fit", "resample", "background")  # of a corpus, besides the shape of its images
-WRITTEN = ("metrics.json", "samples.png", "guidance.png", "sweep.png")  # besides the sample shards
+WRITTEN = ("metrics.json", "samples.png", "guidance.png", "copies.png", "sweep.png")  # besides the sample shards
 
 
 class EvaluateConfig(DrawConfig):
@@ -109,12 +110,15 @@ def evaluate(config: EvaluateConfig, stage: Stage) -> None:
         make_items(stage, names.reference, maker.make_reference, folder=maker.reference_folder)
         make_items(stage, names.own, maker.make_own, after_each=lambda done, _, __: line.advance_to(done))
 
-    # Measure the whole, and write metrics, pictures and sample shards.
+    # Measure each set of images, and write metrics, pictures and sample shards.
+    figures = FigureMaker(maker)
+    make_items(stage, [CALIBRATION], figures.make_calibration, folder=maker.reference_folder)
+    found = dict(zip(figures.names, make_items(stage, list(figures.names), figures.make), strict=True))
     files: list[FileEntry] = []
     if stage.is_main:
-        measure(maker)
+        measure(maker, figures, found)
         files = store_samples(maker, per_shard=config.samples_per_shard)
-        files += [FileEntry.of(stage.folder / name) for name in WRITTEN]
+        files += [FileEntry.of(path) for name in WRITTEN if (path := stage.folder / name).exists()]
 
     # Commit.
     num_samples = len(config.scales) * config.num_samples
@@ -129,40 +133,26 @@ def evaluate(config: EvaluateConfig, stage: Stage) -> None:
     )
 
 
-def measure(maker: ItemMaker) -> None:
-    """Compute all metrics and draw all pictures; on the main process."""
+def measure(maker: ItemMaker, figures: FigureMaker, found: Mapping[str, Mapping[str, Any]]) -> None:
+    """Collect all figures and draw all pictures; on the main process."""
     config, stage, names = maker.config, maker.stage, maker.names
-    folder = stage.folder
+    folder, absent = stage.folder, maker.absent
 
-    def real(split: Split) -> tuple[Tensor, Tensor]:
-        of_split = [name for name in names.reference if name.startswith(split)]
-        features = maker.read(of_split, "features", folder=maker.reference_folder)
-        return features, maker.read(of_split, "labels", folder=maker.reference_folder)
-
-    # Compare samples and reconstructions with real images.
-    absent = maker.absent
-    probed = None if "class_accuracy" in absent else real("train")
-    reference = Reference(real("val"), train=probed, num_classes=len(stage.parents.unet.classes))
-    labels = maker.labels(range(config.num_samples))
-    by_scale = {
-        scale: distribution_metrics(maker.read(of_scale, "features"), labels, reference, absent=absent)
-        for scale, of_scale in names.samples.items()
-    }
-    floor: Metrics = {}
-    if "floor" not in absent:
-        features, of_images = (maker.read(names.floor, name) for name in ("features", "labels"))
-        floor = distribution_metrics(features, of_images, reference, absent=absent)
+    # What was found: of the samples, of what a perfect U-Net and a perfect model would draw, of the VAE.
+    by_scale: dict[float, Metrics] = {scale: dict(found[f"{FIGURES}-{key_prefix(scale)}"]) for scale in config.scales}
+    floor, real = (dict(found.get(f"{FIGURES}-{kind}", {})) for kind in ("floor", "real"))
     fidelity = [name for name in ("psnr", "ssim") if name not in absent]
     vae = mean_metrics({name: maker.read(names.reconstructions, name) for name in fidelity})
     bounds = names.bounds and "likelihood" not in absent
     likelihood = mean_metrics({name: maker.read(names.bounds, name) for name in TERMS}) if bounds else {}
 
     # Write them down with all that makes them comparable, and draw them.
-    contract = contract_of(maker, reference)
+    contract = contract_of(maker, figures)
     write_json(
         folder / "metrics.json",
         {
             "contract": contract,
+            "real": real,
             "floor": floor,
             "vae": vae,
             **({"likelihood": likelihood} if likelihood else {}),
@@ -171,11 +161,11 @@ def measure(maker: ItemMaker) -> None:
             "default_guidance": config.guidance.scale,
         },
     )
-    draw_pictures(maker, by_scale, floor)
+    draw_pictures(maker, figures, by_scale, floor)
 
     # Send them to the tracker; print those of the default guidance.
     default = by_scale[config.guidance.scale]
-    groups = {"eval": default, "eval/floor": floor, "eval/vae": vae, "eval/likelihood": likelihood}
+    groups = {"eval": default, "eval/real": real, "eval/floor": floor, "eval/vae": vae, "eval/likelihood": likelihood}
     stage.tracker.log_metrics(
         {f"{group}/{name}": metric["value"] for group, metrics in groups.items() for name, metric in metrics.items()},
         step=0,
@@ -191,7 +181,7 @@ def measure(maker: ItemMaker) -> None:
     stage.log.info(f"{folder / 'samples.png'}, {folder / 'metrics.json'}")
 
 
-def contract_of(maker: ItemMaker, reference: Reference) -> dict[str, Any]:
+def contract_of(maker: ItemMaker, figures: FigureMaker) -> dict[str, Any]:
     """Return everything two evaluations must share for their metrics to be comparable."""
     corpus, extractor = maker.stage.parents.corpus, maker.extractor
     settings = maker.config.model_dump(mode="json", exclude={"guidance": {"scale"}})
@@ -204,13 +194,14 @@ def contract_of(maker: ItemMaker, reference: Reference) -> dict[str, Any]:
         # the real images, and the probe fitted on them
         "image": corpus.image.model_dump(),
         "conditions": "validation captions" if maker.prompts is not None else "classes in turn",
-        "reference": {"digest": corpus.digest, "split": "val", "num_images": len(reference.features)},
+        "reference": {"digest": corpus.digest, "split": "val", "num_images": len(maker.real_indices["val"])},
         "floor": {"split": "train", "num_images": len(maker.real_indices["floor"])},
-        "probe": reference.probe_contract,
+        "copies": {"split": "train", "num_images": sum(figures.searched.values()), "quantile": COPY_QUANTILE},
+        "probe": figures.reference.probe_contract,
     }
 
 
-def draw_pictures(maker: ItemMaker, by_scale: Mapping[float, Metrics], floor: Metrics) -> None:
+def draw_pictures(maker: ItemMaker, figures: FigureMaker, by_scale: Mapping[float, Metrics], floor: Metrics) -> None:
     """Draw the sample grid, the same samples at every guidance, and the metrics over guidance."""
     # A column a class, or a caption.
     config, folder = maker.config, maker.stage.folder
@@ -238,7 +229,11 @@ def draw_pictures(maker: ItemMaker, by_scale: Mapping[float, Metrics], floor: Me
     labels = [f"guidance {scale:g}" for scale in scales]
     write_atomically(folder / "guidance.png", grid_png(across, column_labels=heads, row_labels=labels))
     write_atomically(folder / "sweep.png", sweep_plot(by_scale, floor))
-    for name in ("samples", "guidance"):
+
+    # The samples that are closest to a training image, above it.
+    if "copied" not in maker.absent:
+        write_atomically(folder / "copies.png", figures.copies_picture(default))
+    for name in ("samples", "guidance", "copies")[: 2 + ("copied" not in maker.absent)]:
         maker.stage.tracker.log_image(f"eval/{name}", folder / f"{name}.png", step=0)
 
 

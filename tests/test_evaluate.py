@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,9 @@ from data.shards.writer import ShardWriter
 from models.autoencoder.vae import AutoencoderKL, VAEConfig
 from models.denoiser import Denoiser, DenoiserConfig
 from models.diffusion.guidance import GuidanceConfig
+from models.metrics.neighbours import nearest
 from models.unet import UNetConfig
-from pipelines.evaluation.metrics import PROBED, absent_figures
+from pipelines.evaluation.metrics import PROBED, Reference, absent_figures
 from pipelines.evaluation.samples import key_prefix
 
 VIEW = {"resolution": 16, "channels": 3, "fit": "crop", "resample": "lanczos", "background": [255, 255, 255]}
@@ -106,9 +108,18 @@ def test_an_odd_corpus_is_evaluated_as_far_as_it_goes(case: str, tmp_path: Path)
     code, said = evaluated(tmp_path)
     assert code == 0, said
     metrics = json.loads((tmp_path / "evaluation" / "metrics.json").read_bytes())
-    assert set(metrics.get("absent", {})) == absent
-    assert all(len(reason) > 20 for reason in metrics.get("absent", {}).values())
-    everything = {"frechet_distance", "kernel_distance", "precision", "recall", *PROBED}
+    absent = absent | {"frechet_at_infinity"}  # of fewer images than features
+    assert set(metrics["absent"]) == absent
+    assert all(len(reason) > 20 for reason in metrics["absent"].values())
+    everything = {
+        "frechet_distance",
+        "frechet_at_infinity",
+        "kernel_distance",
+        "precision",
+        "recall",
+        "copied",
+        *PROBED,
+    }
     assert set(metrics["sweep"][0]) - {"guidance"} == everything - absent
     assert set(metrics["vae"]) == {"psnr", "ssim"} - absent
     assert bool(metrics["floor"]) == ("floor" not in absent and bool(everything - absent))
@@ -121,7 +132,7 @@ def test_an_odd_corpus_is_evaluated_as_far_as_it_goes(case: str, tmp_path: Path)
 def test_the_probe_can_be_switched_off() -> None:
     labels = torch.tensor([0, 1] * 4)
     found = absent_figures(
-        samples=labels, reference=labels, probed=labels[:0], classes=("a", "b"), num_floor=8, num_bounds=0
+        samples=labels, reference=labels, probed=labels[:0], classes=("a", "b"), dimension=2, num_floor=8, num_bounds=0
     )
     assert found == dict.fromkeys(PROBED, "no training images are probed (evaluate.probe_images)")
 
@@ -168,3 +179,26 @@ def test_a_guidance_scale_has_a_key_of_its_own_and_the_key_of_before() -> None:
     for words in ({"scale": 1.1e6}, {"scale": -0.1}):
         with pytest.raises(ValueError, match="guidance|scale"):
             GuidanceConfig.model_validate(words)
+
+
+def test_copies_of_training_images_are_found_and_fresh_images_are_not_accused() -> None:
+    accused, found = [], []
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        draw = partial(rng.standard_normal, dtype=np.float64)
+        training, real = torch.from_numpy(draw((2_000, 24))), torch.from_numpy(draw((1_000, 24)))
+        reference = Reference(
+            features=real,
+            labels=torch.full((1_000,), -1),
+            training_features=training,
+            nearest_of_real=nearest(real, training).distances,
+            probe=None,
+            num_probed=0,
+        )
+        fresh = torch.from_numpy(draw((1_000, 24)))
+        planted = torch.cat([fresh[10:], training[:10] + 0.02 * torch.from_numpy(draw((10, 24)))])
+        accused.append(reference.copied(fresh).value)
+        found.append((reference.copied(planted).value - reference.copied(fresh[10:]).value * 0.99) * 100)
+        assert reference.copied(training).value == 1
+    assert max(accused) <= 0.02
+    assert np.mean(found) >= 0.95

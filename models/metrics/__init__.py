@@ -1,5 +1,6 @@
 """Metrics of images and of sets of images: each value with its standard error, and the same bits every time.
 
 Read ``estimate`` (a value with its error), then ``frechet`` and ``kernel`` (distances of two sets),
-``neighbours`` (precision, recall, copies), ``fidelity`` (PSNR, SSIM) and ``probe`` (class accuracy). No other package of ours is imported.
+``neighbours`` (precision, recall, copies),
+``fidelity`` (PSNR, SSIM) and ``probe`` (class accuracy). No other package of ours is imported.
 """

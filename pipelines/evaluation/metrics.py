@@ -1,8 +1,11 @@
 """Metrics of an evaluation: distances to real images, accuracy of a class probe, and their plot over guidance."""
 
+import math
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from models.metrics.estimate import Estimate, mean_estimate, worst_fraction
@@ -15,7 +18,8 @@ from pipelines.model.grids import plot_png
 Metrics = dict[str, dict[str, float]]
 
 # Images on each side that a figure is defined for.
-MIN_IMAGES = {"frechet_distance": 2, "kernel_distance": 3, "precision": 4, "recall": 4}
+MIN_IMAGES = {"frechet_distance": 2, "kernel_distance": 3, "precision": 4, "recall": 4, "copied": 1}
+COPY_QUANTILE = 0.005  # of the distances of real images to training images, below which an image counts as a copy
 PROBED = ("class_accuracy", "worst_class_accuracy")
 
 
@@ -25,6 +29,7 @@ def absent_figures(
     reference: Tensor,
     probed: Tensor,
     classes: Sequence[str],
+    dimension: int,
     num_floor: int,
     num_bounds: int,
 ) -> dict[str, str]:
@@ -35,6 +40,7 @@ def absent_figures(
         reference: Labels of the validation images; (m,).
         probed: Labels of the training images that the class probe is fitted on; (p,).
         classes: Names of the classes.
+        dimension: Features of an image.
         num_floor: Reconstructions that the floor is measured on.
         num_bounds: Validation images whose likelihood is measured.
     """
@@ -42,6 +48,10 @@ def absent_figures(
     for name, least in MIN_IMAGES.items():
         if min(len(samples), len(reference)) < least:
             absent[name] = f"it needs {least} samples and {least} validation images"
+    if (fewest := min(len(samples), len(reference))) < 2 * dimension:
+        absent["frechet_at_infinity"] = f"half of {fewest} images are fewer than {dimension} features"
+    if not len(probed) and not num_floor:
+        absent["copied"] = "no training images are read (evaluate.probe_images)"
 
     # The probe: it must know every class, and be measured itself.
     given, missing = probed[probed >= 0], sorted(set(range(len(classes))) - set(probed.tolist()))
@@ -68,31 +78,34 @@ def absent_figures(
     return absent
 
 
+@dataclass(frozen=True, kw_only=True)
 class Reference:
-    """Real images by their features: validation features and labels, and a class probe with its contract.
+    """Real images by their features, and what they calibrate."""
 
-    Args:
-        validation: Features (m d) and labels (m,), -1 for none, of the images to compare with.
-        train: Features and labels that the probe is fitted on; the validation images measure it. None for no probe.
-        num_classes: Of the corpus.
-    """
+    features: Tensor  # of the images to compare with; (m d)
+    labels: Tensor  # of theirs, -1 for none; (m,)
+    training_features: Tensor  # of training images, among which copies are searched; (t d)
+    nearest_of_real: Tensor  # distance of each image to compare with to its nearest training image; (m,)
+    probe: LinearProbe | None  # fitted on training images; the images to compare with measure it
+    num_probed: int  # images that it was fitted on
 
-    def __init__(
-        self, validation: tuple[Tensor, Tensor], *, train: tuple[Tensor, Tensor] | None, num_classes: int
-    ) -> None:
-        self.features, labels = validation
-        self.probe: LinearProbe | None = None
-        #: How the probe was made and how far it can be trusted: its accuracy on real validation images.
-        self.probe_contract: dict[str, Any] = {"kind": "none"}
-        if train is not None:
-            known = train[1] >= 0
-            self.probe = LinearProbe.fit(train[0][known], train[1][known], num_classes=num_classes)
-            accuracy = self.probe.accuracy(self.features[labels >= 0], labels[labels >= 0])
-            self.probe_contract = {
-                "kind": "linear",
-                "num_images": int(known.sum()),
-                "validation_accuracy": _metric(accuracy),
-            }
+    @property
+    def probe_contract(self) -> dict[str, Any]:
+        """How the probe was made and how far it can be trusted: its accuracy on real validation images."""
+        if self.probe is None:
+            return {"kind": "none"}
+        known = self.labels >= 0
+        accuracy = self.probe.accuracy(self.features[known.to(self.features.device)], self.labels[known])
+        return {"kind": "linear", "num_images": self.num_probed, "validation_accuracy": _metric(accuracy)}
+
+    def copied(self, features: Tensor) -> Estimate:
+        """Return the share of images that are closer to a training image than all but a few real ones are."""
+        threshold, num_real = torch.quantile(self.nearest_of_real, COPY_QUANTILE), len(self.nearest_of_real)
+        distances = nearest(features, self.training_features).distances.cpu()
+        share = float((distances <= threshold).double().mean())
+        # Of the images, and of the real ones that the threshold was taken from.
+        variance = share * (1 - share) / len(features) + COPY_QUANTILE * (1 - COPY_QUANTILE) / num_real
+        return Estimate(share, math.sqrt(variance))
 
 
 def distribution_metrics(
@@ -109,14 +122,18 @@ def distribution_metrics(
     metrics = {}
     if "frechet_distance" not in absent:
         metrics["frechet_distance"] = _metric(frechet_distance(features, reference.features))
+    if "frechet_at_infinity" not in absent:
+        metrics["frechet_at_infinity"] = _metric(frechet_at_infinity(features, reference.features))
     if "kernel_distance" not in absent:
         metrics["kernel_distance"] = _metric(kernel_distance(features, reference.features))
     if "precision" not in absent:
         neighbours = precision_recall(features, reference.features)
         metrics |= {"precision": _metric(neighbours.precision), "recall": _metric(neighbours.recall)}
+    if "copied" not in absent:
+        metrics["copied"] = _metric(reference.copied(features))
     if reference.probe is not None:
-        features, labels = features[labels >= 0], labels[labels >= 0]
-        right = reference.probe.predict(features) == labels
+        features, labels = features[(labels >= 0).to(features.device)], labels[labels >= 0]
+        right = reference.probe.predict(features).cpu() == labels
         metrics["class_accuracy"] = _metric(mean_estimate(right.double()))
         totals = [int((labels == label).sum()) for label in labels.unique()]
         successes = [int(right[labels == label].sum()) for label in labels.unique()]

@@ -144,7 +144,7 @@ class ItemMaker:
         size = self.config.batch_size
         batches = {split: -(-len(indices) // size) for split, indices in self.real_indices.items()}
         return ItemNames(
-            reference=[f"{split}-{number:06}" for split in ("train", "val") for number in range(batches[split])],
+            reference=[f"{split}-{number:06}" for split in batches for number in range(batches[split])],
             reconstructions=[f"reconstruction-{number:06}" for number in range(batches["val"])],
             floor=[f"floor-{number:06}" for number in range(batches["floor"])],
             bounds=[f"bound-{number:06}" for number in range(-(-self._num_bounds() // size))],
@@ -165,6 +165,7 @@ class ItemMaker:
             reference=reference,
             probed=probed,
             classes=self.stage.parents.unet.classes,
+            dimension=self.extractor.dimension,
             num_floor=len(self.real_indices["floor"]),
             num_bounds=self._num_bounds(),
         )
@@ -194,10 +195,14 @@ class ItemMaker:
         write_atomically(self.stage.folder / "parts" / f"{name}.safetensors", save(tensors))
         return {"samples": len(next(iter(tensors.values())))}
 
-    def read(self, names: list[str], key: str, *, folder: Path | None = None) -> Tensor:
-        """Return one tensor of all named items, concatenated."""
-        folder = folder or self.stage.folder / "parts"
-        return torch.cat([load_file(folder / f"{name}.safetensors")[key] for name in names])
+    def read(self, names: Sequence[str], key: str) -> Tensor:
+        """Return one tensor of all named items of this evaluation, concatenated."""
+        return read_items(self.stage.folder / "parts", names, key)
+
+    def read_real(self, split: str, key: str) -> Tensor:
+        """Return one tensor of the real images of ``train``, ``val`` or ``floor``: features (n d), labels (n,)."""
+        of_split = [name for name in self.names.reference if name.startswith(f"{split}-")]
+        return read_items(self.reference_folder, of_split, key)
 
     def labels(self, indices: range) -> Tensor:
         """Classes of samples: in turn, so that all are equally frequent, or the captions'; -1 for none."""
@@ -299,6 +304,11 @@ class ItemMaker:
 
     def _features(self, levels: Tensor) -> Tensor:
         return self.extractor(levels.movedim(-1, 1).contiguous()).cpu()
+
+
+def read_items(folder: Path, names: Sequence[str], key: str) -> Tensor:
+    """Return one tensor of several work items' files, concatenated."""
+    return torch.cat([load_file(folder / f"{name}.safetensors")[key] for name in names])
 
 
 def check_shape(corpus: CorpusManifest, model: LatentDiffusion) -> None:
