@@ -80,7 +80,7 @@ fi
 # A stage runs in a process group of its own (set -m), so that Ctrl-C reaches this script alone. The stage then gets
 # one clear request: the file `stop` in its folder. Where that does not help, SIGTERM, which its launcher passes on.
 set -m
-stage_pid="" folder="" requests=0
+stage_pid="" folder="" before="" requests=0
 request_stop() {
     requests=$((requests + 1))
     [[ -n $stage_pid ]] || exit 75
@@ -94,7 +94,7 @@ request_stop() {
 trap request_stop INT TERM HUP
 
 run_stage() { # $1 stage; returns the stage's own exit code, not its launcher's
-    local code before
+    local code
     folder="$(<"$scratch/$1")"
     before="$(outcome_mark "$folder")"
     "$python" -m accelerate.commands.launch "${launcher[@]}" -m "pipelines.$1" "${options[@]}" &
@@ -120,8 +120,14 @@ for stage in "${stages[@]}"; do
     code=0
     run_stage "$stage" || code=$?
     if ((code != 0)); then
-        say "$stage ended with exit code $code after $((SECONDS - began)) s. The same command continues from there:"
-        say "  $this_command"
+        reason="$(stage_outcome "$folder" "$before" reason)"
+        say "$stage ended with exit code $code after $((SECONDS - began)) s${reason:+: $reason}"
+        if ((code == 2)); then
+            say "Bad input or configuration, which has to be mended first; what is finished stays finished."
+        else
+            say "The same command continues from there:"
+            say "  $this_command"
+        fi
         exit "$code"
     fi
     say "=== $stage took $((SECONDS - began)) s"

@@ -30,12 +30,18 @@ print(pathlib.PurePath(config["run"]["root"], f"{folder}-{name}" if name else fo
 # the clocks of a file server and of the machines differ, so that "newer" would say little.
 outcome_mark() { stat --format '%i %y' -- "$1/outcome.json" 2>/dev/null || true; }
 
-# Print the exit code that a stage left behind, since the launcher makes 1 of every code: $1 its folder, $2 the mark of
-# the outcome that lay there before. When that one still lies there, it is of an earlier run.
-stage_exit_code() {
+# Print a key ($3) of the outcome that a stage left behind: $1 its folder, $2 the mark of the outcome that lay there
+# before. When that one still lies there, it is of an earlier run. Nothing when there is none.
+stage_outcome() {
     if [[ -f $1/outcome.json && $(outcome_mark "$1") != "$2" ]]; then
-        "$python" -c 'import json, sys; print(json.load(open(sys.argv[1]))["exit_code"] or 1)' "$1/outcome.json" || echo 1
-    else
-        echo 1
+        "$python" -c 'import json, sys; print(json.load(open(sys.argv[1])).get(sys.argv[2]) or "")' \
+            "$1/outcome.json" "$3" 2>/dev/null || true
     fi
+}
+
+# Print the exit code that a failed stage left behind, since the launcher makes 1 of every code; arguments as above.
+stage_exit_code() {
+    local code
+    code="$(stage_outcome "$1" "$2" exit_code)"
+    echo "${code:-1}"
 }

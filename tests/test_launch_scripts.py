@@ -114,6 +114,19 @@ def test_the_pipeline_ends_with_the_stage_s_own_exit_code_and_starts_nothing_aft
     assert launched_stages(house) == STAGES[:2]
 
 
+@pytest.mark.parametrize(("code", "continues"), [(1, True), (2, False), (75, True)])
+def test_the_reason_is_the_pipeline_s_last_word_and_a_mistake_does_not_continue(
+    house: Path, code: int, continues: bool
+) -> None:
+    stage = f"""printf '{{"exit_code": {code}, "reason": "no such folder"}}' >"$folder/outcome.json"; exit 1"""
+    done = run(house, "launch/pipeline.sh", "x.toml", STAGE_DOES=stage)
+    assert done.returncode == code
+    assert f"prepare_corpus ended with exit code {code} after" in done.stderr
+    assert " s: no such folder\n" in done.stderr
+    assert ("The same command continues" in done.stderr) == continues
+    assert ("has to be mended first" in done.stderr) == (not continues)
+
+
 def test_an_outcome_of_an_earlier_run_does_not_explain_a_failure_of_this_one(house: Path) -> None:
     old = house / "runs" / "a b" / "corpus" / "outcome.json"
     old.parent.mkdir(parents=True)

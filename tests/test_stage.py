@@ -1,5 +1,6 @@
 """Laws of a stage's frame: what counts as the same request, and what a shared folder refuses."""
 
+import contextlib
 import copy
 import errno
 import json
@@ -21,7 +22,7 @@ from manifests import commit_unet
 from data.files import write_atomically
 from pipelines.encode_latents import EncodeLatentsConfig
 from pipelines.model.grids import grid_png
-from pipelines.runtime.config.errors import ConfigError, config_error_at
+from pipelines.runtime.config.errors import ConfigError, Stopped, config_error_at
 from pipelines.runtime.config.outcome import Outcome
 from pipelines.runtime.config.stage_config import StageConfig
 from pipelines.runtime.stage.fingerprint import (
@@ -33,6 +34,7 @@ from pipelines.runtime.stage.fingerprint import (
     keys_at_default,
 )
 from pipelines.runtime.stage.stage import running_stage
+from pipelines.runtime.tracking.spool import EVENTS, read_spool
 from pipelines.runtime.training.config import TrainingConfig
 from pipelines.train_unet import TrainUNetConfig
 
@@ -242,6 +244,29 @@ def test_a_finished_stage_is_done_though_what_it_started_from_is_gone(
         pass
     assert end.value.code == 0
     assert "already finished" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("error", "state", "code", "reason"),
+    [
+        (ConfigError("inputs.corpus: not there"), "failed", 2, "inputs.corpus: not there"),
+        (RuntimeError("out of memory"), "failed", 1, "RuntimeError: out of memory"),
+        (Stopped("SIGTERM"), "stopped", 75, "SIGTERM"),
+        (OSError("https://me:pass@host/a?key=1 is gone"), "failed", 1, "https://***@host/a?*** is gone"),
+        (None, "done", 0, ""),
+    ],
+)
+def test_the_outcome_of_a_stage_says_why(
+    error: Exception | None, state: str, code: int, reason: str, tmp_path: Path
+) -> None:
+    config = training_config(tmp_path, run={"root": str(tmp_path), "tracking_uri": "offline"})
+    with contextlib.suppress(SystemExit), running_stage(config, name="train_unet"):
+        if error is not None:
+            raise error
+    outcome = json.loads((tmp_path / "unet" / "outcome.json").read_bytes())
+    assert (outcome["state"], outcome["exit_code"], outcome["reason"]) == (state, code, reason)
+    events = [event for _, event in read_spool(tmp_path / "unet" / EVENTS, start=0)]
+    assert [event["tags"]["outcome"] for event in events if "outcome" in event.get("tags", {})] == [reason or state]
 
 
 def test_the_version_is_gits_only_where_the_work_tree_is_ours(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,7 +24,16 @@ from PIL import Image
 from pipelines.runtime.config.redaction import without_credentials
 from pipelines.runtime.tracking.identity import RunIdentity, network_file_system, pipeline_identity, store_uri
 from pipelines.runtime.tracking.sender import metrics_of
-from pipelines.runtime.tracking.spool import EVENTS, FILES, METRICS, cut_torn_tail, read_spool, read_spool_backwards
+from pipelines.runtime.tracking.spool import (
+    EVENTS,
+    FILES,
+    METRICS,
+    Sent,
+    cut_torn_tail,
+    read_spool,
+    read_spool_backwards,
+    unsent,
+)
 from pipelines.runtime.tracking.tracker import SilentTracker, Tracker, open_tracker
 
 REPOSITORY = Path(__file__).parents[1]
@@ -389,6 +399,66 @@ def test_nothing_is_left_running_when_a_tracker_is_closed(start: Opener) -> None
     for _ in range(20):
         start().close("FINISHED")
     assert threading.active_count() == before
+
+
+SENDER = "import sys, time; sys.stdin.readline(); time.sleep(2)"
+
+
+@pytest.mark.parametrize(
+    ("uri", "status", "finishes"),
+    [
+        ("sqlite:///{}/mlflow.db", "FINISHED", True),
+        ("sqlite:///{}/mlflow.db", "FAILED", True),
+        ("sqlite:///{}/mlflow.db", "KILLED", False),  # told to stop, and soon killed
+        ("http://127.0.0.1:9", "FINISHED", False),
+    ],
+)
+def test_a_slow_sender_is_waited_for_where_its_store_is_local(
+    uri: str, status: str, finishes: bool, tmp_path: Path, start: Opener, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when the first stage makes the database: the sender ends its work, and its file does not stay half made."""
+    monkeypatch.setattr("pipelines.runtime.tracking.tracker.CLOSE_WAIT_SECONDS", 0.2)
+    senders, popen = [], subprocess.Popen
+
+    def slow(*_: object, **given: Any) -> Any:
+        senders.append(popen([sys.executable, "-c", SENDER], stdin=given["stdin"]))
+        return senders[-1]
+
+    monkeypatch.setattr("pipelines.runtime.tracking.tracker.subprocess.Popen", slow)
+    start(uri.format(tmp_path)).close(status)
+    assert (senders[0].returncode == 0) == finishes
+
+
+@pytest.mark.parametrize(("failures", "code"), [(0, 0), (2, 0), (3, 1)])
+def test_a_store_that_refuses_a_short_stage_s_first_attempt_is_tried_again(
+    failures: int, code: int, tmp_path: Path, start: Opener
+) -> None:
+    start().close("FINISHED")
+    folder = tmp_path / "runs" / "demo" / "unet"
+    program = (
+        "import sys\nfrom pathlib import Path\n"
+        "import pipelines.runtime.tracking.sender_process as process\n"
+        "class Busy:\n"
+        f"    name, failures = 'store', {failures}\n"
+        "    def connect(self, identity):\n"
+        "        self.failures -= 1\n"
+        "        if self.failures >= 0: raise OSError('database is locked')\n"
+        "        return 'run'\n"
+        "    def __getattr__(self, name): return lambda *words, **named: None\n"
+        "process.MlflowStore = lambda uri: Busy()\n"
+        "sys.exit(process.send_while_owned(Path(sys.argv[1])))\n"
+    )
+    sender = subprocess.Popen(
+        [sys.executable, "-c", program, str(folder)],
+        stdin=subprocess.PIPE,
+        cwd=REPOSITORY,
+        env={**os.environ, "MLFLOW_TRACKING_URI": "http://127.0.0.1:9"},
+    )
+    assert sender.stdin is not None
+    sender.stdin.write(b"close\n")
+    sender.stdin.flush()
+    assert sender.wait(timeout=FOREVER_SECONDS) == code
+    assert (unsent(folder, Sent.read(folder)) == 0) == (code == 0)
 
 
 def test_credentials_are_taken_out_of_any_url() -> None:

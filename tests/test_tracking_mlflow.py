@@ -26,7 +26,7 @@ from PIL import Image
 from safetensors.numpy import save_file
 from tiny_training import Recipe, Tiny
 
-from pipelines.runtime.tracking.mlflow_store import CLIENT_SETTINGS
+from pipelines.runtime.tracking.mlflow_store import CLIENT_SETTINGS, MlflowStore
 from pipelines.runtime.tracking.spool import METRICS, SENT_FILE
 from pipelines.runtime.tracking.tracker import Tracker, open_tracker
 from pipelines.tools import sync
@@ -477,6 +477,16 @@ def test_a_parameter_changed_on_resume_becomes_a_tag_and_a_lost_or_broken_file_i
     assert len(losses(root, proxy.uri)) == 3
     assert "2 metrics or events refused" in capsys.readouterr().out
     assert "never-written.json" in (root / "unet" / "tracking" / "refused.log").read_text()
+
+
+def test_what_killed_makers_of_a_database_left_is_removed_and_nothing_else(tmp_path: Path) -> None:
+    left = [tmp_path / f".mlflow.db.12-ab.tmp{end}" for end in ("", "-journal")]
+    others = [tmp_path / name for name in (".mine.tmp", ".other.db.12-ab.tmp", "mlflow.db.old")]
+    for path in (*left, *others):
+        path.write_text("half")
+    MlflowStore(f"sqlite:///{tmp_path}/mlflow.db").tag_experiment("tests", "key", "value")
+    assert not [path for path in left if path.exists()]
+    assert {path.name for path in tmp_path.iterdir()} == {"mlflow.db", "mlartifacts", *(path.name for path in others)}
 
 
 def test_stages_that_are_sent_at_once_share_one_parent(tmp_path: Path, proxy: FaultProxy) -> None:

@@ -73,7 +73,7 @@ def config_from_command_line(
         config = load_config(model, table=table, argv=words)
     except ConfigError as error:
         say_mistake(table, error)
-        _leave_early_outcome(model, words, table=table)
+        _leave_early_outcome(model, words, error, table=table)
         raise SystemExit(2) from None
     if words != argv:
         _print_on_main(config_as_toml(config, table=table).rstrip())
@@ -98,13 +98,15 @@ def help_text(model: type[CommandConfig], *, table: str, about: str | None) -> s
     return "\n".join(lines)
 
 
-def _leave_early_outcome(model: type[CommandConfig], argv: Sequence[str], *, table: str) -> None:
+def _leave_early_outcome(model: type[CommandConfig], argv: Sequence[str], error: ConfigError, *, table: str) -> None:
     """Leave outcome.json for scripts even when the configuration is wrong: the launcher hides the exit code."""
     root = early_root(model, table=table, argv=argv)
     if not root or "\0" in root or table not in STAGE_FOLDERS or not _is_main():
         return
     set_up_logging(table)
-    Outcome("failed", code=2).write(Path(root) / STAGE_FOLDERS[table], is_main=True)
+    outcome = Outcome()
+    outcome.set("failed", code=2, reason=error)
+    outcome.write(Path(root) / STAGE_FOLDERS[table], is_main=True)
 
 
 def _is_main() -> bool:

@@ -33,11 +33,13 @@ class Outcome:
 
     state: State = "failed"
     code: int = 1
+    reason: str = ""  # of a run that is not done, as its last message says it
     working: bool = False  # past the checks, in a folder of its own
 
-    def set(self, state: State, *, code: int | None = None) -> None:
-        """Set the state, and ``code`` where it is not the state's own."""
+    def set(self, state: State, *, code: int | None = None, reason: object = "") -> None:
+        """Set the state with its reason, and ``code`` where it is not the state's own."""
         self.state, self.code = state, EXIT_CODES[state] if code is None else code
+        self.reason = without_credentials(str(reason), queries=True)
 
     def write(self, folder: Path, *, is_main: bool) -> None:
         """Write ``outcome.json``; become failed when another rank of this run has written it first.
@@ -52,14 +54,19 @@ class Outcome:
         if not is_main and not (self.working and self.state == "failed"):
             return
         path = folder / OUTCOME_NAME
-        content = {"state": self.state, "exit_code": self.code, "resume_command": resume_command()}
+        content = {
+            "state": self.state,
+            "exit_code": self.code,
+            "reason": self.reason,
+            "resume_command": resume_command(),
+        }
         by = {"rank": int(os.environ.get("RANK", "0"))}
         try:
             if not self.working:
                 with suppress(BlockingIOError), FolderLock(folder):  # another run may own the folder
                     write_json(path, content)
             elif not write_json_once(path, content | by) and self.state != "failed":
-                self.set("failed")
+                self.set("failed", reason="another rank of the run has failed")
         except OSError as error:
             log.warning(f"{OUTCOME_NAME} cannot be written: {sentence(error)}")
 

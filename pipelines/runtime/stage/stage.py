@@ -211,29 +211,31 @@ def running_stage(
             yield stage
         outcome.set("done")
     except Stopped as reason:
-        outcome.set("stopped")
+        outcome.set("stopped", reason=reason)
         log.info(f"stopped ({reason}). Continue with: {resume_command()}")
     except (ConfigError, BlockingIOError) as error:
-        outcome.set("failed", code=2)
+        outcome.set("failed", code=2, reason=error)
         # Before the work all ranks of a machine find the same; in the work one may be alone with it.
         if outcome.working:
             log.error(error)
         else:
             say_mistake(name, error)
     except KeyboardInterrupt:
-        outcome.set("stopped")
+        outcome.set("stopped", reason="Ctrl-C")
         log.info(f"stopped. Continue with: {resume_command()}")
     except Exception as error:
         if isinstance(error, OSError):  # of a disk that is full, read-only or gone
-            outcome.set("failed", code=1 if outcome.working else 2)
+            outcome.set("failed", code=1 if outcome.working else 2, reason=sentence(error))
             log.error(f"{sentence(error)}. Nothing committed is lost; once that is mended: {resume_command()}")
         else:
+            outcome.set("failed", reason=f"{type(error).__name__}: {error}")
             log.exception(f"{type(error).__name__}:")
         if stage is not None and stage.watchdog is not None:
             with suppress(OSError):
                 stage.watchdog.report(f"{type(error).__name__}: {error}")
     finally:
         outcome.write(own, is_main=is_main)
+        tracker.set_tags({"outcome": outcome.reason or outcome.state})
         tracker.close(RUN_STATUSES[outcome.state])
         if stage is not None and outcome.state != "failed":
             end_process_group(stage)

@@ -118,7 +118,8 @@ class Watchdog:
             f"{self.current[1]}); stack and sample keys: {report}. This process ends; the same command continues."
         )
         with suppress(OSError):
-            Outcome(working=True).write(self.folder.parent, is_main=False)
+            outcome = Outcome(reason=f"rank {self.rank}: no update has begun for {self.hang_seconds:g} s", working=True)
+            outcome.write(self.folder.parent, is_main=False)
         # Ranks on slower clocks need a moment for their own reports before the launcher ends them.
         time.sleep(2 * self._tick)
         os._exit(1)

@@ -279,10 +279,10 @@ def _existing_database(uri: str) -> Iterator[None]:
     lock = FolderLock(database.parent / "mlartifacts")
     lock.acquire(patience_seconds=60)
     with lock:
+        for left in database.parent.glob(f".{database.name}.*.tmp*"):  # by makers that were killed
+            left.unlink(missing_ok=True)
         if not database.exists():
-            log.info(
-                f"MLflow: making the database {database} (once; it takes a few seconds, and the run does not wait)."
-            )
+            log.info(f"MLflow: making the database {database} (once; it takes a few seconds, in the background).")
             # Under a temporary name, then renamed: one that is killed half-made is never opened again.
             temporary = temporary_beside(database)
             try:

@@ -6,6 +6,7 @@ never take is counted and written to ``tracking/refused.log``.
 
 import contextlib
 import logging
+import math
 import time
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
@@ -50,8 +51,8 @@ class Sender:
         self.sent = Sent.read(folder)
         self._connected = False
 
-    def send(self, *, files_older_than: float = 0.0) -> None:
-        """Send all that is there: metrics, then events, then files that were logged ``files_older_than`` seconds ago.
+    def send(self, *, files_until: float = math.inf) -> None:
+        """Send all that is there: metrics, then events, then files logged until ``files_until`` (Unix seconds).
 
         Raises:
             StoreUnavailableError: The store does not answer, or not as it should.
@@ -59,7 +60,7 @@ class Sender:
         with self._connection():
             self._send_metrics()
             self._send_events(EVENTS)
-            self._send_events(FILES, until=time.time() - files_older_than)
+            self._send_events(FILES, until=files_until)
 
     def close_dead(self) -> str:
         """Close the run if it was started and never closed; return the status it was closed with, else "".
@@ -134,7 +135,7 @@ class Sender:
                     self._log_metrics(spool, some[: len(some) // 2])
                     self._log_metrics(spool, some[len(some) // 2 :])
 
-    def _send_events(self, spool: str, *, until: float = float("inf")) -> None:
+    def _send_events(self, spool: str, *, until: float = math.inf) -> None:
         for offset, event in read_spool(self.folder / spool, start=self.sent.offsets.get(spool, 0)):
             if event is not None and event.get("time", 0.0) > until:
                 return

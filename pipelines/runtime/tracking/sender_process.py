@@ -7,6 +7,7 @@ lock that the training step needs. It ends with the stage, however that ends, an
 """
 
 import logging
+import math
 import os
 import select
 import signal
@@ -32,6 +33,7 @@ from pipelines.runtime.tracking.spool import ORPHAN_SECONDS, SENDER_LOCK
 log = logging.getLogger("latentline.tracking")
 
 FAILURES_TO_REPORT = 2  # in a row; a single one is no news
+FAILURES_AT_THE_END = 3  # in a row, after which a store that never answered is given up
 FILES_WAIT_SECONDS = 3.0  # a file waits this long, so that a run's end does not stand behind its last, large file
 LOG_BYTES = 1 << 20
 
@@ -60,7 +62,7 @@ def send_while_owned(folder: Path) -> int:
             if gone:
                 send_once(sender)
             else:
-                sender.send(files_older_than=0.0 if closing else FILES_WAIT_SECONDS)
+                sender.send(files_until=math.inf if closing else time.time() - FILES_WAIT_SECONDS)
             if failures >= FAILURES_TO_REPORT:
                 log.info(f"MLflow at {sender.store.name} answers again.")
             failures, has_answered = 0, True
@@ -70,7 +72,8 @@ def send_while_owned(folder: Path) -> int:
             failures += 1
             if failures == FAILURES_TO_REPORT:
                 log.warning(f"{error}. The run goes on; everything is kept, and sent when MLflow is back.")
-            if gone or (closing and not has_answered):
+            # A short stage ends before its first attempt, which a busy database may refuse.
+            if gone or (closing and not has_answered and failures >= FAILURES_AT_THE_END):
                 return 1
         if closing:
             time.sleep(0.5)

@@ -22,7 +22,7 @@ from typing import Any, Literal
 from data.files import FolderLock, temporary_beside
 from pipelines.runtime.config.dotted_keys import flattened_texts
 from pipelines.runtime.config.redaction import without_credentials
-from pipelines.runtime.tracking.identity import AUTO, OFFLINE, RunIdentity, run_identity, store_uri
+from pipelines.runtime.tracking.identity import AUTO, OFFLINE, RunIdentity, run_identity, sqlite_file, store_uri
 from pipelines.runtime.tracking.spool import (
     EVENTS,
     FILES,
@@ -43,6 +43,7 @@ Status = Literal["FINISHED", "FAILED", "KILLED"]
 Record = Mapping[str, float | int]  # {"update", "batch", "time", "train/loss", ...}
 
 CLOSE_WAIT_SECONDS = 8.0  # a stage exits within 10 s, whatever its server does
+LOCAL_WAIT_SECONDS = 60.0  # no network holds up an sqlite file, but to import mlflow and make the file takes a while
 
 
 class SilentTracker:
@@ -206,8 +207,14 @@ class Tracker:
         """
         self._spool.flush(timeout_seconds=60.0)
 
-    def close(self, status: Status, *, wait_seconds: float = CLOSE_WAIT_SECONDS) -> None:
-        """End the run, let the sender finish for at most ``wait_seconds``, and report what is left for ``sync``."""
+    def close(self, status: Status, *, wait_seconds: float | None = None) -> None:
+        """End the run, let the sender finish for at most ``wait_seconds``, and report what is left for ``sync``.
+
+        A local store gets longer than a server by default, unless the run was told to stop, whose time is short.
+        """
+        if wait_seconds is None:
+            is_local = sqlite_file(self._uri) is not None and status != "KILLED"
+            wait_seconds = LOCAL_WAIT_SECONDS if is_local else CLOSE_WAIT_SECONDS
         deadline = time.monotonic() + wait_seconds
         self.event("close", status=status)
         self._spool.close(timeout_seconds=wait_seconds / 2)
