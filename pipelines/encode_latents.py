@@ -42,6 +42,7 @@ from data.shards.writer import ShardWriter
 from data.statistics import ChannelSums
 from data.transforms import VIEW_REVISIONS, to_unit_range
 from models.autoencoder.vae import AutoencoderKL
+from pipelines.evaluation.experiment import CorpusFacts, check_later_stages
 from pipelines.model.captions import CaptionEncoders, CaptionFeaturesConfig, NoTextConfig, encoders_of
 from pipelines.model.device import device_of
 from pipelines.model.inputs import verify_shards
@@ -91,7 +92,12 @@ class EncodeLatentsConfig(StageConfig):
 def main() -> None:
     config = config_from_command_line(EncodeLatentsConfig, table="encode_latents", about=__doc__)
     with running_stage(
-        config, name="encode_latents", precision=config.precision, tf32=config.tf32, joinable=True
+        config,
+        name="encode_latents",
+        precision=config.precision,
+        tf32=config.tf32,
+        check=lambda parents: check_later_stages(config, stage="encode_latents", corpus=CorpusFacts.of(parents.corpus)),
+        joinable=True,
     ) as stage:
         encode(config, stage)
 

@@ -8,6 +8,7 @@ set aside, ``quarantine.jsonl``.
 
 import json
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from itertools import zip_longest
@@ -19,7 +20,7 @@ from pydantic import Field, PositiveInt
 
 from data.files import write_atomically, write_json
 from data.loading import ImageShards
-from data.manifest import CorpusManifest, FileEntry, samples_by_split
+from data.manifest import CorpusManifest, FileEntry, ImageShape, samples_by_split
 from data.samples import BadSample, ImageSample, Split, image_members
 from data.shards.index import ShardIndex
 from data.shards.keys import check_unique
@@ -28,6 +29,7 @@ from data.sources import Corpus, FashionMNISTConfig, Source, SourceConfig, WebDa
 from data.sources.in_place import index_in_place
 from data.sources.source import said_left_out
 from data.transforms import DEFAULT_MAX_PIXELS, FILTER_REASONS, VIEW_REVISIONS, ImageViewConfig, MaxPixels, view_sample
+from pipelines.evaluation.experiment import CorpusFacts, check_later_stages
 from pipelines.model.grids import grid_png
 from pipelines.runtime.config.command_line import config_from_command_line
 from pipelines.runtime.config.errors import ConfigError, config_error_at
@@ -37,6 +39,8 @@ from pipelines.runtime.stage.quarantine import REPORTED, BadSamplePolicy, files_
 from pipelines.runtime.stage.stage import Stage, running_stage
 from pipelines.runtime.stage.work_items import finished_items, make_items
 
+LISTED_AT_ONCE = ("synthetic", "fashion_mnist", "emoji", "image_folder")  # sources that need not read their images
+CAPTIONS_LOOKED_AT = 100  # training images without a caption, after which the corpus is taken to have none
 EXAMPLE_ROWS = 4
 MAX_EXAMPLE_COLUMNS = 12
 
@@ -62,7 +66,11 @@ class PrepareCorpusConfig(StageConfig):
 
 def main() -> None:
     config = config_from_command_line(PrepareCorpusConfig, table="prepare_corpus", about=__doc__)
-    with running_stage(config, name="prepare_corpus") as stage:
+    with running_stage(
+        config,
+        name="prepare_corpus",
+        check=lambda parents: check_later_stages(config, stage="prepare_corpus", corpus=corpus_facts(config)),
+    ) as stage:
         prepare(config, stage)
 
 
@@ -73,6 +81,9 @@ def prepare(config: PrepareCorpusConfig, stage: Stage) -> None:
         source = config.source.open()
     if not source.count("train"):
         raise ConfigError("prepare_corpus.source: it holds no training image. Look at its path and its split.")
+    # One rank reads for all: a remote shard would be fetched by each of them.
+    facts = corpus_facts(config, source, captions_at_most=CAPTIONS_LOOKED_AT if stage.is_main else 0)
+    check_later_stages(config, stage="prepare_corpus", corpus=facts)
     check_listing(source, stage)
 
     # Write the shards that are missing.
@@ -110,6 +121,27 @@ def prepare(config: PrepareCorpusConfig, stage: Stage) -> None:
         f"{counts['out']} images in {len(files)} shards, {bad.total()} quarantined, {len(source.classes)} classes"
         f"{said_left_out(source.left_out)}"
     )
+
+
+def corpus_facts(
+    config: PrepareCorpusConfig, source: Source | None = None, *, captions_at_most: int = 0
+) -> CorpusFacts:
+    """Return what later stages need to know of the corpus, as far as its opened ``source`` promises it.
+
+    Whether it has captions shows only by reading: ``captions_at_most`` images, of which bad ones say nothing.
+    """
+    image = ImageShape(resolution=config.view.resolution, channels=config.view.channels)
+    if source is None:
+        return CorpusFacts(image=image)
+    captions: set[bool] = set()
+    for index in range(min(source.count("train"), captions_at_most)):
+        if True not in captions:
+            with suppress(BadSample):
+                captions.add(bool(source.read("train", index).caption))
+    # A few bad images, or none that were read, leave it open.
+    has_captions = any(captions) if captions else None
+    has_validation = bool(source.count("val"))
+    return CorpusFacts(image=image, classes=source.classes, has_validation=has_validation, has_captions=has_captions)
 
 
 def by_corpus(files: list[FileEntry]) -> dict[str, Any]:

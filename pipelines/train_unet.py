@@ -25,6 +25,7 @@ from models.autoencoder.vae import Posterior
 from models.denoiser import Denoiser, DenoiserConfig
 from models.diffusion.objective import check_starting_weight
 from models.latent_diffusion import Normalisation
+from pipelines.evaluation.experiment import check_later_stages
 from pipelines.model.batches import GlobalBatches
 from pipelines.model.captions import CaptionFeatures, FeatureSourceConfig, StoredFeaturesConfig
 from pipelines.model.device import device_of
@@ -97,7 +98,7 @@ def check(config: TrainUNetConfig, parents: Parents) -> None:
 
     Raises:
         ConfigError: A batch that does not split, latents of another VAE, flips that were not encoded, a misfit network,
-            a step that would never be trained.
+            a step that would never be trained, what the evaluation would refuse.
     """
     # The batch and the latents.
     BatchShare.of(config, table="train_unet", rank=0, world_size=launched_world_size())
@@ -125,6 +126,7 @@ def check(config: TrainUNetConfig, parents: Parents) -> None:
         check_start(config.start, denoiser)
     with config_error_at("train_unet.grid.sampler"):
         check_sampler_suits(config.grid.sampler, config.denoiser)
+    check_later_stages(config, stage="train_unet", corpus=None)
 
 
 def build_denoiser(config: TrainUNetConfig, latent: LatentShape, *, num_classes: int) -> Denoiser:

@@ -24,6 +24,7 @@ from models.autoencoder.discriminator_start import AdversaryStart
 from models.autoencoder.health import gradient_norms, latent_metrics
 from models.autoencoder.objective import PatchAdversary, VAELoss, VAEObjective, VAEObjectiveConfig, discriminator_loss
 from models.autoencoder.vae import AutoencoderKL, Posterior, VAEConfig
+from pipelines.evaluation.experiment import CorpusFacts, check_later_stages, check_levels
 from pipelines.model.batches import GlobalBatches
 from pipelines.model.device import device_of
 from pipelines.model.inputs import verify_shards
@@ -31,7 +32,7 @@ from pipelines.model.start import RandomStart, StartConfig, check_start, load_st
 from pipelines.model.validation import VAEValidation
 from pipelines.model.weights import publish
 from pipelines.runtime.config.command_line import config_from_command_line
-from pipelines.runtime.config.errors import ConfigError, config_error_at
+from pipelines.runtime.config.errors import config_error_at
 from pipelines.runtime.stage.launch import launched_world_size
 from pipelines.runtime.stage.stage import Stage, running_stage
 from pipelines.runtime.training.checkpoint import Stateful
@@ -99,18 +100,15 @@ def check(config: TrainVAEConfig, parents: Parents) -> None:
     """Refuse what cannot work, before any work.
 
     Raises:
-        ConfigError: A batch that does not split, images that cannot be halved often enough, a start that does not fit.
+        ConfigError: A batch that does not split, images that cannot be halved often enough, a start that does not fit,
+            what a later stage would refuse.
     """
     BatchShare.of(config, table="train_vae", rank=0, world_size=launched_world_size())
-    resolution, factor = parents.corpus.image.resolution, config.network.factor
-    if resolution % factor:
-        raise ConfigError(
-            f"train_vae.network.channels has {len(config.network.channels)} levels, so images shrink to 1/{factor}; "
-            f"{resolution} pixels are no multiple of {factor}. Use fewer levels, or prepare the corpus at "
-            f"{resolution // factor * factor or factor} or {-(-resolution // factor) * factor} pixels."
-        )
+    with config_error_at("train_vae.network.channels"):
+        check_levels(config.network, parents.corpus.image.resolution)
     with config_error_at("train_vae.start"), torch.device("meta"):
         check_start(config.start, AutoencoderKL(config.network, image_channels=parents.corpus.image.channels))
+    check_later_stages(config, stage="train_vae", corpus=CorpusFacts.of(parents.corpus))
 
 
 def train(config: TrainVAEConfig, stage: Stage) -> None:

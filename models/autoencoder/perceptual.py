@@ -20,6 +20,21 @@ from torch import Tensor, nn
 STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
 SMALLEST_IMAGE = 2 ** (len(STAGES) - 1)
 
+ADVICE = (
+    "Make it with `python -m models.autoencoder.perceptual_weights VGG16.ckpt OUTPUT.safetensors` "
+    "(whose docstring says where the weights come from), or leave the perceptual term out."
+)
+
+
+def check_weights_file(path: Path) -> None:
+    """Refuse a weights file that is missing, without reading it.
+
+    Raises:
+        ValueError: Naming the file.
+    """
+    if not path.is_file():
+        raise ValueError(f"The weights of the perceptual loss, {path}, do not exist. {ADVICE}")
+
 
 class Perceptual(nn.Module):
     """The distance as a frozen module, through which gradients reach the images."""
@@ -50,17 +65,12 @@ class Perceptual(nn.Module):
         Raises:
             ValueError: There is no such file, or it holds something else.
         """
-        advice = (
-            "Make it with `python -m models.autoencoder.perceptual_weights VGG16.ckpt OUTPUT.safetensors` "
-            "(whose docstring says where the weights come from), or leave the perceptual term out."
-        )
-        if not path.is_file():
-            raise ValueError(f"The weights of the perceptual loss, {path}, do not exist. {advice}")
+        check_weights_file(path)
         perceptual = cls()
         try:
             perceptual.load_state_dict(load_file(path))
         except (SafetensorError, RuntimeError) as error:
-            raise ValueError(f"{path} does not hold the weights of LPIPS with VGG16. {advice}") from error
+            raise ValueError(f"{path} does not hold the weights of LPIPS with VGG16. {ADVICE}") from error
         return perceptual
 
     def forward(self, images: Tensor, references: Tensor) -> Tensor:

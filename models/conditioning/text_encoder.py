@@ -55,17 +55,27 @@ class MiniLMConfig(BaseModel, frozen=True, extra="forbid"):
     )
     max_tokens: Annotated[int, Field(ge=2, le=512)] = 32  # tokens of a caption, two of them start and end; rest is cut
 
+    def check(self) -> Path:
+        """Refuse an encoder whose library or files are missing, without loading it; return its folder.
+
+        Raises:
+            ValueError: Naming what is missing.
+        """
+        _check_transformers()
+        folder = self.folder or _packaged_folder()
+        for name in _MINILM_FILES:
+            if not (folder / name).is_file():
+                raise ValueError(f"The text encoder's folder {folder} has no {name}: give a folder of a BERT encoder.")
+        return folder
+
     def build(self) -> "TextEncoder":
         """Load the encoder from ``config.json``, ``vocab.txt`` and ``model.safetensors`` and from no other file.
 
         Raises:
             ValueError: The library or a file is missing, or the files hold another kind of model.
         """
+        folder = self.check()
         transformers = _transformers()
-        folder = self.folder or _packaged_folder()
-        for name in _MINILM_FILES:
-            if not (folder / name).is_file():
-                raise ValueError(f"The text encoder's folder {folder} has no {name}: give a folder of a BERT encoder.")
         architecture = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         needed = {"model_type": "bert", "hidden_act": "gelu"}
         if wrong := {key: architecture.get(key) for key, value in needed.items() if architecture.get(key) != value}:
@@ -118,6 +128,15 @@ class PretrainedConfig(BaseModel, frozen=True, extra="forbid"):
         is_clip = architecture.get("model_type") in _CLIP
         found = {"padding": "attended", "pooled": "own"} if is_clip else {"padding": "masked", "pooled": "mean"}
         return self.model_copy(update={key: value for key, value in found.items() if getattr(self, key) == "auto"})
+
+    def check(self) -> Path:
+        """Refuse an encoder whose library or folder is missing, without loading it; return its folder.
+
+        Raises:
+            ValueError: Naming what is missing.
+        """
+        _check_transformers()
+        return self.resolved().folder
 
     def build(self) -> "TextEncoder":
         """Load the encoder.
@@ -195,11 +214,15 @@ class TextEncoder(nn.Module):
         return TextFeatures(tokens=tokens, pooled=F.normalize(pooled, dim=1) * self.width**0.5)
 
 
+def _check_transformers() -> None:
+    if importlib.util.find_spec("transformers") is None:
+        raise ValueError("A text encoder needs the library transformers: run `pip install -e '.[text]'`.")
+
+
 def _transformers() -> Any:
-    try:
-        import transformers
-    except ImportError as error:
-        raise ValueError("A text encoder needs the library transformers: run `pip install -e '.[text]'`.") from error
+    _check_transformers()
+    import transformers
+
     return transformers
 
 

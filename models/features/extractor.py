@@ -84,18 +84,27 @@ def eight_bit(images: Tensor) -> Tensor:
     return ((images.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 
+def check_weights_file(path: Path) -> None:
+    """Refuse a weights file that is missing or of another kind, without reading it.
+
+    Raises:
+        ValueError: Naming the file.
+    """
+    if not path.is_file():
+        raise ValueError(f"There is no weights file {path}. Give the path of one that was downloaded before.")
+    if path.suffix not in (".safetensors", ".pth", ".pt"):
+        raise ValueError(f"{path} must end in .safetensors, .pth or .pt.")
+
+
 def read_weights(path: Path) -> tuple[dict[str, Tensor], str]:
     """State dict and sha256 of a weights file, ``.safetensors`` or ``.pth`` / ``.pt`` (tensors only, never code).
 
     Raises:
         ValueError: The file is missing, of another kind, or not a state dict of tensors.
     """
-    if not path.is_file():
-        raise ValueError(f"There is no weights file {path}. Give the path of one that was downloaded before.")
+    check_weights_file(path)
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    if path.suffix not in (".safetensors", ".pth", ".pt"):
-        raise ValueError(f"{path} must end in .safetensors, .pth or .pt.")
     try:
         if path.suffix == ".safetensors":
             state = load_file(path)

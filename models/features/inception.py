@@ -16,7 +16,7 @@ from pydantic import BaseModel
 from torch import Tensor, nn
 from torch.nn import functional
 
-from models.features.extractor import FeatureExtractor, load_exactly, read_weights
+from models.features.extractor import FeatureExtractor, check_weights_file, load_exactly, read_weights
 
 
 class InceptionConfig(BaseModel, frozen=True, extra="forbid"):
@@ -24,6 +24,14 @@ class InceptionConfig(BaseModel, frozen=True, extra="forbid"):
 
     kind: Literal["inception"] = "inception"  # the features of published FID figures, 2048 an image
     weights: Path  # .pth or .safetensors state dict with the names of pt_inception-2015-12-05
+
+    def check(self) -> None:
+        """Refuse it where the weights file is missing, without reading it.
+
+        Raises:
+            ValueError: Naming the file.
+        """
+        check_weights_file(self.weights)
 
     def build(self) -> "Inception":
         """The extractor, on the CPU.

@@ -29,6 +29,9 @@ class ScatteringConfig(BaseModel, frozen=True, extra="forbid"):
     kind: Literal["scattering"] = "scattering"  # fixed wavelets, no weights file
     resolution: Literal[16, 32, 64, 128] = 32  # pixels a side; the finest detail that is seen
 
+    def check(self) -> None:
+        """Refuse nothing: its filters are computed."""
+
     def build(self) -> "Scattering":
         """The extractor, on the CPU."""
         return Scattering(self)

@@ -30,6 +30,7 @@ from pipelines.tools.doctor_checks import (
     Findings,
     Level,
     attention,
+    experiment,
     experiment_digests,
     file_operations,
     free_space,
@@ -89,6 +90,7 @@ def own_findings(config: DoctorConfig, stages: StageConfigs, accelerator: Accele
     }
     if rank == 0:  # the folder is one for all, which is looked at as well
         checks |= {
+            "experiment": lambda: experiment(stages),
             "free space": lambda: free_space(stages, root),
             "MLflow": lambda: mlflow_store(config.run.tracking_uri, root, experiment=config.run.experiment),
             "shards": lambda: shards(stages, world_size=accelerator.num_processes),

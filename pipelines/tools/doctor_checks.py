@@ -21,12 +21,13 @@ import torch.distributed as dist
 
 from data.manifest import CorpusManifest, digest_of
 from models.attention import probe_backend
+from pipelines.evaluation.experiment import misfits
 from pipelines.runtime.config.redaction import without_credentials
 from pipelines.runtime.stage.fingerprint import inputs_of
 from pipelines.runtime.stage.provenance import REPOSITORY
 from pipelines.runtime.tracking.identity import OFFLINE, sqlite_file, store_uri
 from pipelines.runtime.tracking.mlflow_store import MlflowStore
-from pipelines.tools.plan import StageConfigs, StagePlan, forecast, manifest_or_none
+from pipelines.tools.plan import StageConfigs, StagePlan, facts_of, forecast, manifest_or_none
 
 Level = Literal["ok", "warning", "failed"]
 Findings = Iterator[tuple[Level, str]]
@@ -78,6 +79,14 @@ def limits() -> Findings:
         small = free < ENOUGH_SHARED_MEMORY
         advice = "; NCCL needs it (docker: --shm-size=8g)" if small else ""
         yield "warning" if small else "ok", f"{free / 2**30:.1f} GiB of shared memory{advice}"
+
+
+def experiment(stages: StageConfigs) -> Findings:
+    """Whether the stages suit each other and the corpus, and all extras, weights and encoders are here."""
+    found = list(misfits(stages._asdict(), facts_of(stages)))
+    yield from (("failed", text) for text in found)
+    if not found:
+        yield "ok", "the tables suit each other, and what they need is installed"
 
 
 def workers(threads: int) -> Findings:

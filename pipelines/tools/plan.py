@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, get_type_hints
@@ -40,6 +41,7 @@ from models.autoencoder.objective import PatchAdversary
 from models.autoencoder.vae import AutoencoderKL
 from models.denoiser import DenoiserConfig
 from pipelines import encode_latents, evaluate, prepare_corpus, train_unet, train_vae
+from pipelines.evaluation.experiment import CorpusFacts, misfits
 from pipelines.model.captions import NoTextConfig, blank_features
 from pipelines.runtime.config.command_line import Answer, run_tool
 from pipelines.runtime.config.errors import ConfigError
@@ -54,8 +56,6 @@ MAKERS = {folder: stage for stage, folder in STAGE_FOLDERS.items()}
 TRIAL_UPDATES = 5
 TRIAL_SECONDS = 1_800.0
 FLOAT_BYTES = 4
-# To count the samples of somebody's shards means to read all of them: that is prepare_corpus itself.
-COUNTED_AT_ONCE = ("synthetic", "fashion_mnist", "emoji", "image_folder")
 # At most four tar members a sample (array, class, caption and origin), each with a header and padded to 512 bytes.
 BYTES_BESIDE_THE_ARRAYS = 4 * 1024
 
@@ -129,6 +129,8 @@ def stage_configs(path: str, *, root: str) -> StageConfigs:
 def plan(config: PlanConfig, path: str) -> list[StagePlan]:
     """Plan every stage."""
     configs = stage_configs(path, root=config.run.root)
+    if wrong := list(misfits(configs._asdict(), facts_of(configs))):
+        raise ConfigError("the experiment cannot run:\n    " + "\n    ".join(wrong))
     plans: dict[str, StagePlan] = {}
     for stage, one in configs._asdict().items():
         plans[stage] = state_of(stage, one, plans)
@@ -237,6 +239,18 @@ def forecast(configs: StageConfigs, plans: Mapping[str, StagePlan], *, devices: 
     plans["evaluate"].disk_bytes = drawn * (image.resolution**2 * image.channels + BYTES_BESIDE_THE_ARRAYS)
 
 
+def facts_of(configs: StageConfigs) -> CorpusFacts:
+    """Return what is known of the corpus: of the one that is there, else as its source promises it."""
+    corpus = manifest_or_none(inputs_of(configs.train_vae)["corpus"], CorpusManifest)
+    if corpus is not None:
+        return CorpusFacts.of(corpus)
+    source = None
+    if configs.prepare_corpus.source.kind in prepare_corpus.LISTED_AT_ONCE:
+        with suppress(OSError, ValueError):  # which the forecast notes
+            source = configs.prepare_corpus.source.open()
+    return prepare_corpus.corpus_facts(configs.prepare_corpus, source)
+
+
 class CorpusSize(NamedTuple):
     """Size of a corpus."""
 
@@ -253,7 +267,7 @@ def corpus_size(config: prepare_corpus.PrepareCorpusConfig, corpus: CorpusManife
     """
     if corpus is not None:
         return CorpusSize(corpus.counts.out, corpus.classes, sum(entry.bytes for entry in corpus.files))
-    if config.source.kind not in COUNTED_AT_ONCE:
+    if config.source.kind not in prepare_corpus.LISTED_AT_ONCE:
         raise ValueError("not counted: what the shards hold is known when prepare_corpus has read them")
     try:
         source = config.source.open()

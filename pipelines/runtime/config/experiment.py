@@ -90,6 +90,17 @@ def early_root(model: type[CommandConfig], *, table: str, argv: Sequence[str]) -
         return dict(_split_command_line(model, argv)[1]).get("run.root")
 
 
+def given_experiment() -> str | None:
+    """Return what follows ``--config`` on this process's command line; None where it was started without."""
+    return _split_command_line(CommandConfig, sys.argv[1:])[0]
+
+
+def changed_on_command_line() -> bool:
+    """Return whether this process's command line changes keys of its own table, besides those of [run]."""
+    keys = [key for key, _ in _split_command_line(CommandConfig, sys.argv[1:])[1]]
+    return any(not key.startswith("run.") and key != "allow_changed" for key in keys)
+
+
 def root_of(tree: dict[str, Any]) -> str | None:
     """Return ``run.root`` of a tree that is not validated yet; None where it is no text."""
     run = tree.get("run", {})
@@ -247,5 +258,5 @@ def _with_inputs(model: type[CommandConfig], tree: dict[str, Any]) -> dict[str, 
     field, given, root = model.model_fields.get("inputs"), tree.get("inputs", {}), root_of(tree)
     if field is None or not isinstance(given, dict) or root is None:
         return tree
-    (inputs_model,) = variants_of(field.annotation)
-    return {**tree, "inputs": {**{name: str(Path(root) / name) for name in inputs_model.model_fields}, **given}}
+    names = [name for inputs_model in variants_of(field.annotation) for name in inputs_model.model_fields]
+    return {**tree, "inputs": {**{name: str(Path(root) / name) for name in names}, **given}}
