@@ -17,6 +17,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+# The way out where a finished stage's file is damaged: without a manifest the stage is unfinished, and goes on.
+MADE_AGAIN = "Restore it, or remove it and the manifest.json beside it and run its stage again, which makes it anew."
+
 
 def temporary_beside(path: Path) -> Path:
     """Return a unique, hidden name in the folder of ``path``: rename within one folder is atomic."""
@@ -84,6 +87,27 @@ def write_atomically(path: str | Path, payload: bytes) -> None:
 def write_json(path: str | Path, value: Any) -> None:
     """Write ``value`` as indented JSON, whole or not at all. NaN and infinity are refused: they are not JSON."""
     write_atomically(path, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
+
+
+def read_json(path: str | Path, *, mend: str) -> dict[str, Any]:
+    """Return the JSON object that `write_json` wrote.
+
+    Args:
+        path: The file.
+        mend: The way out for the user where the file has been damaged since, as a sentence.
+
+    Raises:
+        FileNotFoundError: It is not there.
+        ValueError: It holds no JSON object: it was emptied, cut or changed by hand.
+    """
+    found, why = None, "it holds no JSON object"
+    try:
+        found = json.loads(Path(path).read_bytes())
+    except (ValueError, RecursionError) as error:
+        why = str(error)
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} is damaged ({why}). {mend}")
+    return found
 
 
 def write_json_once(path: Path, value: Any) -> bool:
@@ -162,8 +186,14 @@ def sha256_of(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def verify_file(path: Path, *, sha256: str, size: int | None = None) -> None:
+def verify_file(path: Path, *, sha256: str, size: int | None = None, mend: str = MADE_AGAIN) -> None:
     """Compare a file with the sha256 and the size (bytes; None is any) that its manifest lists.
+
+    Args:
+        path: The file.
+        sha256: Its hash.
+        size: Its size.
+        mend: The way out for the user, as a sentence.
 
     Raises:
         ValueError: It is missing, or its size or content is another one; the message names it.
@@ -176,7 +206,7 @@ def verify_file(path: Path, *, sha256: str, size: int | None = None) -> None:
         problem = f"has sha256 {found[:12]}, its manifest says {sha256[:12]}: its content was changed"
     else:
         return
-    raise ValueError(f"{path} {problem}. Restore it, or remove what it belongs to and make that again.")
+    raise ValueError(f"{path} {problem}. {mend}")
 
 
 class FolderLock:

@@ -2,8 +2,8 @@
 
 ``manifest.json`` has two objects. ``content`` holds the fields of the stage's model, ``provenance`` excepted; its
 canonical JSON gives the digest, so equal work has an equal digest wherever and whenever it was done. ``provenance``
-says who did it, where and when. The folder of an autoencoder that diffusers wrote has no such file:
-`DiffusersVAEManifest` is made of what lies there.
+says who did it, where and when, and holds the digest, by which a change by hand shows. The folder of an autoencoder
+that diffusers wrote has no such file: `DiffusersVAEManifest` is made of what lies there.
 """
 
 import hashlib
@@ -17,13 +17,14 @@ from typing import Annotated, Any, Literal, TypeVar, get_args
 from pydantic import BaseModel, Field, TypeAdapter, ValidationError, field_serializer
 
 from data.diffusers_folder import config_of, latent_scaling_of, weights_of
-from data.files import sha256_of, write_json
+from data.files import read_json, sha256_of, write_json
 from data.samples import Split
 from data.transforms import ImageViewConfig
 
 MANIFEST_NAME = "manifest.json"
 FORMAT_VERSION: Literal[1] = 1
 MAX_MANIFEST_BYTES = 1 << 30
+WRITTEN_AGAIN = "Restore it, or remove it and run its stage again, which writes it anew."
 
 
 def canonical_json(value: Any) -> bytes:
@@ -213,7 +214,10 @@ class DiffusersVAEManifest(Manifest):
         network = config_of(folder)
         if network is None or network.get("_class_name") != "AutoencoderKL":
             return None
-        mean, std = latent_scaling_of(network)
+        try:
+            mean, std = latent_scaling_of(network)
+        except (KeyError, TypeError, ZeroDivisionError) as error:
+            raise ValueError(f"{folder / 'config.json'} is not that of an AutoencoderKL ({error!r}).") from None
         return cls(
             stage="diffusers",
             weights=sha256_of(weights_of(folder)),
@@ -318,7 +322,8 @@ def write_manifest(folder: str | Path, manifest: Manifest) -> None:
     content = manifest.content
     assert {"format_version", "stage"} <= content.keys(), "what is left to its default is not written, nor read again"
     content["files"] = content.pop("files")  # the longest part stands last
-    write_json(Path(folder) / MANIFEST_NAME, {"content": content, "provenance": dict(manifest.provenance)})
+    provenance = {**manifest.provenance, "digest": manifest.digest}  # by which a change by hand shows
+    write_json(Path(folder) / MANIFEST_NAME, {"content": content, "provenance": provenance})
 
 
 def read_manifest(folder: str | Path) -> StageManifest:
@@ -336,8 +341,8 @@ def read_manifest(folder: str | Path) -> StageManifest:
     try:
         raw = json.loads(path.read_bytes())
         content, provenance = raw["content"], raw["provenance"]
-        version = content["format_version"]
-    except (ValueError, KeyError, TypeError) as error:
+        version, digest = content["format_version"], digest_of(content)
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise _foreign(path, repr(error)) from error
     if version != FORMAT_VERSION:
         raise ValueError(f"{path} has format version {version}; this program reads version {FORMAT_VERSION}.")
@@ -346,27 +351,52 @@ def read_manifest(folder: str | Path) -> StageManifest:
     except ValidationError as error:
         first = error.errors()[0]
         raise _foreign(path, f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from error
-    if manifest.digest != digest_of(content):
-        raise ValueError(f"{path} was changed by hand: its values have other types than a stage writes.")
+    # The model knows the types; older versions did not write the digest.
+    if not manifest.digest == digest == provenance.get("digest", digest):
+        raise ValueError(f"{path} was changed by hand, so that nothing in it is sure. {WRITTEN_AGAIN}")
     return manifest
 
 
 def _foreign(path: Path, why: str) -> ValueError:
-    return ValueError(f"{path} is not a manifest of this program ({why}). Delete it and run its stage again.")
+    return ValueError(f"{path} is not a manifest of this program ({why}). {WRITTEN_AGAIN}")
 
 
 def read_input(name: str, folder: str | Path) -> Manifest:
     """Read the manifest of the input ``name``, be it a stage's or that of a diffusers autoencoder.
 
     Raises:
-        FileNotFoundError: There is none: the stage has not finished.
-        ValueError: It is not readable, or of another stage than the input needs.
+        ValueError: There is none, it is not readable, or of another stage than the input needs; says what is there.
     """
     kinds = INPUT_KINDS[name]
     if DiffusersVAEManifest in kinds and (found := DiffusersVAEManifest.of(Path(folder))):
         return found
-    manifest = read_manifest(folder)
-    if not isinstance(manifest, kinds):
-        wanted = kinds[0].model_fields["stage"].default
-        raise ValueError(f"it is the folder of {manifest.stage}; the input {name!r} takes one of {wanted}.")
-    return manifest
+    wanted = kinds[0].model_fields["stage"].default
+    what = _unfinished(Path(folder), name)
+    if not what:
+        manifest = read_manifest(folder)
+        if isinstance(manifest, kinds):
+            return manifest
+        what = f"it is the folder of {manifest.stage}"
+    diffusers = " or that of an AutoencoderKL of diffusers" if DiffusersVAEManifest in kinds else ""
+    raise ValueError(
+        f"{what}. The input {name!r} takes the finished folder of {wanted}{diffusers}. Run pipelines.{wanted} first, "
+        f"or point inputs.{name} at such a folder."
+    )
+
+
+def _unfinished(folder: Path, name: str) -> str:
+    """Say what lies at ``folder`` where it is no finished stage's, looked for as the input ``name``; else empty."""
+    if not folder.is_dir():
+        return "it is a file" if folder.exists() else "there is no such folder"
+    if (folder / "state.json").is_file():
+        return "it is a checkpoint of a training"
+    if (folder / MANIFEST_NAME).is_file():
+        return ""
+    if (folder / name / MANIFEST_NAME).is_file():
+        return f"it is the folder of a whole run, which holds {folder / name}"
+    if (network := config_of(folder)) and "_class_name" in network:
+        return f"it is the folder of a network of diffusers, of the class {network['_class_name']}"
+    try:
+        return f"it is the folder of {read_json(folder / 'request.json', mend='')['stage']}, which has not finished"
+    except (OSError, ValueError, KeyError):
+        return f"it holds no {MANIFEST_NAME}"

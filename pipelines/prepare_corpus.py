@@ -6,7 +6,7 @@ Reads: the source. Writes: ``runs/NAME/corpus/`` with shards, their indexes, ``m
 set aside, ``quarantine.jsonl``.
 """
 
-import json
+import logging
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
@@ -18,7 +18,7 @@ from typing import Annotated, Any, get_args
 import numpy as np
 from pydantic import Field, PositiveInt
 
-from data.files import write_atomically, write_json
+from data.files import read_json, write_atomically, write_json
 from data.loading import ImageShards
 from data.manifest import CorpusManifest, FileEntry, ImageShape, samples_by_split
 from data.samples import BadSample, ImageSample, Split, image_members
@@ -39,6 +39,7 @@ from pipelines.runtime.stage.quarantine import REPORTED, BadSamplePolicy, files_
 from pipelines.runtime.stage.stage import Stage, running_stage
 from pipelines.runtime.stage.work_items import finished_items, make_items
 
+LISTING_NAME = "listing.json"
 LISTED_AT_ONCE = ("synthetic", "fashion_mnist", "emoji", "image_folder")  # sources that need not read their images
 CAPTIONS_LOOKED_AT = 100  # training images without a caption, after which the corpus is taken to have none
 EXAMPLE_ROWS = 4
@@ -70,6 +71,7 @@ def main() -> None:
         config,
         name="prepare_corpus",
         check=lambda parents: check_later_stages(config, stage="prepare_corpus", corpus=corpus_facts(config)),
+        when_done=lambda folder: report_changed_source(config, folder),
     ) as stage:
         prepare(config, stage)
 
@@ -159,14 +161,32 @@ def check_listing(source: Source, stage: Stage) -> None:
     """
     if not stage.is_main:
         return
-    path, found = stage.folder / "listing.json", {"sha256": listing_digest(source)}
-    if not path.exists():
-        write_json(path, found)
-    elif json.loads(path.read_bytes()) != found:
-        raise ConfigError(
-            f"prepare_corpus.source: its files are not those that {stage.folder} was begun with, so an image could be "
-            "stored twice or not at all. Bring them back, choose another run.root, or move the folder away."
-        )
+    path, found = stage.folder / LISTING_NAME, {"sha256": listing_digest(source)}
+    with config_error_at("prepare_corpus.source"):
+        if not path.exists():
+            write_json(path, found)
+        elif read_json(path, mend=f"Restore it, choose another run.root, or move {stage.folder} away.") != found:
+            raise ValueError(
+                f"its files are not those that {stage.folder} was begun with, so an image could be stored twice or not "
+                "at all. Bring them back, choose another run.root, or move the folder away."
+            )
+
+
+def report_changed_source(config: PrepareCorpusConfig, folder: Path) -> None:
+    """Say that a source lists other files than when its corpus was finished; it may also be gone, which is no matter.
+
+    Shards are not looked through again: that would take as long as their corpus took.
+    """
+    if config.source.kind not in LISTED_AT_ONCE:
+        return
+    with suppress(OSError, ValueError):
+        before = read_json(folder / LISTING_NAME, mend="")
+        if before != {"sha256": listing_digest(config.source.open())}:
+            logging.getLogger("latentline.prepare_corpus").warning(
+                f"prepare_corpus.source lists other files now than those that {folder} was made of, which stays as it "
+                "is. For a corpus of what is there now choose another run.root, or move this folder and those of the "
+                "later stages away."
+            )
 
 
 def shard_makers(config: PrepareCorpusConfig, source: Source, folder: Path) -> dict[str, Callable[[], dict[str, Any]]]:

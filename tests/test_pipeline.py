@@ -258,6 +258,7 @@ def test_a_vae_that_did_not_make_the_latents_is_refused(
     shutil.copytree(two_process_run.folder("train_vae"), wrong)
     manifest = json.loads((wrong / "manifest.json").read_bytes())
     manifest["content"]["weights"] = "0" * 64
+    del manifest["provenance"]["digest"]
     (wrong / "manifest.json").write_text(json.dumps(manifest))
     root = tmp_path / "run"
     done = run_stage(

@@ -461,6 +461,14 @@ def test_a_store_that_refuses_a_short_stage_s_first_attempt_is_tried_again(
     assert (unsent(folder, Sent.read(folder)) == 0) == (code == 0)
 
 
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff", b'{"offsets": []}', b'{"offsets": {"a": "b"}}'])
+def test_a_damaged_memory_of_the_sender_only_sends_again(content: bytes, tmp_path: Path, start: Opener) -> None:
+    tracker = start()
+    (tmp_path / "runs/demo/unet/tracking/sent.json").write_bytes(content)
+    assert Sent.read(tmp_path / "runs/demo/unet") == Sent()
+    tracker.close("FINISHED")
+
+
 def test_credentials_are_taken_out_of_any_url() -> None:
     said = "postgresql+psycopg2://user:p%40ss@db:5432/mlflow and https://token@host, but me@example.org stays"
     assert (

@@ -10,7 +10,7 @@ import json
 import os
 from pathlib import Path
 
-from data.files import verify_file, write_json
+from data.files import MADE_AGAIN, verify_file, write_json
 from data.manifest import FileEntry
 
 MARKS_FOLDER = "index"
@@ -27,7 +27,8 @@ def verify_shard(folder: Path, entry: FileEntry) -> None:
     with contextlib.suppress(OSError, ValueError):
         if seen and json.loads(_mark(folder, entry).read_bytes()) == _state(seen):
             return
-    verify_file(path, size=entry.bytes, sha256=entry.sha256)
+    mend = "Restore it: others made it." if entry.url else MADE_AGAIN
+    verify_file(path, size=entry.bytes, sha256=entry.sha256, mend=mend)
     if seen:
         mark_verified(folder, entry, seen)
 

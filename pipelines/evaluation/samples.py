@@ -14,6 +14,7 @@ from typing import Any, Self
 import numpy as np
 import torch
 from pydantic import NonNegativeInt, PositiveInt, model_validator
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
@@ -36,7 +37,7 @@ from pipelines.model.decoded import finite_levels
 from pipelines.model.device import device_of
 from pipelines.model.noise import noise_of
 from pipelines.model.weights import ModelInputs, load_latent_diffusion
-from pipelines.runtime.config.errors import config_error_at
+from pipelines.runtime.config.errors import ConfigError, config_error_at
 from pipelines.runtime.config.stage_config import StageConfig
 from pipelines.runtime.stage.launch import Precision
 from pipelines.runtime.stage.stage import Stage
@@ -307,8 +308,20 @@ class ItemMaker:
 
 
 def read_items(folder: Path, names: Sequence[str], key: str) -> Tensor:
-    """Return one tensor of several work items' files, concatenated."""
-    return torch.cat([load_file(folder / f"{name}.safetensors")[key] for name in names])
+    """Return one tensor of several work items' files, concatenated.
+
+    Raises:
+        ConfigError: A file is damaged; its item is then made again by the next start.
+    """
+
+    def tensor(path: Path) -> Tensor:
+        try:
+            return load_file(path)[key]
+        except (SafetensorError, OSError) as error:
+            path.with_suffix(".json").unlink(missing_ok=True)
+            raise ConfigError(f"{path} is damaged ({error}). The same command makes it again.") from None
+
+    return torch.cat([tensor(folder / f"{name}.safetensors") for name in names])
 
 
 def check_shape(corpus: CorpusManifest, model: LatentDiffusion) -> None:

@@ -4,8 +4,6 @@ The network that is to be trained must be the one whose weights these are; it is
 shapes of its weights before any work. A start is named by the sha256 of its weights in the manifest.
 """
 
-import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -21,6 +19,7 @@ from models.denoiser import Denoiser, DenoiserConfig
 from models.diffusers.config import unet_config_from_diffusers, vae_config_from_diffusers
 from models.diffusers.weights import denoiser_from_diffusers, vae_from_diffusers
 from models.unet import UNetConfig
+from pipelines.model.weights import network_config
 
 MOST_NAMED = 5  # tensors in a message
 
@@ -138,7 +137,7 @@ def _weights_of_run(folder: Path, network: Network) -> tuple[Path, str]:
 
 def _settings_of_run(folder: Path, network: Network) -> dict[str, Any]:
     """Return the settings in ``config.json`` of a finished training."""
-    config: Mapping[str, Any] = json.loads((folder / "config.json").read_bytes())
+    config = network_config(folder, read_manifest(folder))
     if isinstance(network, AutoencoderKL):
         return _vae_settings(VAEConfig.model_validate(config["network"]), config["image_channels"])
     denoiser = DenoiserConfig.model_validate(config["denoiser"])

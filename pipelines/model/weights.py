@@ -4,7 +4,6 @@
 its network is built. The manifest beside them holds their digest; weights that do not match it are refused.
 """
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from pydantic import BaseModel
 from safetensors.torch import load_file, save
 from torch import nn
 
-from data.files import verify_file, write_atomically, write_json
+from data.files import MADE_AGAIN, read_json, verify_file, write_atomically, write_json
 from data.manifest import AnyVAEManifest, DiffusersVAEManifest, FileEntry, Manifest, Parents, UNetManifest, VAEManifest
 from models.autoencoder.vae import AutoencoderKL, VAEConfig
 from models.denoiser import Denoiser, DenoiserConfig
@@ -114,12 +113,16 @@ def check_latent_diffusion(
         check_same_vae(parents.unet.vae, given=parents.vae, given_at=inputs.vae, user=f"inputs.unet = {inputs.unet!r}")
     for key, sampler in (samplers or {}).items():
         with config_error_at(key):
-            check_sampler_suits(sampler, denoiser_config(inputs.unet))
+            check_sampler_suits(sampler, denoiser_config(inputs.unet, parents.unet))
 
 
-def denoiser_config(folder: str | Path) -> DenoiserConfig:
-    """Read the configuration of a trained U-Net, without its weights."""
-    return _denoiser_of(json.loads((Path(folder) / "config.json").read_bytes()))
+def denoiser_config(folder: str | Path, manifest: UNetManifest) -> DenoiserConfig:
+    """Read the configuration of a trained U-Net, without its weights.
+
+    Raises:
+        ValueError: ``config.json`` is missing or not that of its manifest.
+    """
+    return _denoiser_of(network_config(Path(folder), manifest))
 
 
 def _denoiser_of(config: Mapping[str, Any]) -> DenoiserConfig:
@@ -159,6 +162,18 @@ def check_same_vae(used: str, *, given: AnyVAEManifest, given_at: str, user: str
 
 def _checked_config(folder: Path, manifest: VAEManifest | UNetManifest, *, name: str) -> dict[str, Any]:
     """Return ``config.json`` of weights that are those of the manifest."""
-    path = folder / f"{name}.safetensors"
-    verify_file(path, sha256=manifest.weights)
-    return dict(json.loads((folder / "config.json").read_bytes()))
+    verify_file(folder / f"{name}.safetensors", sha256=manifest.weights)
+    return network_config(folder, manifest)
+
+
+def network_config(folder: Path, manifest: Manifest) -> dict[str, Any]:
+    """Return ``config.json`` beside weights.
+
+    Raises:
+        ValueError: It is missing, or not that of the manifest.
+    """
+    path = folder / "config.json"
+    for entry in manifest.files:
+        if entry.name == path.name:
+            verify_file(path, sha256=entry.sha256)
+    return read_json(path, mend=MADE_AGAIN)

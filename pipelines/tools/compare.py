@@ -9,7 +9,6 @@ Metrics are the last values logged; with an error, as ``value ± error``. Scores
 contracts (samples, extractor, reference) are marked, since they do not compare. Only settings that differ are shown.
 """
 
-import json
 import os
 import sys
 import tomllib
@@ -20,6 +19,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
+from data.files import read_json
 from data.manifest import digest_of, read_manifest
 from pipelines.runtime.config.command_line import Answer, run_tool
 from pipelines.runtime.config.dotted_keys import flattened_texts
@@ -195,7 +195,7 @@ def _shown(value: Any) -> str:
 
 def _json_of(path: Path) -> dict[str, Any]:
     try:
-        return dict(json.loads(path.read_text()))
+        return read_json(path, mend="Restore it, or remove it.")
     except FileNotFoundError:
         return {}
 

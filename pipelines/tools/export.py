@@ -73,7 +73,7 @@ def export(config: ExportConfig) -> Answer:
     check_latent_diffusion(config.inputs, parents)
     sampler = DDIMConfig(num_steps=config.num_inference_steps, spacing=config.spacing)
     with config_error_at("inputs"):
-        scheduler = scheduler_config_to_diffusers(denoiser_config(config.inputs.unet), sampler)
+        scheduler = scheduler_config_to_diffusers(denoiser_config(config.inputs.unet, parents.unet), sampler)
     model = load_latent_diffusion(config.inputs, parents, device=ON_CPU)
     with config_error_at("inputs"):
         configs = network_configs(model, num_classes=len(classes))

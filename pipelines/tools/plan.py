@@ -44,10 +44,10 @@ from pipelines import encode_latents, evaluate, prepare_corpus, train_unet, trai
 from pipelines.evaluation.experiment import CorpusFacts, misfits
 from pipelines.model.captions import NoTextConfig, blank_features
 from pipelines.runtime.config.command_line import Answer, run_tool
-from pipelines.runtime.config.errors import ConfigError
+from pipelines.runtime.config.errors import ConfigError, config_error_at
 from pipelines.runtime.config.experiment import experiment_path, load_config
 from pipelines.runtime.config.stage_config import STAGE_FOLDERS, RunConfig, StageConfig
-from pipelines.runtime.stage.fingerprint import differing_keys, fingerprint_of, inputs_of, keys_at_default
+from pipelines.runtime.stage.fingerprint import begun_with, differing_keys, fingerprint_of, inputs_of, keys_at_default
 from pipelines.runtime.stage.progress import duration
 from pipelines.runtime.training.config import TrainingConfig
 from pipelines.runtime.training.flops import peak_flops
@@ -164,11 +164,13 @@ def state_of(stage: str, config: StageConfig, before: Mapping[str, StagePlan]) -
         if maker is not None and maker.state == "stale" and Path(place) == Path(config.run.root) / name:
             why.append(f"its input {name} is stale")
     finished = (folder / MANIFEST_NAME).is_file()
-    if not finished and not (folder / "request.json").is_file():
+    begun = None if finished else begun_with(folder, stage)
+    if not finished and begun is None:
         return StagePlan(stage=stage, state="absent", why=why)
     if not why:
         request = fingerprint_of(stage, config, parents)
-        held = read_manifest(folder).content if finished else json.loads((folder / "request.json").read_bytes())
+        with config_error_at(str(folder)):
+            held = begun or read_manifest(folder).content
         revisions = None if finished else config.revisions
         found = differing_keys(
             held,

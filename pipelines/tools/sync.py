@@ -22,7 +22,7 @@ from pydantic import Field
 
 from data.files import FolderLock
 from pipelines.runtime.config.command_line import Answer, run_tool
-from pipelines.runtime.config.errors import ConfigError
+from pipelines.runtime.config.errors import ConfigError, config_error_at
 from pipelines.runtime.config.redaction import without_credentials
 from pipelines.runtime.config.stage_config import CommandConfig
 from pipelines.runtime.tracking.identity import OFFLINE, RUN_FILE, RunIdentity
@@ -67,7 +67,8 @@ def run_folders(path: Path) -> list[Path]:
 
 def sync(folder: Path, *, tracking_uri: str, follow: bool) -> dict[str, Any]:
     """Send one run, say how it went, and return it: its state is a key of EXIT_CODES."""
-    uri, found = tracking_uri or uri_of(RunIdentity.read(folder)), {"folder": str(folder)}
+    with config_error_at("sync.runs"):
+        uri, found = tracking_uri or uri_of(RunIdentity.read(folder)), {"folder": str(folder)}
     if uri == OFFLINE:
         log.error(f"{folder}: was run with tracking_uri = {OFFLINE!r}; name a store by --tracking-uri.")
         return {**found, "state": "offline"}

@@ -1,17 +1,18 @@
 """Fingerprint of a stage: its configuration and its inputs' digests, and whether that very work is done already."""
 
-import json
 from collections.abc import Collection, Mapping, Sequence
 from functools import reduce
 from pathlib import Path
 from typing import Any
 
-from data.files import write_json
+from data.files import read_json, write_json
 from data.manifest import MANIFEST_NAME, Manifest, Parents, read_input, read_manifest
 from pipelines.runtime.config.dotted_keys import flattened, is_among
 from pipelines.runtime.config.errors import ConfigError
 from pipelines.runtime.config.renamed_keys import lacked_values, new_name, with_new_names
-from pipelines.runtime.config.stage_config import STAGE_FOLDERS, StageConfig
+from pipelines.runtime.config.stage_config import StageConfig
+
+REQUEST_NAME = "request.json"
 
 
 def read_parents(config: StageConfig) -> Parents:
@@ -24,13 +25,7 @@ def read_parents(config: StageConfig) -> Parents:
     for name, folder in inputs_of(config).items():
         try:
             parents[name] = read_input(name, folder)
-        except (FileNotFoundError, NotADirectoryError):
-            maker = next(stage for stage, made in STAGE_FOLDERS.items() if made == name)
-            mistakes.append(
-                f"inputs.{name} = {folder!r} holds no {MANIFEST_NAME}: it is not there or not finished. "
-                f"Run pipelines.{maker} first, or point inputs.{name} at a finished folder."
-            )
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             mistakes.append(f"inputs.{name} = {folder!r}: {error}")
     if mistakes:
         raise ConfigError("\n  ".join(mistakes))
@@ -73,16 +68,47 @@ def begin(
     folder: Path, request: Mapping[str, Any], *, fingerprint_ignores: Mapping[str, Any], revisions: Sequence[str] = ()
 ) -> list[str]:
     """Write down what the stage now does, and return what of it has changed since its last start, line by line."""
-    path, lines = folder / "request.json", []
-    if path.is_file():
-        before = json.loads(path.read_bytes())
+    lines = []
+    if before := begun_with(folder, request["stage"]):
         lines = [line for _, line in differing_keys(before, request, revisions=revisions)]
         # Up to a renaming the object was called "harmless".
         ignored = before.get("fingerprint_ignores", before.get("harmless", fingerprint_ignores))
         ignored = {new_name(request["stage"], key): value for key, value in ignored.items()}
         lines += [line for _, line in _differences(ignored, fingerprint_ignores)]
-    write_json(path, {**request, "fingerprint_ignores": dict(fingerprint_ignores), "revisions": list(revisions)})
+    write_json(
+        folder / REQUEST_NAME,
+        {**request, "fingerprint_ignores": dict(fingerprint_ignores), "revisions": list(revisions)},
+    )
     return lines
+
+
+def begun_with(folder: Path, stage: str) -> dict[str, Any] | None:
+    """Return the request that the unfinished work in ``folder`` was begun with; None where nothing is begun.
+
+    Raises:
+        ConfigError: It is damaged, or another stage's.
+    """
+    # A corpus is begun with the listing of its source: a source that could not be opened binds nobody.
+    if stage == "prepare_corpus" and not any((folder / name).exists() for name in ("listing.json", "parts")):
+        return None
+    path, away = folder / REQUEST_NAME, f"Restore it, choose another run.root, or move {folder} away."
+    try:
+        before = read_json(path, mend=f"It says what {folder} was begun with. {away}")
+        if not all(isinstance(before.get(name), dict) for name in ("config", "parents")):
+            raise ValueError(f"{path} is damaged (it holds no request). {away}")
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    _check_stage(folder, before.get("stage", stage), stage)
+    return before
+
+
+def _check_stage(folder: Path, found: str, stage: str) -> None:
+    if found != stage:
+        raise ConfigError(
+            f"{folder} holds the work of {found}, not of {stage}. Choose another run.root, or move the folder away."
+        )
 
 
 def ancestors(parents: Mapping[str, Manifest]) -> dict[str, str]:
@@ -121,16 +147,17 @@ def already_done(
             before: Mapping[str, Any] = read_manifest(folder).content
         except ValueError as error:
             raise ConfigError(str(error)) from None
-    elif (folder / "request.json").is_file():
-        before = json.loads((folder / "request.json").read_bytes())
+        _check_stage(folder, before["stage"], request["stage"])
+    elif (begun := begun_with(folder, request["stage"])) is not None:
+        before = begun
     else:
         return False
 
     # A training is longer now: it is unfinished work, of the versions that have worked on it.
     if finished and trains and "updates" in allowed and request["config"]["updates"] > before["config"]["updates"]:
         finished = False
-        if (folder / "request.json").is_file():
-            before = {**before, "revisions": json.loads((folder / "request.json").read_bytes()).get("revisions", ())}
+        if (begun := begun_with(folder, request["stage"])) is not None:
+            before = {**before, "revisions": begun.get("revisions", ())}
 
     # What differs, but for what may.
     can_change = trains and not finished

@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 
-from data.files import FolderLock, make_folder, sweep_temporaries, write_atomically
+from data.files import FolderLock, make_folder, read_json, sweep_temporaries, write_atomically
 from data.manifest import FORMAT_VERSION, MANIFEST_NAME, FileEntry, Manifest, Parents, digest_of, write_manifest
 from pipelines.runtime.config.errors import ConfigError, Stopped, config_error_at, sentence
 from pipelines.runtime.config.experiment import config_as_toml
@@ -136,6 +136,7 @@ def running_stage(
     precision: Precision = "float32",
     tf32: bool = False,
     check: Callable[[Parents], None] = lambda parents: None,
+    when_done: Callable[[Path], None] = lambda folder: None,
     folder_name: str | None = None,
     joinable: bool = False,
 ) -> Iterator[Stage]:
@@ -147,6 +148,7 @@ def running_stage(
         precision: What the networks compute in.
         tf32: Float32 products and convolutions are computed in TF32 on GPUs.
         check: Raises ConfigError when the request cannot work; called with the parents' manifests before any work.
+        when_done: Called with the folder when the stage has finished already, on the main process.
         joinable: Several runs may work on the folder at once: its work falls into parts. Each has its own MLflow run;
             those that come later keep theirs in ``runs/HOST-PID`` below the folder.
         folder_name: Folder below ``run.root`` when it is not the stage's usual one.
@@ -176,6 +178,8 @@ def running_stage(
         ):
             outcome.set("done")
             log.info(f"already finished in {folder}; nothing to do.")
+            if is_main:
+                when_done(folder)
             raise SystemExit(0)
         check(manifests)  # what a finished stage was made from may be gone
         if is_main:
@@ -264,7 +268,7 @@ def take_folder(folder: Path, lock: FolderLock, accelerator: Accelerator, *, joi
         except BlockingIOError as error:
             busy, token = error, -token if joinable else 0
         else:
-            sweep_joined(folder) if joinable else sweep_temporaries(folder)
+            sweep(folder, joinable=joinable)
     token = from_main(token, accelerator)
     if token == 0:
         raise busy or BlockingIOError(f"{folder} is in use by another run")
@@ -305,11 +309,29 @@ def end_process_group(stage: Stage) -> None:
             dist.destroy_process_group()
 
 
-def sweep_joined(folder: Path) -> None:
-    """Remove what killed runs left in a folder that several share, unless one of them is still at work."""
-    if not (folder / "parts").is_dir() or sweep_expired_leases(folder / "parts"):
-        for place in (folder, folder / "index"):
-            sweep_temporaries(place)
+def sweep(folder: Path, *, joinable: bool) -> None:
+    """Remove what killed runs left in a folder, and damaged results of its parts, which are then made again.
+
+    Nothing is removed where several runs share the folder and one of them is still at work.
+    """
+    parts = folder / "parts"
+    if joinable and parts.is_dir() and not sweep_expired_leases(parts):
+        return
+    for place in (folder, folder / "index"):
+        sweep_temporaries(place)
+    for path in sorted(parts.glob("*.json")):
+        if not _is_whole(path, folder):
+            log.warning(f"{folder / path.stem} or its result, {path}, was cut or changed: it is made again")
+            path.unlink()
+
+
+def _is_whole(path: Path, folder: Path) -> bool:
+    """Return whether a part's result can be read, and the file that it describes has the size that it says."""
+    try:
+        entry = read_json(path, mend="").get("entry")
+        return entry is None or bool(entry.get("url")) or (folder / entry["name"]).stat().st_size == entry["bytes"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
 
 
 def start_tracker(
@@ -326,7 +348,7 @@ def start_tracker(
         "hardware": hardware(),
         **{f"upstream.{key}": digest for key, digest in ancestors(parents).items()},
     }
-    with config_error_at("run.tracking_uri"):
+    with config_error_at("tracking"):
         tracker = open_tracker(
             folder=folder,
             root=Path(config.run.root),

@@ -4,7 +4,6 @@ An item is done when its result is committed as ``parts/NAME.json``. Its files a
 is killed in between leaves the item to be made again, with files that are equal in every byte.
 """
 
-import json
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -12,8 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from data.files import write_json
-from pipelines.runtime.config.errors import Stopped
+from data.files import read_json, write_json
+from pipelines.runtime.config.errors import ConfigError, Stopped
 from pipelines.runtime.stage.leases import Leases, sweep_expired_leases
 from pipelines.runtime.stage.stage import Stage
 
@@ -65,7 +64,15 @@ def make_items(
             with ThreadPoolExecutor(at_once, thread_name_prefix="work items") as pool:
                 for job in [pool.submit(work.go_through, order, leases) for _ in range(at_once)]:
                     job.result()
-    return [json.loads((folder / f"{name}.json").read_bytes()) for name in names]
+    return [_result(folder / f"{name}.json") for name in names]
+
+
+def _result(path: Path) -> Result:
+    try:
+        return read_json(path, mend="It is removed, so that the same command makes it again.")
+    except ValueError as error:
+        path.unlink(missing_ok=True)
+        raise ConfigError(str(error)) from None
 
 
 def finished_items(stage: Stage, names: Sequence[str]) -> list[str]:

@@ -2,7 +2,6 @@
 
 import contextlib
 import fcntl
-import json
 import os
 import re
 import time
@@ -14,7 +13,7 @@ from urllib.parse import unquote
 
 import psutil
 
-from data.files import write_json, write_json_once
+from data.files import read_json, write_json, write_json_once
 from pipelines.runtime.config.redaction import without_credentials
 
 RUN_FILE = "run.json"
@@ -54,12 +53,11 @@ class RunIdentity:
             FileNotFoundError: No run was ever started there.
             ValueError: ``run.json`` is damaged.
         """
+        path, mend = folder / RUN_FILE, "Remove it, and the stage starts a new MLflow run."
         try:
-            return cls(**json.loads((folder / RUN_FILE).read_text()))
-        except (TypeError, ValueError) as error:
-            raise ValueError(
-                f"{folder / RUN_FILE} is damaged ({error}). Remove it, and the stage starts a new MLflow run."
-            ) from None
+            return cls(**read_json(path, mend=mend))
+        except TypeError as error:
+            raise ValueError(f"{path} is damaged ({error}). {mend}") from None
 
 
 def run_identity(folder: Path, *, root: Path, stage: str, experiment: str, uri: str) -> RunIdentity:
@@ -94,13 +92,12 @@ def pipeline_identity(root: Path) -> tuple[str, float]:
     root.mkdir(parents=True, exist_ok=True)
     if not path.exists():
         write_json_once(path, {"pipeline_id": uuid.uuid4().hex, "created": round(time.time(), 3)})
+    mend = "Remove it, and the next stage starts a new pipeline in MLflow."
+    pipeline = read_json(path, mend=mend)
     try:
-        pipeline = json.loads(path.read_text())
         return str(pipeline["pipeline_id"]), float(pipeline["created"])
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{path} is damaged ({error!r}). Remove it, and the next stage starts a new pipeline in MLflow."
-        ) from None
+        raise ValueError(f"{path} is damaged ({error!r}). {mend}") from None
 
 
 @contextlib.contextmanager

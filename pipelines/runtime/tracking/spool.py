@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from data.files import flush_file, write_json
+from data.files import flush_file, read_json, write_json
 
 log = logging.getLogger("latentline.tracking")
 
@@ -57,10 +57,11 @@ class Sent:
     @classmethod
     def read(cls, folder: Path) -> "Sent":
         """Return what was committed; nothing sent, when there is none or it is damaged."""
-        try:
-            return cls(**json.loads((folder / SENT_FILE).read_text()))
-        except (OSError, TypeError, json.JSONDecodeError):
-            return cls()
+        with contextlib.suppress(OSError, TypeError, ValueError):
+            found = cls(**read_json(folder / SENT_FILE, mend=""))
+            if isinstance(found.offsets, dict) and all(isinstance(place, int) for place in found.offsets.values()):
+                return found
+        return cls()
 
 
 def unsent(folder: Path, sent: Sent) -> int:
