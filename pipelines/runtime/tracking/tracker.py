@@ -42,8 +42,8 @@ log = logging.getLogger("latentline.tracking")
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 Record = Mapping[str, float | int]  # {"update", "batch", "time", "train/loss", ...}
 
-CLOSE_WAIT_SECONDS = 8.0  # a stage exits within 10 s, whatever its server does
-LOCAL_WAIT_SECONDS = 60.0  # no network holds up an sqlite file, but to import mlflow and make the file takes a while
+CLOSE_WAIT_SECONDS = 8.0  # a stage exits within 10 s when its server takes nothing
+LONGEST_WAIT_SECONDS = 60.0  # while the server takes something; always of an sqlite file, which takes a while to make
 
 
 class SilentTracker:
@@ -208,19 +208,18 @@ class Tracker:
         self._spool.flush(timeout_seconds=60.0)
 
     def close(self, status: Status, *, wait_seconds: float | None = None) -> None:
-        """End the run, let the sender finish for at most ``wait_seconds``, and report what is left for ``sync``.
+        """End the run, let the sender finish, and report what is left for ``sync``.
 
-        A local store gets longer than a server by default, unless the run was told to stop, whose time is short.
+        The sender gets ``wait_seconds``. By default it gets a minute while its store takes something, and less where
+        the run was told to stop, whose time is short.
         """
-        if wait_seconds is None:
-            is_local = sqlite_file(self._uri) is not None and status != "KILLED"
-            wait_seconds = LOCAL_WAIT_SECONDS if is_local else CLOSE_WAIT_SECONDS
-        deadline = time.monotonic() + wait_seconds
+        longest = wait_seconds or (CLOSE_WAIT_SECONDS if status == "KILLED" else LONGEST_WAIT_SECONDS)
+        patience = longest if wait_seconds or sqlite_file(self._uri) is not None else CLOSE_WAIT_SECONDS
         self.event("close", status=status)
-        self._spool.close(timeout_seconds=wait_seconds / 2)
+        self._spool.close(timeout_seconds=patience / 2)
         try:
             if self._sender is not None:
-                self._finish_sending(deadline)
+                self._finish_sending(patience_seconds=patience, longest_seconds=longest)
         finally:
             self._lock.release()
         if self._uri != OFFLINE and (left := unsent(self._folder, Sent.read(self._folder))):
@@ -255,15 +254,23 @@ class Tracker:
             )
         self._sender_retry_at = time.monotonic() + 60
 
-    def _finish_sending(self, deadline: float) -> None:
+    def _finish_sending(self, *, patience_seconds: float, longest_seconds: float) -> None:
+        """Let the sender finish while it comes on: at most so long without a step, and in all."""
         assert self._sender is not None
         assert self._sender.stdin is not None
         try:
             with contextlib.suppress(OSError):
                 self._sender.stdin.write(b"close\n")
                 self._sender.stdin.flush()
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self._sender.wait(timeout=max(0.1, deadline - time.monotonic()))
+            began = last = time.monotonic()
+            sent = Sent.read(self._folder)
+            while self._sender.poll() is None:
+                now = time.monotonic()
+                if (sent_now := Sent.read(self._folder)) != sent:
+                    sent, last = sent_now, now
+                if now > min(last + patience_seconds, began + longest_seconds):
+                    break
+                time.sleep(0.05)
         finally:  # also when a second Ctrl-C cuts the wait short; one that has ended is not killed
             self._sender.kill()
             self._sender.wait()
