@@ -7,12 +7,19 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from conftest import environment, socket, start_ranks
+from torch import Tensor
 from warm import WarmProcess
+
+from pipelines.runtime.training import replica_check
+from pipelines.runtime.training.replica_check import ReplicaCheck, ReplicaError
 
 PROGRAM = Path(__file__).with_name("tiny_training.py")
 K = 5
@@ -98,6 +105,55 @@ def test_the_self_test_names_what_has_gone_astray(name: str, message: str, lates
     for rank in ended[name]:
         assert rank["ended"].startswith(f"ReplicaError: {message}"), rank["ended"]
         assert rank["update"] <= latest
+
+
+def simulated_check(
+    monkeypatch: pytest.MonkeyPatch, num_ranks: int, others: Callable[[Tensor], None]
+) -> tuple[ReplicaCheck, list[int]]:
+    """Return the check of rank 0 of many, and how many numbers it sends; ``others`` changes what the others sent."""
+    sent: list[int] = []
+
+    def gathered(values: Tensor, accelerator: object) -> Tensor:
+        sent.append(values.numel())
+        table = values.expand(num_ranks, *values.shape).clone()
+        others(table)
+        return table
+
+    monkeypatch.setattr(replica_check, "gathered", gathered)
+    accelerator: Any = SimpleNamespace(num_processes=num_ranks, process_index=0, device="cpu")
+    tensors = {f"layer.{number}": torch.full((3,), float(number)) for number in range(60)}
+    return ReplicaCheck({"net": SimpleNamespace(tensors=lambda: tensors)}, accelerator, every=1), sent
+
+
+def add_by_rank(table: Tensor, values: Tensor) -> None:
+    table.add_(values.view(-1, *[1] * (table.ndim - 1)))
+
+
+def test_the_replica_check_of_many_ranks_compares_no_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
+    began = time.process_time()
+    check, sent = simulated_check(monkeypatch, 2048, lambda table: None)
+    check.compare("now")
+    check, sent_of_gradients = simulated_check(monkeypatch, 2048, lambda table: add_by_rank(table, torch.arange(2048)))
+    check._local = {str(number): torch.zeros(2, dtype=torch.int64) for number in range(60)}
+    check._local_must_differ("now")
+    assert time.process_time() - began < 1.5
+    assert sent == sent_of_gradients == [1], "healthy ranks send one number each, whatever the number of tensors"
+
+
+def test_of_many_ranks_the_replica_check_names_the_odd_one_of_the_first_odd_tensor(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def others(table: Tensor) -> None:
+        for rank, number in ((300, 7), (400, 2)):
+            (table[rank, number] if table.ndim > 1 else table[rank : rank + 1]).add_(1)
+
+    check, _ = simulated_check(monkeypatch, 512, others)
+    with pytest.raises(ReplicaError, match=r"Rank 400 holds other bits than the other ranks now: net, layer.2\."):
+        check.compare("now")
+    check, _ = simulated_check(monkeypatch, 512, lambda table: add_by_rank(table, torch.arange(512).clamp(max=510)))
+    check._local = {"0, weight": torch.zeros(2, dtype=torch.int64)}
+    with pytest.raises(ReplicaError, match="Ranks 510 and 511 have the same gradients now"):
+        check._local_must_differ("now")
 
 
 def test_all_ranks_skip_what_is_bad_on_one(ended: dict[str, Any]) -> None:
