@@ -55,7 +55,7 @@ from pipelines.runtime.stage.launch import Precision
 from pipelines.runtime.stage.progress import PLAIN_LINE_EVERY_SECONDS, ProgressLine, progress_line
 from pipelines.runtime.stage.quarantine import REPORTED, BadSamplePolicy, files_and_counts, settle_quarantine
 from pipelines.runtime.stage.stage import Stage, running_stage
-from pipelines.runtime.stage.work_items import Result, finished_items, make_items
+from pipelines.runtime.stage.work_items import Result, finished_items, make_items, results_of
 
 SHARDS_AT_ONCE = 2
 
@@ -123,7 +123,7 @@ def encode(config: EncodeLatentsConfig, stage: Stage) -> None:
     start = sum(sizes[name] for name in finished_items(stage, list(shards)))
     with progress_line("encode_latents", total=num_images, unit="images", start=start, is_main=stage.is_main) as line:
         progress = EncodingProgress(stage, line, num_shards=len(shards), done_before=start)
-        results = make_items(
+        make_items(
             stage,
             list(shards),
             lambda name: encode_shard(config, stage, vae, captions, *shards[name], turn),
@@ -134,6 +134,7 @@ def encode(config: EncodeLatentsConfig, stage: Stage) -> None:
         progress.finish()
 
     # Account for every sample, and measure the whole.
+    results = results_of(stage, list(shards))
     bad = settle_quarantine(stage, results, num_in=num_images, max_bad_fraction=config.max_bad_fraction)
     files, counts = files_and_counts(results, bad, num_in=num_images)
     statistics = ChannelSums.merged(

@@ -34,7 +34,7 @@ from pipelines.runtime.config.command_line import config_from_command_line
 from pipelines.runtime.config.errors import ConfigError
 from pipelines.runtime.stage.progress import progress_line
 from pipelines.runtime.stage.stage import Stage, running_stage
-from pipelines.runtime.stage.work_items import make_items
+from pipelines.runtime.stage.work_items import make_items, results_of
 
 GRID_ROWS = 8
 MAX_GRID_COLUMNS = 12
@@ -113,7 +113,8 @@ def evaluate(config: EvaluateConfig, stage: Stage) -> None:
     # Measure each set of images, and write metrics, pictures and sample shards.
     figures = FigureMaker(maker)
     make_items(stage, [CALIBRATION], figures.make_calibration, folder=maker.reference_folder)
-    found = dict(zip(figures.names, make_items(stage, list(figures.names), figures.make), strict=True))
+    make_items(stage, list(figures.names), figures.make)
+    found = dict(zip(figures.names, results_of(stage, list(figures.names)), strict=True))
     files: list[FileEntry] = []
     if stage.is_main:
         measure(maker, figures, found)

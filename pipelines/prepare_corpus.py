@@ -37,7 +37,7 @@ from pipelines.runtime.config.stage_config import StageConfig
 from pipelines.runtime.stage.progress import progress_line
 from pipelines.runtime.stage.quarantine import REPORTED, BadSamplePolicy, files_and_counts, settle_quarantine
 from pipelines.runtime.stage.stage import Stage, running_stage
-from pipelines.runtime.stage.work_items import finished_items, make_items
+from pipelines.runtime.stage.work_items import finished_items, make_items, results_of
 
 LISTING_NAME = "listing.json"
 LISTED_AT_ONCE = ("synthetic", "fashion_mnist", "emoji", "image_folder")  # sources that need not read their images
@@ -92,12 +92,10 @@ def prepare(config: PrepareCorpusConfig, stage: Stage) -> None:
     make = shard_makers(config, source, stage.folder)
     start = len(finished_items(stage, list(make)))
     with progress_line("prepare_corpus", total=len(make), unit="shards", start=start, is_main=stage.is_main) as line:
-        results = make_items(
-            stage, list(make), lambda name: make[name](), after_each=lambda done, _, __: line.advance_to(done)
-        )
+        make_items(stage, list(make), lambda name: make[name](), after_each=lambda done, _, __: line.advance_to(done))
 
     # Account for every sample, and show some.
-    given = sum(source.count(split) for split in get_args(Split))
+    given, results = sum(source.count(split) for split in get_args(Split)), results_of(stage, list(make))
     bad = settle_quarantine(stage, results, num_in=given, max_bad_fraction=config.max_bad_fraction, free=FILTER_REASONS)
     files, counts = files_and_counts(results, bad, num_in=given, left_out=source.left_out)
     content: dict[str, Any] = {

@@ -1,15 +1,21 @@
 """Many hands on one set of latents: leases, publication, several runs, kills, and the checks of the whole."""
 
+import contextlib
+import io
 import json
 import os
 import random
 import shutil
 import signal
+import threading
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +23,7 @@ from conftest import REPOSITORY, Run, communicated, run_stage, stage_command, st
 from killed_at import PLACES
 from warm import WarmProcess
 
-from data.files import FolderLock, sha256_of
+from data.files import FolderLock, sha256_of, write_json
 from data.loading import ImageShards
 from data.manifest import FileEntry
 from data.shards.writer import ShardWriter
@@ -27,6 +33,7 @@ from pipelines.model.latent_statistics import alarms, scale_in_validation, scale
 from pipelines.runtime.stage import leases as leases_module
 from pipelines.runtime.stage.leases import Leases
 from pipelines.runtime.stage.progress import progress_line
+from pipelines.runtime.stage.work_items import make_items
 
 KILLS = int(os.environ.get("LATENTLINE_KILLS", "50"))
 
@@ -140,6 +147,74 @@ def test_fifty_kills_change_no_byte(two_process_run: Run, tmp_path: Path) -> Non
 
 
 # --- leases and publication
+
+
+class Requests(Counter[str]):
+    """Counts what is asked of the file system."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        super().__init__()
+        for holder, name in ((os, "open"), (os, "stat"), (os, "listdir"), (os, "scandir"), (io, "open")):
+            patch.setattr(holder, name, partial(self._asked, getattr(holder, name), name))
+
+    def _asked(self, real: Callable[..., Any], name: str, *words: Any, **named: Any) -> Any:
+        self[name] += 1
+        return real(*words, **named)
+
+
+def ranks_at_work(folder: Path, num_ranks: int, names: list[str], make: Callable[[str], Any]) -> list[threading.Thread]:
+    """Start ranks, each in a thread, on items in ``folder``."""
+    threads = []
+    for rank in range(num_ranks):
+        stage: Any = SimpleNamespace(
+            folder=folder,
+            is_main=False,
+            accelerator=SimpleNamespace(process_index=rank, num_processes=num_ranks),
+            stop=SimpleNamespace(requested=(folder / "stop").exists),
+        )
+        threads.append(threading.Thread(target=make_items, args=(stage, names, make), daemon=True))
+        threads[-1].start()
+    return threads
+
+
+def test_an_idle_rank_asks_little_of_a_shared_file_system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "parts").mkdir()
+    names = [f"item-{number}" for number in range(500)]
+    with Leases(tmp_path / "parts") as others, contextlib.ExitStack() as leased:
+        for name in names:
+            leased.enter_context(others.lease(name))
+        with monkeypatch.context() as patch:
+            requests = Requests(patch)
+            (rank,) = ranks_at_work(tmp_path, 1, names, lambda name: pytest.fail(name))
+            time.sleep(2)
+        assert requests.total() < 40 * 6, requests
+        assert requests["listdir"] >= 5, "it does not look"
+        for name in names:
+            write_json(tmp_path / "parts" / f"{name}.json", {})
+        rank.join(timeout=20)
+        assert not rank.is_alive()
+
+
+def test_ranks_begin_with_items_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    refused: list[str] = []
+    is_expired = Leases.is_expired
+    monkeypatch.setattr(Leases, "is_expired", lambda own, path: refused.append(path.name) or is_expired(own, path))
+    made: list[str] = []
+    all_begun = threading.Barrier(16, timeout=20)
+
+    def make(name: str) -> dict[str, Any]:
+        if len(made) < 16:
+            made.append(name)
+            all_begun.wait()
+        else:
+            made.append(name)
+        return {}
+
+    names = [f"item-{number:02}" for number in range(64)]
+    for rank in ranks_at_work(tmp_path, 16, names, make):
+        rank.join(timeout=60)
+    assert sorted(made) == names, "each once"
+    assert len(refused) < 64, "ranks ask for items that others are making"
 
 
 def test_an_item_is_leased_by_one_and_free_again_afterwards(tmp_path: Path) -> None:

@@ -153,6 +153,14 @@ class StopSignal:
         self.file.touch()
 
 
+def poll_seconds(waited: float) -> float:
+    """Return how long to wait before the next look at a shared file system, after ``waited`` seconds without success.
+
+    The wait grows with what was waited already, so that it costs a quarter of that at most, and 5 s.
+    """
+    return min(max(0.05, waited / 4), 5.0)
+
+
 def gathered(values: Tensor, accelerator: Accelerator) -> Tensor:
     """Return every rank's ``values`` on every rank, stacked: (rank, ...). A collective; nothing is unpickled."""
     table = torch.zeros(accelerator.num_processes, *values.shape, dtype=values.dtype, device=accelerator.device)

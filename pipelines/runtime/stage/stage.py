@@ -38,7 +38,7 @@ from pipelines.runtime.stage.fingerprint import (
     keys_at_default,
     read_parents,
 )
-from pipelines.runtime.stage.launch import Precision, StopSignal, any_rank, from_main, start_accelerator
+from pipelines.runtime.stage.launch import Precision, StopSignal, any_rank, from_main, poll_seconds, start_accelerator
 from pipelines.runtime.stage.leases import sweep_expired_leases
 from pipelines.runtime.stage.provenance import code_version, hardware
 from pipelines.runtime.stage.watchdog import Watchdog
@@ -100,6 +100,7 @@ class Stage:
     def _lock_unless_finished(self) -> bool:
         """Wait for the manifest, or for the lock to write it; return whether this process holds the lock."""
         # Not in a collective, whose time is limited: the main process may have hours of measuring and storing to do.
+        began = time.monotonic()
         while not (self.folder / MANIFEST_NAME).is_file():
             if self.is_main:
                 with suppress(BlockingIOError):
@@ -108,7 +109,7 @@ class Stage:
             if self.stop.requested():
                 other = f"another run finishes {self.folder}" if self.is_main else "the main process was still at work"
                 raise Stopped(f"{self.stop.reason}; {other}")
-            time.sleep(POLL_SECONDS)
+            time.sleep(poll_seconds(time.monotonic() - began))
         return self.lock.held
 
     def _provenance(self) -> dict[str, Any]:

@@ -2,8 +2,15 @@
 
 An item is done when its result is committed as ``parts/NAME.json``. Its files are committed before that; a process that
 is killed in between leaves the item to be made again, with files that are equal in every byte.
+
+Each rank begins with a share of its own, then helps with those of the next ranks, so that few ask for one item at once.
+One listing of the folder shows what others have made and are making; a rank without a free item lists it again after a
+growing time and asks for the age of one lease then. So an idle rank costs a shared file system a few requests a second,
+however many items are missing.
 """
 
+import contextlib
+import os
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -13,10 +20,11 @@ from typing import Any
 
 from data.files import read_json, write_json
 from pipelines.runtime.config.errors import ConfigError, Stopped
+from pipelines.runtime.stage.launch import poll_seconds
 from pipelines.runtime.stage.leases import Leases, sweep_expired_leases
 from pipelines.runtime.stage.stage import Stage
 
-POLL_SECONDS = 0.05
+LISTING_SHARE = 0.05  # of the time of a rank that makes many short items: the most that listings take
 
 Result = Mapping[str, Any]
 
@@ -30,8 +38,8 @@ def make_items(
     sizes: Mapping[str, int] | None = None,
     at_once: int = 1,
     after_each: Callable[[int, int, Result], None] = lambda done, size, result: None,
-) -> list[Result]:
-    """Make the items that no process has made or is making, and return all results in the order of ``names``.
+) -> None:
+    """Make the items that no process has made or is making; all are done when it returns.
 
     Ranks, and other runs on the same folder, take the next item whenever they are free.
 
@@ -40,7 +48,7 @@ def make_items(
         names: One an item; safe as file names.
         make: Makes one item and returns its result: plain JSON.
         folder: Holds the results; default ``parts`` in the stage's folder.
-        sizes: Duration of each item, in any unit: long ones are begun first, which keeps all ranks busy to the end.
+        sizes: Duration of each item, in any unit: long ones of a share are begun first, which keeps all ranks busy.
         at_once: Items that this process makes at once, in threads.
         after_each: Called after each item that this rank made, with the number of items that are done and their size.
 
@@ -56,7 +64,9 @@ def make_items(
     if stage.is_main and folder.is_relative_to(stage.folder):
         sweep_expired_leases(folder)
 
-    order = sorted(names, key=lambda name: -sizes[name])
+    by_size = sorted(names, key=lambda name: -sizes[name])
+    rank, num_ranks = stage.accelerator.process_index, stage.accelerator.num_processes
+    order = [name for nth in range(num_ranks) for name in by_size[(rank + nth) % num_ranks :: num_ranks]]
     with Leases(folder) as leases:
         if at_once == 1:
             work.go_through(order, leases)
@@ -64,7 +74,11 @@ def make_items(
             with ThreadPoolExecutor(at_once, thread_name_prefix="work items") as pool:
                 for job in [pool.submit(work.go_through, order, leases) for _ in range(at_once)]:
                     job.result()
-    return [_result(folder / f"{name}.json") for name in names]
+
+
+def results_of(stage: Stage, names: Sequence[str]) -> list[Result]:
+    """Return the results of items that are done, in the order of ``names``."""
+    return [_result(stage.folder / "parts" / f"{name}.json") for name in names]
 
 
 def _result(path: Path) -> Result:
@@ -77,7 +91,17 @@ def _result(path: Path) -> Result:
 
 def finished_items(stage: Stage, names: Sequence[str]) -> list[str]:
     """Return those items that are done."""
-    return [name for name in names if (stage.folder / "parts" / f"{name}.json").exists()]
+    done, _ = _listed(stage.folder / "parts")
+    return [name for name in names if name in done]
+
+
+def _listed(folder: Path) -> tuple[set[str], set[str]]:
+    """Return the names of the items that are done, and of those that are leased; none where there is no folder."""
+    files: list[str] = []
+    with contextlib.suppress(FileNotFoundError):
+        files = os.listdir(folder)
+    done, leased = ({file[: -len(end)] for file in files if file.endswith(end)} for end in (".json", ".lease"))
+    return done, leased
 
 
 class _Work:
@@ -92,8 +116,9 @@ class _Work:
         after_each: Callable[[int, int, Result], None],
     ) -> None:
         self._stage, self._folder, self._make, self._after_each = stage, folder, make, after_each
-        self._missing = {name for name in sizes if not self._result_path(name).exists()}
-        self._sizes, self._lock, self._failed = sizes, threading.Lock(), False
+        self._missing, self._sizes, self._lock = set(sizes), sizes, threading.Lock()
+        self._ended = threading.Event()  # every item is done, or one has failed
+        self._look()
 
     def num_done(self) -> int:
         """Return the number of items that are done, as far as this process has seen."""
@@ -105,19 +130,43 @@ class _Work:
 
     def go_through(self, order: Sequence[str], leases: Leases) -> None:
         """Make free items until every item is done, here or elsewhere."""
+        turn, waiting_since = self._stage.accelerator.process_index, time.monotonic()
         try:
-            while self._missing and not self._failed:
+            while not self._ended.is_set():
+                # Free items; from time to time what others have made and are making is listed anew.
+                began = time.monotonic()
+                leased = self._look()
+                free = [name for name in order if name in self._missing and name not in leased]
+                believed_until = time.monotonic() + (time.monotonic() - began) / LISTING_SHARE
                 made = False
-                for name in order:
+                for name in free:
                     # What another thread raised is raised by it alone, so that nothing hides it.
-                    if name in self._missing and not self._failed:
-                        made |= self._try(name, leases)
-                if not made and not self._failed:
+                    if name in self._missing and not self._ended.is_set():
+                        made |= (here := self._try(name, leases))
+                        if made and (not here or time.monotonic() > believed_until):
+                            break
+
+                # The owner of a leased item may have gone: that of one item is looked at, by each rank another's.
+                if not made and leased:
+                    turn += 1
+                    made = self._try(sorted(leased)[turn % len(leased)], leases)
+                if made:
+                    waiting_since = time.monotonic()
+                elif not self._ended.is_set():
                     self._stop_if_asked()
-                    time.sleep(POLL_SECONDS)
+                    self._ended.wait(poll_seconds(time.monotonic() - waiting_since))
         except BaseException:
-            self._failed = True
+            self._ended.set()
             raise
+
+    def _look(self) -> set[str]:
+        """List the folder; return the missing items that are leased."""
+        done, leased = _listed(self._folder)
+        with self._lock:
+            self._missing -= done
+            if not self._missing:
+                self._ended.set()
+            return leased & self._missing
 
     def _try(self, name: str, leases: Leases) -> bool:
         """Make an item unless it is done or leased; return whether it was made here."""
@@ -128,8 +177,10 @@ class _Work:
                 result = self._make(name)
                 write_json(self._result_path(name), result)
         with self._lock:
-            if self._result_path(name).exists():
+            if mine:  # then it is done
                 self._missing.discard(name)
+            if not self._missing:
+                self._ended.set()
             if made:
                 self._after_each(self.num_done(), self.size_done(), result)
         return made
