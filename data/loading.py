@@ -1,7 +1,7 @@
 """Loading of images and latents at random: indices in, batches out, without parsing a tar.
 
 Shards are memory-mapped, and a batch is gathered by one copy outside the interpreter's lock, so reading never holds up
-the training thread.
+the training thread. Images are decoded outside that lock, too, so threads share the images of a batch.
 """
 
 import resource
@@ -9,6 +9,7 @@ import threading
 import warnings
 import weakref
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -61,6 +62,7 @@ class ImageShards(ShardSet):
         split: ``train`` or ``val``.
         cache_bytes: Decoded pixels are kept when the whole split needs no more than this.
         scattered: As for ``ShardSet``.
+        threads: Images that are decoded at once, of all batches together; with 1 the reader's own thread does it.
     """
 
     def __init__(
@@ -71,8 +73,10 @@ class ImageShards(ShardSet):
         manifest: CorpusManifest | None = None,
         cache_bytes: int = 256 * 1024 * 1024,
         scattered: bool = False,
+        threads: int = 1,
     ) -> None:
         super().__init__(folder, split=split, manifest=manifest, scattered=scattered)
+        self._map = map if threads == 1 else ThreadPoolExecutor(threads, thread_name_prefix="decode").map
         assert isinstance(self.manifest, CorpusManifest), f"{folder} holds no images"
         # Shards that others wrote are brought to one size as they are read.
         self._view, self._max_pixels = self.manifest.view, self.manifest.max_pixels or DEFAULT_MAX_PIXELS
@@ -112,25 +116,34 @@ class ImageShards(ShardSet):
             for shard, row, wants in zip(shards, rows, undecoded, strict=True)
         ]
         samples = list(zip(indices.tolist(), brought_near(shards, rows, wanted), rows, strict=True))
-        kept: list[tuple[int, Shard, int]] = []
-        captions: list[str] = []
-        for index, shard, row in samples:
+
+        def decode(place: int) -> str | BadSample:
+            index, shard, row = samples[place]
             try:
-                images[len(kept)] = self._pixels(index, shard, row)
-                captions.append(shard.caption(row))
+                images[place] = self._pixels(index, shard, row)
+                return shard.caption(row)
             except BadSample as error:
-                if bad is None:
-                    raise
-                bad.append(error)
-                continue
-            kept.append((index, shard, row))
+                return error
+
+        kept: list[int] = []
+        captions: list[str] = []
+        for place, found in enumerate(self._map(decode, range(len(samples)))):
+            if isinstance(found, str):
+                kept.append(place)
+                captions.append(found)
+            elif bad is None:
+                raise found
+            else:
+                bad.append(found)
+        if len(kept) < len(samples):
+            images, samples = images[kept], [samples[place] for place in kept]
         return ImageBatch(
-            indices=np.array([index for index, _, _ in kept], dtype=np.int64),
-            images=images[: len(kept)],
-            labels=np.array([shard.label(row) for _, shard, row in kept], dtype=np.int64),
-            keys=[shard.key(row) for _, shard, row in kept],
+            indices=np.array([index for index, _, _ in samples], dtype=np.int64),
+            images=images,
+            labels=np.array([shard.label(row) for _, shard, row in samples], dtype=np.int64),
+            keys=[shard.key(row) for _, shard, row in samples],
             captions=captions,
-            carried=[self._carried(shard, row) for _, shard, row in kept] if carry else [],
+            carried=[self._carried(shard, row) for _, shard, row in samples] if carry else [],
         )
 
     def _pixels(self, index: int, shard: Shard, row: int) -> np.ndarray:

@@ -20,7 +20,7 @@ from typing import Annotated, Any, Literal, get_args
 
 import numpy as np
 import torch
-from pydantic import BaseModel, Field, PositiveInt
+from pydantic import BaseModel, Field, NonNegativeInt, PositiveInt
 from torch import Tensor
 
 from data.files import write_atomically
@@ -51,7 +51,7 @@ from pipelines.model.weights import load_vae
 from pipelines.runtime.config.command_line import config_from_command_line
 from pipelines.runtime.config.errors import ConfigError, config_error_at
 from pipelines.runtime.config.stage_config import StageConfig
-from pipelines.runtime.stage.launch import Precision
+from pipelines.runtime.stage.launch import Precision, cores_per_process
 from pipelines.runtime.stage.progress import PLAIN_LINE_EVERY_SECONDS, ProgressLine, progress_line
 from pipelines.runtime.stage.quarantine import REPORTED, BadSamplePolicy, files_and_counts, settle_quarantine
 from pipelines.runtime.stage.stage import Stage, running_stage
@@ -70,7 +70,7 @@ class EncodeLatentsInputs(BaseModel, frozen=True, extra="forbid"):
 class EncodeLatentsConfig(StageConfig):
     """Encoding of images to stored moments, and of captions to features."""
 
-    fingerprint_ignores = frozenset({"bad_samples", "max_bad_fraction"})
+    fingerprint_ignores = frozenset({"bad_samples", "max_bad_fraction", "decode_threads"})
     # Shards in place are viewed as they are read.
     revisions = (
         *VIEW_REVISIONS,
@@ -85,6 +85,7 @@ class EncodeLatentsConfig(StageConfig):
     dtype: Literal["float16", "float32"] = "float16"  # of the stored moments and features
     precision: Precision = "float32"  # what the encoder computes in
     tf32: bool = False  # float32 products and convolutions by TF32 on GPUs that have it: faster, 10 bits of fraction
+    decode_threads: NonNegativeInt = 0  # images decoded at once by each process; 0 is its share of the cores
     bad_samples: BadSamplePolicy = "strict"  # stop at the first bad sample, or count it and go on
     max_bad_fraction: Annotated[float, Field(ge=0, le=1)] = 0.001  # of all samples, but at least 5; more stop the stage
 
@@ -255,9 +256,10 @@ def latent_statistics(statistics: ChannelSums, vae: AnyVAEManifest) -> dict[str,
 
 def shards_of(config: EncodeLatentsConfig, corpus: CorpusManifest) -> dict[str, tuple[ImageShards, ShardRange]]:
     """Return the shards of the corpus by file name, each with the split that it is read through."""
+    threads = config.decode_threads or cores_per_process()
     with config_error_at("inputs.corpus"):
         splits = [
-            ImageShards(config.inputs.corpus, split=split, manifest=corpus, cache_bytes=0)
+            ImageShards(config.inputs.corpus, split=split, manifest=corpus, cache_bytes=0, threads=threads)
             for split in get_args(Split)
             if corpus.splits[split]
         ]

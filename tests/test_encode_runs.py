@@ -21,14 +21,23 @@ import numpy as np
 import pytest
 from conftest import REPOSITORY, Run, communicated, run_stage, stage_command, start_warm, wait_until
 from killed_at import PLACES
+from manifests import commit_corpus
 from warm import WarmProcess
 
+from data import loading
 from data.files import FolderLock, sha256_of, write_json
 from data.loading import ImageShards
 from data.manifest import FileEntry
+from data.samples import image_members
 from data.shards.writer import ShardWriter
 from data.statistics import ChannelSums
-from pipelines.encode_latents import EncodingProgress, audit_keys
+from pipelines.encode_latents import (
+    EncodeLatentsConfig,
+    EncodeLatentsInputs,
+    EncodingProgress,
+    audit_keys,
+    shards_of,
+)
 from pipelines.model.latent_statistics import alarms, scale_in_validation, scale_of, statistics_plot
 from pipelines.runtime.stage import leases as leases_module
 from pipelines.runtime.stage.leases import Leases
@@ -144,6 +153,31 @@ def test_fifty_kills_change_no_byte(two_process_run: Run, tmp_path: Path) -> Non
     assert last.returncode == 0, output
     check_same_latents(two_process_run, tmp_path)
     print(f"{kills.total()} kills, by place and processes: {dict(sorted(kills.items()))}")
+
+
+def test_images_are_decoded_by_as_many_threads_as_the_process_has_cores(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with ShardWriter(tmp_path / "train-000000.tar") as writer:
+        for number in range(12):
+            image = np.full((6, 6, 3), number, dtype=np.uint8)
+            writer.add(f"k{number}", image_members(f"k{number}", image, label=0, caption="", metadata={}))
+    assert writer.entry is not None
+    manifest = commit_corpus(tmp_path, [writer.entry], resolution=6)
+    six, decode = threading.Barrier(6, timeout=20), loading.decode_image
+
+    def decode_with_five_others(payload: bytes, **bounds: Any) -> np.ndarray:
+        six.wait()
+        return decode(payload, **bounds)
+
+    monkeypatch.setattr(loading, "decode_image", decode_with_five_others)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(24)))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    config = EncodeLatentsConfig(inputs=EncodeLatentsInputs(corpus=str(tmp_path), vae=""))
+    ((images, part),) = shards_of(config, manifest).values()
+    batch = images.read(part.indices, carry=True)
+    assert [image.item(0) for image in batch.images] == list(range(12))
+    assert batch.keys == [f"k{number}" for number in range(12)]
 
 
 # --- leases and publication

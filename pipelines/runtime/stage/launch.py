@@ -81,8 +81,11 @@ def set_float32(*, tf32: bool) -> None:
 
 def threads_per_process(run: RunConfig) -> int:
     """Return the CPU threads this process computes with: training is bit-exact only for a fixed number of them."""
-    if run.threads:
-        return run.threads
+    return run.threads or cores_per_process()
+
+
+def cores_per_process() -> int:
+    """Return this process's share of the cores that it may use."""
     local = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", "1")))
     return max(1, len(os.sched_getaffinity(0)) // local)
 
