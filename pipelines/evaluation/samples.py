@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, get_args
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from data.files import write_atomically
 from data.loading import ImageShards
 from data.manifest import CorpusManifest
 from data.order.order import FullShuffleConfig, Order
+from data.samples import Split
 from data.transforms import VIEW_REVISIONS, to_unit_range
 from models.diffusion.guidance import GuidanceConfig, GuidanceScale
 from models.diffusion.samplers import DDIMConfig, SamplerConfig
@@ -39,7 +40,7 @@ from pipelines.model.noise import noise_of
 from pipelines.model.weights import ModelInputs, load_latent_diffusion
 from pipelines.runtime.config.errors import ConfigError, config_error_at
 from pipelines.runtime.config.stage_config import StageConfig
-from pipelines.runtime.stage.launch import Precision
+from pipelines.runtime.stage.launch import Precision, cores_per_process
 from pipelines.runtime.stage.stage import Stage
 
 
@@ -121,15 +122,19 @@ class ItemMaker:
         # so few that the floor would take more than half of them, the probe takes all.
         corpus = stage.parents.corpus
         with config_error_at("inputs.corpus"):
+            threads = cores_per_process()
             self.images: dict[str, ImageShards] = {
-                "train": ImageShards(config.inputs.corpus, split="train", manifest=corpus, scattered=True),
-                "val": ImageShards(config.inputs.corpus, split="val", manifest=corpus),
+                split: ImageShards(
+                    config.inputs.corpus, split=split, manifest=corpus, scattered=split == "train", threads=threads
+                )
+                for split in get_args(Split)
             }
         num_train = len(self.images["train"])
         in_floor = config.num_samples if 2 * config.num_samples <= num_train else 0
-        drawn = Order(FullShuffleConfig(), num_samples=num_train, seed=0).indices(0, num_train)
+        num_drawn = min(in_floor + config.probe_images, num_train)
+        drawn = Order(FullShuffleConfig(), num_samples=num_train, seed=0).indices(0, num_drawn)
         self.real_indices = {
-            "train": np.sort(drawn[in_floor : in_floor + config.probe_images]),
+            "train": np.sort(drawn[in_floor:]),
             "val": np.arange(len(self.images["val"])),
             "floor": np.sort(drawn[:in_floor]),
         }
