@@ -7,7 +7,7 @@ set aside, ``quarantine.jsonl``.
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -25,7 +25,19 @@ from data.samples import BadSample, ImageSample, Split, image_members
 from data.shards.index import ShardIndex
 from data.shards.keys import check_unique
 from data.shards.writer import ShardWriter
-from data.sources import Corpus, FashionMNISTConfig, Source, SourceConfig, WebDataset, corpora_of, listing_digest
+from data.sources import (
+    SCANS_AT_ONCE,
+    Corpus,
+    FashionMNISTConfig,
+    ScanSharing,
+    Source,
+    SourceConfig,
+    UnionConfig,
+    WebDataset,
+    WebDatasetConfig,
+    corpora_of,
+    listing_digest,
+)
 from data.sources.in_place import index_in_place
 from data.sources.source import said_left_out
 from data.transforms import DEFAULT_MAX_PIXELS, FILTER_REASONS, VIEW_REVISIONS, ImageViewConfig, MaxPixels, view_sample
@@ -34,10 +46,11 @@ from pipelines.model.grids import grid_png
 from pipelines.runtime.config.command_line import config_from_command_line
 from pipelines.runtime.config.errors import ConfigError, config_error_at
 from pipelines.runtime.config.stage_config import StageConfig
+from pipelines.runtime.stage.launch import json_from_main
 from pipelines.runtime.stage.progress import progress_line
 from pipelines.runtime.stage.quarantine import REPORTED, BadSamplePolicy, files_and_counts, settle_quarantine
 from pipelines.runtime.stage.stage import Stage, running_stage
-from pipelines.runtime.stage.work_items import finished_items, make_items, results_of
+from pipelines.runtime.stage.work_items import Result, finished_items, make_items, results_of
 
 LISTING_NAME = "listing.json"
 LISTED_AT_ONCE = ("synthetic", "fashion_mnist", "emoji", "image_folder")  # sources that need not read their images
@@ -80,7 +93,7 @@ def prepare(config: PrepareCorpusConfig, stage: Stage) -> None:
     """Write every shard that is missing, then account for every sample."""
     # What to store.
     with config_error_at("prepare_corpus.source"):
-        source = config.source.open()
+        source = open_source(config, stage)
     if not source.count("train"):
         raise ConfigError("prepare_corpus.source: it holds no training image. Look at its path and its split.")
     # One rank reads for all: a remote shard would be fetched by each of them.
@@ -142,6 +155,28 @@ def corpus_facts(
     has_captions = any(captions) if captions else None
     has_validation = bool(source.count("val"))
     return CorpusFacts(image=image, classes=source.classes, has_validation=has_validation, has_captions=has_captions)
+
+
+def open_source(config: PrepareCorpusConfig, stage: Stage) -> Source:
+    """Open the source; shards that others wrote are scanned once by all ranks, for all experiments beside this one."""
+    if not isinstance(config.source, (WebDatasetConfig, UnionConfig)):
+        return config.source.open()
+
+    # Scans are work items in a folder that outlives the stage.
+    folder = Path(config.run.root).parent / "cache" / "scans"
+
+    def scan_each(names: Sequence[str], scan: Callable[[str], Result]) -> None:
+        with progress_line("prepare_corpus", total=len(names), unit="scans", is_main=stage.is_main) as line:
+            make_items(
+                stage,
+                names,
+                scan,
+                folder=folder,
+                at_once=SCANS_AT_ONCE,
+                after_each=lambda done, _, __: line.advance_to(done),
+            )
+
+    return config.source.open(ScanSharing(folder, partial(json_from_main, accelerator=stage.accelerator), scan_each))
 
 
 def by_corpus(files: list[FileEntry]) -> dict[str, Any]:

@@ -5,15 +5,18 @@ Before each step its name is printed and a line awaited, so that a test can look
 
 import hashlib
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from manifests import commit_corpus
 
+from data.files import write_json
 from data.loading import ImageShards
 from data.order.order import BlockedShuffleConfig, FullShuffleConfig
 from data.shards.remote import Cache
-from data.sources import Corpus, WebDatasetConfig
+from data.sources import Corpus, ScanSharing, WebDatasetConfig
 from data.sources.in_place import index_in_place
 from data.transforms import ImageViewConfig
 
@@ -32,7 +35,7 @@ def digest(shards: ImageShards, indices: np.ndarray) -> str:
 
 
 def copies() -> list[Path]:
-    return [path for path in Cache.of_environment().folder.glob("*") if path.suffix != ".note"]
+    return [*Cache.of_environment().folder.glob("*")]
 
 
 def forget_copies() -> None:
@@ -40,10 +43,23 @@ def forget_copies() -> None:
         path.unlink()
 
 
+def shared_scans(folder: Path) -> ScanSharing:
+    """The scans of one process that keeps them for its next start."""
+
+    def scan_each(names: Sequence[str], scan: Callable[[str], Any]) -> None:
+        folder.mkdir(exist_ok=True)
+        for name in names:
+            if not (folder / f"{name}.json").exists():
+                write_json(folder / f"{name}.json", scan(name))
+
+    return ScanSharing(folder, lambda find: find(), scan_each)
+
+
 def main() -> None:
     folder, urls = Path(sys.argv[1]), sys.argv[2:]
     step("prepare")
-    source = WebDatasetConfig(urls=tuple(urls[:-1]), val_urls=(urls[-1],)).open()
+    config, sharing = WebDatasetConfig(urls=tuple(urls[:-1]), val_urls=(urls[-1],)), shared_scans(folder / "scans")
+    source = config.open(sharing)
     corpus, entries = Corpus.alone(source), []
     for number in range(len(source.urls)):
         split = "train" if number < len(source.urls) - 1 else "val"
@@ -53,7 +69,7 @@ def main() -> None:
     commit_corpus(folder, entries, resolution=16, view=view, max_pixels=10**7)
     forget_copies()
     step("listed again")  # as a restart does
-    again = WebDatasetConfig(urls=tuple(urls[:-1]), val_urls=(urls[-1],)).open()
+    again = config.open(sharing)
     assert [*again.listing()] == [*source.listing()]
     assert [again.holds(number, "train") for number in range(len(urls))] == [True] * (len(urls) - 1) + [False]
 

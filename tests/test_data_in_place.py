@@ -179,7 +179,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cache:
 
 
 def copies(cache: Cache) -> list[Path]:
-    return [path for path in cache.folder.iterdir() if not path.name.endswith(("lock", ".tmp", ".note"))]
+    return [path for path in cache.folder.iterdir() if path.is_file() and not path.name.endswith(("lock", ".tmp"))]
 
 
 def test_a_corpus_in_an_object_store_is_used_through_a_cache_too_small_for_it(

@@ -5,17 +5,26 @@ import datetime
 import http.server
 import io
 import ipaddress
+import json
+import logging
 import os
+import queue
 import socket
 import ssl
 import subprocess
 import sys
 import tarfile
 import threading
+import time
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 from urllib.parse import quote
 from urllib.request import Request, urlopen
 
@@ -25,7 +34,9 @@ from conftest import REPOSITORY
 from PIL import Image
 
 from data.shards.remote import range_policy, read_ranges
+from data.sources import SCANS_AT_ONCE, ScanSharing, WebDatasetConfig
 from data.sources.scan_cache import found_shards
+from pipelines.runtime.stage.work_items import make_items
 
 SHARDS, SAMPLES = 4, 20
 SLACK = 30_000  # bytes of a request's head and its answer's, at most
@@ -380,29 +391,133 @@ def test_samples_or_shards_are_fetched_as_the_environment_says(monkeypatch: pyte
         range_policy(True)
 
 
-def test_what_was_found_in_a_shard_is_believed_as_long_as_it_is_that_version(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+# --- scans
+
+
+class ThrottledStore:
+    """A store in memory that takes its time, and counts what it is asked for."""
+
+    def __init__(self, shards: dict[str, bytes], patch: pytest.MonkeyPatch) -> None:
+        self.shards, self.tag, self.seconds = shards, "a", 0.0
+        self.asked: Counter[str] = Counter()
+        self.at_once = self.most_at_once = 0
+        patch.setattr("data.shards.remote._filesystem", lambda scheme: self)
+
+    def info(self, url: str) -> dict[str, object]:
+        return {"size": len(self.shards[url]), "ETag": self.tag}
+
+    def open(self, url: str, mode: str, **how: object) -> io.BytesIO:
+        self.asked[url] += 1
+        self.at_once += 1
+        self.most_at_once = max(self.most_at_once, self.at_once)
+        time.sleep(self.seconds)
+        self.at_once -= 1
+        return io.BytesIO(self.shards[url])
+
+
+def tiny_shard(number: int) -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as tar:
+        for row in range(5):
+            header = tarfile.TarInfo(f"s{number:03}-{row}.txt")
+            header.size = 3
+            tar.addfile(header, io.BytesIO(b"one"))
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ThrottledStore:
+    monkeypatch.setenv("LATENTLINE_CACHE", str(tmp_path / "cache"))
+    return ThrottledStore({f"s3://b/{number:03}.tar": tiny_shard(number) for number in range(32)}, monkeypatch)
+
+
+TINY = WebDatasetConfig(urls=("s3://b/{000..031}.tar",), val_fraction=0.3)
+
+
+def opened_by_ranks(folder: Path, num_ranks: int) -> list[list[str]]:
+    """Open the source by several ranks together, each a thread; return what each lists."""
+    mains: queue.Queue[Any] = queue.Queue()
+
+    def listing(rank: int) -> list[str]:
+        def from_main(find: Callable[[], Any]) -> Any:
+            for _ in range(num_ranks) if rank == 0 else ():
+                mains.put(json.loads(json.dumps(find())))
+            return mains.get()
+
+        stage: Any = SimpleNamespace(
+            folder=folder,
+            is_main=rank == 0,
+            accelerator=SimpleNamespace(process_index=rank, num_processes=num_ranks),
+            stop=SimpleNamespace(requested=lambda: False),
+            log=logging.getLogger("test"),
+        )
+        scan_each = partial(make_items, stage, folder=folder / "scans", at_once=2)
+        return [*TINY.open(ScanSharing(folder / "scans", from_main, scan_each)).listing()]
+
+    with ThreadPoolExecutor(num_ranks) as pool:
+        return list(pool.map(listing, range(num_ranks)))
+
+
+def test_ranks_fetch_each_shard_once_several_at_a_time_and_never_again_to_know_what_it_holds(
+    tmp_path: Path, store: ThrottledStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("LATENTLINE_CACHE", str(tmp_path))
-    about: dict[str, object] = {"size": 100, "ETag": "a"}
-    monkeypatch.setattr("data.sources.scan_cache.properties_of", lambda url: about)
-    (shard,) = found_shards(["s3://b/x.tar"])
-    assert shard.scan("a") is None
-    shard.remember(np.array([3, 2**64 - 1], dtype=np.uint64), {".mask.webp": 7}, "a")
-    (again,) = found_shards(["s3://b/x.tar"])
-    hashes, left_out = again.scan("a")
-    assert (hashes.tolist(), left_out) == ([3, 2**64 - 1], {".mask.webp": 7})
-    assert again.scan("b") is None, "of another kind of scan"
-    (note,) = tmp_path.iterdir()
-    raw = note.read_bytes()
-    for damaged in (raw[:-1] + b"\x01", raw[:-8], b""):
-        note.write_bytes(damaged)
-        assert again.scan("a") is None
-    note.write_bytes(raw)
-    for other in ({"size": 100, "ETag": "b"}, {"size": 101, "ETag": "a"}, {"size": 100}):
-        about.clear()
-        about.update(other)
-        (changed,) = found_shards(["s3://b/x.tar"])
-        assert changed.scan("a") is None
-    changed.remember(np.array([1], dtype=np.uint64), {}, "a")  # of a version that cannot be told from others
-    assert note.read_bytes() == raw
+    monkeypatch.setenv("LATENTLINE_CACHE_GB", str(16.5 * len(tiny_shard(0)) / 1e9))
+    store.seconds = 0.02
+    listings = opened_by_ranks(tmp_path, 4)
+    assert store.asked == dict.fromkeys(store.shards, 1), "each once, though the cache has dropped half of them"
+    assert 2 < store.most_at_once <= 4 * 2
+    alone = [*TINY.open().listing()]
+    assert listings == [alone] * 4
+    store.asked.clear()
+    assert opened_by_ranks(tmp_path, 2) == [alone] * 2
+    assert not store.asked, "a later start fetches nothing"
+    store.tag = "b"
+    monkeypatch.setenv("LATENTLINE_CACHE", str(tmp_path / "other"))
+    opened_by_ranks(tmp_path, 1)
+    assert store.asked == dict.fromkeys(store.shards, 1), "of a new version nothing is known"
+
+
+def test_fetches_wait_for_each_other_where_the_cache_has_no_room_for_all(
+    store: ThrottledStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LATENTLINE_CACHE_GB", str(3.5 * len(tiny_shard(0)) / 1e9))
+    monkeypatch.setattr("data.shards.remote.POLL_SECONDS", 0.01)
+    store.seconds = 0.02
+    assert TINY.open().count("train") > 0
+    assert 2 <= store.most_at_once <= 3
+
+
+def test_one_process_fetches_several_shards_at_a_time(store: ThrottledStore) -> None:
+    store.seconds = 0.1
+    source = TINY.open()
+    assert 2 < store.most_at_once <= SCANS_AT_ONCE
+    keys = [source.samples_of(number, split) for number in range(32) for split in ("train", "val")]
+    assert sorted(found.key for each in keys for _, found in each) == [
+        f"s{number:03}-{row}" for number in range(32) for row in range(5)
+    ]
+
+
+def test_keys_that_shards_share_are_found_without_fetching_these_again(tmp_path: Path, store: ThrottledStore) -> None:
+    store.shards["s3://b/031.tar"] = store.shards["s3://b/007.tar"]
+    opened_by_ranks(tmp_path, 2)
+    assert set(store.asked.values()) == {1}
+    source = TINY.open()
+    late = [found.reason for split in ("train", "val") for _, found in source.samples_of(31, split)]
+    assert late == ["duplicate_key"] * 5
+    assert {found.reason for split in ("train", "val") for _, found in source.samples_of(7, split)} == {"missing_image"}
+
+
+def test_a_damaged_scan_is_named_with_the_way_out(tmp_path: Path, store: ThrottledStore) -> None:
+    before = opened_by_ranks(tmp_path, 1)
+    kept = min((tmp_path / "scans").glob("*.keys"))
+    for damaged in (kept.read_bytes()[:-8], b"", None):
+        kept.write_bytes(damaged) if damaged is not None else kept.unlink()
+        with pytest.raises(ValueError, match=rf"{kept} is missing or damaged. Delete .*{kept.stem}.json"):
+            opened_by_ranks(tmp_path, 1)
+        kept.with_suffix(".json").unlink()
+        assert opened_by_ranks(tmp_path, 1) == before
+
+
+def test_a_version_that_the_service_does_not_tell_is_unlike_any_other(store: ThrottledStore) -> None:
+    store.tag = ""
+    assert len({found_shards(["s3://b/000.tar"])[0].scan_name("ignored") for _ in range(3)}) == 3

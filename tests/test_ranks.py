@@ -156,6 +156,22 @@ def test_of_many_ranks_the_replica_check_names_the_odd_one_of_the_first_odd_tens
         check._local_must_differ("now")
 
 
+def test_what_the_main_process_finds_or_cannot_find_reaches_every_rank(tmp_path: Path) -> None:
+    (tmp_path / "rank.py").write_text(
+        "from pipelines.runtime.config.stage_config import RunConfig\n"
+        "from pipelines.runtime.stage.launch import json_from_main, start_accelerator\n"
+        "accelerator = start_accelerator(RunConfig(threads=1))\n"
+        "find = lambda: ['\\u00fc', [1, None]] if accelerator.is_main_process else 1 / 0\n"
+        "assert json_from_main(find, accelerator) == ['\\u00fc', [1, None]]\n"
+        "try: json_from_main(lambda: open('/no/such/shard'), accelerator)\n"
+        "except ValueError as error: print(error)\n"
+        "accelerator.end_training()\n"
+    )
+    ranks = start_ranks(str(tmp_path / "rank.py"))
+    printed = [rank.communicate(timeout=120) for rank in ranks]
+    assert [out for out, _ in printed] == ["[Errno 2] No such file or directory: '/no/such/shard'\n"] * 2, printed
+
+
 def test_all_ranks_skip_what_is_bad_on_one(ended: dict[str, Any]) -> None:
     skipped, without = ended["skipped on one rank"], ended["left out"]
     assert [rank["ended"] for rank in skipped] == ["done", "done"]

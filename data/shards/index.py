@@ -80,7 +80,7 @@ class ShardIndex:
         Raises:
             BadSample: The first thing that is wrong with it, naming shard and member.
         """
-        with mapped(path) as buffer:
+        with open(path, "rb") as file, mapped(file) as buffer:
             samples = scan_shard(buffer, shard=entry.name)
             for sample in samples:
                 for fault in sample.faults:

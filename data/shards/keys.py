@@ -1,6 +1,5 @@
 """Uniqueness of keys over any number of shards: by hashes, sixteen bytes a sample, then exactly where hashes repeat."""
 
-import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -71,20 +70,16 @@ def repeated_values(parts: Iterable[np.ndarray]) -> np.ndarray:
     return np.unique(values[1:][values[1:] == values[:-1]])
 
 
-def later_occurrences(hashes: np.ndarray, keys_at: Callable[[np.ndarray], Iterator[str]]) -> set[int]:
-    """Return the places whose key occurred at an earlier place.
+def later_occurrences(hashes: np.ndarray, others_at: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+    """Return the places whose key occurred at an earlier place, sorted; int64 (k,).
 
     Args:
         hashes: Eight bytes of a hash of each place's key; uint64 (n,).
-        keys_at: Yields the keys at these places, in order.
+        others_at: Returns eight bytes of another hash for the keys at these places, which tell them apart; uint64 (k,).
     """
     repeated = repeated_values([hashes])
     places = np.flatnonzero(np.isin(hashes, repeated)) if len(repeated) else np.empty(0, dtype=np.int64)
-    # Sixteen bytes instead of the key: a corpus given twice must not fill the memory.
-    seen, later = set[bytes](), set[int]()
-    for place, key in zip(places.tolist(), keys_at(places), strict=True):
-        digest = hashlib.blake2b(key.encode("utf-8", "surrogatepass"), digest_size=16).digest()
-        if digest in seen:
-            later.add(place)
-        seen.add(digest)
-    return later
+    first, second = hashes[places], others_at(places)
+    order = np.lexsort((second, first))  # stable: of equal keys the earliest place stands first
+    first, second = first[order], second[order]
+    return np.sort(places[order[1:][(first[1:] == first[:-1]) & (second[1:] == second[:-1])]])

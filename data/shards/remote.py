@@ -16,6 +16,7 @@ import gzip
 import hashlib
 import os
 import re
+import time
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ SCHEMES = ("s3", "gs", "https")
 CHUNK_BYTES = 8 << 20
 TAR_END_BYTES = 1024
 TRIES = 3
-NOTE_SUFFIX = ".note"
+POLL_SECONDS = 0.2
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.\-]*:")
 
 
@@ -184,11 +185,6 @@ class Cache:
         """Return where the copy of ``url`` lies when it is there."""
         return self.folder / hashlib.sha256(url.encode()).hexdigest()[:40]
 
-    def note(self, url: str) -> Path:
-        """Return where a few bytes about ``url`` are kept; they are never evicted."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        return self.path(url).with_suffix(NOTE_SUFFIX)
-
     def fetch(self, url: str, *, size: int | None = None, sha256: str = "") -> Path:
         """Return the copy of ``url``, made now if need be; see ``local_path``.
 
@@ -223,6 +219,7 @@ class Cache:
         with self._locked(f"{path.name}.lock"):
             if not self._touched(path, None):
                 with atomic_file(path) as file:
+                    fcntl.flock(file, fcntl.LOCK_EX)  # as in ``_download``
                     self._unpack(packed, file)
                 with self._locked("lock"):
                     self._make_room(0, str(packed))
@@ -256,9 +253,12 @@ class Cache:
         with open(temporary, "xb") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX)  # while it is held, this file's writer is running
-                with self._locked("lock"):
-                    self._make_room(size, url)
-                    os.ftruncate(file.fileno(), size)  # other processes now count it against the bound
+                while True:
+                    with self._locked("lock"):
+                        if self._make_room(size, url):
+                            os.ftruncate(file.fileno(), size)  # others now count it against the bound
+                            break
+                    time.sleep(POLL_SECONDS)
                 for attempt in range(TRIES):
                     with contextlib.suppress(OSError) if attempt < TRIES - 1 else contextlib.nullcontext():
                         with _clean_errors(url):
@@ -274,26 +274,36 @@ class Cache:
                 temporary.unlink(missing_ok=True)
                 raise
 
-    def _make_room(self, size: int, url: str) -> None:
-        """Evict the longest unused copies until ``size`` bytes fit. Hold the cache's lock."""
+    def _make_room(self, size: int, url: str) -> bool:
+        """Evict the longest unused copies until ``size`` bytes fit; False as long as other fetches fill the cache.
+
+        Hold the cache's lock.
+        """
         if size > self.max_bytes:
             raise OSError(f"{url} has {size} bytes, more than the whole cache may hold; raise LATENTLINE_CACHE_GB.")
         copies = []
-        for path in self.folder.iterdir():
+        for found in os.scandir(self.folder):
+            # Locks: one for each shard that ever was here.
+            if found.name.endswith("lock") or not found.is_file():
+                continue
+            path = Path(found)
             with contextlib.suppress(FileNotFoundError):
                 status = path.stat()
                 if path.suffix == ".tmp" and _is_orphan(path):
                     path.unlink()
                 elif path.suffix == ".tmp":
                     size += status.st_size
-                elif path.suffix not in (".lock", NOTE_SUFFIX) and path.name != "lock":
+                else:
                     copies.append((status.st_mtime_ns, status.st_size, path))
+        if size > self.max_bytes:
+            return False
         held = sum(bytes for _, bytes, _ in copies)
         for _, bytes, path in sorted(copies):
             if held + size <= self.max_bytes:
                 break
             path.unlink(missing_ok=True)
             held -= bytes
+        return True
 
     @contextlib.contextmanager
     def _locked(self, name: str) -> Iterator[None]:

@@ -10,7 +10,7 @@ import os
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
+from typing import IO
 
 from data.samples import IMAGE_SUFFIXES, BadSample, count_left_out
 from data.shards.tar import Fault, Member, scan_tar
@@ -48,14 +48,13 @@ def split_name(name: str) -> tuple[str, str]:
 
 
 @contextlib.contextmanager
-def mapped(path: Path) -> Iterator[mmap.mmap | bytes]:
-    """Map a file for reading; an empty file gives ``b""``, which cannot be mapped."""
-    with open(path, "rb") as file:
-        if os.fstat(file.fileno()).st_size == 0:
-            yield b""
-            return
-        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as view:
-            yield view
+def mapped(file: IO[bytes]) -> Iterator[mmap.mmap | bytes]:
+    """Map an open file for reading; an empty file gives ``b""``, which cannot be mapped."""
+    if os.fstat(file.fileno()).st_size == 0:
+        yield b""
+        return
+    with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as view:
+        yield view
 
 
 def scan_shard(buffer: bytes | mmap.mmap, *, shard: str, left_out: Counter[str] | None = None) -> list[RawSample]:

@@ -1,5 +1,7 @@
 """Shards in place: those that others wrote are used where they are, and only their good samples are indexed."""
 
+import hashlib
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -7,7 +9,7 @@ from pathlib import Path
 from data.manifest import FileEntry
 from data.samples import BadSample, ImageSample, Split
 from data.shards.index import ShardIndex, index_path
-from data.shards.remote import is_remote, local_path
+from data.shards.remote import is_remote
 from data.shards.verification import mark_verified
 from data.sources.union import Corpus
 from data.sources.webdataset import WebDataset
@@ -34,9 +36,10 @@ def index_in_place(
             good.append(replace(raw, key=adopted.key))
             labels.append(adopted.label)
     url = source.urls[number]
-    file = local_path(url)
-    seen = file.stat()
-    entry = replace(FileEntry.of(file, name=path.name, samples=len(good)), url=url, corpus=corpus.name)
+    with source.opened(number) as file:
+        seen = os.fstat(file.fileno())
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    entry = FileEntry(name=path.name, bytes=seen.st_size, sha256=digest, samples=len(good), url=url, corpus=corpus.name)
     index = ShardIndex.of_samples(good, labels=labels, layouts={}, entry=entry)
     index.save(index_path(path))
     if not is_remote(url):

@@ -14,6 +14,7 @@ from data.samples import MAX_KEY_CHARACTERS, ImageSample, Split, count_left_out
 from data.sources.emoji import EmojiConfig
 from data.sources.fashion_mnist import FashionMNISTConfig
 from data.sources.image_folder import ImageFolderConfig
+from data.sources.scan_cache import ScanSharing
 from data.sources.source import Source, safe_key
 from data.sources.synthetic import SyntheticConfig
 from data.sources.webdataset import WebDatasetConfig
@@ -30,8 +31,8 @@ class UnionConfig(BaseModel, frozen=True, extra="forbid"):
         Mapping[CorpusName, Annotated[SingleSourceConfig, Field(discriminator="kind")]], Field(min_length=1)
     ]  # name -> source, in this order
 
-    def open(self) -> "Union":
-        """Open every corpus.
+    def open(self, sharing: ScanSharing | None = None) -> "Union":
+        """Open every corpus, those of shards with what the processes share.
 
         Raises:
             ValueError: One of them cannot be opened; the message names it.
@@ -39,7 +40,7 @@ class UnionConfig(BaseModel, frozen=True, extra="forbid"):
         sources: dict[str, Source] = {}
         for name, config in self.corpora.items():
             try:
-                sources[name] = config.open()
+                sources[name] = config.open(sharing) if isinstance(config, WebDatasetConfig) else config.open()
             except (ValueError, OSError) as error:
                 raise type(error)(f"corpora.{name}: {error}") from error
         return Union(sources)

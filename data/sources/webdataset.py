@@ -1,6 +1,7 @@
 """WebDataset shards that others wrote (img2dataset's too): read in place, strictly, at any index.
 
-Every shard is scanned once at opening, headers only; what is kept of a sample is 16 bytes. Members that are no part of
+Every shard is scanned once at opening, headers only, several at once, and by one of the processes that open the source
+together. What a process then holds is a few bytes a shard, and sixteen a validation sample. Members that are no part of
 a sample are counted by suffix. Nothing is extracted, no address is ever given to a shell, and a member's name is only
 ever compared.
 """
@@ -13,8 +14,9 @@ import threading
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator
 from functools import partial
+from io import BufferedReader
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Literal, TypeVar, get_args
 
 import numpy as np
 from braceexpand import braceexpand
@@ -37,7 +39,7 @@ from data.samples import (
 from data.shards.keys import later_occurrences
 from data.shards.remote import check_address, is_remote, matches
 from data.shards.scan import RawSample, mapped, scan_shard
-from data.sources.scan_cache import FoundShard, found_shards
+from data.sources.scan_cache import FoundShard, ScanSharing, ShardScan, found_shards, scans_of
 from data.sources.source import safe_key, said_left_out
 
 MAX_SHARDS = 1_000_000
@@ -66,57 +68,76 @@ class WebDatasetConfig(BaseModel, frozen=True, extra="forbid"):
     other_members: Literal["ignored", "refused"] = "ignored"  # such as KEY.mask.webp: counted, or bad samples
     copied: bool = False  # write new shards of finished squares, instead of using these where they lie; .tar.gz always
 
-    def open(self) -> "WebDataset":
-        """Scan the shards.
+    def open(self, sharing: ScanSharing | None = None) -> "WebDataset":
+        """Scan the shards, alone or each in one of the processes that share the scans. With ``sharing`` a collective.
 
         Raises:
             ValueError: A path names no file, or a split is empty.
         """
-        return WebDataset(self)
+        return WebDataset(self, sharing)
 
 
 class WebDataset:
     """Samples of tars, bad ones included: reading such a one raises its finding."""
 
-    def __init__(self, config: WebDatasetConfig) -> None:
+    def __init__(self, config: WebDatasetConfig, sharing: ScanSharing | None = None) -> None:
+        # Shards, as one process finds them.
         self._config = config
         self.classes = config.classes
         self._scans: OrderedDict[int, tuple[list[RawSample], Counter[str]]] = OrderedDict()
-        #: Members that nothing reads, by suffix.
-        self.left_out: Counter[str] = Counter()
         self._lock = threading.Lock()
-        train, val = expand(config.urls), expand(config.val_urls)
-        if both := sorted(set(train) & set(val)):
-            raise ValueError(f"{both[0]} is in urls and in val_urls; a shard belongs to one split.")
-        self._shards = found_shards([*train, *val])
+        find = partial(_found, config)
+        num_train, found = find() if sharing is None else sharing.from_main(find)
+        self._shards = [FoundShard(*each) for each in found]
         #: Whether new shards are written: of compressed ones always, since nothing in them has a place.
         self.copied = config.copied or any(shard.is_packed for shard in self._shards)
         #: Absolute path or URL of each shard.
         self.urls = tuple(shard.url for shard in self._shards)
-        hashes, numbers, rows = self._scan_all()
-        self._numbers, self._rows = numbers, rows
-        self._duplicates = later_occurrences(hashes, self._keys_at)
-        is_val = numbers >= len(train) if val else hashes < np.uint64(int(config.val_fraction * 2**64))
-        self._places: dict[Split, np.ndarray] = {
-            "train": np.flatnonzero(~is_val),
-            "val": np.flatnonzero(is_val),
-        }
-        for split, places in self._places.items():
-            if not len(places):
+
+        # Their samples: a place each, one shard after the other.
+        scans = scans_of(self._shards, self._found_in, sharing, kind=config.other_members)
+        #: Members that nothing reads, by suffix.
+        self.left_out: Counter[str] = Counter()
+        joined, sizes = bytearray(), [0]
+        for scan in map(scans, range(len(self._shards))):
+            joined += scan.key_hashes[0].tobytes()
+            sizes.append(scan.key_hashes.shape[1])
+            for name, count in scan.left_out.items():
+                count_left_out(self.left_out, name, number=count)
+        self._firsts = np.cumsum(sizes)
+        hashes = np.frombuffer(joined, dtype=np.uint64)
+
+        def others_at(places: np.ndarray) -> np.ndarray:
+            numbers = self._numbers_of(places)
+            others = [
+                scans(number).key_hashes[1][places[numbers == number] - self._firsts[number]]
+                for number in np.unique(numbers).tolist()
+            ]
+            return np.concatenate([*others, np.empty(0, dtype=np.uint64)])
+
+        self._duplicates = later_occurrences(hashes, others_at)
+
+        # Splits: the places of validation samples, and how many training samples lie before each.
+        is_val = hashes < np.uint64(int(config.val_fraction * 2**64))
+        val_shards = num_train < len(self._shards)
+        self._val = np.arange(self._firsts[num_train], len(hashes)) if val_shards else np.flatnonzero(is_val)
+        self._train_before = self._val - np.arange(len(self._val))
+        for split in get_args(Split):
+            if not self.count(split):
                 raise ValueError(
-                    f"{len(self._shards)} shards with {len(rows)} samples leave none for {split}"
+                    f"{len(self._shards)} shards with {len(hashes)} samples leave none for {split}"
                     f"{said_left_out(self.left_out)}. "
                     "Give other urls, give val_urls, or change val_fraction."
                 )
 
     def count(self, split: Split) -> int:
         """Return the number of samples of a split, bad ones included."""
-        return len(self._places[split])
+        return len(self._val) if split == "val" else int(self._firsts[-1]) - len(self._val)
 
     def listing(self) -> Iterator[str]:
         """See ``Source.listing``: the shards with their sizes, and how many samples each split has of them."""
         yield from (f"{shard.url} {shard.bytes}" for shard in self._shards)
-        yield from (f"{split} {len(places)}" for split, places in self._places.items())
+        yield from (f"{split} {self.count(split)}" for split in get_args(Split))
 
     def read(self, split: Split, index: int) -> ImageSample:
         """Return a sample, its image undecoded.
@@ -124,16 +145,19 @@ class WebDataset:
         Raises:
             BadSample: What is wrong with it, naming shard and member.
         """
-        return self._read(int(self._places[split][index]))
+        if split == "val":
+            return self._read(int(self._val[index]))
+        return self._read(index + int(np.searchsorted(self._train_before, index, side="right")))
 
     def _read(self, place: int) -> ImageSample:
-        number, row = int(self._numbers[place]), int(self._rows[place])
+        number = int(self._numbers_of(np.asarray(place)))
         shard = self._shards[number]
-        raw = self._scan(number)[row]
+        raw = self._scan(number)[place - int(self._firsts[number])]
         if raw.faults:
             raise raw.faults[0].at()  # a fresh one: an exception that is raised again keeps its old tracebacks
         with located(shard=shard.url, key=raw.key):
-            if place in self._duplicates:
+            nth = int(np.searchsorted(self._duplicates, place))
+            if place in self._duplicates[nth : nth + 1]:
                 raise BadSample("duplicate_key", "another sample of the corpus has this key")
             return self._sample(raw, shard)
 
@@ -144,17 +168,25 @@ class WebDataset:
     def samples_of(self, number: int, split: Split) -> Iterator[tuple[RawSample, ImageSample | BadSample]]:
         """Yield the samples of one shard that belong to ``split``: where they lie, and the sample or its finding."""
         for place in self._places_of(number, split).tolist():
-            raw = self._scan(number)[int(self._rows[place])]
+            raw = self._scan(number)[place - int(self._firsts[number])]
             try:
                 found = self._read(place)
                 yield self._listed(raw, found), found
             except BadSample as error:
                 yield raw, error
 
+    def opened(self, number: int) -> BufferedReader:
+        """Open a shard for reading."""
+        return self._shards[number].opened()
+
     def _places_of(self, number: int, split: Split) -> np.ndarray:
-        places = self._places[split]
-        first, last = np.searchsorted(self._numbers[places], [number, number + 1])
-        return places[first:last]
+        first, last = self._firsts[number : number + 2]
+        val = self._val[slice(*np.searchsorted(self._val, [first, last]))]
+        return val if split == "val" else np.delete(np.arange(first, last), val - first)
+
+    def _numbers_of(self, places: np.ndarray) -> np.ndarray:
+        """Return the number of the shard that each place lies in."""
+        return np.searchsorted(self._firsts, places, side="right") - 1
 
     def _listed(self, raw: RawSample, sample: ImageSample) -> RawSample:
         """Return the sample under our key, with those members that the configuration reads."""
@@ -208,59 +240,56 @@ class WebDataset:
             if member.size > at_most:
                 raise BadSample("member_too_large", f"{member.size} bytes; at most {at_most}")
             # Read, not mapped: a file that shrinks now gives a short read instead of a signal.
-            with open(shard.path, "rb") as file:
+            with shard.opened() as file:
                 payload = os.pread(file.fileno(), member.size, member.offset)
             if len(payload) != member.size:
                 raise BadSample("shard_changed", "the file was cut since it was scanned")
             return parse(payload)
 
     def _scan(self, number: int) -> list[RawSample]:
-        """Return the samples of a shard."""
-        return self._scanned(number)[0]
-
-    def _scanned(self, number: int) -> tuple[list[RawSample], Counter[str]]:
-        """Return the samples of a shard and what it holds besides, scanning it unless that was done lately."""
-        shard = self._shards[number]
+        """Return the samples of a shard, scanning it unless that was done lately."""
         try:
-            size = shard.current_bytes()
+            return self._scanned(number)[0]
         except OSError as error:
             detail = f"{error.strerror or error} since it was scanned"
-            raise BadSample("shard_missing", detail, shard=shard.url) from None
-        if size != shard.bytes:
-            detail = f"{size} bytes, {shard.bytes} when it was scanned"
-            raise BadSample("shard_changed", detail, shard=shard.url)
-        with self._lock:
-            if number not in self._scans:
+            raise BadSample("shard_missing", detail, shard=self._shards[number].url) from None
+
+    def _scanned(self, number: int) -> tuple[list[RawSample], Counter[str]]:
+        """Return the samples of a shard, and the members that are no part of one."""
+        shard = self._shards[number]
+        size = shard.current_bytes()
+        with shard.opened() as file:
+            if size != shard.bytes:
+                detail = f"{size} bytes, {shard.bytes} when it was scanned"
+                raise BadSample("shard_changed", detail, shard=shard.url)
+            with self._lock:
+                found = self._scans.get(number)
+            if found is None:  # outside the lock: the threads of an opening scan a shard each
                 others: Counter[str] = Counter()
                 counted = others if self._config.other_members == "ignored" else None
-                with mapped(shard.path) as buffer:
-                    self._scans[number] = scan_shard(buffer, shard=shard.url, left_out=counted), others
-                while len(self._scans) > SCANS_KEPT:
-                    self._scans.popitem(last=False)
+                with mapped(file) as buffer:
+                    found = scan_shard(buffer, shard=shard.url, left_out=counted), others
+        with self._lock:
+            self._scans[number] = found
             self._scans.move_to_end(number)
-            return self._scans[number]
+            while len(self._scans) > SCANS_KEPT:
+                self._scans.popitem(last=False)
+        return found
 
-    def _keys_at(self, places: np.ndarray) -> Iterator[str]:
-        for place in places.tolist():
-            number, row = int(self._numbers[place]), int(self._rows[place])
-            yield self._scan(number)[row].key or _nameless(self._shards[number].url, row)
+    def _found_in(self, number: int) -> ShardScan:
+        """Scan a shard. The first of the two hashes of a key decides the split."""
+        url, (samples, others) = self._shards[number].url, self._scanned(number)
+        keys = [sample.key or _nameless(url, row) for row, sample in enumerate(samples)]
+        hashes = [[_hash(key, digest_size=size) for key in keys] for size in (8, 16)]
+        return ShardScan(np.array(hashes, dtype=np.uint64), others)
 
-    def _scan_all(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return, for every sample of every shard: hash of its key (uint64), shard number and row (int32)."""
-        hashes = []
-        for number, shard in enumerate(self._shards):
-            kept = shard.scan(self._config.other_members)
-            if kept is None:
-                samples, others = self._scanned(number)
-                keys = [sample.key or _nameless(shard.url, row) for row, sample in enumerate(samples)]
-                kept = np.array([_hash(key) for key in keys], dtype=np.uint64), others
-                shard.remember(*kept, self._config.other_members)
-            hashes.append(kept[0])
-            for name, count in kept[1].items():
-                count_left_out(self.left_out, name, number=count)
-        numbers = np.repeat(np.arange(len(hashes), dtype=np.int32), [len(known) for known in hashes])
-        rows = np.concatenate([np.arange(len(known), dtype=np.int32) for known in hashes])
-        return np.concatenate(hashes), numbers, rows
+
+def _found(config: WebDatasetConfig) -> tuple[int, list[tuple[str, int, str]]]:
+    """Return the number of shards for training, and all shards as they are now, those for validation last."""
+    train, val = expand(config.urls), expand(config.val_urls)
+    if both := sorted(set(train) & set(val)):
+        raise ValueError(f"{both[0]} is in urls and in val_urls; a shard belongs to one split.")
+    return len(train), [(shard.url, shard.bytes, shard.version) for shard in found_shards([*train, *val])]
 
 
 def expand(urls: tuple[str, ...]) -> list[str]:
@@ -331,5 +360,6 @@ def _nameless(url: str, row: int) -> str:
     return f"\0{url}/{row}"
 
 
-def _hash(key: str) -> int:
-    return int.from_bytes(hashlib.blake2b(key.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big")
+def _hash(key: str, *, digest_size: int) -> int:
+    digest = hashlib.blake2b(key.encode("utf-8", "surrogatepass"), digest_size=digest_size).digest()
+    return int.from_bytes(digest[:8], "big")

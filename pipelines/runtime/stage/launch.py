@@ -1,16 +1,17 @@
 """Launch of a stage's process: accelerator, threads, world size, signals to stop, and what ranks exchange."""
 
 import ctypes
+import json
 import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -176,6 +177,30 @@ def gathered(values: Tensor, accelerator: Accelerator) -> Tensor:
 def from_main(value: int, accelerator: Accelerator) -> int:
     """Return the main process's ``value`` on every rank. A collective."""
     return int(gathered(torch.tensor(value), accelerator)[0])
+
+
+def json_from_main(make: Callable[[], Any], accelerator: Accelerator) -> Any:
+    """Return on every rank the JSON value that ``make`` returns on the main process. A collective.
+
+    Raises:
+        ValueError: On every rank, when ``make`` raises a ValueError or an OSError.
+    """
+    answer: dict[str, Any] = {}
+    if accelerator.is_main_process:
+        try:
+            answer["value"] = make()
+        except (ValueError, OSError) as error:
+            answer["mistake"] = str(error)
+    payload = json.dumps(answer).encode()
+    table = torch.zeros(from_main(len(payload), accelerator), dtype=torch.uint8, device=accelerator.device)
+    if accelerator.is_main_process:
+        table += torch.frombuffer(bytearray(payload), dtype=torch.uint8).to(table.device)
+    if accelerator.num_processes > 1:
+        dist.broadcast(table, src=0)
+    answer = json.loads(table.cpu().numpy().tobytes())
+    if "mistake" in answer:
+        raise ValueError(answer["mistake"])
+    return answer["value"]
 
 
 def any_rank(value: bool, accelerator: Accelerator) -> bool:

@@ -36,14 +36,14 @@ class ProgressLine:
 
     def advance_to(self, done: int, metrics: Mapping[str, float] | None = None) -> None:
         """Show that ``done`` units are finished; ``metrics`` are shown beside, in the order given."""
-        self.done = done
+        has_ended, self.done = done == self.total > self.done, done
         shown = "  ".join(f"{name} {value:.4g}" for name, value in (metrics or {}).items())
         now = time.monotonic()
         rate = (done - self._start) / max(now - self._began, 1e-9)
         if self.bar is not None:
             self.bar.update(self._task, completed=done, metrics=f"{rate:.3g}/s  {shown}".rstrip())
             return
-        if self.is_main and (now - self._last_line >= PLAIN_LINE_EVERY_SECONDS or done == self.total):
+        if self.is_main and (now - self._last_line >= PLAIN_LINE_EVERY_SECONDS or has_ended):
             self._last_line = now
             eta = (self.total - done) / rate if rate > 0 else float("inf")
             log.info(f"{done}/{self.total} {self.unit}  {rate:.3g}/s  ETA {duration(eta)}  {shown}".rstrip())
