@@ -55,6 +55,8 @@ class Mixture:
             raise ValueError(f"order.weights names {unknown[0]!r}, but the classes are {', '.join(classes)}.")
         if labels.min() < 0:
             raise ValueError("A weighted order needs a class for every sample, and some have none.")
+        if labels.max() < 1 << 16:  # sorted by their digits, several times as fast as numbers of eight bytes
+            labels = labels.astype(np.uint16)
         present, sizes = np.unique(labels, return_counts=True)
         names = dict(enumerate(classes))
         shares = [weights.get(names.get(int(label), ""), 1.0) for label in present]
