@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
-from itertools import zip_longest
+from itertools import islice, zip_longest
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
@@ -194,11 +194,16 @@ def check_listing(source: Source, stage: Stage) -> None:
     """
     if not stage.is_main:
         return
-    path, found = stage.folder / LISTING_NAME, {"sha256": listing_digest(source)}
+    path, found = stage.folder / LISTING_NAME, {"sha256": listing_digest(source.listing())}
+    if isinstance(source, WebDataset):
+        found["shards"] = listing_digest(islice(source.listing(), len(source.urls)))
     with config_error_at("prepare_corpus.source"):
         if not path.exists():
             write_json(path, found)
-        elif read_json(path, mend=f"Restore it, choose another run.root, or move {stage.folder} away.") != found:
+        elif (
+            read_json(path, mend=f"Restore it, choose another run.root, or move {stage.folder} away.").get("sha256")
+            != found["sha256"]
+        ):
             raise ValueError(
                 f"its files are not those that {stage.folder} was begun with, so an image could be stored twice or not "
                 "at all. Bring them back, choose another run.root, or move the folder away."
@@ -208,13 +213,17 @@ def check_listing(source: Source, stage: Stage) -> None:
 def report_changed_source(config: PrepareCorpusConfig, folder: Path) -> None:
     """Say that a source lists other files than when its corpus was finished; it may also be gone, which is no matter.
 
-    Shards are not looked through again: that would take as long as their corpus took.
+    Shards are only listed: to look through them again would take as long as their corpus took.
     """
-    if config.source.kind not in LISTED_AT_ONCE:
-        return
     with suppress(OSError, ValueError):
         before = read_json(folder / LISTING_NAME, mend="")
-        if before != {"sha256": listing_digest(config.source.open())}:
+        if isinstance(config.source, WebDatasetConfig):
+            key, lines = "shards", config.source.shards_now()
+        elif config.source.kind in LISTED_AT_ONCE:
+            key, lines = "sha256", config.source.open().listing()
+        else:
+            return
+        if key in before and before[key] != listing_digest(lines):
             logging.getLogger("latentline.prepare_corpus").warning(
                 f"prepare_corpus.source lists other files now than those that {folder} was made of, which stays as it "
                 "is. For a corpus of what is there now choose another run.root, or move this folder and those of the "

@@ -239,6 +239,16 @@ def test_files_that_a_source_has_got_since_its_corpus_was_finished_are_said(
     shutil.rmtree(images)  # what a finished stage was made from may be gone
     assert run_here("prepare_corpus", *words, config=made[1]).stderr == ""
 
+    (tmp_path / "shards").mkdir()
+    shard, val = next(corpus.glob("train-*.tar")), next(corpus.glob("val-*.tar"))
+    shutil.copy(shard, tmp_path / "shards" / "0.tar")
+    source = f'{{ kind = "webdataset", urls = ["{tmp_path}/shards/*.tar"], val_urls = ["{val}"] }}'
+    words = ("--run.root", str(tmp_path / "tars"), "--source", source)
+    for name in ("1.tar", "2.tar"):
+        done = run_here("prepare_corpus", *words, config=made[1])
+        assert (done.returncode, "lists other files now" in done.stderr) == (0, name == "2.tar"), done.stderr
+        shutil.copy(shard, tmp_path / "shards" / name)
+
 
 def test_a_mistyped_source_does_not_bind_the_corrected_one(made: tuple[Path, Path], tmp_path: Path) -> None:
     words = ("prepare_corpus", "--run.root", str(tmp_path / "run"))

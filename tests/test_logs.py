@@ -1,16 +1,18 @@
 """Laws of the log lines: each with its time, level, command and rank, printed once, above the progress bar."""
 
 import io
+import json
 import logging
 import os
 import re
 import shlex
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
-from conftest import REPOSITORY, environment
+from conftest import REPOSITORY, STAGES, Run, environment, run_stage
 
 from pipelines.runtime.config.command_line import Answer, run_tool
 from pipelines.runtime.config.errors import ConfigError
@@ -143,4 +145,33 @@ def test_a_mistake_is_said_once_a_machine_and_under_a_launcher_as_a_log_line(
         say_mistake("train_unet", mistake)
         said.append(capsys.readouterr().err.splitlines())
     assert [len(lines) for lines in said] == [3, 0, 3, 0]
+    # A launcher ends the others when the first has said it; the mistake of one that it leaves alone is its own.
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    monkeypatch.setattr("pipelines.runtime.config.logs.FIRST_RANK_SECONDS", 0.2)
+    began = time.monotonic()
+    say_mistake("train_unet", mistake)
+    assert time.monotonic() - began >= 0.2
+    assert len(capsys.readouterr().err.splitlines()) == 3
     assert all(re.fullmatch(r"\d\d:\d\d:\d\d ERROR train_unet\[[02]/4\] .+", line) for line in said[0] + said[2])
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize(
+    ("stage", "words", "message"),
+    [
+        ("train_unet", ("--optim.peak_lrr", "1"), "unknown key; did you mean optim.peak_lr"),
+        ("train_vae", ("--inputs.corpus", "/nowhere"), "'/nowhere' holds no manifest.json"),
+        ("train_unet", ("--global_batch", "64"), "train_unet.global_batch = 64 cannot be split"),
+    ],
+)
+def test_the_mistake_of_three_ranks_is_said_whoever_leaves_first(
+    stage: str, words: tuple[str, ...], message: str, two_process_run: Run, tmp_path: Path
+) -> None:
+    given = [f"--inputs.{name}={two_process_run.root / name}" for name in ("latents", "vae") if stage == "train_unet"]
+    for number in range(20):
+        root = tmp_path / str(number)
+        done = run_stage(stage, "--run.root", str(root), *given, *words, processes=3)
+        assert done.returncode == 1
+        assert message in done.stderr
+        assert json.loads((root / STAGES[stage] / "outcome.json").read_bytes())["exit_code"] == 2

@@ -76,6 +76,10 @@ class WebDatasetConfig(BaseModel, frozen=True, extra="forbid"):
         """
         return WebDataset(self, sharing)
 
+    def shards_now(self) -> Iterator[str]:
+        """Yield each shard with its size, which ``WebDataset.listing`` begins with; none is looked through."""
+        yield from (f"{url} {size}" for url, size, _ in _found(self)[1])
+
 
 class WebDataset:
     """Samples of tars, bad ones included: reading such a one raises its finding."""

@@ -11,6 +11,8 @@ import sys
 import time
 from typing import TextIO
 
+FIRST_RANK_SECONDS = 30.0
+
 
 def set_up_logging(name: str, *, stream: TextIO | None = None) -> None:
     """Show this process's log lines under the ``name`` of its stage or tool.
@@ -29,10 +31,13 @@ def set_up_logging(name: str, *, stream: TextIO | None = None) -> None:
 def say_mistake(name: str, error: Exception) -> None:
     """Say the user's mistake that ends a command, where all ranks find the same: once a machine.
 
-    Under a launcher it is a log line like any other, since the logs of several machines are read together.
+    Under a launcher it is a log line like any other, since the logs of several machines are read together. The launcher
+    ends all processes when one leaves, so the others let the first of the machine say it and write the outcome.
     """
     if os.environ.get("LOCAL_RANK", "0") != "0":
-        return
+        if "TORCHELASTIC_RUN_ID" not in os.environ:
+            return
+        time.sleep(FIRST_RANK_SECONDS)  # in which the launcher ends this process, unless the mistake is its own
     if "RANK" in os.environ:
         set_up_logging(name)
         logging.getLogger("latentline").error(error)
