@@ -16,14 +16,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import boto3
 import numpy as np
 import pytest
 import yaml
 from conftest import REPOSITORY, free_port, wait_until
-from kubeflow_trainer_api import models
-from mlflow import MlflowClient
-from moto.server import ThreadedMotoServer
 from PIL import Image
 
 from data.manifest import read_manifest
@@ -31,9 +27,9 @@ from pipelines.runtime.config.stage_config import STAGE_FOLDERS
 
 FOLDER = REPOSITORY / "launch" / "kubernetes"
 KINDS = {
-    "TrainJob": models.TrainerV1alpha1TrainJob,
-    "TrainingRuntime": models.TrainerV1alpha1TrainingRuntime,
-    "PersistentVolumeClaim": models.IoK8sApiCoreV1PersistentVolumeClaim,
+    "TrainJob": "TrainerV1alpha1TrainJob",
+    "TrainingRuntime": "TrainerV1alpha1TrainingRuntime",
+    "PersistentVolumeClaim": "IoK8sApiCoreV1PersistentVolumeClaim",
 }
 IMAGE = Path("/opt/latentline")  # the working directory of docker/Dockerfile
 USER = "1000"
@@ -62,11 +58,13 @@ def documents(kind: str) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_api_takes_the_manifests_and_loses_nothing_of_them(kind: str) -> None:
+    from kubeflow_trainer_api import models
+
     found = documents(kind)
     assert found
     for document in found:
         # A field that the API does not know, which its server refuses or drops, does not come back.
-        assert KINDS[kind].from_dict(document).to_dict() == document
+        assert getattr(models, KINDS[kind]).from_dict(document).to_dict() == document
 
 
 def test_every_stage_has_one_train_job_with_the_runtime_it_names() -> None:
@@ -139,6 +137,9 @@ def postgresql(folder: Path) -> Iterator[str]:
 @pytest.fixture
 def tracking_uri(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """An MLflow server on PostgreSQL and an S3 store, as docker/compose.yaml has it."""
+    import boto3
+    from moto.server import ThreadedMotoServer
+
     for path in (tmp_path.parents[1], tmp_path.parent, tmp_path):  # for the users of the database and of the pods
         path.chmod(0o755)
     storage = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
@@ -257,6 +258,9 @@ class Cluster:
 @pytest.mark.soak
 @pytest.mark.timeout(1800)
 def test_the_train_jobs_run_all_five_stages_with_what_they_mount_and_no_more(tmp_path: Path, tracking_uri: str) -> None:
+    import boto3
+    from mlflow import MlflowClient
+
     if os.geteuid():
         pytest.skip("mount namespaces need root")
     cluster = Cluster(tmp_path / "cluster", {"MLFLOW_TRACKING_URI": tracking_uri})
