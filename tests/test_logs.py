@@ -160,7 +160,7 @@ def test_a_mistake_is_said_once_a_machine_and_under_a_launcher_as_a_log_line(
 @pytest.mark.parametrize(
     ("stage", "words", "message"),
     [
-        ("train_unet", ("--optim.peak_lrr", "1"), "unknown key; did you mean optim.peak_lr"),
+        ("train_unet", ("--optim.peak_lrr", "1"), "unknown key; did you mean peak_lr?"),
         ("train_vae", ("--inputs.corpus", "/nowhere"), "'/nowhere' holds no manifest.json"),
         ("train_unet", ("--global_batch", "64"), "train_unet.global_batch = 64 cannot be split"),
     ],
