@@ -135,14 +135,16 @@ def run_stage(
 
 
 def run_here(name: str, *words: str, config: Path | None = SMOKE) -> subprocess.CompletedProcess[str]:
-    """Call the ``main`` of a tool, or of a stage that is to end before its work, in this process.
+    """Call the ``main`` of a tool or a stage in this process.
 
-    What a process of its own adds is its start, which takes longer than all that such a call does.
+    What a process of its own adds is its start, which takes longer than all that such a call does. Stages whose bits or
+    signals matter get one by ``run_stage``.
     """
     if config is not None:
         words = ("--config", str(config), "--run.tracking_uri", "offline", *words)
     module = f"pipelines.{name}" if name in STAGES else f"pipelines.tools.{name}"
-    out, err, threads = io.StringIO(), io.StringIO(), torch.get_num_threads()
+    out, err = io.StringIO(), io.StringIO()
+    threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
     with (
         mock.patch.object(sys, "argv", [module, *words]),
         contextlib.redirect_stdout(out),
@@ -153,7 +155,9 @@ def run_here(name: str, *words: str, config: Path | None = SMOKE) -> subprocess.
         except SystemExit as end:
             code = end.code if isinstance(end.code, int) else int(end.code is not None)
         finally:
-            torch.set_num_threads(threads)  # a stage takes those of the machine, which slow down all later tests
+            # A stage takes the threads of the machine, which slow down all later tests.
+            torch.set_num_threads(threads)
+            torch.use_deterministic_algorithms(deterministic)
     return subprocess.CompletedProcess(words, code, out.getvalue(), err.getvalue())
 
 

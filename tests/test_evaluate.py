@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import run_stage
+from conftest import run_here
 from manifests import commit_corpus
 from safetensors.torch import save_file
 
@@ -79,7 +79,7 @@ def write_model(root: Path, classes: Sequence[str], *, poisoned: bool = False) -
 
 def evaluated(root: Path, *words: str) -> tuple[int, str]:
     sampler = ("--sampler.num_steps", "2", "--sweep", "[]", "--num_samples", "8", "--batch_size", "8")
-    done = run_stage("evaluate", "--run.root", str(root), *sampler, *words)
+    done = run_here("evaluate", "--run.root", str(root), "--run.threads", "1", *sampler, *words)
     return done.returncode, done.stdout + done.stderr
 
 
