@@ -348,6 +348,18 @@ def test_metrics_are_the_same_bits_under_any_number_of_threads() -> None:
     assert on_one == on_two
 
 
+@pytest.mark.gpu
+def test_metrics_on_a_gpu_are_those_on_the_processor() -> None:
+    features, reference = normals(600, 40), normals(500, 40, seed=1) * 1.1
+    labels = torch.arange(500) % 3
+    here = all_metrics(features[:500], reference, labels)
+    there = all_metrics(features[:500].cuda(), reference.cuda(), labels)
+    np.testing.assert_allclose(there, here, rtol=1e-6, atol=1e-9)
+    np.testing.assert_array_equal(
+        nearest(features.cuda(), reference.cuda()).indices.cpu(), nearest(features, reference).indices
+    )
+
+
 def test_a_metric_that_fails_leaves_the_number_of_threads_as_it_was() -> None:
     num_threads = torch.get_num_threads()
     try:

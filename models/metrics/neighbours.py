@@ -112,7 +112,7 @@ def _squared_radii(manifold: Tensor, cuts: Tensor, num_neighbours: int) -> Tenso
             found = near.gather(1, place.clamp(max=near.shape[1] - 1)[:, None])[:, 0]
             far = place == near.shape[1]
             if far.any():
-                found[far] = squared[far][:, members].kthvalue(nth + 1).values
+                found[far] = squared[far][:, members].topk(nth + 1, largest=False).values[:, -1]
             radii[cut, rows] = torch.where(members[rows], found * (1 + _ROUNDING), -1.0)
     return radii
 

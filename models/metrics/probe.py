@@ -11,7 +11,10 @@ from models.metrics.estimate import Estimate, checked_features, mean_estimate, o
 
 @dataclass(frozen=True)
 class LinearProbe:
-    """Multinomial logistic regression on standardised features, fitted to convergence: no learning rate, no seed."""
+    """Multinomial logistic regression on standardised features, fitted to convergence: no learning rate, no seed.
+
+    Works on the CPU, wherever the features are: thousands of small steps would wait for a GPU.
+    """
 
     mean: Tensor  # (d,) float64
     deviation: Tensor  # (d,) float64; 1 for a feature that never varies
@@ -34,7 +37,7 @@ class LinearProbe:
         Raises:
             ValueError: Labels out of range or of another count, a class without a sample, NaN or infinite features.
         """
-        features = checked_features(features, name="features")
+        features = checked_features(features, name="features").cpu()
         labels = _checked_labels(labels, num_samples=len(features), num_classes=num_classes)
         missing = sorted(set(range(num_classes)) - set(labels.unique().tolist()))
         if missing:
@@ -56,7 +59,7 @@ class LinearProbe:
         Raises:
             ValueError: Another number of features than at the fit, NaN or infinite values.
         """
-        features = checked_features(features, name="features", min_samples=1)
+        features = checked_features(features, name="features", min_samples=1).cpu()
         if features.shape[1] != len(self.mean):
             raise ValueError(
                 f"The probe was fitted on {len(self.mean)} features, but these have {features.shape[1]}. "

@@ -67,7 +67,7 @@ class FigureMaker:
     def reference(self) -> Reference:
         """The real images, with the probe and the calibration of copies."""
         tensors = load_file(self._maker.reference_folder / f"{CALIBRATION}.safetensors")
-        parts = {key.removeprefix("probe."): self._placed(part) for key, part in tensors.items() if "probe." in key}
+        parts = {key.removeprefix("probe."): part for key, part in tensors.items() if key.startswith("probe.")}
         labels = self._of_real("val", "labels")
         return Reference(
             features=self._of_real("val", "features"),

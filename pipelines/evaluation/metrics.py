@@ -133,7 +133,7 @@ def distribution_metrics(
         metrics["copied"] = _metric(reference.copied(features))
     if reference.probe is not None:
         features, labels = features[(labels >= 0).to(features.device)], labels[labels >= 0]
-        right = reference.probe.predict(features).cpu() == labels
+        right = reference.probe.predict(features) == labels
         metrics["class_accuracy"] = _metric(mean_estimate(right.double()))
         totals = [int((labels == label).sum()) for label in labels.unique()]
         successes = [int(right[labels == label].sum()) for label in labels.unique()]
