@@ -221,20 +221,20 @@ def draw_pictures(maker: ItemMaker, figures: FigureMaker, by_scale: Mapping[floa
     # Many samples of the default guidance.
     default, steps = config.guidance.scale, config.sampler.num_steps
     title = f"guidance {default:g}, {config.sampler.kind} with {steps} steps, seed {config.seed}"
-    whole = grid_png(grid(default, rows), column_labels=in_turn[:columns], title=title)
-    write_atomically(folder / "samples.png", whole)
+    pictures = {"samples": grid_png(grid(default, rows), column_labels=in_turn[:columns], title=title)}
 
     # A few samples, and the metrics, of every guidance.
     scales = sorted(by_scale)
     across = np.concatenate([grid(scale, 1) for scale in scales])
     labels = [f"guidance {scale:g}" for scale in scales]
-    write_atomically(folder / "guidance.png", grid_png(across, column_labels=heads, row_labels=labels))
+    pictures["guidance"] = grid_png(across, column_labels=heads, row_labels=labels)
     write_atomically(folder / "sweep.png", sweep_plot(by_scale, floor))
 
     # The samples that are closest to a training image, above it.
     if "copied" not in maker.absent:
-        write_atomically(folder / "copies.png", figures.copies_picture(default))
-    for name in ("samples", "guidance", "copies")[: 2 + ("copied" not in maker.absent)]:
+        pictures["copies"] = figures.copies_picture(default)
+    for name, picture in pictures.items():
+        write_atomically(folder / f"{name}.png", picture)
         maker.stage.tracker.log_image(f"eval/{name}", folder / f"{name}.png", step=0)
 
 
