@@ -75,6 +75,7 @@ def scan_shard(buffer: bytes | mmap.mmap, *, shard: str, left_out: Counter[str] 
     scattered: set[str] = set()
     others: dict[str, str] = {}  # of a key: a member that is left out, an image if there is one
     for item in scan_tar(buffer):
+        # A fault of no sample in particular is placed at the end.
         key, suffix = split_name(item.name if isinstance(item, Member) else item.member)
         if isinstance(item, Fault):
             # A cut is the last that is found; of scattered samples it may have taken members from any.
@@ -82,6 +83,8 @@ def scan_shard(buffer: bytes | mmap.mmap, *, shard: str, left_out: Counter[str] 
             if not key or hits_any or item.reason in ("unsafe_name", "long_name", "name_not_utf8"):
                 unplaced.append((len(groups), item))
                 continue
+
+        # A member that nothing reads is counted.
         is_hidden = not key or key.endswith("/")
         is_known = not is_hidden and (suffix in KNOWN_SUFFIXES or suffix.endswith(".npy") or suffix == "npy")
         if isinstance(item, Member) and not is_known and left_out is not None:
@@ -92,6 +95,8 @@ def scan_shard(buffer: bytes | mmap.mmap, *, shard: str, left_out: Counter[str] 
                 others.setdefault(key, item.name)
                 continue
             others[key] = item.name
+
+        # The sample it belongs to: the last one, one that was left before, or a new one.
         group = groups[-1] if groups and groups[-1].key == key else first.get(key)
         if group is None:
             group = first[key] = _Group(key)
@@ -104,6 +109,8 @@ def scan_shard(buffer: bytes | mmap.mmap, *, shard: str, left_out: Counter[str] 
             group = groups[-1]
         elif group is not groups[-1]:
             scattered.add(key)
+
+        # What it adds to that sample.
         if isinstance(item, Fault):
             group.fault(item.reason, item.detail, shard=shard, member=item.member)
         elif suffix in group.members:
@@ -113,6 +120,8 @@ def scan_shard(buffer: bytes | mmap.mmap, *, shard: str, left_out: Counter[str] 
             if not is_known:
                 detail = f"{suffix[:40]!r} is not one of {', '.join(sorted(KNOWN_SUFFIXES))} or NAME.npy"
                 group.fault("unknown_extension", detail, shard=shard, member=item.name[:200])
+
+    # Samples that were left without an image by what they had in its place.
     for group in groups:
         if group.key in others and not group.members.keys() & IMAGES:
             name = others[group.key][:200]
