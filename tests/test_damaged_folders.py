@@ -16,7 +16,7 @@ from conftest import run_here
 from data.manifest import read_input, read_manifest
 from data.samples import encode_png
 from data.shards.verification import verify_shard
-from pipelines.evaluation.samples import ItemMaker
+from pipelines.evaluation.real_images import read_items
 from pipelines.runtime.config.errors import ConfigError
 from pipelines.runtime.stage.fingerprint import already_done, begin
 from pipelines.runtime.stage.work_items import make_items, results_of
@@ -172,9 +172,8 @@ def test_a_result_that_was_damaged_since_the_start_is_made_again_by_the_same_com
 
     # The same of an evaluation's features, which lie beside the result.
     (parts / "a.safetensors").write_bytes(b"cut")
-    maker: Any = SimpleNamespace(stage=stage)
     with pytest.raises(ConfigError, match=r"a\.safetensors is damaged .* The same command makes it again"):
-        ItemMaker.read(maker, ["a"], "features")
+        read_items(parts, ["a"], "features")
     assert not (parts / "a.json").exists()
 
 

@@ -1,6 +1,8 @@
 """Evaluation of odd corpora: absent figures with their reasons, and refusals before anything is drawn."""
 
+import io
 import json
+import tarfile
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -8,20 +10,27 @@ from typing import Any
 
 import numpy as np
 import pytest
+import scipy.linalg
 import torch
 from conftest import run_here
 from manifests import commit_corpus
-from safetensors.torch import save_file
+from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from data.files import sha256_of, write_json
-from data.manifest import UNetManifest, VAEManifest, write_manifest
+from data.manifest import UNetManifest, VAEManifest, read_manifest, write_manifest
+from data.order.order import FullShuffleConfig, Order
+from data.randomness import SampleDraws
 from data.samples import check_key, image_members
 from data.shards.writer import ShardWriter
 from models.autoencoder.vae import AutoencoderKL, VAEConfig
 from models.denoiser import Denoiser, DenoiserConfig
 from models.diffusion.guidance import GuidanceConfig
+from models.features.extractor import eight_bit
+from models.features.scattering import ScatteringConfig
 from models.metrics.neighbours import nearest
 from models.unet import UNetConfig
+from pipelines.evaluation.contract import contract_digest, drawn_differently, not_comparable
 from pipelines.evaluation.metrics import PROBED, Reference, absent_figures
 from pipelines.evaluation.samples import key_prefix
 
@@ -37,7 +46,8 @@ def write_corpus(folder: Path, classes: Sequence[str], train: Sequence[int], val
         with ShardWriter(folder / f"{split}-000000.tar") as shard:
             for number, label in enumerate(labels):
                 image = rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)
-                shard.add(f"{number:04}", image_members(f"{number:04}", image, label=label, caption="", metadata={}))
+                key = f"{split}{number:04}"
+                shard.add(key, image_members(key, image, label=label, caption="", metadata={}))
         entries.append(shard.entry)
     given = {"classes": tuple(classes), "config": {"view": VIEW}, **more}
     commit_corpus(folder, [entry for entry in entries if entry is not None], resolution=16, **given)
@@ -109,7 +119,8 @@ def test_an_odd_corpus_is_evaluated_as_far_as_it_goes(case: str, tmp_path: Path)
     assert code == 0, said
     metrics = json.loads((tmp_path / "evaluation" / "metrics.json").read_bytes())
     absent = absent | {"frechet_at_infinity"}  # of fewer images than features
-    assert set(metrics["absent"]) == absent
+    not_measured = {"stored", "drawn"} | ({"real", "encoded"} if "floor" in absent else set())  # there are no latents
+    assert set(metrics["absent"]) == absent | not_measured
     assert all(len(reason) > 20 for reason in metrics["absent"].values())
     everything = {
         "frechet_distance",
@@ -125,14 +136,131 @@ def test_an_odd_corpus_is_evaluated_as_far_as_it_goes(case: str, tmp_path: Path)
     assert bool(metrics["floor"]) == ("floor" not in absent and bool(everything - absent))
     # As many as samples, and none of them in the reference.
     assert metrics["contract"]["floor"] == {"split": "train", "num_images": 0 if "floor" in absent else 8}
+    assert list(metrics["error_budget"]) == ([] if "floor" in absent else ["real", "encoded"])
     for name in absent:
         assert said.index(name) < said.index("batches"), "it is said before any work"
+
+
+def test_every_line_of_the_error_budget_is_what_a_short_script_finds(tmp_path: Path) -> None:
+    write_corpus(tmp_path / "corpus", ["a", "b"], [0, 1] * 20, [0, 1] * 6)
+    write_model(tmp_path, ["a", "b"])
+    encoded = run_here("encode_latents", "--run.root", str(tmp_path), "--run.threads", "1", "--flipped", "true")
+    assert encoded.returncode == 0, encoded.stderr
+    whole = read_manifest(tmp_path / "unet")
+    trained = {"parents": {"latents": read_manifest(tmp_path / "latents").digest}, "config": {"flip_probability": 0.5}}
+    write_manifest(tmp_path / "unet", whole.model_copy(update=trained))
+    code, said = evaluated(tmp_path)
+    assert code == 0, said
+    budget = json.loads((tmp_path / "evaluation" / "metrics.json").read_bytes())["error_budget"]
+
+    # The held-out images, and their latents.
+    rows = np.sort(Order(FullShuffleConfig(), num_samples=40, seed=0).indices(0, 8))
+    pictures = images_of(tmp_path / "corpus" / "train-000000.tar")
+    with tarfile.open(tmp_path / "latents" / "train-000000.tar") as tar:
+        stored = {name: np.load(io.BytesIO(tar.extractfile(name).read())) for name in tar.getnames() if "npy" in name}
+    mirrored = SampleDraws(0, 0, rows.tolist()).uniforms("flip") < 0.5
+    assert 0 < mirrored.sum() < 8
+    kinds = ["latent_flip" if mirror else "latent" for mirror in mirrored]
+    real = np.stack([pictures[row] for row in rows])
+    transformed = np.stack([image[:, ::-1] if mirror else image for image, mirror in zip(real, mirrored, strict=True)])
+    moments = np.stack([stored[f"train{row:04}.{kind}.npy"] for row, kind in zip(rows, kinds, strict=True)])
+    mean, log_variance = torch.from_numpy(moments).float().unbind(dim=1)
+    noise = torch.from_numpy(SampleDraws(0, 0, rows.tolist()).normals("posterior", tuple(mean.shape[1:])))
+
+    # What each step makes of them, and its distance.
+    network = {"latent_channels": 2, "channels": [8, 8], "blocks_per_level": 1, "norm_groups": 4}
+    vae = AutoencoderKL(VAEConfig(**network), image_channels=3)
+    vae.load_state_dict(load_file(tmp_path / "vae" / "vae.safetensors"))
+    extract = ScatteringConfig().build()
+    reference = torch.stack([torch.tensor(image) for image in images_of(tmp_path / "corpus" / "val-000000.tar")])
+
+    @torch.no_grad()
+    def decoded(latents: torch.Tensor) -> np.ndarray:
+        return eight_bit(vae.decode(latents)).movedim(1, -1).numpy()
+
+    with torch.no_grad():
+        afresh = vae.encode(torch.from_numpy(transformed).movedim(-1, 1) / 127.5 - 1).mean
+    steps = {
+        "real": real,
+        "transformed": transformed,
+        "encoded": decoded(afresh),
+        "stored": decoded(mean),
+        "drawn": decoded(mean + (log_variance / 2).exp() * noise),
+    }
+    assert list(budget) == list(steps)
+    wanted = extract(reference.movedim(-1, 1)).double().numpy()
+    for step, images in steps.items():
+        found = extract(torch.from_numpy(images.copy()).movedim(-1, 1)).double().numpy()
+        root = scipy.linalg.sqrtm(np.cov(found.T) @ np.cov(wanted.T)).real
+        distance = ((found.mean(0) - wanted.mean(0)) ** 2).sum() + np.trace(
+            np.cov(found.T) + np.cov(wanted.T) - 2 * root
+        )
+        assert budget[step]["frechet_distance"]["value"] == pytest.approx(distance, rel=1e-3), step
+        if "psnr" in budget[step]:
+            errors = np.square((images / 255.0) - transformed / 255.0).mean(axis=(1, 2, 3))
+            assert budget[step]["psnr"]["value"] == pytest.approx(-10 * np.log10(errors).mean(), rel=1e-4), step
+    assert {step for step in steps if "psnr" in budget[step]} == {"encoded", "stored", "drawn"}
+
+    # Without the latents of the training the steps that need them are left out, with the reason.
+    code, said = evaluated(tmp_path, "--name", "without", "--inputs.latents", "", "--reference", "train")
+    assert code == 0, said
+    without = json.loads((tmp_path / "evaluation-without" / "metrics.json").read_bytes())
+    assert list(without["error_budget"]) == []  # too few validation images for a floor
+    assert without["contract"]["reference"]["split"] == "train"
+
+
+def test_the_figures_that_two_contracts_may_not_compare_are_named() -> None:
+    contract = {
+        "num_samples": 500,
+        "seed": 0,
+        "sampler": {"kind": "ddim", "num_steps": 25},
+        "average": {"kind": "exponential", "decay": 0.99},
+        "extractor": {"name": "scattering-32", "weights_sha256": "ab"},
+        "reference": {"digest": "cd", "split": "val"},
+        "probe": {"kind": "linear", "num_images": 9, "validation_accuracy": {"value": 0.9}},
+        "bias_floor": {"frechet_distance": 1.0},
+    }
+
+    def changed(**parts: Any) -> dict[str, Any]:
+        return {**contract, **parts}
+
+    # Neither what is measured nor what belongs to the model matters, nor what an older version did not write.
+    rounded = {"probe": {**contract["probe"], "validation_accuracy": {"value": 0.9000001}}, "bias_floor": {}}
+    others_average = changed(average={"kind": "power"}, **rounded)
+    assert not_comparable(contract, others_average) == {}
+    assert contract_digest(contract) == contract_digest(others_average)
+    assert drawn_differently(contract, others_average) == ["average"]
+    older = {name: part for name, part in contract.items() if name not in ("average", "bias_floor")}
+    older["reference"] = {"digest": "cd"}
+    assert not_comparable(older, contract) == {}
+
+    # The number of samples moves what is biased; the reference moves everything; a sampler is a part of the model.
+    assert set(not_comparable(contract, changed(num_samples=400))) == {"frechet_distance", "precision", "recall"}
+    assert not_comparable(contract, changed(reference={"digest": "cd", "split": "train"})) == {
+        "all": "they were compared with other images"
+    }
+    assert set(not_comparable(contract, changed(probe={"kind": "none"}))) == set(PROBED)
+    slower = changed(sampler={"kind": "ddim", "num_steps": 50})
+    assert (not_comparable(contract, slower), drawn_differently(contract, slower)) == ({}, ["sampler"])
+    assert contract_digest(contract) != contract_digest(slower)
+
+
+def images_of(path: Path) -> list[np.ndarray]:
+    with tarfile.open(path) as tar:
+        return [np.asarray(Image.open(tar.extractfile(name))) for name in tar.getnames() if name.endswith(".png")]
 
 
 def test_the_probe_can_be_switched_off() -> None:
     labels = torch.tensor([0, 1] * 4)
     found = absent_figures(
-        samples=labels, reference=labels, probed=labels[:0], classes=("a", "b"), dimension=2, num_floor=8, num_bounds=0
+        samples=labels,
+        reference=labels,
+        validation=labels,
+        probed=labels[:0],
+        classes=("a", "b"),
+        dimension=2,
+        num_held_out=8,
+        num_bounds=0,
     )
     assert found == dict.fromkeys(PROBED, "no training images are probed (evaluate.probe_images)")
 
@@ -165,7 +293,7 @@ def test_an_image_that_is_not_a_number_is_an_error_and_no_black_pixel(tmp_path: 
     write_model(tmp_path, ["a", "b"], poisoned=True)
     code, said = evaluated(tmp_path)
     assert code == 2
-    assert "evaluate: 8 of 8 decoded images hold NaN or infinity, first validation image 0" in said
+    assert "evaluate: 8 of 8 decoded images hold NaN or infinity, first real image 0" in said
     assert "compute in float32" in said
 
 
@@ -189,12 +317,7 @@ def test_copies_of_training_images_are_found_and_fresh_images_are_not_accused() 
         draw = partial(rng.standard_normal, dtype=np.float64)
         training, real = torch.from_numpy(draw((2_000, 24))), torch.from_numpy(draw((1_000, 24)))
         reference = Reference(
-            features=real,
-            labels=torch.full((1_000,), -1),
-            training_features=training,
-            nearest_of_real=nearest(real, training).distances,
-            probe=None,
-            num_probed=0,
+            features=real, training_features=training, nearest_of_real=nearest(real, training).distances
         )
         fresh = torch.from_numpy(draw((1_000, 24)))
         planted = torch.cat([fresh[10:], training[:10] + 0.02 * torch.from_numpy(draw((10, 24)))])

@@ -69,7 +69,7 @@ def test_manifests_name_their_parents_by_digest(two_process_run: Run) -> None:
         "train_vae": ["corpus"],
         "encode_latents": ["corpus", "vae"],
         "train_unet": ["latents", "vae"],
-        "evaluate": ["corpus", "unet", "vae"],
+        "evaluate": ["corpus", "latents", "unet", "vae"],
     }
     for stage, parents in wanted.items():
         content = two_process_run.manifest(stage)["content"]
@@ -101,7 +101,12 @@ def test_one_and_two_processes_make_the_same_shards_and_latents(one_process_run:
 def test_one_and_two_processes_make_the_same_evaluation(one_process_run: Run, two_process_run: Run) -> None:
     inputs = [
         word
-        for name, stage in (("corpus", "prepare_corpus"), ("vae", "train_vae"), ("unet", "train_unet"))
+        for name, stage in (
+            ("corpus", "prepare_corpus"),
+            ("vae", "train_vae"),
+            ("latents", "encode_latents"),
+            ("unet", "train_unet"),
+        )
         for word in (f"--inputs.{name}", str(two_process_run.folder(stage)))
     ]
     root = one_process_run.root / "again"
@@ -189,7 +194,7 @@ def test_every_stage_is_one_finished_run_below_one_parent(two_process_run: Run) 
     assert {point.step: point.value for point in history} == {
         update: row["train/loss"] for update, row in two_process_run.rows("train_unet").items()
     }
-    assert len(evaluation.inputs.dataset_inputs) == 3
+    assert len(evaluation.inputs.dataset_inputs) == 4
     assert client.search_logged_models(experiment_ids=[experiment.experiment_id])
 
 

@@ -5,7 +5,6 @@ own. What the real images alone decide, the class probe and the distances at whi
 the corpus, beside its features, and serves all evaluations.
 """
 
-from collections.abc import Mapping
 from dataclasses import fields
 from functools import cached_property
 from typing import Any
@@ -18,9 +17,18 @@ from torch import Tensor
 from data.files import write_atomically
 from models.metrics.neighbours import nearest
 from models.metrics.probe import LinearProbe
-from pipelines.evaluation.metrics import COPY_QUANTILE, PROBED, Metrics, Reference, distribution_metrics
+from pipelines.evaluation.error_budget import DECODED, REAL
+from pipelines.evaluation.metrics import (
+    COPY_QUANTILE,
+    PROBED,
+    Metrics,
+    Reference,
+    as_metric,
+    distribution_metrics,
+    mean_metrics,
+)
+from pipelines.evaluation.real_images import RealSet
 from pipelines.evaluation.samples import ItemMaker, key_prefix
-from pipelines.model.grids import grid_png
 
 CALIBRATION = "calibration"
 FIGURES = "figures"
@@ -30,50 +38,59 @@ class FigureMaker:
     """Work items that measure sets of images; a pure function of the features that ``maker`` made."""
 
     def __init__(self, maker: ItemMaker) -> None:
-        self._maker = maker
-        #: Item -> the images that it measures.
-        self.names = {f"{FIGURES}-{key_prefix(scale)}": of_scale for scale, of_scale in maker.names.samples.items()}
-        if "floor" not in maker.absent:
-            self.names |= {f"{FIGURES}-real": [], f"{FIGURES}-floor": maker.names.floor}
+        self._maker, self._real = maker, maker.real
+        #: Set of images -> the items that hold it; those of the real images themselves lie beside their corpus.
+        self.sets = {key_prefix(scale): names for scale, names in maker.names.samples.items()} | maker.names.steps
+        if REAL not in maker.absent:
+            self.sets[REAL] = []
+
+    @property
+    def names(self) -> list[str]:
+        """Names of all items."""
+        return [f"{FIGURES}-{name}" for name in self.sets]
 
     def make_calibration(self, name: str) -> dict[str, Any]:
         """Fit the class probe, and measure how close validation images come to training images."""
         tensors: dict[str, Tensor] = {}
+        validation = self._real.features("val")
         if "copied" not in self._maker.absent:
-            tensors["nearest"] = nearest(self._of_real("val", "features"), self.training_features).distances
+            tensors["nearest"] = nearest(validation, self.training_features).distances
+        contract: dict[str, Any] = {"kind": "none"}
         if not set(PROBED) & self._maker.absent.keys():
-            features, labels = (self._of_real("train", key) for key in ("features", "labels"))
-            known = labels >= 0
-            num_classes = len(self._maker.stage.parents.unet.classes)
-            probe = LinearProbe.fit(features[known], labels[known], num_classes=num_classes)
+            num_classes, labels = len(self._maker.stage.parents.unet.classes), self._real.labels("train")
+            features, labels = _labelled(self._real.features("train"), labels)
+            probe = LinearProbe.fit(features, labels, num_classes=num_classes)
             tensors |= {f"probe.{field.name}": getattr(probe, field.name) for field in fields(probe)}
-        path = self._maker.reference_folder / f"{name}.safetensors"
+            accuracy = as_metric(probe.accuracy(*_labelled(validation, self._real.labels("val"))))
+            contract = {"kind": "linear", "num_images": len(labels), "validation_accuracy": accuracy}
+        path = self._real.folder / f"{name}.safetensors"
         write_atomically(path, save({key: tensor.cpu().contiguous() for key, tensor in tensors.items()}))
-        return {}
+        return {"probe": contract}
 
     def make(self, name: str) -> Metrics:
-        """Measure one set of images."""
+        """Measure one set of images, and store its features."""
         maker, kind = self._maker, name.removeprefix(f"{FIGURES}-")
-        if kind == "real":
-            features, labels = (self._of_real("floor", key) for key in ("features", "labels"))
+        if kind == REAL:
+            features, labels = self._real.features("floor"), self._real.labels("floor")
         else:
-            features = self._placed(maker.read(self.names[name], "features"))
-            in_floor = kind == "floor"
-            labels = maker.read(self.names[name], "labels") if in_floor else maker.labels(range(len(features)))
-        absent = {*maker.absent, "copied"} if kind == "real" else maker.absent  # real training images are their own
-        return distribution_metrics(features, labels, self.reference, absent=absent)
+            features, labels = (maker.read(self.sets[kind], key) for key in ("features", "labels"))
+            path = maker.stage.folder / features_name(kind)
+            write_atomically(path, save({"features": features, "labels": labels}))
+        # Training images are copies of themselves.
+        absent = {*maker.absent, "copied"} if (kind, self._real.floor_split) == (REAL, "train") else maker.absent
+        metrics = distribution_metrics(features.to(maker.model.device), labels, self.reference, absent=absent)
+        if kind in DECODED:
+            metrics |= mean_metrics({"psnr": maker.read(self.sets[kind], "psnr")})
+        return metrics
 
     @cached_property
     def reference(self) -> Reference:
         """The real images, with the probe and the calibration of copies."""
-        tensors = load_file(self._maker.reference_folder / f"{CALIBRATION}.safetensors")
+        tensors = load_file(self._real.folder / f"{CALIBRATION}.safetensors")
         parts = {key.removeprefix("probe."): part for key, part in tensors.items() if key.startswith("probe.")}
-        labels = self._of_real("val", "labels")
         return Reference(
-            features=self._of_real("val", "features"),
-            labels=labels,
+            features=self._real.features(self._real.reference),
             probe=LinearProbe(**parts) if parts else None,
-            num_probed=int((self._of_real("train", "labels") >= 0).sum()) if parts else 0,
             training_features=self.training_features,
             nearest_of_real=tensors.get("nearest", torch.empty(0)),
         )
@@ -81,36 +98,40 @@ class FigureMaker:
     @cached_property
     def training_features(self) -> Tensor:
         """Features of all training images that were read; (t d)."""
-        found = [self._of_real(split, "features") for split in self.searched]
-        return torch.cat(found) if found else torch.empty(0, self._maker.extractor.dimension)
-
-    def copies_picture(self, scale: float, *, count: int = 10) -> bytes:
-        """Return the samples of ``scale`` that are closest to a training image, each above that image; PNG."""
-        maker, size = self._maker, self._maker.config.batch_size
-        names = maker.names.samples[scale]
-        found = nearest(self._placed(maker.read(names, "features")), self.training_features)
-        closest = found.distances.argsort()[:count].tolist()
-        samples = [maker.read([names[index // size]], "images")[index % size].numpy() for index in closest]
-
-        places = np.concatenate([maker.real_indices[split] for split in self.searched])
-        training = maker.images["train"].read(places[found.indices[closest].cpu().numpy()]).images
-        threshold = float(torch.quantile(self.reference.nearest_of_real, COPY_QUANTILE)) or 1.0
-        return grid_png(
-            np.stack([np.stack(samples), training]),
-            column_labels=[f"{float(found.distances[index]) / threshold:.2f}" for index in closest],
-            row_labels=["sample", "training image"],
-            title="samples nearest to training images, by distance: at most 1 counts as a copy",
-        )
+        return torch.cat([self._real.features(name) for name in self._searched])
 
     @property
-    def searched(self) -> Mapping[str, int]:
-        """Sets of training images among which copies are searched, in order, with their sizes."""
-        sizes = {split: len(indices) for split, indices in self._maker.real_indices.items() if split != "val"}
-        return {split: size for split, size in sizes.items() if size}
+    def num_searched(self) -> int:
+        """Training images among which copies are searched."""
+        return sum(len(self._real.indices[name]) for name in self._searched)
 
-    def _of_real(self, split: str, key: str) -> Tensor:
-        found = self._maker.read_real(split, key)
-        return self._placed(found) if key == "features" else found
+    def nearest_pairs(self, scale: float, *, count: int) -> tuple[np.ndarray, np.ndarray, list[float]]:
+        """Return the samples of ``scale`` that are closest to a training image.
 
-    def _placed(self, tensor: Tensor) -> Tensor:
-        return tensor.to(self._maker.model.device)
+        Returns:
+            The samples and the training images, uint8 (count h w c) each, closest first, and their distances as
+            multiples of that below which a sample counts as a copy.
+        """
+        maker, size = self._maker, self._maker.config.batch_size
+        features = maker.read(maker.names.samples[scale], "features").to(maker.model.device)
+        found = nearest(features, self.training_features)
+        closest = found.distances.argsort()[:count].tolist()
+        samples = [maker.images(scale, index // size)[index % size] for index in closest]
+        places = np.concatenate([self._real.indices[name] for name in self._searched])
+        training = self._real.shards["train"].read(places[found.indices[closest].cpu().numpy()]).images
+        threshold = float(torch.quantile(self.reference.nearest_of_real, COPY_QUANTILE)) or 1.0
+        return np.stack(samples), training, [float(found.distances[index]) / threshold for index in closest]
+
+    @property
+    def _searched(self) -> list[RealSet]:
+        return ["train", "floor"] if self._real.floor_split == "train" else ["train"]
+
+
+def features_name(kind: str) -> str:
+    """Return the file of a set's features, beside the samples."""
+    return f"features-{kind}.safetensors"
+
+
+def _labelled(features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    known = labels >= 0
+    return features[known.to(features.device)], labels[known]

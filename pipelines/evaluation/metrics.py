@@ -1,9 +1,8 @@
-"""Metrics of an evaluation: distances to real images, accuracy of a class probe, and their plot over guidance."""
+"""Metrics of an evaluation: distances to real images, shares of copies, and accuracy of a class probe."""
 
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +12,6 @@ from models.metrics.frechet import frechet_at_infinity, frechet_distance
 from models.metrics.kernel import kernel_distance
 from models.metrics.neighbours import nearest, precision_recall
 from models.metrics.probe import LinearProbe
-from pipelines.model.grids import plot_png
 
 Metrics = dict[str, dict[str, float]]
 
@@ -27,35 +25,37 @@ def absent_figures(
     *,
     samples: Tensor,
     reference: Tensor,
+    validation: Tensor,
     probed: Tensor,
     classes: Sequence[str],
     dimension: int,
-    num_floor: int,
+    num_held_out: int,
     num_bounds: int,
 ) -> dict[str, str]:
     """Return the figures that these images do not allow, each with its reason; known before any work.
 
     Args:
         samples: Labels of the samples of one guidance, -1 for none; (n,).
-        reference: Labels of the validation images; (m,).
+        reference: Labels of the images to compare with; (m,).
+        validation: Labels of the validation images; (v,).
         probed: Labels of the training images that the class probe is fitted on; (p,).
         classes: Names of the classes.
         dimension: Features of an image.
-        num_floor: Reconstructions that the floor is measured on.
+        num_held_out: Real images that are not in the reference.
         num_bounds: Validation images whose likelihood is measured.
     """
     absent: dict[str, str] = {}
     for name, least in MIN_IMAGES.items():
         if min(len(samples), len(reference)) < least:
-            absent[name] = f"it needs {least} samples and {least} validation images"
+            absent[name] = f"it needs {least} samples and {least} images to compare with"
     if (fewest := min(len(samples), len(reference))) < 2 * dimension:
         absent["frechet_at_infinity"] = f"half of {fewest} images are fewer than {dimension} features"
-    if not len(probed) and not num_floor:
+    if not len(probed) and not num_held_out:
         absent["copied"] = "no training images are read (evaluate.probe_images)"
 
     # The probe: it must know every class, and be measured itself.
     given, missing = probed[probed >= 0], sorted(set(range(len(classes))) - set(probed.tolist()))
-    labelled = min(int((samples >= 0).sum()), int((reference >= 0).sum()))
+    labelled = min(int((samples >= 0).sum()), int((validation >= 0).sum()))
     if len(classes) < 2:
         reason = f"the corpus has {'one class' if classes else 'no classes'}"
     elif not len(probed):
@@ -69,9 +69,9 @@ def absent_figures(
         absent |= dict.fromkeys(PROBED, reason)
 
     # The VAE's figures, and the likelihood.
-    if not num_floor:
-        absent["floor"] = f"it takes {len(samples)} training images, and leaves fewer than as many for the probe"
-    if len(reference) < 2:
+    if not num_held_out:
+        absent["floor"] = f"it takes {len(samples)} real images, and leaves fewer than as many"
+    if len(validation) < 2:
         absent |= dict.fromkeys(("psnr", "ssim"), "one validation image gives no error")
     if num_bounds == 1:
         absent["likelihood"] = "one validation image gives no error"
@@ -83,20 +83,9 @@ class Reference:
     """Real images by their features, and what they calibrate."""
 
     features: Tensor  # of the images to compare with; (m d)
-    labels: Tensor  # of theirs, -1 for none; (m,)
     training_features: Tensor  # of training images, among which copies are searched; (t d)
-    nearest_of_real: Tensor  # distance of each image to compare with to its nearest training image; (m,)
-    probe: LinearProbe | None  # fitted on training images; the images to compare with measure it
-    num_probed: int  # images that it was fitted on
-
-    @property
-    def probe_contract(self) -> dict[str, Any]:
-        """How the probe was made and how far it can be trusted: its accuracy on real validation images."""
-        if self.probe is None:
-            return {"kind": "none"}
-        known = self.labels >= 0
-        accuracy = self.probe.accuracy(self.features[known.to(self.features.device)], self.labels[known])
-        return {"kind": "linear", "num_images": self.num_probed, "validation_accuracy": _metric(accuracy)}
+    nearest_of_real: Tensor  # distance of each validation image to its nearest training image; (v,)
+    probe: LinearProbe | None = None  # fitted on training images
 
     def copied(self, features: Tensor) -> Estimate:
         """Return the share of images that are closer to a training image than all but a few real ones are."""
@@ -121,54 +110,30 @@ def distribution_metrics(
     """
     metrics = {}
     if "frechet_distance" not in absent:
-        metrics["frechet_distance"] = _metric(frechet_distance(features, reference.features))
+        metrics["frechet_distance"] = as_metric(frechet_distance(features, reference.features))
     if "frechet_at_infinity" not in absent:
-        metrics["frechet_at_infinity"] = _metric(frechet_at_infinity(features, reference.features))
+        metrics["frechet_at_infinity"] = as_metric(frechet_at_infinity(features, reference.features))
     if "kernel_distance" not in absent:
-        metrics["kernel_distance"] = _metric(kernel_distance(features, reference.features))
+        metrics["kernel_distance"] = as_metric(kernel_distance(features, reference.features))
     if "precision" not in absent:
         neighbours = precision_recall(features, reference.features)
-        metrics |= {"precision": _metric(neighbours.precision), "recall": _metric(neighbours.recall)}
+        metrics |= {"precision": as_metric(neighbours.precision), "recall": as_metric(neighbours.recall)}
     if "copied" not in absent:
-        metrics["copied"] = _metric(reference.copied(features))
+        metrics["copied"] = as_metric(reference.copied(features))
     if reference.probe is not None:
         features, labels = features[(labels >= 0).to(features.device)], labels[labels >= 0]
         right = reference.probe.predict(features) == labels
-        metrics["class_accuracy"] = _metric(mean_estimate(right.double()))
+        metrics["class_accuracy"] = as_metric(mean_estimate(right.double()))
         totals = [int((labels == label).sum()) for label in labels.unique()]
         successes = [int(right[labels == label].sum()) for label in labels.unique()]
-        metrics["worst_class_accuracy"] = _metric(worst_fraction(successes, totals))
+        metrics["worst_class_accuracy"] = as_metric(worst_fraction(successes, totals))
     return metrics
 
 
 def mean_metrics(values: Mapping[str, Tensor]) -> Metrics:
     """Average the values of single images, (n,) each, with standard errors."""
-    return {name: _metric(mean_estimate(of_images)) for name, of_images in values.items()}
+    return {name: as_metric(mean_estimate(of_images)) for name, of_images in values.items()}
 
 
-def sweep_plot(by_scale: Mapping[float, Mapping[str, Any]], floor: Mapping[str, Any]) -> bytes:
-    """Plot every metric over guidance, with one standard error, and the VAE's floor; PNG."""
-    from matplotlib.figure import Figure
-
-    scales = sorted(by_scale)
-    names = [name for name in by_scale[scales[0]] if name != "worst_class_accuracy"]
-    figure = Figure(figsize=(3.2 * max(len(names), 1), 3.0), layout="constrained")
-    if not names:
-        figure.text(0.5, 0.5, "no figure: see metrics.json", ha="center")
-        return plot_png(figure)
-    for axis, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
-        values = [by_scale[scale][name] for scale in scales]
-        axis.errorbar(scales, [v["value"] for v in values], yerr=[v["error"] for v in values], marker="o", capsize=3)
-        if name in floor:
-            axis.axhline(floor[name]["value"], color="grey", linestyle="--", linewidth=1)
-            inwards = "bottom" if floor[name]["value"] < sum(axis.get_ylim()) / 2 else "top"
-            axis.annotate("VAE reconstructions", (0.98, floor[name]["value"]), xycoords=("axes fraction", "data"),
-                          ha="right", va=inwards, fontsize=8, color="grey")  # fmt: skip
-        axis.set_title(name.replace("_", " "))
-        axis.set_xlabel("guidance scale")
-        axis.grid(alpha=0.3)
-    return plot_png(figure)
-
-
-def _metric(estimate: Estimate) -> dict[str, float]:
+def as_metric(estimate: Estimate) -> dict[str, float]:
     return {"value": float(estimate.value), "error": float(estimate.error)}

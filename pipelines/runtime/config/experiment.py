@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 import tomli_w
 from pydantic import ValidationError
 
+from data.manifest import MANIFEST_NAME
 from pipelines.runtime.config.dotted_keys import below, flattened
 from pipelines.runtime.config.errors import ConfigError
 from pipelines.runtime.config.mistakes import explained, nearest, shown, without_flaws
@@ -251,12 +252,18 @@ def _value_of(raw: str, annotation: Any) -> Any:
 
 
 def _with_inputs(model: type[CommandConfig], tree: dict[str, Any]) -> dict[str, Any]:
-    """Let ``inputs.NAME`` default to the folder NAME below ``run.root``.
+    """Let ``inputs.NAME`` default to the folder NAME below ``run.root``; an optional input only where it is finished.
 
     Not a validator of the model: one that runs before validation would turn strict JSON into strict Python values.
     """
     field, given, root = model.model_fields.get("inputs"), tree.get("inputs", {}), root_of(tree)
     if field is None or not isinstance(given, dict) or root is None:
         return tree
-    names = [name for inputs_model in variants_of(field.annotation) for name in inputs_model.model_fields]
-    return {**tree, "inputs": {**{name: str(Path(root) / name) for name in names}, **given}}
+    inputs = {name: each for model in variants_of(field.annotation) for name, each in model.model_fields.items()}
+    folders = {name: Path(root) / name for name in inputs}
+    default = {
+        name: str(folder)
+        for name, folder in folders.items()
+        if inputs[name].is_required() or (folder / MANIFEST_NAME).is_file()
+    }
+    return {**tree, "inputs": {**default, **given}}

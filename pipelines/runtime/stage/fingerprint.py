@@ -33,8 +33,11 @@ def read_parents(config: StageConfig) -> Parents:
 
 
 def inputs_of(config: StageConfig) -> dict[str, str]:
-    """Return a stage's input folders by name."""
-    return dict(config.model_dump(mode="json").get("inputs", {}))
+    """Return a stage's input folders by name; an optional input that is not given is left out."""
+    inputs = getattr(config, "inputs", None)
+    fields = type(inputs).model_fields if inputs is not None else {}
+    folders = {name: str(getattr(inputs, name)) for name in fields}
+    return {name: folder for name, folder in folders.items() if folder or fields[name].is_required()}
 
 
 def fingerprint_of(name: str, config: StageConfig, parents: Mapping[str, Manifest]) -> dict[str, Any]:
@@ -206,6 +209,8 @@ def differing_keys(
     old = flattened({"parents": before["parents"], **with_new_names(now["stage"], before["config"])})
     new = flattened({"parents": now["parents"], **now["config"]})
     old = lacked_values(now["stage"], new.keys() - old.keys()) | old
+    if revisions is None:  # what is finished by a version that knew fewer inputs stays valid
+        new = {key: value for key, value in new.items() if not key.startswith("parents.") or key in old}
     found = [
         (key, line)
         for key, line in _differences(old, new)
