@@ -31,6 +31,7 @@ from pipelines.evaluation.metrics import Metrics, mean_metrics
 from pipelines.evaluation.pictures import draw_pictures
 from pipelines.evaluation.real_images import RealSet
 from pipelines.evaluation.samples import DrawConfig, ItemMaker, key_prefix
+from pipelines.evaluation.training_weights import TrainingWeights
 from pipelines.model.weights import check_latent_diffusion
 from pipelines.runtime.config.command_line import config_from_command_line
 from pipelines.runtime.config.errors import ConfigError
@@ -73,13 +74,17 @@ def check_inputs(config: EvaluateConfig, parents: Parents) -> None:
     """Refuse what cannot be compared, before any work.
 
     Raises:
-        ConfigError: Another VAE than the U-Net's, other classes, another view, or no validation images.
+        ConfigError: Another VAE than the U-Net's, checkpoints that were not kept, other classes, another view, or no
+            validation images.
     """
     # The model: its VAE, and the samplers that its process takes.
     samplers: dict[str, SamplerConfig] = {"evaluate.sampler": config.sampler}
     if isinstance(config.likelihood, VariationalBoundConfig):
         samplers["evaluate.likelihood"] = config.likelihood.sampler
     check_latent_diffusion(config.inputs, parents, samplers)
+
+    # The points of its training.
+    TrainingWeights(config.inputs.unet, parents.unet).check(config.curve)
 
     # The images to compare with.
     corpus, unet = parents.corpus, parents.unet
@@ -145,9 +150,10 @@ def measure(maker: ItemMaker, figures: FigureMaker, found: Mapping[str, Mapping[
     config, stage, names = maker.config, maker.stage, maker.names
     folder, absent = stage.folder, maker.absent
 
-    # What was found: of the samples, of each step that they depend on, of the VAE.
+    # What was found: of the samples, at other points of the training, of each step that they depend on, of the VAE.
     by_scale: dict[float, Metrics] = {scale: dict(found[key_prefix(scale)]) for scale in config.scales}
     default = config.guidance.scale
+    curve = [{**point, **found[name]} for name, point in config.curve.points.items()]
     error_budget = {step: dict(found[step]) for step in (REAL, *STEPS) if step in found}
     floor = error_budget.get("encoded", {})
     fidelity = [name for name in ("psnr", "ssim") if name not in absent]
@@ -169,10 +175,11 @@ def measure(maker: ItemMaker, figures: FigureMaker, found: Mapping[str, Mapping[
             **({"absent": absent} if absent else {}),
             "sweep": [{"guidance": scale, **by_scale[scale]} for scale in sorted(by_scale)],
             "default_guidance": default,
+            **({"curve": curve} if curve else {}),
         },
     )
     samples = {f"guidance {scale:g}": by_scale[scale] for scale in sorted({1.0, default} & by_scale.keys())}
-    pictures = draw_pictures(maker, figures, by_scale, error_budget | samples)
+    pictures = draw_pictures(maker, figures, by_scale, error_budget | samples, curve)
 
     # Send them to the tracker; print those of the default guidance.
     groups = {
@@ -189,6 +196,12 @@ def measure(maker: ItemMaker, figures: FigureMaker, found: Mapping[str, Mapping[
     for scale, metrics in by_scale.items():
         sweep = {f"eval/sweep/{name}": metric["value"] for name, metric in metrics.items()}
         stage.tracker.log_metrics(sweep, step=round(100 * scale))
+    for point in curve:
+        name, step = (
+            ("updates", point["update"]) if "update" in point else ("widths", round(1e4 * point["relative_std"]))
+        )
+        values = {key: metric["value"] for key, metric in point.items() if isinstance(metric, Mapping)}
+        stage.tracker.log_metrics({f"eval/{name}/{key}": value for key, value in values.items()}, step=step)
     stage.tracker.set_tags({"digest.evaluation_contract": contract_digest(contract)})
     stage.tracker.log_artifact(folder / "metrics.json")
     for line in table_of(error_budget | samples):
@@ -231,9 +244,9 @@ def stored_samples(maker: ItemMaker) -> Iterator[tuple[str, dict[str, bytes]]]:
     seed, size, steps = maker.config.seed, maker.config.batch_size, maker.config.sampler.num_steps
 
     # Keys are unique over all guidance scales: each begins with its scale.
-    for scale, of_scale in maker.names.samples.items():
-        for number in range(len(of_scale)):
-            images = maker.images(scale, number)
+    for scale in maker.config.scales:
+        for number in range(len(maker.names.samples[key_prefix(scale)])):
+            images = maker.images(key_prefix(scale), number)
             indices = range(number * size, number * size + len(images))
             labels, captions = maker.labels(indices).tolist(), maker.captions(indices)
             for index, image, label, caption in zip(indices, images, labels, captions, strict=True):

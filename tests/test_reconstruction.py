@@ -119,6 +119,33 @@ def test_a_unet_is_reconstructed_from_its_checkpoints_and_draws(two_process_run:
     )
     assert done.returncode == 0, done.stderr
 
+    # An evaluation takes checkpoints and widths alike: those of the published weights draw the published samples.
+    curve = ("--curve.updates", "[20, 40]", "--curve.relative_stds", "[0.2]")
+    evaluation = (
+        *("evaluate", *words, *inputs, f"--inputs.corpus={two_process_run.root / 'corpus'}", "--run.threads", "1"),
+        *("--num_samples", "16", "--sweep", "[]", "--sampler.num_steps", "2", "--probe_images", "0"),
+    )
+    done = run_here(*evaluation, *curve)
+    assert done.returncode == 0, done.stderr
+    features = {
+        name: load_file(root / "evaluation" / f"features-{name}.safetensors")["features"]
+        for name in ("guidance_2", "update_40", "update_20", "width_0p2")
+    }
+    torch.testing.assert_close(features["update_40"], features["guidance_2"], rtol=0, atol=0)
+    found = json.loads((root / "evaluation" / "metrics.json").read_bytes())
+    assert [set(point) & {"update", "relative_std"} for point in found["curve"]] == [{"update"}] * 2 + [
+        {"relative_std"}
+    ]
+    assert found["curve"][1]["frechet_distance"] == found["sweep"][0]["frechet_distance"]
+    assert len({float(features[name].sum()) for name in ("guidance_2", "update_20", "width_0p2")}) == 3
+    for name in ("updates", "updates_curve", "widths", "widths_curve"):
+        assert (root / "evaluation" / f"{name}.png").stat().st_size > 1_000
+
+    done = run_here(*evaluation, "--name", "other", "--curve.updates", "[7]")
+    assert done.returncode == 2
+    assert "no checkpoint of update 7" in done.stderr
+    assert "kept are: 5, 10, 15" in done.stderr
+
 
 def test_a_training_without_power_averages_cannot_be_reconstructed(two_process_run: Run, tmp_path: Path) -> None:
     done = run_here("reconstruct", "--run.root", str(two_process_run.root), "--output", str(tmp_path / "unet"))

@@ -28,7 +28,7 @@ from pipelines.evaluation.metrics import (
     mean_metrics,
 )
 from pipelines.evaluation.real_images import RealSet
-from pipelines.evaluation.samples import ItemMaker, key_prefix
+from pipelines.evaluation.samples import ItemMaker
 
 CALIBRATION = "calibration"
 FIGURES = "figures"
@@ -40,7 +40,7 @@ class FigureMaker:
     def __init__(self, maker: ItemMaker) -> None:
         self._maker, self._real = maker, maker.real
         #: Set of images -> the items that hold it; those of the real images themselves lie beside their corpus.
-        self.sets = {key_prefix(scale): names for scale, names in maker.names.samples.items()} | maker.names.steps
+        self.sets = maker.names.samples | maker.names.steps
         if REAL not in maker.absent:
             self.sets[REAL] = []
 
@@ -105,18 +105,18 @@ class FigureMaker:
         """Training images among which copies are searched."""
         return sum(len(self._real.indices[name]) for name in self._searched)
 
-    def nearest_pairs(self, scale: float, *, count: int) -> tuple[np.ndarray, np.ndarray, list[float]]:
-        """Return the samples of ``scale`` that are closest to a training image.
+    def nearest_pairs(self, kind: str, *, count: int) -> tuple[np.ndarray, np.ndarray, list[float]]:
+        """Return the samples of one set that are closest to a training image.
 
         Returns:
             The samples and the training images, uint8 (count h w c) each, closest first, and their distances as
             multiples of that below which a sample counts as a copy.
         """
         maker, size = self._maker, self._maker.config.batch_size
-        features = maker.read(maker.names.samples[scale], "features").to(maker.model.device)
+        features = maker.read(maker.names.samples[kind], "features").to(maker.model.device)
         found = nearest(features, self.training_features)
         closest = found.distances.argsort()[:count].tolist()
-        samples = [maker.images(scale, index // size)[index % size] for index in closest]
+        samples = [maker.images(kind, index // size)[index % size] for index in closest]
         places = np.concatenate([self._real.indices[name] for name in self._searched])
         training = self._real.shards["train"].read(places[found.indices[closest].cpu().numpy()]).images
         threshold = float(torch.quantile(self.reference.nearest_of_real, COPY_QUANTILE)) or 1.0

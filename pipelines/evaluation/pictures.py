@@ -8,7 +8,7 @@ import numpy as np
 from data.files import write_atomically
 from pipelines.evaluation.figures import FigureMaker
 from pipelines.evaluation.metrics import Metrics
-from pipelines.evaluation.samples import ItemMaker
+from pipelines.evaluation.samples import ItemMaker, key_prefix
 from pipelines.model.grids import grid_png, plot_png
 
 GRID_ROWS = 8
@@ -19,7 +19,11 @@ PLOTTED = ("frechet_distance", "kernel_distance", "psnr", "class_accuracy", "ret
 
 
 def draw_pictures(
-    maker: ItemMaker, figures: FigureMaker, by_scale: Mapping[float, Metrics], error_budget: Mapping[str, Metrics]
+    maker: ItemMaker,
+    figures: FigureMaker,
+    by_scale: Mapping[float, Metrics],
+    error_budget: Mapping[str, Metrics],
+    curve: Sequence[Mapping[str, Any]],
 ) -> list[str]:
     """Draw and log all pictures; return the names of their files."""
     # A column a class, or a caption.
@@ -30,28 +34,41 @@ def draw_pictures(
     heads = in_turn[:columns] if maker.prompts is None else maker.captions(range(columns))
     rows = max(1, min(GRID_ROWS, config.num_samples // stride))
 
-    def grid(scale: float, num_rows: int) -> np.ndarray:
+    def grid(kind: str, num_rows: int) -> np.ndarray:
         needed = min(-(-num_rows * stride // config.batch_size), config.num_samples // config.batch_size)
-        images = np.concatenate([maker.images(scale, number) for number in range(needed)])
+        images = np.concatenate([maker.images(kind, number) for number in range(needed)])
         places = [[row * stride + column for column in range(columns)] for row in range(num_rows)]
         return images[np.array(places) % len(images)]
 
     # Many samples of the default guidance.
     default, steps = config.guidance.scale, config.sampler.num_steps
     title = f"guidance {default:g}, {config.sampler.kind} with {steps} steps, seed {config.seed}"
-    pictures = {"samples": grid_png(grid(default, rows), column_labels=in_turn[:columns], title=title)}
+    pictures = {"samples": grid_png(grid(key_prefix(default), rows), column_labels=in_turn[:columns], title=title)}
 
     # A few samples, and the metrics, of every guidance.
     scales = sorted(by_scale)
-    across = np.concatenate([grid(scale, 1) for scale in scales])
+    across = np.concatenate([grid(key_prefix(scale), 1) for scale in scales])
     labels = [f"guidance {scale:g}" for scale in scales]
     pictures["guidance"] = grid_png(across, column_labels=heads, row_labels=labels)
     pictures["sweep"] = sweep_plot(by_scale, error_budget.get("encoded", {}))
 
+    # The same at other points of the training.
+    for axis, name in (("update", "updates"), ("relative_std", "widths")):
+        if points := {kind: point for kind, point in config.curve.points.items() if axis in point}:
+            across = np.concatenate([grid(kind, 1) for kind in points])
+            labels = [f"{axis.replace('_', ' ')} {point[axis]:g}" for point in points.values()]
+            pictures[name] = grid_png(across, column_labels=heads, row_labels=labels)
+            values = {
+                point[axis]: {k: v for k, v in point.items() if isinstance(v, Mapping)}
+                for point in curve
+                if axis in point
+            }
+            pictures[f"{name}_curve"] = sweep_plot(values, {}, axis_label=axis.replace("_", " "))
+
     # What each step costs, and the samples that are closest to a training image, above it.
     pictures["error_budget"] = error_budget_plot(error_budget)
     if "copied" not in maker.absent:
-        samples, training, distances = figures.nearest_pairs(default, count=NEAREST_SHOWN)
+        samples, training, distances = figures.nearest_pairs(key_prefix(default), count=NEAREST_SHOWN)
         pictures["copies"] = grid_png(
             np.stack([samples, training]),
             column_labels=[f"{distance:.2f}" for distance in distances],
@@ -64,21 +81,25 @@ def draw_pictures(
     return [f"{name}.png" for name in pictures]
 
 
-def sweep_plot(by_scale: Mapping[float, Mapping[str, Any]], floor: Mapping[str, Any]) -> bytes:
-    """Plot every metric over guidance, with one standard error, and the VAE's floor; PNG."""
-    scales = sorted(by_scale)
-    names = [name for name in by_scale[scales[0]] if name != "worst_class_accuracy"]
+def sweep_plot(
+    by_value: Mapping[float, Mapping[str, Any]], floor: Mapping[str, Any], *, axis_label: str = "guidance scale"
+) -> bytes:
+    """Plot every metric over guidance or another quantity, with one standard error, and the VAE's floor; PNG."""
+    values_along = sorted(by_value)
+    names = [name for name in by_value[values_along[0]] if name != "worst_class_accuracy"]
     figure, axes = _panels(names)
     for axis, name in zip(axes, names, strict=True):
-        values = [by_scale[scale][name] for scale in scales]
-        axis.errorbar(scales, [v["value"] for v in values], yerr=[v["error"] for v in values], marker="o", capsize=3)
+        values = [by_value[value][name] for value in values_along]
+        axis.errorbar(
+            values_along, [v["value"] for v in values], yerr=[v["error"] for v in values], marker="o", capsize=3
+        )
         # Reconstructions of training images are copies by right.
         if name in floor and name != "copied":
             axis.axhline(floor[name]["value"], color="grey", linestyle="--", linewidth=1)
             inwards = "bottom" if floor[name]["value"] < sum(axis.get_ylim()) / 2 else "top"
             axis.annotate("VAE reconstructions", (0.98, floor[name]["value"]), xycoords=("axes fraction", "data"),
                           ha="right", va=inwards, fontsize=8, color="grey")  # fmt: skip
-        axis.set_xlabel("guidance scale")
+        axis.set_xlabel(axis_label)
     return plot_png(figure)
 
 

@@ -33,6 +33,7 @@ from pipelines.evaluation.error_budget import FixedBatches, HeldOutImages
 from pipelines.evaluation.likelihood import BoundConfig, NoBoundConfig, VariationalBoundConfig, measure_bound
 from pipelines.evaluation.metrics import absent_figures
 from pipelines.evaluation.real_images import RealImages, read_items
+from pipelines.evaluation.training_weights import CurveConfig, TrainingWeights
 from pipelines.model.captions import as_tensors, prompt_encoder
 from pipelines.model.decoded import finite_levels
 from pipelines.model.device import device_of
@@ -64,6 +65,7 @@ class DrawConfig(StageConfig):
     extractor: FeatureExtractorConfig = ScatteringConfig()  # features that metrics compare
     reference: Split = "val"  # split that samples are compared with; of the training split, ``probe_images`` at most
     probe_images: NonNegativeInt = 10_000  # training images that are read, and that the class probe is fitted on
+    curve: CurveConfig = CurveConfig()  # checkpoints and widths of averages that are evaluated, too
     likelihood: BoundConfig = NoBoundConfig()  # how probable the model finds validation latents
     precision: Precision = "float32"  # what the networks compute in
     tf32: bool = False  # float32 products and convolutions by TF32 on GPUs that have it: faster, 10 bits of fraction
@@ -90,7 +92,7 @@ class ItemNames:
     reconstructions: list[str]
     steps: dict[str, list[str]]
     bounds: list[str]
-    samples: dict[float, list[str]]
+    samples: dict[str, list[str]]  # of the sweep, by ``key_prefix``, then of the curve, by the point's name
 
     @property
     def all(self) -> list[str]:
@@ -114,6 +116,11 @@ class ItemMaker:
             self.prompts = prompt_encoder(self.model)
         with config_error_at("evaluate.extractor"):
             self.extractor: FeatureExtractor = config.extractor.build().to(device.torch)
+
+        # The weights besides the published ones, by their sets of samples.
+        self._scales = {key_prefix(scale): scale for scale in config.scales}
+        self._training = TrainingWeights(config.inputs.unet, stage.parents.unet)
+        self._loaded = ""  # point of the curve whose weights the denoiser has; "" for the published ones
 
         # The real images, and what the error budget makes of them.
         self.real = RealImages(
@@ -143,8 +150,8 @@ class ItemMaker:
             steps={step: [f"{step}-{number:06}" for number in numbers] for step in self.held_out.steps},
             bounds=[f"bound-{number:06}" for number in range(-(-self._num_bounds() // size))],
             samples={
-                scale: [f"{key_prefix(scale)}-{number:06}" for number in range(self.config.num_samples // size)]
-                for scale in self.config.scales
+                kind: [f"{kind}-{number:06}" for number in range(self.config.num_samples // size)]
+                for kind in (*self._scales, *self.config.curve.points)
             },
         )
 
@@ -184,9 +191,9 @@ class ItemMaker:
         """Return one tensor of all named items, concatenated."""
         return read_items(self._parts, names, key)
 
-    def images(self, scale: float, number: int) -> np.ndarray:
-        """Return one batch of samples, uint8 (b h w c)."""
-        name = self.names.samples[scale][number]
+    def images(self, kind: str, number: int) -> np.ndarray:
+        """Return one batch of a set of samples, uint8 (b h w c)."""
+        name = self.names.samples[kind][number]
         return read_items(self._parts, [f"{name}.images"], "images").numpy()
 
     def sweep(self) -> None:
@@ -240,6 +247,7 @@ class ItemMaker:
 
     def _bounds(self, number: int) -> dict[str, Tensor]:
         """The likelihood of one batch of validation images with their own conditions."""
+        self._load("")
         likelihood, size = self.config.likelihood, self.config.batch_size
         assert isinstance(likelihood, VariationalBoundConfig)
         first, last = number * size, min((number + 1) * size, self._num_bounds())
@@ -256,7 +264,8 @@ class ItemMaker:
         return {name: values[: last - first].contiguous() for name, values in terms.items()}
 
     def _samples(self, kind: str, number: int) -> dict[str, Tensor]:
-        scale = next(scale for scale in self.config.scales if key_prefix(scale) == kind)
+        self._load(kind if kind in self.config.curve.points else "")
+        guidance = self.config.guidance.model_copy(update={"scale": self._scales.get(kind, self.config.guidance.scale)})
         indices = range(number * self.config.batch_size, (number + 1) * self.config.batch_size)
         conditions = self._conditions(self.labels(indices), self.captions(indices))
         noise = self._noise(indices, latent_size=self.model.denoiser.latent_shape[1])
@@ -265,7 +274,7 @@ class ItemMaker:
                 noise("sample"),
                 conditions,
                 sampler=self.config.sampler,
-                guidance=self.config.guidance.model_copy(update={"scale": scale}),
+                guidance=guidance,
                 fresh_noise=lambda step: noise(f"sample/{step}"),
             )
         levels = finite_levels(
@@ -275,6 +284,13 @@ class ItemMaker:
             precision=self.config.precision,
         )
         return {"images": torch.from_numpy(levels), "labels": self.labels(indices)}
+
+    def _load(self, point: str) -> None:
+        """Give the denoiser the weights of a point of the curve; "" for the published ones."""
+        if point != self._loaded:
+            weights = self._training.at(self.config.curve.points[point]) if point else self._training.published()
+            self.model.denoiser.load_state_dict(weights)
+            self._loaded = point
 
 
 def check_shape(corpus: CorpusManifest, model: LatentDiffusion) -> None:

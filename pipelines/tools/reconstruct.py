@@ -11,25 +11,18 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
 
-import torch
-from pydantic import BaseModel, Field, NonNegativeInt
-from safetensors import safe_open
-from safetensors.torch import load_file, save
-from torch import Tensor
+from pydantic import BaseModel, NonNegativeInt
+from safetensors.torch import save
 
 from data.files import make_folder, sha256_of, write_atomically, write_json
-from data.manifest import MANIFEST_NAME, FileEntry, Reconstruction, UNetManifest, write_manifest
+from data.manifest import MANIFEST_NAME, FileEntry, Reconstruction, write_manifest
+from pipelines.evaluation.training_weights import RelativeStd, TrainingWeights
 from pipelines.runtime.config.command_line import Answer, run_tool
 from pipelines.runtime.config.errors import ConfigError, config_error_at
 from pipelines.runtime.config.stage_config import Name, StageConfig
 from pipelines.runtime.stage.fingerprint import read_parents
 from pipelines.runtime.stage.provenance import code_version
-from pipelines.runtime.training.checkpoint import PREFIX, verify
-from pipelines.runtime.training.ema import Combination, Snapshot, combine_snapshots
-
-PART = "unet_averages.safetensors"
 
 
 class ReconstructInputs(BaseModel, frozen=True, extra="forbid"):
@@ -42,7 +35,7 @@ class ReconstructConfig(StageConfig):
     """The wanted average: width, and update that it ends with."""
 
     inputs: ReconstructInputs  # where the checkpoints are
-    relative_std: Annotated[float, Field(gt=0, lt=0.28)] = 0.1  # width of its profile, as a fraction of training
+    relative_std: RelativeStd = 0.1  # width of its profile, as a fraction of training
     update: NonNegativeInt = 0  # that it ends with; 0 is the last one
     output: Name  # folder to write to
 
@@ -59,12 +52,9 @@ def reconstruct(config: ReconstructConfig) -> Answer:
         make_folder(output)
     if (output / MANIFEST_NAME).is_file() or output.resolve() == source.resolve():
         raise ConfigError(f"output = {config.output!r} holds something already. Give a new folder.")
-    stored = snapshots_in(source, unet)
-    last = max((snapshot.update for snapshot, _, _ in stored), default=0)
-    wanted = Snapshot(config.update or last, config.relative_std)
-    with config_error_at("inputs.unet"):
-        combination = combine_snapshots([snapshot for snapshot, _, _ in stored], wanted)
-        weights = combined_weights(source, stored, combination)
+    training = TrainingWeights(source, unet)
+    wanted, combination = training.power_average(config.relative_std, config.update)
+    weights = training.combined(combination)
 
     path = output / "unet.safetensors"
     write_atomically(path, save(weights))
@@ -79,48 +69,15 @@ def reconstruct(config: ReconstructConfig) -> Answer:
     write_manifest(output, unet.model_copy(update=changed))
     text = (
         f"reconstruct: {path}, a power average of width {wanted.relative_std:g} after update {wanted.update}, from "
-        f"{len(stored)} averages; its profile is missed by {100 * combination.residual:.2g} %"
+        f"{len(training.snapshots)} averages; its profile is missed by {100 * combination.residual:.2g} %"
     )
-    found = {"weights": str(path), **wanted._asdict(), "averages": len(stored), "residual": combination.residual}
+    found = {
+        "weights": str(path),
+        **wanted._asdict(),
+        "averages": len(training.snapshots),
+        "residual": combination.residual,
+    }
     return Answer(found, text)
-
-
-def snapshots_in(folder: Path, unet: UNetManifest) -> list[tuple[Snapshot, Path, int]]:
-    """Return every power average in the folder's checkpoints: width and update, checkpoint, and number there.
-
-    Raises:
-        ConfigError: The training had none, or a checkpoint is damaged.
-    """
-    averages = unet.config["averages"]
-    powers = [(number, each["relative_std"]) for number, each in enumerate(averages) if each["kind"] == "power"]
-    if not powers:
-        raise ConfigError(
-            f"inputs.unet = {str(folder)!r} was trained without averages of kind 'power', which alone can be "
-            "reconstructed. Train with train_unet.averages = "
-            '[{ kind = "power", relative_std = 0.1 }, { kind = "power", relative_std = 0.05 }].'
-        )
-    found = []
-    for path in sorted((folder / "checkpoints").glob(f"{PREFIX}*")):
-        with config_error_at("inputs.unet"):
-            verify(path)
-        update = int(path.name.removeprefix(PREFIX))
-        found += [(Snapshot(update, relative_std), path, number) for number, relative_std in powers]
-    return found
-
-
-def combined_weights(
-    folder: Path, stored: list[tuple[Snapshot, Path, int]], combination: Combination
-) -> dict[str, Tensor]:
-    """Sum up the stored averages, one tensor at a time in float64."""
-    published = load_file(folder / "unet.safetensors")
-    files = [safe_open(path / PART, framework="pt") for _, path, _ in stored]
-    combined = {}
-    for name, tensor in published.items():
-        total = torch.zeros_like(tensor, dtype=torch.float64)
-        for (_, _, number), file, weight in zip(stored, files, combination.weights.tolist(), strict=True):
-            total += weight * file.get_tensor(f"{number}/{name}")
-        combined[name] = total.to(tensor.dtype)
-    return combined
 
 
 if __name__ == "__main__":
