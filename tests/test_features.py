@@ -1,11 +1,14 @@
 """Feature extractors: what they respond to, what they must not depend on, and what they are good for."""
 
+import io
+import itertools
 import math
 import re
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from pydantic import TypeAdapter
 from torch import Tensor
 from torch.nn import functional
@@ -14,8 +17,10 @@ from data.sources.fashion_mnist import FashionMNISTConfig
 from models.features import FeatureExtractorConfig
 from models.features.extractor import FeatureExtractor, eight_bit
 from models.features.scattering import ScatteringConfig, morlet_wavelets
+from models.metrics.fidelity import psnr, ssim
 from models.metrics.frechet import frechet_distance
 from models.metrics.kernel import kernel_distance
+from models.metrics.neighbours import precision_recall
 from models.metrics.probe import LinearProbe
 
 NUM_ANGLES, NUM_OCTAVES = 4, 3
@@ -324,20 +329,85 @@ def without_classes(images: Tensor, num_missing: int) -> Tensor:
     return torch.stack([images[index // 10 * 10 + index % kept] for index in range(len(images))])
 
 
-@pytest.mark.parametrize(
-    ("damage", "strengths"), [(blurred, (0.5, 0.8, 1.5)), (noisy, (5, 15, 40)), (without_classes, (1, 3, 8))]
-)
-@pytest.mark.parametrize("distance", [frechet_distance, kernel_distance])
-def test_distances_grow_with_damage_and_tell_it_from_chance(
-    scattering: FeatureExtractor, garments: dict[str, Tensor], damage: object, strengths: object, distance: object
+def compressed(images: Tensor, quality: int) -> Tensor:
+    decoded = []
+    for image in images[:, 0].numpy():
+        file = io.BytesIO()
+        Image.fromarray(image).save(file, "jpeg", quality=quality)
+        decoded.append(np.asarray(Image.open(file)))
+    return torch.from_numpy(np.stack(decoded))[:, None]
+
+
+def shifted(images: Tensor, pixels: int) -> Tensor:
+    return functional.pad(images, (pixels, 0, 0, 0))[..., : images.shape[-1]]
+
+
+DAMAGES = {
+    "blur": (blurred, (0.6, 0.8, 1.1, 1.5, 2.0)),
+    "noise": (noisy, (3, 8, 16, 32, 64)),
+    "jpeg": (compressed, (15, 9, 6, 3, 1)),
+    "shift": (shifted, (1, 2, 3, 4, 5)),
+    "missing classes": (without_classes, (1, 3, 5, 7, 9)),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_figures_of_samples_move_with_every_step_of_damage(
+    scattering: FeatureExtractor, garments: dict[str, Tensor], damage: str
 ) -> None:
-    reference = garments["train"][:500]
+    make, strengths = DAMAGES[damage]
+    images, reference = garments["val_images"][:300], garments["train"][:500]
+    damaged = [images, *(make(images, strength) for strength in strengths)]  # type: ignore[operator]
+    features = [garments["val"][:300], *(scattering(each) for each in damaged[1:])]
 
-    estimates = [distance(garments["val"][:500], reference)]  # type: ignore[operator]
-    for strength in strengths:  # type: ignore[attr-defined]
-        damaged = scattering(damage(garments["val_images"][:500], strength))  # type: ignore[operator]
-        estimates.append(distance(damaged, reference))  # type: ignore[operator]
+    # Distances rise, and what they rise by is no chance; blocks of a JPEG are beneath the kernel distance's error.
+    for distance in (frechet_distance, *([kernel_distance] if damage != "jpeg" else [])):
+        estimates = [distance(each, reference) for each in features]
+        values = [estimate.value for estimate in estimates]
+        assert values == sorted(values)
+        assert values[-1] - values[0] > 3 * (estimates[0].error + estimates[-1].error)
 
-    values = [estimate.value for estimate in estimates]
-    assert values == sorted(values)
-    assert values[2] - values[0] > 3 * (estimates[0].error + estimates[2].error)
+    # Strange images lie outside of the real ones, missing ones leave the real ones outside.
+    found = [precision_recall(each, reference) for each in features]
+    figure = "recall" if damage == "missing classes" else "precision"
+    values = [getattr(estimates, figure).value for estimates in found]
+    assert values == sorted(values, reverse=True)
+    assert values[-1] < 0.8 * values[0]
+
+    # Image by image, where there is an image to compare with.
+    if damage not in ("missing classes", "shift"):
+        for fidelity in (psnr, ssim):
+            means = [float(fidelity(each, images).mean()) for each in damaged]
+            assert means == sorted(means, reverse=True)
+
+
+def test_the_more_of_the_reference_is_copied_the_nearer_a_set_is_to_it(garments: dict[str, Tensor]) -> None:
+    reference, fresh = garments["val"], garments["train"][:500]
+    sets = [torch.cat([reference[:count], fresh[count:]]) for count in (0, 100, 200, 300, 400, 500)]
+
+    values = [frechet_distance(each, reference).value for each in sets]
+    assert values == sorted(values, reverse=True)
+    assert values[-1] < 1e-9
+    assert kernel_distance(reference, reference).value < kernel_distance(fresh, reference).value
+    found = [precision_recall(each, reference) for each in sets]
+    for figure in ("precision", "recall"):
+        values = [getattr(estimates, figure).value for estimates in found]
+        assert values == sorted(values)
+        assert values[-1] == 1
+
+
+def test_real_training_images_score_the_bias_floor_within_its_interval(garments: dict[str, Tensor]) -> None:
+    """Three sets of 500 training images, two as the floor of the other; the floor of an unbiased one is zero."""
+    reference, sets = garments["val"], garments["train"].split(500)
+    found = [precision_recall(each, reference) for each in sets]
+    figures = {
+        "frechet_distance": [frechet_distance(each, reference) for each in sets],
+        "kernel_distance": [kernel_distance(each, reference) for each in sets],
+        "precision": [each.precision for each in found],
+        "recall": [each.recall for each in found],
+    }
+    for name, estimates in figures.items():
+        for one, other in itertools.combinations(estimates, 2):
+            assert abs(one.value - other.value) <= 1.96 * math.hypot(one.error, other.error), name
+    assert all(estimate.value > 3 * estimate.error for estimate in figures["frechet_distance"])
+    assert all(abs(estimate.value) <= 1.96 * estimate.error for estimate in figures["kernel_distance"])

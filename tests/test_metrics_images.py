@@ -150,6 +150,15 @@ def test_the_accuracy_of_the_probe_is_counted_on_new_samples_with_its_binomial_e
     assert accuracy.error == pytest.approx(math.sqrt(accuracy.value * (1 - accuracy.value) / 299))
 
 
+def test_the_error_of_the_probes_accuracy_covers_its_accuracy_on_very_many_samples() -> None:
+    probe = LinearProbe.fit(*labelled_features(300), num_classes=3)
+    truth = probe.accuracy(*labelled_features(200_000, seed=1)).value
+
+    found = np.array([probe.accuracy(*labelled_features(300, seed=seed)) for seed in range(2, 202)])
+
+    assert 0.9 <= (np.abs(found[:, 0] - truth) <= 1.96 * found[:, 1]).mean() <= 0.98
+
+
 def test_mistakes_in_the_probes_data_are_named() -> None:
     features, labels = labelled_features()
 

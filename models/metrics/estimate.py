@@ -60,17 +60,26 @@ def worst_fraction(successes: Sequence[int], totals: Sequence[int], *, draws: in
     The error is that of the least fraction as an estimate of the least rate: the root mean square of their difference
     over repetitions with rates from a posterior. So it holds that the least of many is low by chance, and is not zero
     where all of few succeed. The posterior is the beta-binomial one, whose prior has the pooled rate and the weight of
-    as many trials as the fractions' spread beyond chance tells (Kleinman 1973, by moments); at least one trial.
+    so many trials as explain the fractions' spread (Kleinman 1973), drawn by its likelihood; at least one trial.
     """
     right, total = (np.asarray(values, dtype=np.float64) for values in (successes, totals))
     generator = np.random.Generator(np.random.Philox(key=0))
-    pooled = (right.sum() + 0.5) / (total.sum() + 1)
-    by_chance = (pooled * (1 - pooled) / total).mean()
-    between = float(np.var(right / total, ddof=1)) - by_chance if len(total) > 1 else 1.0
-    trials = np.clip(pooled * (1 - pooled) / max(between, 1e-9) - 1, 1.0, 1e6)
-    rates = generator.beta(right + trials * pooled, total - right + trials * (1 - pooled), size=(draws, len(total)))
+    pooled, grid = (right.sum() + 0.5) / (total.sum() + 1), np.geomspace(1, 1e4, 30)
+    prior = grid[:, None] * [pooled, 1 - pooled]  # (trials, 2)
+    counts = np.stack([right, total - right], axis=-1)  # (fractions, 2)
+    gained = _log_beta(counts + prior[:, None]).sum(axis=1) - len(total) * _log_beta(prior)
+    likelihood = np.exp(gained - gained.max())
+    drawn = generator.choice(len(grid), size=draws, p=likelihood / likelihood.sum())
+    alpha, beta = prior[drawn].T[:, :, None]
+    rates = generator.beta(right + alpha, total - right + beta)  # (draws, fractions)
     least = (generator.binomial(total.astype(np.int64), rates) / total).min(axis=1)
     return Estimate(float((right / total).min()), float(np.sqrt(np.square(least - rates.min(axis=1)).mean())))
+
+
+def _log_beta(pairs: np.ndarray) -> np.ndarray:
+    """Logarithm of the beta function of each pair; (... 2) -> (...)."""
+    values = torch.from_numpy(pairs)
+    return (values.lgamma().sum(dim=-1) - values.sum(dim=-1).lgamma()).numpy()
 
 
 def checked_features(features: Tensor, *, name: str, min_samples: int = 2) -> Tensor:

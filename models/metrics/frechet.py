@@ -69,7 +69,8 @@ def frechet_distance(features: Tensor, reference: Tensor) -> Estimate:
     """Frechet distance between the Gaussians fitted to two feature tables, with its standard error.
 
     The value is ``Transport.distance`` between the sample means and unbiased covariances; it is biased upwards
-    by O(d / n), so compare only values of equal sample counts. The error is the infinitesimal jackknife (delta method):
+    by O(d / n), near ``d (d + 5) / 4 (1 / n + 1 / m)`` for white features, so compare only values of equal sample
+    counts. The error is the infinitesimal jackknife (delta method):
     the deviation of each sample's influence on the distance, which for ``x`` of the first set is, with ``T`` the
     optimal transport map from the first Gaussian to the second,
     ``2 (m1 - m2)^T (x - m1) + (x - m1)^T (I - T) (x - m1)``; and likewise for the second set.

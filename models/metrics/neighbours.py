@@ -11,9 +11,9 @@ from torch import Tensor
 
 from models.metrics.estimate import Estimate, checked_pair, on_one_thread
 
-_NUM_CUTS = 10  # of a manifold into halves
+_NUM_CUTS, _NUM_GROUPS = 3, 8  # of a manifold into groups
 _ROWS_PER_BLOCK = 1024  # bounds memory: a block of distances is (1024 m) float64
-_KEPT_NEIGHBOURS = 48  # of a member; a half misses 4 of them once in 1e10
+_KEPT_NEIGHBOURS = 16  # of a member; seven eighths miss 4 of them once in 1e10
 _ROUNDING = 1e-12  # squared distances below this share of the squared norms are those of equal points
 
 
@@ -54,9 +54,9 @@ def precision_recall(features: Tensor, reference: Tensor, *, num_neighbours: int
     Kynkaanniemi et al. 2019 (arXiv:1904.06991), eqs. 1-2: a set's manifold is the union of the balls around its points
     that reach to the k-th nearest neighbour. Precision is the fraction of ``features`` inside the manifold of
     ``reference``, recall the fraction of ``reference`` inside that of ``features``. Both fall with the number of
-    samples; compare equal counts. The errors are binomial for the points, plus the variance of the manifold by its
-    halves: half of what two halves of it differ by (delete-half jackknife, Shao & Wu 1989, which holds for nearest
-    neighbours where deleting single points does not).
+    samples; compare equal counts. The errors are binomial for the points, plus the variance of the manifold, of which
+    each eighth is left out in turn (delete-group jackknife, Shao & Wu 1989, which holds for nearest neighbours where
+    deleting single points does not). What single points vary by then is in the binomial error already.
 
     Args:
         features: (n d), n > k.
@@ -76,26 +76,33 @@ def precision_recall(features: Tensor, reference: Tensor, *, num_neighbours: int
 
 
 def _fraction_inside(points: Tensor, manifold: Tensor, num_neighbours: int) -> Estimate:
-    # The members of the whole manifold, then of two halves of it for each of some random cuts.
+    # The members of the whole manifold, then of it without each of the groups of some random cuts.
     whole, generator = torch.ones(1, len(manifold), dtype=torch.bool), torch.Generator().manual_seed(0)
     orders = torch.stack([torch.randperm(len(manifold), generator=generator) for _ in range(_NUM_CUTS)])
-    first = orders < len(manifold) // 2  # (cuts m)
-    cuts = torch.cat([whole, first, ~first]).to(manifold.device)
+    groups = orders * _NUM_GROUPS // len(manifold)  # (cuts m)
+    cuts = torch.cat([whole, *(groups != group for group in range(_NUM_GROUPS))]).to(manifold.device)
     squared_radii = _squared_radii(manifold, cuts, num_neighbours)
 
     # A point lies in the balls of few members: only these pairs are looked at, for every cut.
-    inside = torch.zeros(len(cuts), dtype=torch.float64)
+    inside, of_single = torch.zeros(len(cuts), dtype=torch.float64), 0.0
     for block in points.split(_ROWS_PER_BLOCK):
         squared = _squared_distances(block, manifold)
         rows, members = (squared <= squared_radii.amax(dim=0)).nonzero(as_tuple=True)
         within = squared[rows, members] <= squared_radii[:, members]  # (cuts pairs)
         of_cuts = torch.zeros(len(cuts), len(block), dtype=torch.float64, device=manifold.device)
-        inside += (of_cuts.index_add_(1, rows, within.double()) > 0).sum(dim=1).cpu()
-    fraction, *of_halves = (inside / len(points)).tolist()
-    halves = torch.tensor(of_halves, dtype=torch.float64).reshape(2, _NUM_CUTS)
-    # Half of their squared difference is the variance of a half, and half of that the variance of the whole.
-    of_manifold = float((halves[0] - halves[1]).square().mean()) / 4
-    return Estimate(fraction, math.sqrt(fraction * (1 - fraction) / len(points) + of_manifold))
+        is_inside = (of_cuts.index_add_(1, rows, within.double()) > 0).double().cpu()  # (cuts block)
+        inside += is_inside.sum(dim=1)
+        of_single += float(_jackknife_variance(is_inside[1:]).sum())
+    num_points = len(points)
+    fraction = float(inside[0]) / num_points
+    of_manifold = max(0.0, float(_jackknife_variance(inside[1:])) - of_single) / num_points**2
+    return Estimate(fraction, math.sqrt(fraction * (1 - fraction) / num_points + of_manifold))
+
+
+def _jackknife_variance(without_group: Tensor) -> Tensor:
+    """Variance of a statistic, (groups x cuts ...) without each group in turn, in the mean over the cuts; (...)."""
+    by_group = without_group.unflatten(0, (_NUM_GROUPS, _NUM_CUTS))
+    return by_group.var(dim=0, correction=0).mean(dim=0) * (_NUM_GROUPS - 1)
 
 
 def _squared_radii(manifold: Tensor, cuts: Tensor, num_neighbours: int) -> Tensor:
