@@ -2,5 +2,6 @@
 
 Read ``estimate`` (a value with its error), then ``frechet`` and ``kernel`` (distances of two sets),
 ``neighbours`` (precision, recall, copies),
-``fidelity`` (PSNR, SSIM) and ``probe`` (class accuracy). No other package of ours is imported.
+``fidelity`` (PSNR, SSIM), ``probe`` (class accuracy) and ``retrieval`` (captions). No other package of ours is
+imported.
 """

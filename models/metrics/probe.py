@@ -45,10 +45,7 @@ class LinearProbe:
                 f"No sample of class {', '.join(map(str, missing[:10]))} to fit a probe on (of {num_classes} classes). "
                 "Give images of every class."
             )
-        mean, deviation = features.mean(dim=0), features.std(dim=0)
-        # A constant feature varies by rounding at most; dividing by that would turn rounding into a feature.
-        constant = deviation <= 1e-12 * features.abs().amax(dim=0)
-        deviation = torch.where(constant, 1.0, deviation)
+        mean, deviation = mean_and_deviation(features)
         weight, bias = _minimised((features - mean) / deviation, labels, num_classes=num_classes, l2=l2)
         return cls(mean=mean, deviation=deviation, weight=weight, bias=bias)
 
@@ -75,6 +72,14 @@ class LinearProbe:
         """
         labels = _checked_labels(labels, num_samples=len(features), num_classes=len(self.bias))
         return mean_estimate((self.predict(features) == labels).double())
+
+
+def mean_and_deviation(features: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and deviation of each feature by which a table (n d) is standardised; 1 where a feature never varies."""
+    mean, deviation = features.mean(dim=0), features.std(dim=0)
+    # A constant feature varies by rounding at most; dividing by that would turn rounding into a feature.
+    constant = deviation <= 1e-12 * features.abs().amax(dim=0)
+    return mean, torch.where(constant, 1.0, deviation)
 
 
 def _minimised(features: Tensor, labels: Tensor, *, num_classes: int, l2: float) -> tuple[Tensor, Tensor]:
