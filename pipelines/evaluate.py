@@ -25,7 +25,7 @@ from data.transforms import VIEW_REVISIONS
 from models.diffusion.samplers import SamplerConfig
 from pipelines.evaluation.contract import contract_digest, contract_of
 from pipelines.evaluation.error_budget import REAL, STEPS
-from pipelines.evaluation.figures import CALIBRATION, FigureMaker, features_name
+from pipelines.evaluation.figures import FigureMaker, features_name
 from pipelines.evaluation.likelihood import TERMS, VariationalBoundConfig
 from pipelines.evaluation.metrics import Metrics, mean_metrics
 from pipelines.evaluation.pictures import draw_pictures
@@ -117,11 +117,13 @@ def evaluate(config: EvaluateConfig, stage: Stage) -> None:
     with progress_line("evaluate", total=len(names.all), unit="batches", is_main=stage.is_main) as line:
         of_real = [batch for name in get_args(RealSet) for batch in maker.real.batches(name)]
         make_items(stage, of_real, maker.real.make_features, folder=maker.real.folder)
+        of_texts = [batch for batches in maker.text_batches.values() for batch in batches]
+        make_items(stage, of_texts, maker.make_texts, folder=maker.real.folder)
         make_items(stage, names.all, maker.make, after_each=lambda done, _, __: line.advance_to(done))
 
     # Measure each set of images, and write metrics, pictures and sample shards.
     figures = FigureMaker(maker)
-    make_items(stage, [CALIBRATION], figures.make_calibration, folder=maker.real.folder)
+    make_items(stage, [maker.calibration], figures.make_calibration, folder=maker.real.folder)
     make_items(stage, figures.names, figures.make)
     found = dict(zip(figures.sets, results_of(stage, figures.names), strict=True))
     files: list[FileEntry] = []
@@ -162,8 +164,8 @@ def measure(maker: ItemMaker, figures: FigureMaker, found: Mapping[str, Mapping[
     likelihood = mean_metrics({name: maker.read(names.bounds, name) for name in TERMS}) if bounds else {}
 
     # Write them down with all that makes them comparable, and draw them.
-    probe = read_json(maker.real.folder / f"{CALIBRATION}.json", mend="Remove it.")["probe"]
-    contract = contract_of(maker, figures, probe=probe, real=error_budget.get(REAL, {}))
+    calibration = read_json(maker.real.folder / f"{maker.calibration}.json", mend="Remove it.")
+    contract = contract_of(maker, figures, calibration=calibration, real=error_budget.get(REAL, {}))
     write_json(
         folder / "metrics.json",
         {

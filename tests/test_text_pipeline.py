@@ -86,7 +86,7 @@ def emoji(tmp_path_factory: pytest.TempPathFactory, encoder: MiniLMConfig) -> tu
     }
     # The last layer starts at zero: enough must be learned for a prompt to move an image by a whole level.
     whole["train_unet"]["optim"] |= {"peak_lr": 5e-3, "warmup_updates": 2}
-    whole["evaluate"] |= {"num_samples": 40, "batch_size": 20, "sweep": [1.0, 3.0], "probe_images": 50}
+    whole["evaluate"] |= {"num_samples": 20, "batch_size": 20, "sweep": [1.0, 3.0], "probe_images": 50}
     whole["evaluate"]["sampler"]["num_steps"] = 3
     experiment = folder / "emoji.toml"
     experiment.write_text(tomli_w.dumps(whole))
@@ -120,8 +120,14 @@ def test_the_evaluation_draws_captions_of_validation_images(emoji: tuple[Path, P
     known = set(latents.read(np.arange(len(latents))).captions)
     with tarfile.open(root / "evaluation" / "samples-000000.tar") as tar:
         drawn = [tar.extractfile(m).read().decode() for m in tar if m.name.endswith(".txt")]
-    assert len(drawn) == 80
-    assert set(drawn) == known or len(known) > 40
+    assert len(drawn) == 40
+    assert set(drawn) == known or len(known) > 20
+    for measured in (
+        metrics["contract"]["retrieval"]["validation"],
+        *metrics["error_budget"].values(),
+        *metrics["sweep"],
+    ):
+        assert 0 <= measured["retrieval"]["value"] <= measured["retrieval_in_five"]["value"] <= 1
     assert set(drawn) <= known
 
 

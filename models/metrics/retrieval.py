@@ -20,10 +20,12 @@ _STRENGTHS = tuple(10 ** (exponent / 2) for exponent in range(-10, 5))  # of the
 class RidgeMap:
     """Ridge regression of standardised text features on standardised image features, (n d) -> (n k)."""
 
-    image_scale: tuple[Tensor, Tensor]  # mean and deviation; (d,) float64
-    text_scale: tuple[Tensor, Tensor]  # the same; (k,)
-    weight: Tensor  # (d k) float64
-    strength: float  # of the penalty, per image, that was chosen
+    image_mean: Tensor  # (d,) float64
+    image_deviation: Tensor  # (d,); 1 for a feature that never varies
+    text_mean: Tensor  # (k,)
+    text_deviation: Tensor  # (k,)
+    weight: Tensor  # (d k)
+    strength: Tensor  # of the penalty, per image, that was chosen; scalar
 
     @classmethod
     @on_one_thread
@@ -61,7 +63,7 @@ class RidgeMap:
             errors.append(float((residual / (1 - leverage)[:, None]).square().sum()))
         strength = _STRENGTHS[errors.index(min(errors))]
         weight = axes @ (shared / (eigenvalues.clamp_min(0) + len(x) * strength)[:, None])
-        return cls(image_scale, text_scale, weight, strength)
+        return cls(*image_scale, *text_scale, weight, torch.tensor(strength, dtype=torch.float64))
 
     @on_one_thread
     def retrieve(self, images: Tensor, own: Tensor, texts: Tensor, captions: Sequence[str]) -> "Retrieval":
@@ -94,10 +96,11 @@ class RidgeMap:
         if len(places) < 2 or len(captions) != len(texts):
             raise ValueError(f"{len(texts)} captions, {len(places)} of them different: 2 or more are needed.")
         own = torch.tensor([places[captions[place]] for place in own.tolist()], device=images.device)
-        candidates = _standardised(texts[list(first_of.values())], self.text_scale)
+        candidates = (texts[list(first_of.values())] - self.text_mean.to(texts)) / self.text_deviation.to(texts)
 
         # The correlation of each image with each of them, and how many correlate better or as well.
-        predicted = _standardised(images, self.image_scale) @ self.weight
+        scaled = (images - self.image_mean.to(images)) / self.image_deviation.to(images)
+        predicted = scaled @ self.weight.to(images)
         found = _unit(predicted) @ _unit(candidates).T  # (n m)
         of_own = found.gather(1, own[:, None])
         ties = (found - of_own).abs() <= 1e-12

@@ -8,7 +8,7 @@ import torch
 from data.manifest import UNetManifest, digest_of
 from pipelines.evaluation.figures import FigureMaker
 from pipelines.evaluation.likelihood import TERMS
-from pipelines.evaluation.metrics import COPY_QUANTILE, PROBED, Metrics
+from pipelines.evaluation.metrics import COPY_QUANTILE, PROBED, RETRIEVED, Metrics
 from pipelines.evaluation.samples import ItemMaker
 
 #: Part of the contract that must agree -> the figures that depend on it, none for all; and why.
@@ -22,23 +22,26 @@ _BASIS: Mapping[str, tuple[Collection[str], str]] = {
         "its value depends on the number of samples, which differs",
     ),
     "probe": (PROBED, "the class probe was fitted on other images"),
+    "retrieval": (RETRIEVED, "the map to captions was fitted on other images, or to other features of captions"),
     "copies": (("copied",), "copies were searched among other images"),
     "likelihood": (TERMS, "the likelihood was measured otherwise"),
 }
 #: Parts that make samples what they are: they may differ, and then the difference is theirs, too.
 _OF_THE_SAMPLES = ("sampler", "guidance", "precision", "tf32", "seed", "average")
 #: Measured figures, which follow from the rest up to rounding, and what belongs to the model.
-_MEASURED = "validation_accuracy"
+_MEASURED = frozenset({"validation_accuracy", "validation"})
 _NO_IDENTITY = ("average", "bias_floor")
 
 
-def contract_of(maker: ItemMaker, figures: FigureMaker, *, probe: Mapping[str, Any], real: Metrics) -> dict[str, Any]:
+def contract_of(
+    maker: ItemMaker, figures: FigureMaker, *, calibration: Mapping[str, Any], real: Metrics
+) -> dict[str, Any]:
     """Return how an evaluation measures.
 
     Args:
         maker: Its samples.
         figures: Its figures.
-        probe: How the class probe was made, and its accuracy on validation images.
+        calibration: How the class probe and the map to captions were fitted, and their values on validation images.
         real: The bias floor: what real images would reach, in the number of the samples.
     """
     corpus, extractor, images = maker.stage.parents.corpus, maker.extractor, maker.real
@@ -67,7 +70,7 @@ def contract_of(maker: ItemMaker, figures: FigureMaker, *, probe: Mapping[str, A
         },
         "floor": {"split": images.floor_split, "num_images": len(images.indices["floor"])},
         "copies": {"split": "train", "num_images": figures.num_searched, "quantile": COPY_QUANTILE},
-        "probe": probe,
+        **calibration,
         "bias_floor": {name: metric["value"] for name, metric in real.items()},
     }
 
@@ -83,8 +86,12 @@ def average_of(unet: UNetManifest) -> dict[str, Any]:
 def contract_digest(contract: Mapping[str, Any]) -> str:
     """Return the digest of what two evaluations share when all their figures compare."""
     shared = {name: part for name, part in contract.items() if name not in _NO_IDENTITY}
-    probe = {name: part for name, part in contract.get("probe", {}).items() if name != _MEASURED}
-    return digest_of({**shared, "probe": probe})
+    fitted = {
+        fit: {name: part for name, part in contract[fit].items() if name not in _MEASURED}
+        for fit in ("probe", "retrieval")
+        if fit in contract
+    }
+    return digest_of({**shared, **fitted})
 
 
 def not_comparable(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, str]:
@@ -109,5 +116,5 @@ def drawn_differently(first: Mapping[str, Any], second: Mapping[str, Any]) -> li
 def _differs(ours: Any, theirs: Any) -> bool:
     """Return whether two parts differ in what both have."""
     if isinstance(ours, Mapping) and isinstance(theirs, Mapping):
-        return any(_differs(ours[key], theirs[key]) for key in (ours.keys() & theirs.keys()) - {_MEASURED})
+        return any(_differs(ours[key], theirs[key]) for key in (ours.keys() & theirs.keys()) - _MEASURED)
     return bool(ours != theirs)

@@ -103,28 +103,33 @@ class HeldOutImages:
         return [step for step in STEPS if step not in self.absent]
 
     def after(self, step: str, number: int) -> dict[str, Tensor]:
-        """Return one batch after ``step``: images uint8 (b h w c), labels (b,) and, once decoded, PSNR in dB (b,)."""
+        """Return one batch after ``step``: images uint8 (b h w c), labels (b,) and, once decoded, PSNR in dB (b,).
+
+        ``rows`` (b,) are the places of the images within their set.
+        """
         rows, (images, labels) = self._real.rows("floor", number), self._real.read("floor", number)
         mirrored = SampleDraws(self._seed, 0, rows.tolist()).uniforms("flip") < self.flip_probability
         images = torch.where(torch.from_numpy(mirrored)[:, None, None, None], images.flip(2), images)
+        places = torch.arange(len(rows)) + self._real.batch(number).start
         match step:
             case "transformed":
-                return {"images": images, "labels": labels}
+                return {"images": images, "labels": labels, "rows": places}
             case "encoded":
                 latents = self._autoencoder.encode(images).mode()
             case _:
                 # Images that the encoding left out have no latents.
-                places = self._places[self._real.batch(number)]
-                kept = places >= 0
-                images, labels, rows = images[kept], labels[kept], rows[kept]
+                stored_at = self._stored_at[self._real.batch(number)]
+                kept = stored_at >= 0
+                images, labels, rows, places = images[kept], labels[kept], rows[kept], places[kept]
                 with config_error_at("inputs.latents"):
-                    stored = self._latents.read(places[kept], flipped=mirrored[kept] if mirrored.any() else None)
+                    stored = self._latents.read(stored_at[kept], flipped=mirrored[kept] if mirrored.any() else None)
                 posterior = Posterior(*torch.from_numpy(stored.moments).float().unbind(dim=1))
                 shape = tuple(posterior.mean.shape[1:])
                 noise = torch.from_numpy(SampleDraws(self._seed, 0, rows.tolist()).normals("posterior", shape))
                 latents = posterior.mode() if step == "stored" else posterior.sample(noise)
         decoded = self._autoencoder.decode(latents)
-        return {"images": decoded, "labels": labels, "psnr": psnr(decoded.movedim(-1, 1), images.movedim(-1, 1))}
+        found = {"images": decoded, "labels": labels, "rows": places}
+        return {**found, "psnr": psnr(decoded.movedim(-1, 1), images.movedim(-1, 1))}
 
     @cached_property
     def _latents(self) -> LatentShards:
@@ -132,7 +137,7 @@ class HeldOutImages:
             return LatentShards(self._folder, split=self._real.floor_split, manifest=self._parents.latents)
 
     @cached_property
-    def _places(self) -> np.ndarray:
+    def _stored_at(self) -> np.ndarray:
         """Index of each held-out image within the latent shards, by shard and key; -1 where encoding left it out."""
         shards, rows = self._real.shards[self._real.floor_split].locate(self._real.indices["floor"])
         parts, known, found = {part.entry.name: part for part in self._latents.shards}, {}, []

@@ -5,6 +5,7 @@ own. What the real images alone decide, the class probe and the distances at whi
 the corpus, beside its features, and serves all evaluations.
 """
 
+from collections.abc import Sequence
 from dataclasses import fields
 from functools import cached_property
 from typing import Any
@@ -17,6 +18,7 @@ from torch import Tensor
 from data.files import write_atomically
 from models.metrics.neighbours import nearest
 from models.metrics.probe import LinearProbe
+from models.metrics.retrieval import RidgeMap
 from pipelines.evaluation.error_budget import DECODED, REAL
 from pipelines.evaluation.metrics import (
     COPY_QUANTILE,
@@ -30,7 +32,6 @@ from pipelines.evaluation.metrics import (
 from pipelines.evaluation.real_images import RealSet
 from pipelines.evaluation.samples import ItemMaker
 
-CALIBRATION = "calibration"
 FIGURES = "figures"
 
 
@@ -54,18 +55,25 @@ class FigureMaker:
         tensors: dict[str, Tensor] = {}
         validation = self._real.features("val")
         if "copied" not in self._maker.absent:
-            tensors["nearest"] = nearest(validation, self.training_features).distances
-        contract: dict[str, Any] = {"kind": "none"}
+            tensors["nearest.of_real"] = nearest(validation, self.training_features).distances
+        contract: dict[str, Any] = {"probe": {"kind": "none"}}
         if not set(PROBED) & self._maker.absent.keys():
             num_classes, labels = len(self._maker.stage.parents.unet.classes), self._real.labels("train")
             features, labels = _labelled(self._real.features("train"), labels)
             probe = LinearProbe.fit(features, labels, num_classes=num_classes)
-            tensors |= {f"probe.{field.name}": getattr(probe, field.name) for field in fields(probe)}
+            tensors |= _tensors("probe", probe)
             accuracy = as_metric(probe.accuracy(*_labelled(validation, self._real.labels("val"))))
-            contract = {"kind": "linear", "num_images": len(labels), "validation_accuracy": accuracy}
+            contract["probe"] = {"kind": "linear", "num_images": len(labels), "validation_accuracy": accuracy}
+        if self._retrieves:
+            texts, captions = self._maker.texts("train")
+            known = _known(captions)
+            ridge = RidgeMap.fit(self._real.features("train")[known], texts[known].to(validation.device))
+            tensors |= _tensors("ridge", ridge)
+            found = self._retrieval(ridge, validation, *self._maker.texts("val"))
+            contract["retrieval"] = {"kind": "ridge", "num_images": int(known.sum()), "validation": found}
         path = self._real.folder / f"{name}.safetensors"
         write_atomically(path, save({key: tensor.cpu().contiguous() for key, tensor in tensors.items()}))
-        return {"probe": contract}
+        return contract
 
     def make(self, name: str) -> Metrics:
         """Measure one set of images, and store its features."""
@@ -78,21 +86,50 @@ class FigureMaker:
             write_atomically(path, save({"features": features, "labels": labels}))
         # Training images are copies of themselves.
         absent = {*maker.absent, "copied"} if (kind, self._real.floor_split) == (REAL, "train") else maker.absent
-        metrics = distribution_metrics(features.to(maker.model.device), labels, self.reference, absent=absent)
+        features = features.to(maker.model.device)
+        metrics = distribution_metrics(features, labels, self.reference, absent=absent)
+        if self._retrieves:
+            metrics |= self._agreement(kind, features)
         if kind in DECODED:
             metrics |= mean_metrics({"psnr": maker.read(self.sets[kind], "psnr")})
         return metrics
 
+    @property
+    def _retrieves(self) -> bool:
+        return bool(self._maker.text_batches) and "retrieval" not in self._maker.absent
+
+    def _retrieval(self, ridge: RidgeMap, features: Tensor, texts: Tensor, captions: Sequence[str]) -> Metrics:
+        """How many images find their own caption among those of all."""
+        known = _known(captions).to(features.device)
+        own = torch.arange(int(known.sum()))
+        named = [caption for caption in captions if caption]
+        found = ridge.retrieve(features[known], own, texts.to(features.device)[known], named)
+        return {"retrieval": as_metric(found.first), "retrieval_in_five": as_metric(found.in_five)}
+
+    def _agreement(self, kind: str, features: Tensor) -> Metrics:
+        """Agreement of a set of images with their captions."""
+        if kind in self._maker.names.samples:
+            texts, captions = self._maker.texts("val")
+            rows = torch.from_numpy(self._maker.prompted(range(len(features))))
+        else:
+            texts, captions = self._maker.texts("floor")
+            rows = torch.arange(len(features)) if kind == REAL else self._maker.read(self.sets[kind], "rows")
+        ridge = RidgeMap(**self._calibrated("ridge"))
+        return self._retrieval(ridge, features, texts[rows], [captions[row] for row in rows.tolist()])
+
+    def _calibrated(self, what: str) -> dict[str, Tensor]:
+        tensors = load_file(self._real.folder / f"{self._maker.calibration}.safetensors")
+        return {name.removeprefix(f"{what}."): part for name, part in tensors.items() if name.startswith(f"{what}.")}
+
     @cached_property
     def reference(self) -> Reference:
         """The real images, with the probe and the calibration of copies."""
-        tensors = load_file(self._real.folder / f"{CALIBRATION}.safetensors")
-        parts = {key.removeprefix("probe."): part for key, part in tensors.items() if key.startswith("probe.")}
+        parts = self._calibrated("probe")
         return Reference(
             features=self._real.features(self._real.reference),
             probe=LinearProbe(**parts) if parts else None,
             training_features=self.training_features,
-            nearest_of_real=tensors.get("nearest", torch.empty(0)),
+            nearest_of_real=self._calibrated("nearest").get("of_real", torch.empty(0)),
         )
 
     @cached_property
@@ -130,6 +167,14 @@ class FigureMaker:
 def features_name(kind: str) -> str:
     """Return the file of a set's features, beside the samples."""
     return f"features-{kind}.safetensors"
+
+
+def _tensors(name: str, fitted: LinearProbe | RidgeMap) -> dict[str, Tensor]:
+    return {f"{name}.{field.name}": getattr(fitted, field.name) for field in fields(fitted)}
+
+
+def _known(captions: Sequence[str]) -> Tensor:
+    return torch.tensor([bool(caption) for caption in captions])
 
 
 def _labelled(features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -18,6 +18,7 @@ Metrics = dict[str, dict[str, float]]
 # Images on each side that a figure is defined for.
 MIN_IMAGES = {"frechet_distance": 2, "kernel_distance": 3, "precision": 4, "recall": 4, "copied": 1}
 COPY_QUANTILE = 0.005  # of the distances of real images to training images, below which an image counts as a copy
+RETRIEVED = ("retrieval", "retrieval_in_five")
 PROBED = ("class_accuracy", "worst_class_accuracy")
 
 

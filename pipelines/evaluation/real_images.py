@@ -109,6 +109,10 @@ class RealImages:
         """Return the labels of a set without reading an image, -1 for none; (n,)."""
         return torch.from_numpy(self.shards[self.split_of(name)].labels_at(self.indices[name]))
 
+    def captions(self, name: RealSet) -> list[str]:
+        """Return the captions of a set without reading an image, "" for none."""
+        return self.shards[self.split_of(name)].labels_and_captions(self.indices[name])[1]
+
     def features_of(self, images: Tensor) -> Tensor:
         """Extract the features of images uint8 (b h w c); (b d) on the CPU."""
         return self.extractor(images.movedim(-1, 1).contiguous()).cpu()

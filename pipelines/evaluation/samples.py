@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, get_args
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from data.files import write_atomically
-from data.manifest import CorpusManifest
+from data.manifest import CorpusManifest, digest_of
 from data.order.order import FullShuffleConfig, Order
 from data.samples import Split
 from data.transforms import to_unit_range
@@ -32,7 +32,7 @@ from models.metrics.fidelity import psnr, ssim
 from pipelines.evaluation.error_budget import FixedBatches, HeldOutImages
 from pipelines.evaluation.likelihood import BoundConfig, NoBoundConfig, VariationalBoundConfig, measure_bound
 from pipelines.evaluation.metrics import absent_figures
-from pipelines.evaluation.real_images import RealImages, read_items
+from pipelines.evaluation.real_images import RealImages, RealSet, read_items
 from pipelines.evaluation.training_weights import CurveConfig, TrainingWeights
 from pipelines.model.captions import as_tensors, prompt_encoder
 from pipelines.model.decoded import finite_levels
@@ -168,6 +168,8 @@ class ItemMaker:
             num_held_out=len(self.real.indices["floor"]),
             num_bounds=self._num_bounds(),
         )
+        if self.prompts is not None and min(len(set(self.real.captions(each)) - {""}) for each in ("train", "val")) < 3:
+            absent["retrieval"] = "fewer than 3 different captions in a split"
         return absent | {step: why for step, why in self.held_out.absent.items() if step != "transformed"}
 
     def make(self, name: str) -> dict[str, Any]:
@@ -186,6 +188,36 @@ class ItemMaker:
                 write_atomically(self._parts / f"{name}.images.safetensors", save({"images": images}))
         write_atomically(self._parts / f"{name}.safetensors", save(tensors))
         return {"samples": len(next(iter(tensors.values())))}
+
+    @cached_property
+    def text_batches(self) -> dict[RealSet, list[str]]:
+        """Names of the items that hold text features of real images' captions; none for a model that reads no text."""
+        if self.prompts is None:
+            return {}
+        return {name: [f"{self._encoder}-{batch}" for batch in self.real.batches(name)] for name in get_args(RealSet)}
+
+    @property
+    def calibration(self) -> str:
+        """Name of the item of what is fitted to real images, beside their features."""
+        return f"fitted-{self._encoder}"
+
+    @cached_property
+    def _encoder(self) -> str:
+        return f"text_{digest_of(self.prompts.about)[:16]}" if self.prompts is not None else "images"
+
+    def make_texts(self, item: str) -> dict[str, Any]:
+        """Compute and store the text features of one batch of captions."""
+        assert self.prompts is not None
+        kind, number = item.split("-")[1:]
+        name: RealSet = next(each for each in get_args(RealSet) if each == kind)
+        captions = self.real.captions(name)[self.real.batch(int(number))]
+        texts = torch.from_numpy(self.prompts.pooled(captions))
+        write_atomically(self.real.folder / f"{item}.safetensors", save({"texts": texts}))
+        return {"samples": len(captions)}
+
+    def texts(self, name: RealSet) -> tuple[Tensor, list[str]]:
+        """Return text features (n k) and captions of a set of real images."""
+        return read_items(self.real.folder, self.text_batches[name], "texts"), self.real.captions(name)
 
     def read(self, names: Sequence[str], key: str) -> Tensor:
         """Return one tensor of all named items, concatenated."""
@@ -217,10 +249,12 @@ class ItemMaker:
         return self._captioned(indices)[1] if self.prompts is not None else [""] * len(indices)
 
     def _captioned(self, indices: range) -> tuple[np.ndarray, list[str]]:
-        """Labels and captions of the validation images that samples are drawn for; each image once before any twice."""
-        validation = self.real.shards["val"]
-        order = Order(FullShuffleConfig(), num_samples=len(validation), seed=0)
-        return validation.labels_and_captions(order.indices(indices.start, len(indices)))
+        return self.real.shards["val"].labels_and_captions(self.prompted(indices))
+
+    def prompted(self, indices: range) -> np.ndarray:
+        """Return the validation images whose captions samples are drawn for; each image once before any twice."""
+        order = Order(FullShuffleConfig(), num_samples=len(self.real.shards["val"]), seed=0)
+        return order.indices(indices.start, len(indices))
 
     def _conditions(self, labels: Tensor, captions: Sequence[str]) -> dict[str, Tensor]:
         if self.prompts is None:

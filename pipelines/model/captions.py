@@ -144,6 +144,12 @@ class CaptionEncoders:
         """Return the features of all encoders by name, as ``CaptionEncoder`` does."""
         return {name: rows for encoder in self._encoders.values() for name, rows in encoder(captions).items()}
 
+    def pooled(self, captions: Sequence[str]) -> np.ndarray:
+        """Return the pooled features of all encoders side by side, float32 (n d); zeros for an empty caption."""
+        self.forget()
+        found = self(captions)
+        return np.concatenate([rows for name, rows in found.items() if name.endswith("_pooled")], axis=1)
+
 
 class CaptionFeatures:
     """The features of captions that a denoiser reads in training; a part of the checkpoint when it computes them.
