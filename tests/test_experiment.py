@@ -20,6 +20,7 @@ from pipelines.tools.plan import StageConfigs
 
 IMAGE = ImageShape(resolution=16, channels=3)
 FINE = CorpusFacts(image=IMAGE, classes=("a", "b"), has_validation=True, has_captions=True)
+MADE_BEFORE = Path(__file__).parent / "made_by_0_1"
 TEXT = '[{ kind = "text" }]'
 MODELS = get_type_hints(StageConfigs)
 
@@ -98,6 +99,13 @@ def test_an_experiment_that_fits_is_fine() -> None:
         (("encode_latents.inputs.vae", "/nowhere"), FINE, "encode_latents.inputs.vae", "there is no such folder"),
         (("train_vae.start", '{ kind = "diffusers", folder = "/nowhere" }'), FINE, "train_vae.start", "/nowhere"),
         (("train_unet.start", '{ kind = "diffusers", folder = "/nowhere" }'), FINE, "train_unet.denoiser", "/nowhere"),
+        (("train_vae.start", '{ kind = "run", folder = "/nowhere" }'), FINE, "train_vae.start", "has not finished"),
+        (("train_vae.start", f'{{ kind = "run", folder = "{MADE_BEFORE}/vae" }}'), FINE, "train_vae.start",
+         "has latent_channels = 2, not 4"),
+        (("train_unet.start", f'{{ kind = "run", folder = "{MADE_BEFORE}/vae" }}'), FINE, "train_unet.denoiser",
+         "is the folder of train_vae, not of train_unet"),
+        (("train_unet.start", f'{{ kind = "run", folder = "{MADE_BEFORE}/unet" }}'), facts(classes=None),
+         "train_unet.denoiser", "has channels = "),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_is_said_with_its_key(

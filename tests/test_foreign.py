@@ -252,7 +252,7 @@ def test_a_start_from_a_run_has_its_weights_and_no_others(name: str, tmp_path: P
     with pytest.raises(ValueError, match="sha256"):
         load_start(start, network)
     (folder / "manifest.json").unlink()
-    with pytest.raises(ValueError, match="has not finished"):
+    with pytest.raises(OSError, match="has not finished"):
         check_start(start, network)
 
 

@@ -36,7 +36,7 @@ from pipelines.model.captions import (
     encoders_of,
     text_conditioners,
 )
-from pipelines.model.start import DiffusersStart, RandomStart, StartConfig, check_start
+from pipelines.model.start import RandomStart, StartConfig, check_start
 from pipelines.model.validation import GridConfig
 from pipelines.model.weights import check_sampler_suits
 from pipelines.runtime.config.errors import ConfigError
@@ -167,7 +167,7 @@ def _checks(tables: Mapping[str, Any], corpus: CorpusFacts | None) -> Iterator[t
     if vae is not None:
         if image is not None:
             yield "train_vae.network.channels", lambda: check_levels(vae.network, image.resolution)
-            yield "train_vae.start", lambda: _check_published(vae.start, _autoencoder(vae.network, image))
+            yield "train_vae.start", lambda: check_start(vae.start, _autoencoder(vae.network, image))
         yield "train_vae.order", lambda: _check_order(vae.order, corpus)
         if isinstance(vae.objective.perceptual, LPIPSTerm):
             yield "train_vae.objective.perceptual", lambda: check_weights_file(vae.objective.perceptual.weights)
@@ -239,7 +239,9 @@ def _check_denoiser(unet: Any, vae: Any, corpus: CorpusFacts | None) -> None:
             num_classes=1 if corpus.classes is None else len(corpus.classes),
         )
     check_starting_weight(unet.denoiser.objective, denoiser.process)
-    _check_published(unet.start, denoiser)
+    # Shapes of weights depend on the number of classes and on what the null of a caption is.
+    known = corpus.classes is not None and conditioners == unet.denoiser.conditioners
+    check_start(unet.start, denoiser, shapes=known)
 
 
 def _check_captions(unet: Any, latents: Any, corpus: CorpusFacts | None) -> None:
@@ -272,12 +274,6 @@ def _check_flips(unet: Any, latents: Any) -> None:
             f"it is {unet.flip_probability}, but encode_latents.flipped = false stores no mirrored latents. Set that "
             "to true, or the probability to 0"
         )
-
-
-def _check_published(start: StartConfig, network: AutoencoderKL | Denoiser) -> None:
-    # The folder of a run may be finished only later.
-    if isinstance(start, DiffusersStart):
-        check_start(start, network)
 
 
 def _check_elsewhere(folder: str) -> None:

@@ -49,11 +49,17 @@ StartConfig = Annotated[AnyStart, Field(discriminator="kind")]
 Network = AutoencoderKL | Denoiser
 
 
-def check_start(start: AnyStart, network: Network) -> None:
+def check_start(start: AnyStart, network: Network, *, shapes: bool = True) -> None:
     """Refuse weights to start from that are not those of such a ``network``, which may be on the meta device.
+
+    Args:
+        start: Of the training.
+        network: The one that is to be trained.
+        shapes: Compare also the shapes of the weights; they depend on the corpus, which may not be known yet.
 
     Raises:
         ValueError: With each difference, ours and theirs.
+        OSError: The run has not finished.
     """
     if isinstance(start, RandomStart):
         return
@@ -73,7 +79,7 @@ def check_start(start: AnyStart, network: Network) -> None:
         )
 
     # The shapes, where the names are ours.
-    if isinstance(start, RunStart):
+    if isinstance(start, RunStart) and shapes:
         with safe_open(path, framework="pt") as file:
             theirs = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
         ours = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
@@ -125,10 +131,7 @@ def load_start(start: AnyStart, network: Network) -> str | None:
 def _weights_of_run(folder: Path, network: Network) -> tuple[Path, str]:
     """Return the weights file of a finished training, and its sha256 by the manifest."""
     kind, name = (UNetManifest, "unet") if isinstance(network, Denoiser) else (VAEManifest, "vae")
-    try:
-        manifest = read_manifest(folder)
-    except OSError as error:
-        raise ValueError(str(error)) from None
+    manifest = read_manifest(folder)
     if not isinstance(manifest, kind):
         raise ValueError(f"{folder} is the folder of {manifest.stage}, not of train_{name}.")
     assert isinstance(manifest, UNetManifest | VAEManifest)
