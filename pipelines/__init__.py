@@ -4,9 +4,12 @@ In the order of the work: ``prepare_corpus``, ``train_vae``, ``encode_latents``,
 them ``tools`` (commands), below them ``evaluation``, ``model`` and ``runtime``; ``configs`` holds experiments. A module
 imports those of its own storey and of the storeys below, then ``models`` and ``data``; a stage never imports a stage.
 The siblings are checked here, since stages and tools import them at once: other packages of these names, in the working
-directory or on PYTHONPATH, would come first.
+directory or on PYTHONPATH, would come first. Ctrl-C is handled from here on: commands import for seconds, in which
+libraries do not expect to be interrupted.
 """
 
+import os
+import signal
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -27,4 +30,19 @@ def check_siblings(home: Path) -> None:
             raise SystemExit(2)
 
 
+def end_at_once(*_: object) -> None:
+    """End a command that has not begun on Ctrl-C, with the exit code of one that has."""
+    os.write(2, b"latentline: stopped.\n")
+    os._exit(75)
+
+
+def catch_interrupts() -> None:
+    """Let Ctrl-C raise KeyboardInterrupt: the command has begun, and catches it."""
+    if signal.getsignal(signal.SIGINT) is end_at_once:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+# In a command's own process alone, which may have been told to ignore Ctrl-C; python -m is seen by its "-m".
+if Path(sys.argv[0]).name in ("-m", "latentline") and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, end_at_once)
 check_siblings(Path(__file__).resolve().parents[1])

@@ -14,11 +14,12 @@ from pathlib import Path
 import pytest
 from conftest import REPOSITORY, STAGES, Run, environment, run_stage
 
-from pipelines.runtime.config.command_line import Answer, run_tool
+from pipelines.runtime.config.command_line import Answer, config_from_command_line, run_tool
 from pipelines.runtime.config.errors import ConfigError
 from pipelines.runtime.config.logs import say_mistake, set_up_logging
-from pipelines.runtime.config.stage_config import CommandConfig
+from pipelines.runtime.config.stage_config import CommandConfig, StageConfig
 from pipelines.runtime.stage.progress import progress_line
+from pipelines.tools import command
 
 log = logging.getLogger("latentline.stage")
 
@@ -111,10 +112,17 @@ def test_a_log_on_a_full_disk_costs_lines_and_an_answer_there_is_a_mistake(
         set_up_logging("train_unet")
         log.info("nowhere to put this")
     assert capfd.readouterr().err == ""
-    with open("/dev/full", "w") as full:
-        monkeypatch.setattr(sys, "stdout", full)
-        assert run_tool(CommandConfig, lambda _: Answer({}, "found"), table="sync", about="", argv=[]) == 2
-    assert re.fullmatch(r"sync: .*No space left on device\n", capfd.readouterr().err)
+    monkeypatch.setattr(sys, "argv", ["latentline"])
+    for name, ask in {
+        "latentline": command.main,
+        "evaluate": lambda: config_from_command_line(StageConfig, table="evaluate", about="", argv=["--help"]),
+        "sync": lambda: run_tool(CommandConfig, lambda _: Answer({}, "found"), table="sync", about="", argv=[]),
+    }.items():
+        with open("/dev/full", "w") as full, pytest.raises(SystemExit) as end:
+            monkeypatch.setattr(sys, "stdout", full)
+            ask()
+        assert end.value.code == 2
+        assert capfd.readouterr().err == f"{name}: standard output: No space left on device\n"
 
 
 def test_closed_streams_take_everything_and_no_file_gets_their_numbers(tmp_path: Path) -> None:

@@ -143,13 +143,11 @@ def test_the_command_passes_words_and_exit_codes_on(
     assert f"No run lies in {tmp_path}" in capsys.readouterr().err
 
 
-def test_ctrl_c_while_a_tool_is_imported_ends_it_as_later() -> None:
-    code = (
-        "import importlib, os, signal, sys\nfrom pipelines.tools import command\nsys.argv = ['latentline', 'sync']\n"
-        "importlib.import_module = lambda name: os.kill(os.getpid(), signal.SIGINT)\ncommand.main()\n"
-    )
-    here = {"cwd": REPOSITORY, "env": environment(), "capture_output": True, "text": True}
-    done = subprocess.run([sys.executable, "-c", code], **here)
+@pytest.mark.parametrize("words", [["pipelines.tools.command", "plan"], ["pipelines.train_vae"]])
+def test_ctrl_c_while_a_command_is_imported_ends_it_as_later(words: list[str], tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
+    here = {"cwd": REPOSITORY, "env": environment(PYTHONPATH=f"{tmp_path}:{REPOSITORY}"), "capture_output": True}
+    done = subprocess.run([sys.executable, "-m", *words], text=True, **here)
     assert (done.returncode, done.stdout, done.stderr) == (75, "", "latentline: stopped.\n")
 
 

@@ -6,27 +6,19 @@ latentline plan --config pipelines/configs/demo.toml    run one; --help shows it
 
 import ast
 import importlib
-import os
-import signal
 import sys
 from pathlib import Path
-from types import FrameType
 
-from pipelines.runtime.config.logs import print_line
+from pipelines.runtime.config.logs import print_answer
 
 
 def main() -> int:
     """Run the tool that the command line names; return the exit code."""
-    # Importing takes seconds, and libraries do not expect to be interrupted in it.
-    interrupted = signal.getsignal(signal.SIGINT)
-    if interrupted is signal.default_int_handler:
-        signal.signal(signal.SIGINT, _end)
-
     tools, words = tools_and_purposes(), sys.argv[1:]
     if not words or words[0] in ("-h", "--help"):
         width = max(map(len, tools))
         usage = "usage: latentline TOOL [--help] [--config EXPERIMENT.toml] [--dotted.name value ...] [--json]\n"
-        print_line("\n".join([usage, *(f"  {name:<{width}}  {purpose}" for name, purpose in tools.items())]))
+        print_answer("latentline", "\n".join([usage, *(f"  {name:<{width}}  {what}" for name, what in tools.items())]))
         return 0
     name = words[0].replace("-", "_")
     if name not in tools:
@@ -36,15 +28,7 @@ def main() -> int:
         print(f"latentline: no tool {words[0]!r}{hint} Tools are {', '.join(tools)}.", file=sys.stderr)
         return 2
     sys.argv = [f"latentline {name}", *words[1:]]
-    module = importlib.import_module(f"pipelines.tools.{name}")
-    signal.signal(signal.SIGINT, interrupted)
-    return int(module.main())
-
-
-def _end(number: int, frame: FrameType | None) -> None:
-    """End the process at once, as a tool that has begun ends on Ctrl-C; nothing has been done yet."""
-    os.write(2, b"latentline: stopped.\n")
-    os._exit(75)
+    return int(importlib.import_module(f"pipelines.tools.{name}").main())
 
 
 def tools_and_purposes() -> dict[str, str]:

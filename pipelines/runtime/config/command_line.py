@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pipelines
 from pipelines.runtime.config.errors import ConfigError, Stopped, sentence
 from pipelines.runtime.config.experiment import Config, config_as_toml, early_root, load_config
-from pipelines.runtime.config.logs import print_line, say_mistake, set_up_logging
+from pipelines.runtime.config.logs import print_answer, say_mistake, set_up_logging
 from pipelines.runtime.config.outcome import EXIT_CODES, Outcome
 from pipelines.runtime.config.schema import model_paths
 from pipelines.runtime.config.stage_config import STAGE_FOLDERS, TOOL_TABLES, CommandConfig
@@ -46,11 +47,12 @@ def run_tool(
     words = list(sys.argv[1:] if argv is None else argv)
     as_json = "--json" in words
     try:
+        pipelines.catch_interrupts()
         config = config_from_command_line(model, table=table, about=about, argv=[w for w in words if w != "--json"])
         set_up_logging(table)
         with redirect_stdout(sys.stderr) if as_json else nullcontext():
             answer = work(config)
-        _print_on_main(json.dumps(answer.found, indent=2) if as_json else answer.text)
+        print_answer(table, json.dumps(answer.found, indent=2) if as_json else answer.text)
         return answer.code
     except (ConfigError, OSError) as error:  # the latter of a disk that is full or fails, or of a folder in use
         say_mistake(table, ConfigError(sentence(error)) if isinstance(error, OSError) else error)
@@ -66,7 +68,7 @@ def config_from_command_line(
     """Read the configuration of a command, or end the process: 0 after --help and --print-config, 2 on a mistake."""
     argv = list(sys.argv[1:] if argv is None else argv)
     if "--help" in argv or "-h" in argv:
-        _print_on_main(help_text(model, table=table, about=about))
+        print_answer(table, help_text(model, table=table, about=about))
         raise SystemExit(0)
     words = [word for word in argv if word not in ("--print-config", "--print_config")]
     try:
@@ -76,7 +78,7 @@ def config_from_command_line(
         _leave_early_outcome(model, words, error, table=table)
         raise SystemExit(2) from None
     if words != argv:
-        _print_on_main(config_as_toml(config, table=table).rstrip())
+        print_answer(table, config_as_toml(config, table=table).rstrip())
         raise SystemExit(0)
     return config
 
@@ -101,19 +103,9 @@ def help_text(model: type[CommandConfig], *, table: str, about: str | None) -> s
 def _leave_early_outcome(model: type[CommandConfig], argv: Sequence[str], error: ConfigError, *, table: str) -> None:
     """Leave outcome.json for scripts even when the configuration is wrong: the launcher hides the exit code."""
     root = early_root(model, table=table, argv=argv)
-    if not root or "\0" in root or table not in STAGE_FOLDERS or not _is_main():
+    if not root or "\0" in root or table not in STAGE_FOLDERS or os.environ.get("RANK", "0") != "0":
         return
     set_up_logging(table)
     outcome = Outcome()
     outcome.set("failed", code=2, reason=error)
     outcome.write(Path(root) / STAGE_FOLDERS[table], is_main=True)
-
-
-def _is_main() -> bool:
-    """Return whether this process tells the user for all ranks; the launcher says so, before they have met."""
-    return os.environ.get("RANK", "0") == "0"
-
-
-def _print_on_main(text: str) -> None:
-    if text and _is_main():
-        print_line(text)

@@ -63,6 +63,16 @@ def print_line(text: str, *, to: TextIO | None = None) -> None:
             raise
 
 
+def print_answer(name: str, text: str) -> None:
+    """Print what a command was asked for, on the main process; end it with code 2 where that cannot be written."""
+    try:
+        if text and os.environ.get("RANK", "0") == "0":
+            print_line(text)
+    except OSError as error:
+        print_line(f"{name}: standard output: {error.strerror}", to=sys.stderr)
+        raise SystemExit(2) from None
+
+
 def _open_missing_streams() -> None:
     """Open what was closed of standard input, output and error: a file of ours would be given its number."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):

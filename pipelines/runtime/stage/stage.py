@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 
+import pipelines
 from data.files import FolderLock, make_folder, read_json, sweep_temporaries, write_atomically
 from data.manifest import FORMAT_VERSION, MANIFEST_NAME, FileEntry, Manifest, Parents, digest_of, write_manifest
 from pipelines.runtime.config.errors import ConfigError, Stopped, config_error_at, sentence
@@ -164,6 +165,7 @@ def running_stage(
     tracker: Tracker | SilentTracker = SilentTracker()
     stage: Stage | None = None
     try:
+        pipelines.catch_interrupts()
         with config_error_at("run.root"):
             if not os.path.isfile(folder / MANIFEST_NAME):  # what is finished may be read-only
                 make_folder(folder)
