@@ -7,12 +7,9 @@ import io
 import ipaddress
 import json
 import logging
-import os
 import queue
 import socket
 import ssl
-import subprocess
-import sys
 import tarfile
 import threading
 import time
@@ -22,6 +19,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -30,8 +28,9 @@ from urllib.request import Request, urlopen
 
 import numpy as np
 import pytest
-from conftest import REPOSITORY
+from conftest import start_warm, wait_until
 from PIL import Image
+from warm import WarmProcess
 
 from data.shards.remote import range_policy, read_ranges
 from data.sources import SCANS_AT_ONCE, ScanSharing, WebDatasetConfig
@@ -39,6 +38,7 @@ from data.sources.scan_cache import found_shards
 from pipelines.runtime.stage.work_items import make_items
 
 SHARDS, SAMPLES = 4, 20
+STEPS = ["prepare", "listed again", "scattered", "streams", "held", "end"]  # of far_reader.py
 SLACK = 30_000  # bytes of a request's head and its answer's, at most
 
 
@@ -237,41 +237,28 @@ def gs(payloads: dict[str, bytes], folder: Path) -> Iterator[Service]:
 SERVICES: dict[str, Callable[..., contextlib.AbstractContextManager[Service]]] = {"s3": s3, "https": https, "gs": gs}
 
 
-def environment_of(service: Service, folder: Path, **more: str) -> dict[str, str]:
-    path = os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])
-    return {
-        **os.environ,
-        "PYTHONPATH": path,
-        "LATENTLINE_CACHE": str(folder / "cache"),
-        "OMP_NUM_THREADS": "1",
-        **service.environment,
-        **more,
-    }
+def started(service: Service, folder: Path, *words: str, **more: str) -> WarmProcess:
+    return start_warm(*words, **{"LATENTLINE_CACHE": str(folder / "cache"), **service.environment, **more})
 
 
 def bytes_by_step(service: Service, folder: Path, **more: str) -> tuple[dict[str, int], str]:
     """Run the reader; returns what was sent in each of its steps, and its last line."""
-    reader = subprocess.Popen(
-        [sys.executable, str(REPOSITORY / "tests/far_reader.py"), str(folder / "corpus"), *service.urls()],
-        env=environment_of(service, folder, **more),
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
+    corpus = folder / "corpus"
+    reader = started(
+        service, folder, str(Path(__file__).with_name("far_reader.py")), str(corpus), *service.urls(), **more
     )
-    assert reader.stdin is not None
-    assert reader.stdout is not None
-    before, sent, name = 0, {}, ""
-    while name != "end":
-        line = reader.stdout.readline().strip()
-        assert line, f"the reader ended in {name or 'its start'}"
-        sent[name] = service.proxy.sent - before
-        name, before = line, service.proxy.sent
-        reader.stdin.write("\n")
-        reader.stdin.flush()
-    last = reader.stdout.readline().strip()
-    reader.communicate(timeout=60)
-    assert reader.returncode == 0
-    return sent, last
+    marks: list[int] = []
+    for name in STEPS:
+        wait_until(
+            lambda: reader.printed().split("\n")[len(marks) : -1] or reader.poll() is not None, seconds=60, what=name
+        )
+        marks.append(service.proxy.sent)
+        (corpus / f"{name}.go").touch()
+    out, said = reader.communicate(timeout=60)
+    assert reader.returncode == 0, said
+    *steps, last = out.splitlines()
+    assert steps == STEPS
+    return {name: after - before for name, (before, after) in zip(STEPS, pairwise(marks), strict=False)}, last
 
 
 @pytest.mark.parametrize("kind", SERVICES)
@@ -315,14 +302,8 @@ def test_the_user_can_insist_on_whole_shards_and_a_replaced_one_is_noticed_in_a_
                 patch.setenv(name, value)
             other = payloads["corpus/1.tar"][:30_000] + payloads["corpus/0.tar"]
             boto3.client("s3").put_object(Bucket="corpora", Key="corpus/0.tar", Body=other)
-        done = subprocess.run(
-            [sys.executable, "-c", program, str(tmp_path / "corpus")],
-            env=environment_of(service, tmp_path),
-            capture_output=True,
-            text=True,
-            timeout=60,
-        )
-        assert "shard_changed: s3://corpora/corpus/0.tar has no member of" in done.stderr
+        _, said = started(service, tmp_path, "-c", program, str(tmp_path / "corpus")).communicate(timeout=60)
+        assert "shard_changed: s3://corpora/corpus/0.tar has no member of" in said
 
 
 def test_a_server_that_knows_no_ranges_is_asked_for_whole_shards(payloads: dict[str, bytes], tmp_path: Path) -> None:
@@ -336,21 +317,11 @@ def test_a_server_that_knows_no_ranges_is_asked_for_whole_shards(payloads: dict[
 def test_a_server_that_nobody_vouches_for_is_refused(payloads: dict[str, bytes], tmp_path: Path) -> None:
     program = "import sys; from data.shards.remote import properties_of; print(properties_of(sys.argv[1])['size'])"
     with https(payloads, tmp_path) as service:
-        for trusts in (True, False):
-            environment = environment_of(service, tmp_path)
-            if not trusts:
-                del environment["SSL_CERT_FILE"]
-            done = subprocess.run(
-                [sys.executable, "-c", program, service.urls()[0]],
-                env=environment,
-                capture_output=True,
-                text=True,
-                timeout=60,
-            )
-            if trusts:
-                assert done.stdout.strip() == str(len(payloads["corpus/0.tar"]))
-            else:
-                assert "cannot be read (ClientConnectorCertificateError)" in done.stderr
+        out, _ = started(service, tmp_path, "-c", program, service.urls()[0]).communicate(timeout=60)
+        assert out.strip() == str(len(payloads["corpus/0.tar"]))
+        service.environment.clear()
+        _, said = started(service, tmp_path, "-c", program, service.urls()[0]).communicate(timeout=60)
+        assert "cannot be read (ClientConnectorCertificateError)" in said
 
 
 class Flaky:

@@ -10,10 +10,11 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from conftest import SMOKE, Run, communicated, free_port, rank_environment, start_warm
+from conftest import SMOKE, Run, communicated, free_port, rank_environment, start_warm, warm_python
 
 from data.order.order import BlockedShuffleConfig
 from pipelines.prepare_corpus import PrepareCorpusConfig
@@ -181,9 +182,17 @@ def root(two_process_run: Run, tmp_path_factory: pytest.TempPathFactory) -> Path
     return root
 
 
+def warm_run(words: list[str], *, env: dict[str, str], timeout: float, **_: object) -> subprocess.CompletedProcess[str]:
+    """Run a command as ``subprocess.run`` does, in a process that has the imports already."""
+    process = warm_python().start(words[1:], env=env)
+    out, err = process.communicate(timeout=timeout)
+    return subprocess.CompletedProcess(words, process.wait(), out, err)
+
+
 def test_a_plan_runs_everything_once_and_says_what_is_stale(
-    root: Path, tmp_path: Path, tool: Callable[..., Answer]
+    root: Path, tmp_path: Path, tool: Callable[..., Answer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("pipelines.tools.plan.subprocess", SimpleNamespace(run=warm_run))
     before = sorted(path for path in root.rglob("*") if path.suffix != ".verified")
     done = tool("plan", "--run.root", str(root), "--json")
     assert done.code == 0, done.stderr

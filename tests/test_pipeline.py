@@ -19,7 +19,9 @@ from conftest import (
     kill_tree,
     run_here,
     run_stage,
-    start_stage,
+    stage_command,
+    start_ranks,
+    start_warm,
     time,
     training_rows,
     wait_until,
@@ -202,7 +204,9 @@ def start_in_copy(stage: str, run: Run, root: Path, *, processes: int) -> list[W
     """Start a stage on its own in ``root``, with the inputs of a finished run."""
     inputs = {"train_vae": ["corpus"], "encode_latents": ["corpus", "vae"], "train_unet": ["latents", "vae"]}[stage]
     words = [word for name in inputs for word in (f"--inputs.{name}", str(run.root / name))]
-    return start_stage(stage, "--run.root", str(root), *words, processes=processes)
+    command = stage_command(stage, "--run.root", str(root), *words)[1:]
+    # With the launcher the undisturbed run was made.
+    return start_ranks(*command, world_size=processes) if processes > 1 else [start_warm(*command)]
 
 
 @pytest.mark.parametrize("stage", ["train_vae", "train_unet"])
