@@ -118,6 +118,7 @@ class WarmPython:
 
 def preload() -> None:
     """Import all that ``MAINS`` import, at once or later."""
+    gc.disable()  # of all this nothing is garbage
     for name in (*LATER, *MAINS):
         importlib.import_module(name)
     for name in MAINS:
@@ -127,6 +128,7 @@ def preload() -> None:
     # Else each fork looks through all of this once more when it ends: a second and a half.
     gc.collect()
     gc.freeze()
+    gc.enable()
 
 
 def requested(channel: socket.socket) -> dict[str, Any] | None:
