@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import REPOSITORY, STAGES, Run, environment, run_stage
+from conftest import REPOSITORY, STAGES, TIMEOUT_SECONDS, Run, environment, stage_command, start_warm
 
 from pipelines.runtime.config.command_line import Answer, config_from_command_line, run_tool
 from pipelines.runtime.config.errors import ConfigError
@@ -169,7 +169,7 @@ def test_a_mistake_is_said_once_a_machine_and_under_a_launcher_as_a_log_line(
     ("stage", "words", "message"),
     [
         ("train_unet", ("--optim.peak_lrr", "1"), "unknown key; did you mean peak_lr?"),
-        ("train_vae", ("--inputs.corpus", "/nowhere"), "'/nowhere' holds no manifest.json"),
+        ("train_vae", ("--inputs.corpus", "/nowhere"), "there is no such folder. The input 'corpus'"),
         ("train_unet", ("--global_batch", "64"), "train_unet.global_batch = 64 cannot be split"),
     ],
 )
@@ -179,7 +179,8 @@ def test_the_mistake_of_three_ranks_is_said_whoever_leaves_first(
     given = [f"--inputs.{name}={two_process_run.root / name}" for name in ("latents", "vae") if stage == "train_unet"]
     for number in range(20):
         root = tmp_path / str(number)
-        done = run_stage(stage, "--run.root", str(root), *given, *words, processes=3)
-        assert done.returncode == 1
-        assert message in done.stderr
+        launched = start_warm(*stage_command(stage, "--run.root", str(root), *given, *words, processes=3)[1:])
+        _, said = launched.communicate(timeout=TIMEOUT_SECONDS)
+        assert launched.returncode == 1
+        assert message in said
         assert json.loads((root / STAGES[stage] / "outcome.json").read_bytes())["exit_code"] == 2
