@@ -14,7 +14,7 @@ from typing import Annotated
 
 import numpy as np
 import torch
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, NonNegativeInt
 from torch import Tensor, nn
 
 from data.loading import LatentShards
@@ -24,6 +24,8 @@ from data.randomness import SampleDraws
 from models.autoencoder.vae import Posterior
 from models.denoiser import Denoiser, DenoiserConfig
 from models.diffusion.objective import check_starting_weight
+from models.features import FeatureExtractorConfig
+from models.features.scattering import ScatteringConfig
 from models.latent_diffusion import Normalisation
 from pipelines.evaluation.experiment import check_later_stages
 from pipelines.model.batches import GlobalBatches
@@ -31,7 +33,7 @@ from pipelines.model.captions import CaptionFeatures, FeatureSourceConfig, Store
 from pipelines.model.device import device_of
 from pipelines.model.inputs import verify_shards
 from pipelines.model.start import RandomStart, StartConfig, check_start, load_start
-from pipelines.model.validation import GridConfig, UNetValidation
+from pipelines.model.validation import MIN_COMPARED, GridConfig, UNetValidation
 from pipelines.model.weights import check_same_vae, check_sampler_suits, publish
 from pipelines.runtime.config.command_line import config_from_command_line
 from pipelines.runtime.config.errors import ConfigError, config_error_at
@@ -54,7 +56,7 @@ class TrainUNetInputs(BaseModel, frozen=True, extra="forbid"):
 class TrainUNetConfig(TrainingConfig):
     """Configuration of the denoiser and its training."""
 
-    fingerprint_ignores = TrainingConfig.fingerprint_ignores | {"grid"}
+    fingerprint_ignores = TrainingConfig.fingerprint_ignores | {"grid", "validate_samples", "extractor"}
     revisions = (
         *TrainingConfig.revisions,
         "validation looks at a sample spread over its whole split, in the training's precision",
@@ -68,6 +70,8 @@ class TrainUNetConfig(TrainingConfig):
     captions: FeatureSourceConfig = StoredFeaturesConfig()  # where the features of captions come from
     flip_probability: Annotated[float, Field(ge=0, le=1)] = 0.0  # of a mirrored image; needs encode_latents.flipped
     grid: GridConfig = GridConfig()  # sample grid during training
+    validate_samples: NonNegativeInt = 0  # drawn at each validation, for val/frechet_distance; 0 draws none
+    extractor: FeatureExtractorConfig = ScatteringConfig()  # features that these samples are compared by
 
 
 @dataclass(frozen=True)
@@ -126,6 +130,16 @@ def check(config: TrainUNetConfig, parents: Parents) -> None:
         check_start(config.start, denoiser)
     with config_error_at("train_unet.grid.sampler"):
         check_sampler_suits(config.grid.sampler, config.denoiser)
+
+    # What its samples are compared with, and by.
+    if config.validate_samples:
+        if min(config.validate_samples, latents.splits["val"]) < MIN_COMPARED:
+            raise ConfigError(
+                f"train_unet.validate_samples = {config.validate_samples} and {latents.splits['val']} validation "
+                f"images: a distance needs {MIN_COMPARED} of both. Give more, or set it to 0."
+            )
+        with config_error_at("train_unet.extractor"):
+            config.extractor.check()
     check_later_stages(config, stage="train_unet", corpus=None)
 
 
@@ -169,6 +183,8 @@ def train(config: TrainUNetConfig, stage: Stage) -> None:
         validation = UNetValidation(
             stage,
             config.grid,
+            num_samples=config.validate_samples,
+            extractor=config.extractor,
             latents_folder=config.inputs.latents,
             vae_folder=config.inputs.vae,
             images_per_pass=config.images_per_device or config.global_batch,

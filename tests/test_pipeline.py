@@ -134,6 +134,20 @@ def test_one_and_two_processes_have_the_same_losses(stage: str, one_process_run:
     theirs = two_process_run.rows(stage)
     losses = np.array([[rows[update]["train/loss"] for update in sorted(rows)] for rows in (ours, theirs)])
     np.testing.assert_allclose(losses[0], losses[1], rtol=1e-6)
+    if stage == "train_unet":
+        # Before the first update the weights have the same bits: so has what the ranks draw and measure together.
+        validated = [validation_rows(folder) for folder in (root / "unet", two_process_run.folder("train_unet"))]
+        assert validated[0][0] == validated[1][0]
+        for rows in validated:
+            first, _, last = (row["val/frechet_distance"] for row in rows.values())
+            assert first > last > 0
+
+
+def validation_rows(folder: Path) -> dict[int, dict[str, float]]:
+    """Metrics of validation by the update they were measured after."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    measured = [line for line in lines if "val/loss" in line]
+    return {line["step"]: {name: line[name] for name in line if name.startswith("val/")} for line in measured}
 
 
 def test_samples_carry_class_and_provenance(two_process_run: Run) -> None:

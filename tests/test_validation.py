@@ -10,18 +10,25 @@ import torch
 from manifests import commit_latents
 from test_evaluate import write_corpus, write_model
 
+from data.files import read_json
+from data.loading import LatentShards
 from data.manifest import Parents, read_input
 from data.order.order import spread_sample
 from data.samples import latent_members
 from data.shards.writer import ShardWriter
-from models.denoiser import Denoiser
+from models.denoiser import Denoiser, DenoiserConfig
 from models.diffusion.samplers import DDIMConfig
+from models.features.scattering import ScatteringConfig
+from models.metrics.frechet import frechet_distance
+from models.metrics.kernel import kernel_distance
 from pipelines.model.captions import CaptionFeatures, StoredFeaturesConfig
 from pipelines.model.decoded import finite_levels
 from pipelines.model.device import Device
+from pipelines.model.noise import noise_of
 from pipelines.model.validation import GridConfig, UNetValidation, VAEValidation
 from pipelines.model.weights import load_latent_diffusion, load_vae
 from pipelines.runtime.config.errors import ConfigError
+from pipelines.train_unet import TrainUNetConfig, check
 
 CLASSES = [f"class {number}" for number in range(20)]
 CPU = Device(torch.device("cpu"))
@@ -64,19 +71,27 @@ def stage(tmp_path_factory: pytest.TempPathFactory) -> Any:
         folder=root,
         parents=parents,
         is_main=True,
-        accelerator=SimpleNamespace(device=torch.device("cpu"), mixed_precision="no", autocast=torch.no_grad),
+        accelerator=SimpleNamespace(
+            device=torch.device("cpu"),
+            mixed_precision="no",
+            autocast=torch.no_grad,
+            process_index=0,
+            num_processes=1,
+        ),
         tracker=SimpleNamespace(log_image=lambda name, path, step: shown.append(path)),
         log=SimpleNamespace(info=lambda text: None),
     )
 
 
-def unet_validation(stage: Any, *, images_per_pass: int) -> tuple[UNetValidation, Denoiser]:
+def unet_validation(stage: Any, *, images_per_pass: int, num_samples: int = 0) -> tuple[UNetValidation, Denoiser]:
     inputs = cast(Any, SimpleNamespace(vae=str(stage.folder / "vae"), unet=str(stage.folder / "unet")))
     denoiser = load_latent_diffusion(inputs, stage.parents, device=CPU).denoiser
     latents = stage.parents.latents
     validation = UNetValidation(
         stage,
         GridConfig(rows=1, max_columns=5, sampler=DDIMConfig(num_steps=2)),
+        num_samples=num_samples,
+        extractor=ScatteringConfig(resolution=16),
         latents_folder=str(stage.folder / "latents"),
         vae_folder=inputs.vae,
         images_per_pass=images_per_pass,
@@ -119,6 +134,56 @@ def test_validation_takes_no_more_images_at_once_than_training(stage: Any, monke
         metrics.append(validation.validate(denoiser, update=1))
         assert max(seen) <= 2 * size  # guidance brings each image twice
     assert metrics[0] == pytest.approx(metrics[1], rel=1e-4)
+
+
+def rank_of(stage: Any, process_index: int) -> Any:
+    """The stage as one of two ranks has it."""
+    accelerator = SimpleNamespace(**{**vars(stage.accelerator), "process_index": process_index, "num_processes": 2})
+    return SimpleNamespace(**{**vars(stage), "accelerator": accelerator, "is_main": process_index == 0})
+
+
+def test_the_distance_of_samples_is_that_of_their_features_on_any_number_of_ranks(
+    stage: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    validation, denoiser = unet_validation(stage, images_per_pass=8, num_samples=20)
+    found = validation.validate(denoiser, update=1)
+
+    # The second rank first, which leaves what it has for the first.
+    of_second: list[torch.Tensor] = []
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda table: of_second.append(table.clone()))
+    second, _ = unet_validation(rank_of(stage, 1), images_per_pass=8, num_samples=20)
+    assert second.validate(denoiser, update=1) == {}
+    assert [int((table != 0).any(dim=1).sum()) for table in of_second] == [8, 8], "one of three batches"
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda table: table.add_(of_second.pop(0)))
+    first, _ = unet_validation(rank_of(stage, 0), images_per_pass=8, num_samples=20)
+    assert first.validate(denoiser, update=1) == found
+
+    # All at once: samples with the conditions of validation latents, and these, decoded.
+    inputs = cast(Any, SimpleNamespace(vae=str(stage.folder / "vae"), unet=str(stage.folder / "unet")))
+    model = load_latent_diffusion(inputs, stage.parents, device=CPU)
+    stored = LatentShards(stage.folder / "latents", split="val").read(spread_sample(600, 20))
+    assert set(stored.labels) == set(range(20))
+    noise = noise_of(0, range(20), shape=(2, 8, 8), device=CPU.torch)
+    conditions = {"labels": torch.from_numpy(stored.labels)}
+    options: Any = {"sampler": DDIMConfig(num_steps=2), "guidance": GridConfig().guidance, "fresh_noise": noise}
+    samples = model.sample(noise("validation sample"), conditions, **options)
+    mean, log_variance = torch.from_numpy(stored.moments).float().unbind(dim=1)
+    real = model.autoencoder.decode(mean + (log_variance / 2).exp() * noise("validation posterior"))
+    features = [ScatteringConfig(resolution=16).build()(images) for images in (samples, real.detach())]
+    for name, distance in (("frechet_distance", frechet_distance), ("kernel_distance", kernel_distance)):
+        expected = distance(*features)
+        assert (found[f"val/{name}"], found[f"val/{name}_error"]) == pytest.approx(expected, rel=1e-2)
+    assert found["val/frechet_distance"] > 0
+
+
+def test_too_few_images_for_a_distance_are_refused_before_any_work(stage: Any) -> None:
+    latents = stage.parents.latents.model_copy(update={"splits": {"train": 4, "val": 2}})
+    parents = Parents({**stage.parents, "latents": latents.model_copy(update={"vae": stage.parents.vae.weights})})
+    where: Any = {"latents": str(stage.folder / "latents"), "vae": str(stage.folder / "vae")}
+    denoiser = DenoiserConfig.model_validate(read_json(stage.folder / "unet" / "config.json", mend="")["denoiser"])
+    config = TrainUNetConfig(inputs=where, updates=1, global_batch=1, denoiser=denoiser, validate_samples=256)
+    with pytest.raises(ConfigError, match="validate_samples = 256 and 2 validation images: a distance needs 3 of both"):
+        check(config, parents)
 
 
 def test_a_decoded_image_that_is_not_a_number_is_named() -> None:

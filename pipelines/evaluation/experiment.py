@@ -72,6 +72,8 @@ class TrainUNetTable(CommandConfig, extra="ignore"):
     captions: FeatureSourceConfig = StoredFeaturesConfig()
     flip_probability: float = 0.0
     grid: GridConfig = GridConfig()
+    validate_samples: int = 0
+    extractor: FeatureExtractorConfig = ScatteringConfig()
 
 
 class EvaluateTable(CommandConfig, extra="ignore"):
@@ -83,6 +85,7 @@ class EvaluateTable(CommandConfig, extra="ignore"):
     likelihood: BoundConfig = NoBoundConfig()
 
 
+COMPARES = "it compares with validation images, and the corpus has none"
 TABLES: Mapping[str, type[CommandConfig]] = {
     "train_vae": TrainVAETable,
     "encode_latents": EncodeLatentsTable,
@@ -185,6 +188,10 @@ def _checks(tables: Mapping[str, Any], corpus: CorpusFacts | None) -> Iterator[t
         yield "train_unet.flip_probability", lambda: _check_flips(unet, latents)
         yield "train_unet.order", lambda: _check_order(unet.order, corpus)
         yield "train_unet.grid.sampler", lambda: check_sampler_suits(unet.grid.sampler, unet.denoiser)
+        if unet.validate_samples:
+            yield "train_unet.extractor", unet.extractor.check
+            if corpus is not None and corpus.has_validation is False:
+                yield "train_unet.validate_samples", lambda: _refuse(COMPARES)
 
     # The samples, and the images and features that they are compared by.
     if evaluation is not None:
@@ -194,7 +201,7 @@ def _checks(tables: Mapping[str, Any], corpus: CorpusFacts | None) -> Iterator[t
             if isinstance(bound := evaluation.likelihood, VariationalBoundConfig):
                 yield "evaluate.likelihood", lambda: check_sampler_suits(bound.sampler, unet.denoiser)
         if corpus is not None and corpus.has_validation is False and not _given_input(evaluation, "corpus"):
-            yield "evaluate", lambda: _refuse("it compares with validation images, and the corpus has none")
+            yield "evaluate", lambda: _refuse(COMPARES)
 
 
 def check_levels(network: VAEConfig, resolution: int) -> None:

@@ -1,11 +1,15 @@
 """Validation of averaged weights during training: a metric on validation data and a grid of pictures.
 
-A VAE is validated by the PSNR of reconstructions, a U-Net by its loss with fixed noise and by samples; both on a fixed
-sample that is spread over the whole validation split, in the precision of the training.
+A VAE is validated by the PSNR of reconstructions, a U-Net by its loss with fixed noise, by samples and, where asked
+for, by the distance of a few hundred of them to real images; all on a fixed sample that is spread over the whole
+validation split, in the precision of the training.
 """
+
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from pydantic import BaseModel, PositiveInt
 from torch import Tensor, nn
 
@@ -18,8 +22,11 @@ from models.autoencoder.vae import AutoencoderKL, Posterior
 from models.denoiser import Denoiser
 from models.diffusion.guidance import GuidanceConfig
 from models.diffusion.samplers import DDIMConfig, SamplerConfig
+from models.features import FeatureExtractorConfig
 from models.latent_diffusion import LatentDiffusion, Normalisation
 from models.metrics.fidelity import psnr
+from models.metrics.frechet import frechet_distance
+from models.metrics.kernel import kernel_distance
 from pipelines.model.captions import CaptionFeatures
 from pipelines.model.decoded import finite_levels
 from pipelines.model.device import Device
@@ -31,6 +38,7 @@ from pipelines.runtime.stage.stage import Stage
 NUM_VALIDATION_SAMPLES = 256
 NUM_RECONSTRUCTIONS = 10  # columns of the grid
 NUM_VALIDATION_TIMES = 8
+MIN_COMPARED = 3  # images on either side of a distance
 
 
 def show_grid(stage: Stage, name: str, grid: bytes, *, update: int, shown: str) -> None:
@@ -108,11 +116,17 @@ class GridConfig(BaseModel, frozen=True, extra="forbid"):
 
 
 class UNetValidation:
-    """Validation of an averaged U-Net, on the main process: loss on validation latents, and a grid of samples.
+    """Validation of an averaged U-Net: loss on validation latents, a grid of samples, and their distance to real ones.
+
+    The distance is that of ``num_samples`` samples to as many decoded validation latents, and sample i has the
+    conditions of validation latent i. So what the VAE loses is no part of it. All ranks share this work, the main
+    process does the rest.
 
     Args:
         stage: The running training.
         grid: The grid.
+        num_samples: Samples whose distance is measured; 0 measures none.
+        extractor: Features that they are compared by.
         latents_folder: Latents that it trains on; those of the validation split are measured.
         vae_folder: Folder of the autoencoder.
         images_per_pass: Latents that are denoised, and images that are drawn, at once.
@@ -128,6 +142,8 @@ class UNetValidation:
         stage: Stage,
         grid: GridConfig,
         *,
+        num_samples: int,
+        extractor: FeatureExtractorConfig,
         latents_folder: str,
         vae_folder: str,
         images_per_pass: int,
@@ -157,12 +173,28 @@ class UNetValidation:
             self.validation = self.normalisation.draw_normalised(posterior), self._conditions(stored)
         self.heads, self.conditions = self._columns(stored)
 
+        # Real images for the distances, as a perfect U-Net would draw them: from the posteriors.
+        self.num_samples = num_samples
+        if num_samples:
+            self.extractor = extractor.build().to(self.device)
+            stored = shards.read(spread_sample(len(shards), num_samples))
+            self.sampled_conditions = self._conditions(stored)
+            posterior = Posterior(*torch.from_numpy(stored.moments).float().to(self.device).unbind(dim=1))
+            rows = range(len(posterior.mean))
+            noise = noise_of(0, rows, shape=posterior.mean.shape[1:], device=self.device)("validation posterior")
+            latents = posterior.sample(noise)
+            self.reference = self._features(len(rows), lambda part: self.vae.decode(latents[part.start : part.stop]))
+
     def validate(self, network: nn.Module, *, update: int) -> dict[str, float]:
-        """Return the validation loss and draw the grid; on the main process."""
+        """Return the validation loss and the samples' distances and draw the grid, on the main process. A collective.
+
+        Other ranks return nothing.
+        """
+        assert isinstance(network, Denoiser)
+        distances = self._distances(network) if self.num_samples else {}
         if not self.stage.is_main:
             return {}
-        assert isinstance(network, Denoiser)
-        metrics = self._metrics(network)
+        metrics = self._metrics(network) | distances
         grid = self._picture(network, title=f"update {update}, guidance {self.grid.guidance.scale:g}")
         shown = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
         show_grid(self.stage, "samples", grid, update=update, shown=shown)
@@ -207,30 +239,64 @@ class UNetValidation:
         named = {"val/loss": losses, **({"val/condition_gap": gaps} if gaps else {})}
         return {name: float(torch.cat(values).mean()) for name, values in named.items()}
 
+    def _distances(self, network: Denoiser) -> dict[str, float]:
+        """Return the samples' distances to decoded validation latents, with standard errors, on the main process."""
+        features = self._features(
+            self.num_samples,
+            lambda part: self._sampled(network, part, self.sampled_conditions, purpose="validation sample"),
+        )
+        if not self.stage.is_main:
+            return {}
+        frechet, kernel = (distance(features, self.reference) for distance in (frechet_distance, kernel_distance))
+        return {
+            "val/frechet_distance": frechet.value,
+            "val/frechet_distance_error": frechet.error,
+            "val/kernel_distance": kernel.value,
+            "val/kernel_distance_error": kernel.error,
+        }
+
+    @torch.no_grad()
+    def _features(self, num_images: int, drawn: Callable[[range], Tensor]) -> Tensor:
+        """Return the features (n d) of images that are drawn by index, on every rank. A collective.
+
+        Each rank draws whole batches, composed by index: their last bits depend on how many are drawn at once.
+        """
+        accelerator, size = self.stage.accelerator, self.images_per_pass
+        features = torch.zeros(num_images, self.extractor.dimension, device=self.device)
+        for first in range(accelerator.process_index * size, num_images, accelerator.num_processes * size):
+            part = range(first, min(first + size, num_images))
+            with accelerator.autocast():
+                images = drawn(part).float().cpu()
+            levels = finite_levels(images, names=part, stage=self.stage.name, precision=accelerator.mixed_precision)
+            features[first : part.stop] = self.extractor(torch.from_numpy(levels).movedim(-1, 1).contiguous())
+        if accelerator.num_processes > 1:
+            dist.all_reduce(features)  # of one rank's rows and zeros: nothing is rounded
+        return features
+
     @torch.no_grad()
     def _picture(self, network: Denoiser, *, title: str) -> bytes:
         """Draw samples of every column from the same noise in every run; PNG."""
         rows, columns = self.grid.rows, len(self.conditions["labels"])
-        model = LatentDiffusion(autoencoder=self.vae, denoiser=network, normalisation=self.normalisation)
         sampled = []
         for first in range(0, rows * columns, self.images_per_pass):
             cells = range(first, min(first + self.images_per_pass, rows * columns))
             with self.stage.accelerator.autocast():
-                sampled.append(self._sampled(model, cells).float().cpu())
+                sampled.append(self._sampled(network, cells, self.conditions, purpose="grid").float().cpu())
         names = [f"row {cell // columns} of column {cell % columns}" for cell in range(rows * columns)]
         images = finite_levels(
             torch.cat(sampled), names=names, stage=self.stage.name, precision=self.stage.accelerator.mixed_precision
         )
         return grid_png(images.reshape(rows, columns, *images.shape[1:]), column_labels=self.heads, title=title)
 
-    def _sampled(self, model: LatentDiffusion, cells: range) -> Tensor:
-        """Draw some cells of the grid, numbered row by row."""
-        noise = noise_of(0, cells, shape=model.denoiser.latent_shape, device=self.device)
-        columns = [cell % len(self.conditions["labels"]) for cell in cells]
+    def _sampled(self, network: Denoiser, indices: range, conditions: Mapping[str, Tensor], *, purpose: str) -> Tensor:
+        """Draw samples by index, the conditions in turn; cells of the grid are numbered row by row."""
+        model = LatentDiffusion(autoencoder=self.vae, denoiser=network, normalisation=self.normalisation)
+        noise = noise_of(0, indices, shape=network.latent_shape, device=self.device)
+        rows = [index % len(conditions["labels"]) for index in indices]
         return model.sample(
-            noise("grid"),
-            {name: field[columns] for name, field in self.conditions.items()},
+            noise(purpose),
+            {name: field[rows] for name, field in conditions.items()},
             sampler=self.grid.sampler,
             guidance=self.grid.guidance,
-            fresh_noise=lambda step: noise(f"grid/{step}"),
+            fresh_noise=lambda step: noise(f"{purpose}/{step}"),
         )
