@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 import pytest
@@ -387,6 +387,39 @@ def test_the_nearest_neighbour_is_the_one_that_all_distances_show() -> None:
     np.testing.assert_array_equal(found.indices, whole.argmin(axis=1))
     np.testing.assert_allclose(found.distances, whole.min(axis=1), atol=1e-12)
     assert found.distances[3] == 0
+
+
+# ---- influences of single images
+
+
+@pytest.mark.parametrize(
+    ("metric", "part", "agreement"),
+    [
+        (frechet_distance, "samples", 0.99),
+        (frechet_distance, "reference", 0.99),
+        (kernel_distance, "samples", 0.9999),
+        (kernel_distance, "reference", 0.9999),
+        (lambda *sets: precision_recall(*sets).precision, "samples", 0.9999),
+        (lambda *sets: precision_recall(*sets).recall, "reference", 0.9999),
+        (lambda first, _: mean_estimate(first[:, 0]), "samples", 0.9999),
+    ],
+)
+def test_an_image_s_influence_is_what_leaving_it_out_changes(
+    metric: Callable[..., Estimate], part: str, agreement: float
+) -> None:
+    sets = {"samples": normals(80, 3) + 1.0, "reference": normals(60, 3, seed=1)}
+    whole, count = metric(*sets.values()), len(sets[part])
+
+    without = [
+        metric(*(each[torch.arange(len(each)) != left_out] if name == part else each for name, each in sets.items()))
+        for left_out in range(count)
+    ]
+
+    changes = np.array([(count - 1) * (whole.value - estimate.value) for estimate in without])
+    influences = whole.influences[part].numpy()
+    assert np.corrcoef(changes, influences)[0, 1] >= agreement
+    assert np.std(changes) == pytest.approx(np.std(influences), rel=0.03)
+    assert whole.error**2 >= np.var(influences, ddof=1) / count * (1 - 1e-9)
 
 
 # ---- what all metrics on features promise

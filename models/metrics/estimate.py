@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, ParamSpec, TypeVar
 
 import numpy as np
@@ -13,11 +13,45 @@ Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
 
 
-class Estimate(NamedTuple):
-    """A figure and its one-sigma standard error over the samples it was measured on."""
-
+class _ValueAndError(NamedTuple):
     value: float
     error: float
+
+
+class Estimate(_ValueAndError):
+    """A figure and its one-sigma standard error over the samples it was measured on.
+
+    ``influences`` says of each independent part of the data how much each of its elements moves the figure: the images
+    that are measured (``samples``), those that they are compared with (``reference``), and ``groups`` of images where
+    single ones do not tell. The variance is the sum of `variance_of` over the parts. So the error of a difference of
+    two figures that share images follows from the differences of their influences. Empty where the error is known in
+    another way.
+    """
+
+    influences: Mapping[str, Tensor] = {}
+
+    @classmethod
+    def of_influences(cls, value: float, **influences: Tensor) -> "Estimate":
+        """Return ``value`` with the error that the influences tell."""
+        on_cpu = {part: influence.detach().to("cpu", torch.float64) for part, influence in influences.items()}
+        estimate = cls(float(value), math.sqrt(sum(variance_of(influence) for influence in on_cpu.values())))
+        estimate.influences = on_cpu
+        return estimate
+
+
+def variance_of(influence: Tensor) -> float:
+    """Variance of a figure by one part of the data.
+
+    Args:
+        influence: Of each element on the figure, at least 2; (n,). Or of each of g groups of elements on what every
+            image adds to the figure, a mean over n images; (g n). Then without what groups do to one image and not to
+            another, which the images' own influence holds.
+    """
+    if influence.ndim == 1:
+        return float(influence.var()) / len(influence)
+    num_groups, num_images = influence.shape
+    of_single = float(influence.var(dim=0).sum()) / num_images**2
+    return max(0.0, float(influence.mean(dim=1).var()) - of_single) / num_groups
 
 
 def on_one_thread(metric: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
@@ -51,7 +85,7 @@ def mean_estimate(values: Tensor) -> Estimate:
             f"{tuple(values.shape)}. Measure more samples."
         )
     values = values.detach().to("cpu", torch.float64)
-    return Estimate(float(values.mean()), float(values.std()) / math.sqrt(len(values)))
+    return Estimate.of_influences(float(values.mean()), samples=values - values.mean())
 
 
 def worst_fraction(successes: Sequence[int], totals: Sequence[int], *, draws: int = 4_000) -> Estimate:

@@ -4,7 +4,6 @@ Works in float64, on the device of the features, and gives the same bits there u
 samples, m reference samples, d features.
 """
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -86,15 +85,14 @@ def frechet_distance(features: Tensor, reference: Tensor) -> Estimate:
     first, second = Gaussian.of(features), Gaussian.of(reference)
     transport = Transport.between(first, second)
     shift = first.mean - second.mean
-    variance = 0.0
+    influences = []
     for sample, mean, root, axes, direction in zip(
         (features, reference), (first.mean, second.mean), transport.roots, transport.axes, (shift, -shift), strict=True
     ):
         centred = sample - mean
         transported = (centred @ root.inverse.T @ axes).square() @ transport.singular  # (x - m)^T T (x - m)
-        influence = 2 * (centred @ direction) + centred.square().sum(dim=1) - transported
-        variance += float(influence.var()) / len(sample)
-    return Estimate(transport.distance, math.sqrt(variance))
+        influences.append(2 * (centred @ direction) + centred.square().sum(dim=1) - transported)
+    return Estimate.of_influences(transport.distance, samples=influences[0], reference=influences[1])
 
 
 @on_one_thread
@@ -122,7 +120,7 @@ def frechet_at_infinity(features: Tensor, reference: Tensor) -> Estimate:
         for mine, theirs in zip(*halves, strict=True):
             fitted = (Gaussian.of(features[mine]), Gaussian.of(reference[theirs]))
             of_halves += Transport.between(*fitted).distance / (2 * _NUM_CUTS)
-    return Estimate(2 * whole.value - of_halves, whole.error)
+    return Estimate.of_influences(2 * whole.value - of_halves, **whole.influences)
 
 
 class _Root(NamedTuple):

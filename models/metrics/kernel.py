@@ -1,7 +1,5 @@
 """Kernel distance between two sets of images: all moments of their features up to the third, without bias."""
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -37,7 +35,7 @@ def kernel_distance(features: Tensor, reference: Tensor) -> Estimate:
     mean_within_ref = within_ref.sum() / (m * (m - 1))
     value = mean_within + mean_within_ref - 2 * across.sum() / (n * m)
 
-    variance = 0.0
+    influences = []
     for own, other, mean_other, count, count_other in (
         (within, across, mean_within_ref, n, m),
         (within_ref, across_ref, mean_within, m, n),
@@ -47,8 +45,8 @@ def kernel_distance(features: Tensor, reference: Tensor) -> Estimate:
             + mean_other
             - 2 * (other.sum() - other) / ((count - 1) * count_other)
         )
-        variance += float(without_one.var(correction=0)) * (count - 1)
-    return Estimate(float(value), math.sqrt(variance))
+        influences.append((count - 1) * (without_one.mean() - without_one))
+    return Estimate.of_influences(float(value), samples=influences[0], reference=influences[1])
 
 
 def _kernel_row_sums(rows: Tensor, columns: Tensor) -> Tensor:

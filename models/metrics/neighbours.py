@@ -70,12 +70,12 @@ def precision_recall(features: Tensor, reference: Tensor, *, num_neighbours: int
         raise ValueError(f"num_neighbours = {num_neighbours} must be at least 1; 3 is the published choice.")
     features, reference = _centred(*checked_pair(features, reference, min_samples=num_neighbours + 1))
     return PrecisionRecall(
-        precision=_fraction_inside(features, reference, num_neighbours),
-        recall=_fraction_inside(reference, features, num_neighbours),
+        precision=_fraction_inside(features, reference, num_neighbours, points_are="samples"),
+        recall=_fraction_inside(reference, features, num_neighbours, points_are="reference"),
     )
 
 
-def _fraction_inside(points: Tensor, manifold: Tensor, num_neighbours: int) -> Estimate:
+def _fraction_inside(points: Tensor, manifold: Tensor, num_neighbours: int, *, points_are: str) -> Estimate:
     # The members of the whole manifold, then of it without each of the groups of some random cuts.
     whole, generator = torch.ones(1, len(manifold), dtype=torch.bool), torch.Generator().manual_seed(0)
     orders = torch.stack([torch.randperm(len(manifold), generator=generator) for _ in range(_NUM_CUTS)])
@@ -84,25 +84,20 @@ def _fraction_inside(points: Tensor, manifold: Tensor, num_neighbours: int) -> E
     squared_radii = _squared_radii(manifold, cuts, num_neighbours)
 
     # A point lies in the balls of few members: only these pairs are looked at, for every cut.
-    inside, of_single = torch.zeros(len(cuts), dtype=torch.float64), 0.0
+    blocks = []
     for block in points.split(_ROWS_PER_BLOCK):
         squared = _squared_distances(block, manifold)
         rows, members = (squared <= squared_radii.amax(dim=0)).nonzero(as_tuple=True)
         within = squared[rows, members] <= squared_radii[:, members]  # (cuts pairs)
         of_cuts = torch.zeros(len(cuts), len(block), dtype=torch.float64, device=manifold.device)
-        is_inside = (of_cuts.index_add_(1, rows, within.double()) > 0).double().cpu()  # (cuts block)
-        inside += is_inside.sum(dim=1)
-        of_single += float(_jackknife_variance(is_inside[1:]).sum())
-    num_points = len(points)
-    fraction = float(inside[0]) / num_points
-    of_manifold = max(0.0, float(_jackknife_variance(inside[1:])) - of_single) / num_points**2
-    return Estimate(fraction, math.sqrt(fraction * (1 - fraction) / num_points + of_manifold))
+        blocks.append((of_cuts.index_add_(1, rows, within.double()) > 0).double().cpu())
+    inside = torch.cat(blocks, dim=1)  # (cuts n)
+    fraction, by_group = inside[0].mean(), inside[1:].unflatten(0, (_NUM_GROUPS, _NUM_CUTS))
 
-
-def _jackknife_variance(without_group: Tensor) -> Tensor:
-    """Variance of a statistic, (groups x cuts ...) without each group in turn, in the mean over the cuts; (...)."""
-    by_group = without_group.unflatten(0, (_NUM_GROUPS, _NUM_CUTS))
-    return by_group.var(dim=0, correction=0).mean(dim=0) * (_NUM_GROUPS - 1)
+    # The delete-group jackknife of each cut, in the mean over the cuts.
+    scale = math.sqrt((_NUM_GROUPS - 1) * (_NUM_GROUPS * _NUM_CUTS - 1))
+    of_groups = scale * (by_group.mean(dim=0) - by_group).flatten(0, 1)  # (groups x cuts n)
+    return Estimate.of_influences(float(fraction), **{points_are: inside[0] - fraction, "groups": of_groups})
 
 
 def _squared_radii(manifold: Tensor, cuts: Tensor, num_neighbours: int) -> Tensor:
