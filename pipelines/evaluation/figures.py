@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from data.files import write_atomically
+from models.metrics.estimate import Estimate
 from models.metrics.neighbours import nearest
 from models.metrics.probe import LinearProbe
 from models.metrics.retrieval import RidgeMap
@@ -70,26 +71,33 @@ class FigureMaker:
             ridge = RidgeMap.fit(self._real.features("train")[known], texts[known].to(validation.device))
             tensors |= _tensors("ridge", ridge)
             found = self._retrieval(ridge, validation, *self._maker.texts("val"))
-            contract["retrieval"] = {"kind": "ridge", "num_images": int(known.sum()), "validation": found}
+            of_validation = {metric: as_metric(estimate) for metric, estimate in found.items()}
+            contract["retrieval"] = {"kind": "ridge", "num_images": int(known.sum()), "validation": of_validation}
         path = self._real.folder / f"{name}.safetensors"
         write_atomically(path, save({key: tensor.cpu().contiguous() for key, tensor in tensors.items()}))
         return contract
 
     def make(self, name: str) -> Metrics:
-        """Measure one set of images, and store its features."""
+        """Measure one set of images; store its features, and the influence of each image on each metric."""
         maker, kind = self._maker, name.removeprefix(f"{FIGURES}-")
         if kind == REAL:
             features, labels = self._real.features("floor"), self._real.labels("floor")
         else:
             features, labels = (maker.read(self.sets[kind], key) for key in ("features", "labels"))
-            path = maker.stage.folder / features_name(kind)
-            write_atomically(path, save({"features": features, "labels": labels}))
         # Training images are copies of themselves.
         absent = {*maker.absent, "copied"} if (kind, self._real.floor_split) == (REAL, "train") else maker.absent
-        features = features.to(maker.model.device)
-        metrics = distribution_metrics(features, labels, self.reference, absent=absent)
+        found = distribution_metrics(features.to(maker.model.device), labels, self.reference, absent=absent)
         if self._retrieves:
-            metrics |= self._agreement(kind, features)
+            found |= self._agreement(kind, features.to(maker.model.device))
+        if kind != REAL:
+            influences = {
+                f"influence.{metric}.{part}": influence.float()
+                for metric, estimate in found.items()
+                for part, influence in estimate.influences.items()
+            }
+            path = maker.stage.folder / features_name(kind)
+            write_atomically(path, save({"features": features, "labels": labels, **influences}))
+        metrics = {metric: as_metric(estimate) for metric, estimate in found.items()}
         if kind in DECODED:
             metrics |= mean_metrics({"psnr": maker.read(self.sets[kind], "psnr")})
         return metrics
@@ -98,15 +106,17 @@ class FigureMaker:
     def _retrieves(self) -> bool:
         return bool(self._maker.text_batches) and "retrieval" not in self._maker.absent
 
-    def _retrieval(self, ridge: RidgeMap, features: Tensor, texts: Tensor, captions: Sequence[str]) -> Metrics:
+    def _retrieval(
+        self, ridge: RidgeMap, features: Tensor, texts: Tensor, captions: Sequence[str]
+    ) -> dict[str, Estimate]:
         """How many images find their own caption among those of all."""
         known = _known(captions).to(features.device)
         own = torch.arange(int(known.sum()))
         named = [caption for caption in captions if caption]
         found = ridge.retrieve(features[known], own, texts.to(features.device)[known], named)
-        return {"retrieval": as_metric(found.first), "retrieval_in_five": as_metric(found.in_five)}
+        return {"retrieval": found.first, "retrieval_in_five": found.in_five}
 
-    def _agreement(self, kind: str, features: Tensor) -> Metrics:
+    def _agreement(self, kind: str, features: Tensor) -> dict[str, Estimate]:
         """Agreement of a set of images with their captions."""
         if kind in self._maker.names.samples:
             texts, captions = self._maker.texts("val")

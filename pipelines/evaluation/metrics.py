@@ -100,7 +100,7 @@ class Reference:
 
 def distribution_metrics(
     features: Tensor, labels: Tensor, reference: Reference, *, absent: Collection[str] = ()
-) -> Metrics:
+) -> dict[str, Estimate]:
     """Compare images with the reference's.
 
     Args:
@@ -111,23 +111,23 @@ def distribution_metrics(
     """
     metrics = {}
     if "frechet_distance" not in absent:
-        metrics["frechet_distance"] = as_metric(frechet_distance(features, reference.features))
+        metrics["frechet_distance"] = frechet_distance(features, reference.features)
     if "frechet_at_infinity" not in absent:
-        metrics["frechet_at_infinity"] = as_metric(frechet_at_infinity(features, reference.features))
+        metrics["frechet_at_infinity"] = frechet_at_infinity(features, reference.features)
     if "kernel_distance" not in absent:
-        metrics["kernel_distance"] = as_metric(kernel_distance(features, reference.features))
+        metrics["kernel_distance"] = kernel_distance(features, reference.features)
     if "precision" not in absent:
         neighbours = precision_recall(features, reference.features)
-        metrics |= {"precision": as_metric(neighbours.precision), "recall": as_metric(neighbours.recall)}
+        metrics |= {"precision": neighbours.precision, "recall": neighbours.recall}
     if "copied" not in absent:
-        metrics["copied"] = as_metric(reference.copied(features))
+        metrics["copied"] = reference.copied(features)
     if reference.probe is not None:
         features, labels = features[(labels >= 0).to(features.device)], labels[labels >= 0]
         right = reference.probe.predict(features) == labels
-        metrics["class_accuracy"] = as_metric(mean_estimate(right.double()))
+        metrics["class_accuracy"] = mean_estimate(right.double())
         totals = [int((labels == label).sum()) for label in labels.unique()]
         successes = [int(right[labels == label].sum()) for label in labels.unique()]
-        metrics["worst_class_accuracy"] = as_metric(worst_fraction(successes, totals))
+        metrics["worst_class_accuracy"] = worst_fraction(successes, totals)
     return metrics
 
 

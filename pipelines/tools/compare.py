@@ -1,37 +1,47 @@
-"""Lay runs side by side: what came out, of what, and in which settings they differ.
+"""Judge runs against each other, and lay them side by side: what came out, of what, and in which settings they differ.
 
-    python -m pipelines.tools.compare runs/demo runs/wide          every stage that both have
-    python -m pipelines.tools.compare runs/*/unet                  one stage of many pipelines
-    python -m pipelines.tools.compare runs/demo/unet mlflow:8f0c2d  with a run that only an MLflow store has
+    latentline compare runs/demo runs/wide                 is wide better than demo? then every stage that both have
+    latentline compare runs/demo                           its metrics, with the luck of sampling and of its seeds
+    latentline compare runs/*/unet                         one stage of many pipelines
+    latentline compare runs/demo/unet mlflow:8f0c2d         with a run that only an MLflow store has
 
+The first run is the baseline that each other is judged against, at the guidance that is best for each by its Frechet
+distance. Replicates of a run (``launch/replicate.sh``) are found beside it, and then the intervals hold the luck of the
+seed, too; see ``pipelines.evaluation.verdict``. Metrics that two contracts make incomparable are named and not judged.
 Reads the stages' folders alone, so that it works without a server; ``mlflow:ID`` asks the store of MLFLOW_TRACKING_URI.
-Metrics are the last values logged; with an error, as ``value ± error``. Scores that were measured under different
-contracts (samples, extractor, reference) are marked, since they do not compare. Only settings that differ are shown.
+Equal stages are one line. Of the others those facts and settings are shown that differ and that change a result: no
+paths, names or cadences; metrics are the last values logged.
 """
 
+import math
 import os
+import re
 import sys
-import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import Field
 
 from data.files import read_json
-from data.manifest import digest_of, read_manifest
+from data.manifest import read_manifest
+from pipelines.evaluation.contract import contract_digest, drawn_differently, not_comparable
+from pipelines.evaluation.replicates import Side, read_side
+from pipelines.evaluation.verdict import CHOOSING, JUDGED, LEVEL, MOST_SEEDS, Difference, Luck, difference
 from pipelines.runtime.config.command_line import Answer, run_tool
 from pipelines.runtime.config.dotted_keys import flattened_texts
 from pipelines.runtime.config.errors import config_error_at
 from pipelines.runtime.config.renamed_keys import with_new_names
 from pipelines.runtime.config.stage_config import STAGE_FOLDERS, CommandConfig
+from pipelines.runtime.stage.fingerprint import REQUEST_NAME
 from pipelines.runtime.tracking.identity import RunIdentity
 from pipelines.runtime.tracking.spool import METRICS, NOT_METRICS, read_spool_backwards
 
 RECORDS_TO_READ = 20_000  # of metrics.jsonl, from the end; a metric that is rarer than this is not shown
 SHORT_DIGEST = 12
 ABSENT = "-"
+MOST_TIMES = 100  # as many images, that are worth naming
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,13 +68,156 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def compared(config: CompareConfig) -> Answer:
-    """Read the runs, and lay those of each stage side by side."""
+    """Read the runs, judge them against the first, and lay those of each stage side by side."""
+    # The verdicts, of the runs that have an evaluation.
     with config_error_at("compare.runs"):
         reports = [report for run in config.runs for report in reports_of(run)]
+        sides, notes = sides_of(config.runs)
+    verdicts = [Verdict.of(sides[0], side, rivals=len(sides) - 1) for side in sides[1:]]
+    texts = [verdict.text for verdict in verdicts] + ["\n".join(notes)]
+    texts += [luck_table(side) for side in sides if len(side.evaluations) > 1 or len(sides) == 1]
+
+    # The stages.
     found = {report.stage for report in reports}
     stages = [*(stage for stage in STAGE_FOLDERS if stage in found), *sorted(found - STAGE_FOLDERS.keys())]
-    tables = [comparison([report for report in reports if report.stage == stage]) for stage in stages]
-    return Answer({"runs": [vars(report) for report in reports]}, "\n\n".join(tables))
+    texts += [comparison([report for report in reports if report.stage == stage]) for stage in stages]
+    facts = {
+        "verdicts": [each.as_json() for each in verdicts],
+        "notes": notes,
+        "runs": [vars(each) for each in reports],
+    }
+    return Answer(facts, "\n\n".join(filter(None, texts)))
+
+
+def sides_of(runs: Sequence[str]) -> tuple[list[Side], list[str]]:
+    """Return the evaluations of the runs, each with its replicates, and notes on those that cannot be judged."""
+    sides, notes = [], []
+    for run in runs:
+        folder = Path(run)
+        if not (folder / "run.json").exists():
+            folder /= STAGE_FOLDERS["evaluate"]
+        if not (folder / "run.json").exists() or RunIdentity.read(folder).stage != "evaluate":
+            continue
+        try:
+            side = read_side(os.path.normpath(run), folder)
+        except FileNotFoundError:
+            notes.append(f"The evaluation of {run} is unfinished: there is nothing to judge yet.")
+        else:
+            sides.append(side)
+            notes += [f"Left out of {side.name}: {reason}." for reason in side.left_out]
+    return sides, notes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """One run against the baseline, metric by metric."""
+
+    baseline: Side
+    side: Side
+    differences: Mapping[str, Difference]
+    incomparable: Mapping[str, str]  # metric, or "all" -> why the contracts do not let it be compared
+    drawn_differently: Sequence[str]  # what else their samples differ by
+
+    @classmethod
+    def of(cls, baseline: Side, side: Side, *, rivals: int) -> "Verdict":
+        """Compare the judged metrics that both have, with intervals over those of all ``rivals`` of the baseline."""
+        contracts = [each.evaluations[0].figures["contract"] for each in (baseline, side)]
+        incomparable = not_comparable(*contracts)
+        metrics = [name for name in JUDGED if name in baseline.metrics and name in side.metrics]
+        judged = [name for name in metrics if not {name, "all"} & incomparable.keys()]
+        differences = {
+            name: difference(baseline.measured(name), side.measured(name), tests=len(judged) * rivals)
+            for name in judged
+        }
+        return cls(
+            baseline=baseline,
+            side=side,
+            differences=differences,
+            incomparable=incomparable,
+            drawn_differently=drawn_differently(*contracts),
+        )
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the facts of the text."""
+        sides = {"baseline": self.baseline, "run": self.side}
+        return {
+            **{key: side.name for key, side in sides.items()},
+            "guidance": {key: side.guidance for key, side in sides.items()},
+            "trainings": {key: len(side.evaluations) for key, side in sides.items()},
+            "metrics": {
+                name: {"verdict": found.word(JUDGED[name]), **asdict(found)} for name, found in self.differences.items()
+            },
+            "incomparable": dict(self.incomparable),
+            "drawn_differently": list(self.drawn_differently),
+        }
+
+    @property
+    def text(self) -> str:
+        """Return a sentence, what it stands on, and a table."""
+        first, second = self.baseline, self.side
+        said: dict[str, list[str]] = {"better": [], "worse": [], "cannot tell": []}
+        for name, found in self.differences.items():
+            low, high = sorted((abs(found.low), abs(found.high)))
+            amount = f"by {abs(found.value):.3g} [{low:.3g}, {high:.3g}]" if found.decided else f"({_remedy(found)})"
+            said[found.word(JUDGED[name])].append(f"{name} {amount}")
+        clauses = [f"{word} in {', '.join(names)}" for word, names in said.items() if names]
+        lines = [f"{second.name} against {first.name}: {'; '.join(clauses) or 'no metric can be judged'}."]
+        for why in dict.fromkeys(self.incomparable.values()):
+            names = [name for name, reason in self.incomparable.items() if reason == why]
+            lines.append(f"Not compared, {', '.join(names)}: {why}.")
+        if self.drawn_differently:
+            lines.append(f"Their samples were drawn differently, too: {', '.join(self.drawn_differently)}.")
+        if self.differences:
+            guidance = f"{second.guidance:g} against {first.guidance:g}, each side's best by {CHOOSING}"
+            lines.append(f"Guidance {guidance}. {self._trust}")
+        rows: list[tuple[str, ...]] = [("metric", "", first.name, second.name, "difference", "interval", "verdict")]
+        for name in dict.fromkeys([*self.differences, *first.metrics, *second.metrics]):
+            values = [_shown(side.mean(name)) for side in (first, second)]
+            direction = {1: "higher is better", -1: "lower is better", 0: ""}[JUDGED.get(name, 0)]
+            last: tuple[str, ...] = (ABSENT,) * 3
+            if name in self.differences:
+                found = self.differences[name]
+                interval = f"[{found.low:+.3g}, {found.high:+.3g}]"
+                last = (f"{found.value:+.3g}", interval, found.word(JUDGED[name]))
+            rows.append((name, direction, *values, *last))
+        return "\n".join([*lines, "", *_aligned(rows)])
+
+    @property
+    def _trust(self) -> str:
+        first, second = self.baseline, self.side
+        counts = len(second.evaluations), len(first.evaluations)
+        together = f"Intervals of {LEVEL:.0%} over all judged metrics together"
+        if max(counts) == 1:
+            advice = "one training a side does not tell what another seed does (bash launch/replicate.sh)"
+            return f"{together}, for sampling luck only: {advice}."
+        borrowed = f", with the training luck of the other for the single one of {(first, second)[counts[0] == 1].name}"
+        return f"{together}, from {counts[0]} and {counts[1]} trainings{borrowed * (1 in counts)}."
+
+
+def _remedy(found: Difference) -> str:
+    """What would decide a difference, if it is as large as it looks."""
+    many = found.more_samples is None or found.more_samples > MOST_TIMES
+    times = f"{f'more than {MOST_TIMES}' if many else f'about {found.more_samples:.2g}'} times as many images"
+    if all(luck.training is None for luck in found.lucks):
+        return f"{times} would decide"
+    if found.more_seeds is not None:
+        return f"about {found.more_seeds} more seed{'s' * (found.more_seeds > 1)} a side would decide"
+    images = found.more_samples is None or found.more_samples > 1  # are too few, however many seeds there are
+    return f"{times if images else f'more than {MOST_SEEDS} more seeds a side'} would decide"
+
+
+def luck_table(side: Side) -> str:
+    """Return the metrics of one side with the luck of one training: of its images, and of its seed."""
+    count = len(side.evaluations)
+    rows = [(f"{side.name}, {count} training{'s' * (count > 1)}", "mean", "sampling luck", "training luck", "ratio")]
+    for name in side.metrics:
+        luck = Luck.of(side.measured(name))
+        sampling = math.sqrt(luck.sampling)
+        by_seed = math.sqrt(max(luck.training - luck.own, 0)) if luck.training is not None else None
+        ratio = f"{by_seed / sampling:.2g}" if by_seed is not None and sampling else ABSENT
+        luck_by_seed = ABSENT if by_seed is None else f"{by_seed:.2g}"
+        rows.append((name, _shown(side.mean(name)), f"{sampling:.2g}", luck_by_seed, ratio))
+    return "\n".join([f"At guidance {side.guidance:g}, standard deviations of one training:", *_aligned(rows)])
 
 
 def reports_of(run: str) -> list[Report]:
@@ -76,7 +229,10 @@ def reports_of(run: str) -> list[Report]:
     if run.startswith("mlflow:"):
         return [report_of_mlflow_run(run.removeprefix("mlflow:"))]
     folder = Path(run)
-    folders = [folder] if (folder / "run.json").exists() else sorted(file.parent for file in folder.glob("*/run.json"))
+    folders = [folder]
+    if not (folder / "run.json").exists():  # a pipeline's, whose replicates are judged with it
+        stages = sorted(file.parent for file in folder.glob("*/run.json"))
+        folders = [stage for stage in stages if not re.search(r"-seed_\d+$", stage.name)]
     if not folders:
         raise ValueError(f"{run} is neither a stage's folder nor a pipeline's: no run.json in it or one level below.")
     return [report_of_folder(folder) for folder in folders]
@@ -88,18 +244,18 @@ def report_of_folder(folder: Path) -> Report:
     # The outcome is that of the last command, which may have been refused in a finished folder.
     finished = (folder / "manifest.json").exists()
     facts = {"state": "done" if finished else _json_of(folder / "outcome.json").get("state", "unfinished")}
-    settings: dict[str, str] = {}
     if finished:
         manifest = read_manifest(folder)
+        settings: Mapping[str, Any] = manifest.config
         facts["digest"] = manifest.digest[:SHORT_DIGEST]
         facts |= {f"upstream.{key}": str(text)[:SHORT_DIGEST] for key, text in manifest.parents.items()}
-    if (folder / "config.toml").exists():
-        tables = tomllib.loads((folder / "config.toml").read_text())
-        settings = flattened_texts(with_new_names(identity.stage, tables.get(identity.stage, {})))
+    else:
+        settings = _json_of(folder / REQUEST_NAME).get("config", {})
+    settings = _that_matter(flattened_texts(with_new_names(identity.stage, settings)))
     metrics = last_values(folder / METRICS)
     scores = _json_of(folder / "metrics.json")
     if scores:
-        facts["contract"] = digest_of(scores["contract"])[:SHORT_DIGEST]
+        facts["contract"] = contract_digest(scores["contract"])[:SHORT_DIGEST]
         metrics = flattened_texts(_scores(scores))
     if update := metrics.pop("update", ""):
         facts["updates"] = update
@@ -140,31 +296,43 @@ def report_of_mlflow_run(run_id: str) -> Report:
         stage=tags.get("stage", ""),
         facts={"state": run.info.status.lower(), **digests},
         metrics={key: _shown(value) for key, value in run.data.metrics.items() if not key.startswith("system/")},
-        settings={key: text for key, text in run.data.params.items() if not key.startswith(("run.", "inputs."))},
+        settings=_that_matter(run.data.params),
     )
 
 
 def comparison(reports: Sequence[Report]) -> str:
-    """Return a table of reports of one stage: a column a run, a row a fact, a metric or a setting that differs."""
-    rows = [(reports[0].stage, *(report.name for report in reports))]
-    rows += _rows([report.facts for report in reports])
+    """Return a table of reports of one stage: a column a run, a row a metric, or a fact or setting that differs."""
+    stage, facts = reports[0].stage, [report.facts for report in reports]
+    digests = {fact["digest"] if fact["state"] == "done" and "digest" in fact else None for fact in facts}
+    if len(reports) > 1 and len(digests) == 1 and (digest := digests.pop()):
+        return f"{stage}: equal, digest {digest}"
+    rows = [(stage, *(report.name for report in reports))]
+    rows += _rows(facts, differing=len(reports) > 1)
     rows += _rows([report.metrics for report in reports])
-    settings = [row for row in _rows([report.settings for report in reports]) if len(set(row[1:])) > 1]
-    rows += settings
-    widths = [max(len(row[column]) for row in rows) for column in range(len(reports) + 1)]
-    lines = ["  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    lines.insert(1, "  ".join("-" * width for width in widths))
+    settings = _rows([report.settings for report in reports], differing=True)
+    lines = _aligned([*rows, *settings])
     if settings:
         lines.insert(len(lines) - len(settings), "settings that differ:")
-    if len({report.facts.get("contract") for report in reports}) > 1:
-        lines.append("! The contracts differ: these scores were not measured in the same way and do not compare.")
     return "\n".join(lines)
 
 
-def _rows(columns: Sequence[Mapping[str, str]]) -> list[tuple[str, ...]]:
+def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Return the lines of a table, with a rule below its first row."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return [lines[0], "  ".join("-" * width for width in widths), *lines[1:]]
+
+
+def _rows(columns: Sequence[Mapping[str, str]], *, differing: bool = False) -> list[tuple[str, ...]]:
     """Return a row for every key that any of the columns has, in the order in which they have them."""
     keys = dict.fromkeys(key for column in columns for key in column)
-    return [(key, *(column.get(key, ABSENT) for column in columns)) for key in keys]
+    rows = [(key, *(column.get(key, ABSENT) for column in columns)) for key in keys]
+    return [row for row in rows if not differing or len(set(row[1:])) > 1]
+
+
+def _that_matter(settings: Mapping[str, str]) -> dict[str, str]:
+    """Return the settings that change a result: no paths, names or cadences."""
+    return {key: text for key, text in settings.items() if not re.search(r"^(run|inputs)\.|(^|_)(every|name)$", key)}
 
 
 def _scores(scores: Mapping[str, Any]) -> dict[str, Any]:
@@ -190,7 +358,7 @@ def _with_errors(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _shown(value: Any) -> str:
-    return f"{value:.5g}" if isinstance(value, float) else str(value)
+    return ABSENT if value is None else f"{value:.5g}" if isinstance(value, float) else str(value)
 
 
 def _json_of(path: Path) -> dict[str, Any]:
