@@ -35,13 +35,8 @@ if [[ ! -f $experiment ]]; then
     exit 2
 fi
 printf -v this_command '%q ' bash "${BASH_SOURCE[0]}" "$@"
-shift
-launcher=()
-while (($# > 0)) && [[ $1 != -- ]]; do
-    launcher+=("$1")
-    shift
-done
-options=(--config "$experiment" "${@:2}")
+take_flags "${@:2}"
+options=(--config "$experiment" "${stage_options[@]}")
 
 bash "$root/launch/setup.sh"
 began_all=$SECONDS
@@ -60,78 +55,12 @@ mistaken=0
 for check in "${checks[@]}"; do wait "$check" || mistaken=$?; done
 ((mistaken == 0)) || exit "$mistaken"
 
-# Without any --config_file, accelerate would read the one in the user's home.
-if [[ " ${launcher[*]} " != *" --config"[_-]"file"* ]]; then
-    num_gpus=0
-    if [[ ! ${ACCELERATE_USE_CPU:-} =~ ^(1|y|yes|t|true|True|on)$ ]]; then
-        num_gpus="$("$python" -c 'import torch; print(torch.cuda.device_count())')"
-    fi
-    case $num_gpus in
-        0)
-            export ACCELERATE_USE_CPU=true
-            machine=(--config_file "$root/launch/accelerate/cpu.yaml")
-            ;;
-        1) machine=(--config_file "$root/launch/accelerate/single_gpu.yaml") ;;
-        *) machine=(--config_file "$root/launch/accelerate/multi_gpu.yaml" --num_processes "$num_gpus") ;;
-    esac
-    launcher=("${machine[@]}" "${launcher[@]}")
-fi
-
-# A stage runs in a process group of its own (set -m), so that Ctrl-C reaches this script alone. The stage then gets
-# one clear request: the file `stop` in its folder. Where that does not help, SIGTERM, which its launcher passes on.
-set -m
-stage_pid="" folder="" before="" requests=0
-request_stop() {
-    requests=$((requests + 1))
-    [[ -n $stage_pid ]] || exit 75
-    if ((requests == 1)); then
-        say "stopping at the next update, with a checkpoint"
-        mkdir -p -- "$folder" && : >"$folder/stop"
-    else
-        kill -TERM "$stage_pid" 2>/dev/null || true
-    fi
-}
-trap request_stop INT TERM HUP
-
-run_stage() { # $1 stage; returns the stage's own exit code, not its launcher's
-    local code
-    folder="$(<"$scratch/$1")"
-    before="$(outcome_mark "$folder")"
-    "$python" -m accelerate.commands.launch "${launcher[@]}" -m "pipelines.$1" "${options[@]}" &
-    stage_pid=$!
-    # A trapped signal ends `wait`, not the stage.
-    while
-        code=0
-        wait "$stage_pid" || code=$?
-        kill -0 "$stage_pid" 2>/dev/null
-    do :; done
-    stage_pid=""
-    # A request that came while the stage was ending anyway must not stop the next start.
-    ((requests == 0)) || rm -f -- "$folder/stop"
-    ((code == 0)) || code="$(stage_exit_code "$folder" "$before")"
-    return "$code"
-}
-
+choose_machine
+stop_on_signals
 number=0
 for stage in "${stages[@]}"; do
     number=$((number + 1))
-    say "=== $number/${#stages[@]} $stage"
-    began=$SECONDS
-    code=0
-    run_stage "$stage" || code=$?
-    if ((code != 0)); then
-        reason="$(stage_outcome "$folder" "$before" reason)"
-        say "$stage ended with exit code $code after $((SECONDS - began)) s${reason:+: $reason}"
-        if ((code == 2)); then
-            say "Bad input or configuration, which has to be mended first; what is finished stays finished."
-        else
-            say "The same command continues from there:"
-            say "  $this_command"
-        fi
-        exit "$code"
-    fi
-    say "=== $stage took $((SECONDS - began)) s"
-    ((requests == 0)) || exit 75 # It was quicker than the request to stop.
+    run_stage "$number/${#stages[@]} $stage" "$stage" "$(<"$scratch/$stage")" "${options[@]}"
 done
 
 # Absolute, so that what is printed works from any folder.

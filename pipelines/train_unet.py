@@ -56,7 +56,7 @@ class TrainUNetInputs(BaseModel, frozen=True, extra="forbid"):
 class TrainUNetConfig(TrainingConfig):
     """Configuration of the denoiser and its training."""
 
-    fingerprint_ignores = TrainingConfig.fingerprint_ignores | {"grid", "validate_samples", "extractor"}
+    fingerprint_ignores = TrainingConfig.fingerprint_ignores | {"grid", "validate_samples", "extractor", "name"}
     revisions = (
         *TrainingConfig.revisions,
         "validation looks at a sample spread over its whole split, in the training's precision",
@@ -64,6 +64,7 @@ class TrainUNetConfig(TrainingConfig):
     )
 
     inputs: TrainUNetInputs  # where the stage reads
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]*$")] = ""  # NAME writes unet-NAME/; empty unet/
     denoiser: DenoiserConfig = DenoiserConfig()  # network, conditions, process and objective
     start: StartConfig = RandomStart()  # weights to start from
     order: OrderConfig = FullShuffleConfig()  # order of the training latents
@@ -93,6 +94,7 @@ def main() -> None:
         precision=config.precision,
         tf32=config.tf32,
         check=lambda parents: check(config, parents),
+        folder_name=f"unet-{config.name}" if config.name else None,
     ) as stage:
         train(config, stage)
 

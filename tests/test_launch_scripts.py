@@ -27,14 +27,20 @@ case "$*" in
     *--print-config)
         stage="${2#pipelines.}"
         if [[ " ${MISTAKEN:-} " == *" $stage "* ]]; then echo "$stage: a mistake" >&2; exit 2; fi
-        printf '[run]\\nroot = "runs/a b"\\n[%s]\\n' "$stage" ;;
+        printf '[run]\\nroot = "runs/a b"\\n[%s]\\nseed = 3\\n' "$stage" ;;
     *device_count*) echo "${NUM_GPUS:-0}" ;;
     "-m pipelines.tools.sync "*) echo "${@:3}" >synced ;;
+    "-m pipelines.tools.compare "*) echo "${@:3}" >compared ;;
     "-m accelerate.commands.launch "*)
         printf '%s\\n' "${@:3}" >"$RECORDS/$(date +%s%N)"
-        for word in "$@"; do if [[ $word == pipelines.* ]]; then stage="${word#pipelines.}"; fi; done
+        name="" before=""
+        for word in "$@"; do
+            if [[ $word == pipelines.* ]]; then stage="${word#pipelines.}"; fi
+            if [[ $before == --name ]]; then name="-$word"; fi
+            before="$word"
+        done
         declare -A folders=(FOLDERS)
-        folder="runs/a b/${folders[$stage]}"
+        folder="runs/a b/${folders[$stage]}$name"
         mkdir -p -- "$folder"
         outcome() { printf '{"state": "x", "exit_code": %s}' "$1" >"$folder/outcome.json"; }
         eval "${STAGE_DOES:-outcome 0}" ;;
@@ -210,6 +216,47 @@ def test_a_second_signal_reaches_the_launcher(house: Path) -> None:
     pipeline.terminate()
     assert pipeline.wait(timeout=120) == 1
     assert (house / "terminated").exists()
+
+
+# launch/replicate.sh
+
+
+def test_replicates_train_with_the_next_seeds_beside_the_run_and_evaluate_each(house: Path) -> None:
+    words = ("an experiment.toml", "2", "--num_processes", "1", "--", "--run.experiment", "e")
+    done = run(house, "launch/replicate.sh", *words)
+    assert done.returncode == 0, done.stderr
+    behind = [words[words.index("-m") + 1 :] for words in launches(house)]
+    options = ["--config", "an experiment.toml", "--run.experiment", "e"]
+    assert behind == [
+        each
+        for seed in ("4", "5")
+        for each in (
+            ["pipelines.train_unet", *options, "--seed", seed, "--name", f"seed_{seed}"],
+            [
+                *("pipelines.evaluate", *options, "--inputs.unet", f"runs/a b/unet-seed_{seed}"),
+                *("--name", f"seed_{seed}"),
+            ],
+        )
+    ]
+    assert (house / "synced").read_text() == "runs/a b\n"
+    assert (house / "compared").read_text() == "runs/a b/evaluation\n"
+
+
+def test_a_replicate_that_stops_ends_the_script_with_its_code_and_the_command_to_continue(house: Path) -> None:
+    done = run(house, "launch/replicate.sh", "x.toml", "3", STAGE_DOES="outcome 75; exit 1")
+    assert done.returncode == 75
+    assert "The same command continues from there:" in done.stderr
+    assert "replicate.sh x.toml 3" in done.stderr
+    assert launched_stages(house) == ["train_unet"]
+    assert not (house / "compared").exists()
+
+
+@pytest.mark.parametrize("words", [(), ("x.toml",), ("x.toml", "0"), ("no.toml", "2"), ("x.toml", "--cpu")])
+def test_replicates_need_an_experiment_and_a_number_of_seeds(house: Path, words: tuple[str, ...]) -> None:
+    done = run(house, "launch/replicate.sh", *words)
+    assert done.returncode == 2
+    assert "bash launch/replicate.sh EXPERIMENT.toml SEEDS" in done.stderr
+    assert launches(house) == []
 
 
 # launch/node.sh
