@@ -21,8 +21,10 @@ from typing import Any, Literal
 
 import numpy as np
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 Split = Literal["train", "val"]
+PNG_KEYWORD = "latentline"  # of the JSON in a drawn image: what it was drawn with, and the weights' sha256
 
 IMAGE_SUFFIXES = (
     *("png", "jpg", "jpeg", "webp", "avif", "bmp", "gif", "j2k", "jfif", "jp2"),
@@ -186,13 +188,15 @@ def narrow(values: np.ndarray, dtype: str, *, key: str, suffix: str) -> np.ndarr
     return np.ascontiguousarray(values, dtype=dtype)
 
 
-def encode_png(image: np.ndarray) -> bytes:
-    """Return ``image``, uint8 (h w c) with c = 1, 3 or 4, as PNG."""
+def encode_png(image: np.ndarray, *, texts: Mapping[str, str] | None = None) -> bytes:
+    """Return ``image``, uint8 (h w c) with c = 1, 3 or 4, as PNG that holds ``texts`` by keyword."""
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] not in (1, 3, 4):
         raise ValueError(f"An image is uint8 (h w c) with 1, 3 or 4 channels, not {image.dtype} {image.shape}.")
-    buffer = BytesIO()
+    buffer, about = BytesIO(), PngInfo()
+    for keyword, text in (texts or {}).items():
+        about.add_itxt(keyword, text)
     pixels = image[:, :, 0] if image.shape[2] == 1 else image
-    Image.fromarray(np.ascontiguousarray(pixels)).save(buffer, "PNG", compress_level=6)
+    Image.fromarray(np.ascontiguousarray(pixels)).save(buffer, "PNG", compress_level=6, pnginfo=about)
     return buffer.getvalue()
 
 

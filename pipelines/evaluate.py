@@ -245,6 +245,8 @@ def stored_samples(maker: ItemMaker) -> Iterator[tuple[str, dict[str, bytes]]]:
     """Yield key and members of every sample; one batch of images in memory at a time."""
     seed, size, steps = maker.config.seed, maker.config.batch_size, maker.config.sampler.num_steps
 
+    origin = {"unet": maker.stage.parents.unet.weights, "vae": maker.stage.parents.vae.weights}
+
     # Keys are unique over all guidance scales: each begins with its scale.
     for scale in maker.config.scales:
         for number in range(len(maker.names.samples[key_prefix(scale)])):
@@ -253,7 +255,7 @@ def stored_samples(maker: ItemMaker) -> Iterator[tuple[str, dict[str, bytes]]]:
             labels, captions = maker.labels(indices).tolist(), maker.captions(indices)
             for index, image, label, caption in zip(indices, images, labels, captions, strict=True):
                 key = f"{key_prefix(scale)}-{index:06}"
-                metadata = {"seed": seed, "index": index, "guidance": scale, "steps": steps}
+                metadata = {"seed": seed, "index": index, "guidance": scale, "steps": steps, **origin}
                 yield key, image_members(key, image, label=label, caption=caption, metadata=metadata)
 
 

@@ -93,7 +93,7 @@ def test_names_of_images_keep_the_letters_of_every_script() -> None:
 @pytest.fixture
 def trained(monkeypatch: pytest.MonkeyPatch) -> None:
     """A trained model for the tools, without its folders."""
-    parents = SimpleNamespace(unet=SimpleNamespace(classes=()))
+    parents = SimpleNamespace(unet=SimpleNamespace(classes=(), weights=""), vae=SimpleNamespace(weights=""))
     for tool in (sample, export, reconstruct):
         monkeypatch.setattr(tool, "read_parents", lambda config: parents)
     for tool in (sample, export):

@@ -26,8 +26,10 @@ MISSPELT = {
     "export": ("--guidance-scal", "guidance_scale", ("--format", "onnx")),
     "plan": ("--utilization", "utilisation", ("--devices", "0")),
     "reconstruct": ("--relative-sdt", "relative_std", ("--output", "x", "--relative-std", "wide")),
+    "report": ("--ouptut", "output", ("/nowhere",)),
     "sample": ("--nubmer", "number", ("--guidance.scale", "much")),
     "sync": ("--traking-uri", "tracking_uri", ("/nowhere",)),
+    "trace": ("--serach", "search", ("/nowhere",)),
 }
 
 COMMENT_COLUMN = 72  # of a key's line in the help
@@ -74,7 +76,8 @@ def test_every_tool_is_listed_with_its_purpose_at_once() -> None:
 
 @pytest.mark.parametrize("name", TOOL_TABLES)
 def test_every_tool_speaks_one_dialect(name: str, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    config = [] if name in ("benchmark", "compare", "sync") else ["--config", str(SMOKE), "--run.root", str(tmp_path)]
+    own = ("benchmark", "compare", "report", "sync", "trace")
+    config = [] if name in own else ["--config", str(SMOKE), "--run.root", str(tmp_path)]
     module = importlib.import_module(f"pipelines.tools.{name}")
     code, said, _ = call(capfd, name, *config, "--help")
     assert code == 0

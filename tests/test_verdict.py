@@ -154,7 +154,9 @@ def test_the_interval_of_two_sets_from_the_same_noise_covers_their_difference(me
     found = [difference([first], [second]) for first, second in pairs]
 
     truth = np.mean([each.value for each in found])
-    assert 0.9 <= np.mean([each.low <= truth <= each.high for each in found]) <= 0.985
+    assert (
+        0.9 <= np.mean([each.low <= truth <= each.high for each in found]) <= 0.995
+    )  # the manifold's part is cautious
 
 
 # ---- real trainings

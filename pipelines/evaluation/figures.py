@@ -22,7 +22,6 @@ from models.metrics.probe import LinearProbe
 from models.metrics.retrieval import RidgeMap
 from pipelines.evaluation.error_budget import DECODED, REAL
 from pipelines.evaluation.metrics import (
-    COPY_QUANTILE,
     PROBED,
     Metrics,
     Reference,
@@ -86,18 +85,26 @@ class FigureMaker:
             features, labels = (maker.read(self.sets[kind], key) for key in ("features", "labels"))
         # Training images are copies of themselves.
         absent = {*maker.absent, "copied"} if (kind, self._real.floor_split) == (REAL, "train") else maker.absent
-        found = distribution_metrics(features.to(maker.model.device), labels, self.reference, absent=absent)
+        on_device = features.to(maker.model.device)
+        found = distribution_metrics(on_device, labels, self.reference, absent=absent)
         if self._retrieves:
-            found |= self._agreement(kind, features.to(maker.model.device))
+            found |= self._agreement(kind, on_device)
+        stored = {"features": features, "labels": labels}
+        if "copied" not in absent:
+            near = nearest(on_device, self.training_features)
+            found["copied"] = self.reference.copied(near.distances)
+            places = np.concatenate([self._real.indices[name] for name in self._searched])
+            stored["nearest.index"] = torch.from_numpy(places[near.indices.cpu().numpy()])
+            stored["nearest.distance"] = near.distances.cpu() / (self.reference.copy_distance or 1.0)
         if kind != REAL:
-            influences = {
+            stored |= {
                 f"influence.{metric}.{part}": influence.float()
                 for metric, estimate in found.items()
                 for part, influence in estimate.influences.items()
             }
             path = maker.stage.folder / features_name(kind)
-            write_atomically(path, save({"features": features, "labels": labels, **influences}))
-        metrics = {metric: as_metric(estimate) for metric, estimate in found.items()}
+            write_atomically(path, save(stored))
+        metrics = {name: as_metric(estimate) for name, estimate in found.items()}
         if kind in DECODED:
             metrics |= mean_metrics({"psnr": maker.read(self.sets[kind], "psnr")})
         return metrics
@@ -138,7 +145,6 @@ class FigureMaker:
         return Reference(
             features=self._real.features(self._real.reference),
             probe=LinearProbe(**parts) if parts else None,
-            training_features=self.training_features,
             nearest_of_real=self._calibrated("nearest").get("of_real", torch.empty(0)),
         )
 
@@ -160,14 +166,11 @@ class FigureMaker:
             multiples of that below which a sample counts as a copy.
         """
         maker, size = self._maker, self._maker.config.batch_size
-        features = maker.read(maker.names.samples[kind], "features").to(maker.model.device)
-        found = nearest(features, self.training_features)
-        closest = found.distances.argsort()[:count].tolist()
-        samples = [maker.images(kind, index // size)[index % size] for index in closest]
-        places = np.concatenate([self._real.indices[name] for name in self._searched])
-        training = self._real.shards["train"].read(places[found.indices[closest].cpu().numpy()]).images
-        threshold = float(torch.quantile(self.reference.nearest_of_real, COPY_QUANTILE)) or 1.0
-        return np.stack(samples), training, [float(found.distances[index]) / threshold for index in closest]
+        stored = load_file(maker.stage.folder / features_name(kind))
+        closest = stored["nearest.distance"].argsort(stable=True)[:count]
+        samples = [maker.images(kind, index // size)[index % size] for index in closest.tolist()]
+        training = self._real.shards["train"].read(stored["nearest.index"][closest].numpy()).images
+        return np.stack(samples), training, stored["nearest.distance"][closest].tolist()
 
     @property
     def _searched(self) -> list[RealSet]:

@@ -10,7 +10,7 @@ from torch import Tensor
 from models.metrics.estimate import Estimate, mean_estimate, worst_fraction
 from models.metrics.frechet import frechet_at_infinity, frechet_distance
 from models.metrics.kernel import kernel_distance
-from models.metrics.neighbours import nearest, precision_recall
+from models.metrics.neighbours import precision_recall
 from models.metrics.probe import LinearProbe
 
 Metrics = dict[str, dict[str, float]]
@@ -84,17 +84,25 @@ class Reference:
     """Real images by their features, and what they calibrate."""
 
     features: Tensor  # of the images to compare with; (m d)
-    training_features: Tensor  # of training images, among which copies are searched; (t d)
     nearest_of_real: Tensor  # distance of each validation image to its nearest training image; (v,)
     probe: LinearProbe | None = None  # fitted on training images
 
-    def copied(self, features: Tensor) -> Estimate:
-        """Return the share of images that are closer to a training image than all but a few real ones are."""
-        threshold, num_real = torch.quantile(self.nearest_of_real, COPY_QUANTILE), len(self.nearest_of_real)
-        distances = nearest(features, self.training_features).distances.cpu()
-        share = float((distances <= threshold).double().mean())
+    @property
+    def copy_distance(self) -> float:
+        """Distance to a training image up to which an image counts as a copy."""
+        return float(torch.quantile(self.nearest_of_real, COPY_QUANTILE))
+
+    def copied(self, distances: Tensor) -> Estimate:
+        """Return the share of images that are closer to a training image than all but a few real ones are.
+
+        Args:
+            distances: Of each image to its nearest training image; (n,).
+        """
+        share = float((distances.cpu() <= self.copy_distance).double().mean())
         # Of the images, and of the real ones that the threshold was taken from.
-        variance = share * (1 - share) / len(features) + COPY_QUANTILE * (1 - COPY_QUANTILE) / num_real
+        variance = share * (1 - share) / len(distances) + COPY_QUANTILE * (1 - COPY_QUANTILE) / len(
+            self.nearest_of_real
+        )
         return Estimate(share, math.sqrt(variance))
 
 
@@ -119,8 +127,6 @@ def distribution_metrics(
     if "precision" not in absent:
         neighbours = precision_recall(features, reference.features)
         metrics |= {"precision": neighbours.precision, "recall": neighbours.recall}
-    if "copied" not in absent:
-        metrics["copied"] = reference.copied(features)
     if reference.probe is not None:
         features, labels = features[(labels >= 0).to(features.device)], labels[labels >= 0]
         right = reference.probe.predict(features) == labels

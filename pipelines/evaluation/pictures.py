@@ -1,11 +1,17 @@
-"""Pictures of an evaluation: samples, the same at every guidance, nearest training images, and plots of its figures."""
+"""Pictures of an evaluation as PNG: samples, nearest training images, plots; and charts of several as SVG for a report.
 
+The charts are in the page's own colours.
+"""
+
+import io
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from data.files import write_atomically
+from pipelines.evaluation.error_budget import REAL, STEPS
 from pipelines.evaluation.figures import FigureMaker
 from pipelines.evaluation.metrics import Metrics
 from pipelines.evaluation.samples import ItemMaker, key_prefix
@@ -17,6 +23,10 @@ NEAREST_SHOWN = 10
 #: Figures of the error budget that are plotted, as far as they are there.
 PLOTTED = ("frechet_distance", "kernel_distance", "psnr", "class_accuracy", "retrieval")
 UNPLOTTED = ("worst_class_accuracy", "retrieval_in_five")  # over guidance: others show the same
+
+INK = "#123456"  # of axes and text; the page's own colour takes its place
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # told apart by the colour-blind, too
+MARKERS = "osD^vP"
 
 
 def draw_pictures(
@@ -131,3 +141,89 @@ def _panels(names: Sequence[str], *, height: float = 3.0) -> tuple[Any, Sequence
         axis.set_title("PSNR, dB" if name == "psnr" else name.replace("_", " "))
         axis.grid(alpha=0.3)
     return figure, axes
+
+
+def curves_svg(curves: Mapping[str, Mapping[str, tuple[Sequence[float], Sequence[float]]]]) -> str:
+    """Draw metrics over updates, a panel a metric that any run has and a line a run."""
+    curves = {name: of_runs for name, of_runs in curves.items() if any(updates for updates, _ in of_runs.values())}
+    figure, axes = _figure(list(curves))
+    for axis, (name, of_runs) in zip(axes, curves.items(), strict=True):
+        for number, (label, (updates, values)) in enumerate(of_runs.items()):
+            shown = label if axis is axes[0] else None
+            axis.plot(updates, values, color=COLOURS[number % len(COLOURS)], label=shown, linewidth=1.5)
+        axis.set_xlabel("update")
+        if "loss" in name:
+            axis.set_yscale("log")
+            axis.tick_params(which="both", colors=INK, labelsize=8)
+    return _svg(figure)
+
+
+def sweep_svg(sweeps: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+    """Draw every figure over guidance, with one standard error, a line a run."""
+    names = [name for name in next(iter(sweeps.values()))[0] if name not in ("guidance", *UNPLOTTED)]
+    figure, axes = _figure(names)
+    for axis, name in zip(axes, names, strict=True):
+        for number, (label, entries) in enumerate(sweeps.items()):
+            points = [(each["guidance"], each[name]["value"], each[name]["error"]) for each in entries if name in each]
+            if points:
+                scales, values, errors = zip(*points, strict=True)
+                style = {"color": COLOURS[number % len(COLOURS)], "marker": MARKERS[number % len(MARKERS)]}
+                shown = label if axis is axes[0] else None
+                axis.errorbar(scales, values, yerr=errors, label=shown, capsize=2, markersize=4, **style)
+        axis.set_xlabel("guidance scale")
+    return _svg(figure)
+
+
+def error_budget_svg(budgets: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
+    """Draw figures after each step from real images to samples, with one standard error, a colour a run."""
+    found = {step for budget in budgets.values() for step in budget}
+    steps = [step for step in (REAL, *STEPS) if step in found] + sorted(found - {REAL, *STEPS})
+    names = [name for name in PLOTTED if any(name in each for budget in budgets.values() for each in budget.values())]
+    figure, axes = _figure(names, height=1.2 + 0.35 * len(steps))
+    for column, (axis, name) in enumerate(zip(axes, names, strict=True)):
+        for number, (label, budget) in enumerate(budgets.items()):
+            places = [(steps.index(step) + 0.15 * number, each[name]) for step, each in budget.items() if name in each]
+            style = {"color": COLOURS[number % len(COLOURS)], "marker": MARKERS[number % len(MARKERS)]}
+            for place, metric in places:
+                axis.errorbar(metric["value"], place, xerr=metric["error"], capsize=2, markersize=4, **style)
+            if not column:
+                axis.plot([], [], label=label, linestyle="none", **style)
+        axis.set_yticks(range(len(steps)), labels=steps if not column else [])
+        axis.set_ylim(len(steps) - 0.5, -0.5)
+    return _svg(figure)
+
+
+def _figure(names: Sequence[str], *, height: float = 2.8) -> tuple[Any, Sequence[Any]]:
+    """Return a figure with a panel of each name, four in a row."""
+    from matplotlib.figure import Figure
+
+    columns = min(max(len(names), 1), 4)
+    rows = max(-(-len(names) // columns), 1)
+    figure = Figure(figsize=(3.4 * columns, height * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False).flatten()
+    for axis in axes[len(names) :]:
+        axis.set_visible(False)
+    for axis, name in zip(axes, names, strict=False):
+        axis.set_title("PSNR, dB" if name == "psnr" else name.replace("_", " "), color=INK, fontsize=10)
+        axis.set_facecolor("none")
+        axis.grid(alpha=0.25)
+        axis.tick_params(colors=INK, labelsize=8)
+        axis.xaxis.label.set_color(INK)
+        for spine in axis.spines.values():
+            spine.set_color(INK)
+    return figure, list(axes[: len(names)])
+
+
+def _svg(figure: Any) -> str:
+    """Return a figure as SVG: text as text, the same bytes each time, axes in the colour of the page's text."""
+    import matplotlib as mpl
+
+    buffer = io.StringIO()
+    if any(axis.get_legend_handles_labels()[0] for axis in figure.axes):
+        figure.legend(loc="outside upper left", ncols=3, fontsize=8, labelcolor=INK, frameon=False)
+    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "latentline"}):
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :].replace(INK, "currentColor")
+    # Several charts stand in one page: names of groups would not be unique, and the page decides their size.
+    return re.sub(r'(width|height)="[\d.]+pt"', "", text.replace("<g id=", "<g data-part="), count=2)

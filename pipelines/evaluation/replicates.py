@@ -127,7 +127,7 @@ def _training_of(evaluation: Path) -> _Training | None:
     """Read how the U-Net of an evaluation was trained; None where that U-Net is not there any more."""
     try:
         unet = read_manifest(read_manifest(evaluation).provenance["inputs"]["unet"])
+        config = dict(unet.config)
+        return _Training(request=(config, dict(unet.parents)), seed=config.pop("seed"))
     except (FileNotFoundError, KeyError):
         return None
-    config = dict(unet.config)
-    return _Training(request=(config, dict(unet.parents)), seed=config.pop("seed"))

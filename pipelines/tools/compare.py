@@ -153,7 +153,12 @@ class Verdict:
 
     @property
     def text(self) -> str:
-        """Return a sentence, what it stands on, and a table."""
+        """Return the sentences and the table."""
+        return "\n".join([*self.sentences, "", *_aligned(self.rows)])
+
+    @property
+    def sentences(self) -> list[str]:
+        """Return the verdict in a sentence, then what it stands on."""
         first, second = self.baseline, self.side
         said: dict[str, list[str]] = {"better": [], "worse": [], "cannot tell": []}
         for name, found in self.differences.items():
@@ -170,6 +175,12 @@ class Verdict:
         if self.differences:
             guidance = f"{second.guidance:g} against {first.guidance:g}, each side's best by {CHOOSING}"
             lines.append(f"Guidance {guidance}. {self._trust}")
+        return lines
+
+    @property
+    def rows(self) -> list[tuple[str, ...]]:
+        """Return the table: its head, then a row a metric, the judged ones first."""
+        first, second = self.baseline, self.side
         rows: list[tuple[str, ...]] = [("metric", "", first.name, second.name, "difference", "interval", "verdict")]
         for name in dict.fromkeys([*self.differences, *first.metrics, *second.metrics]):
             values = [_shown(side.mean(name)) for side in (first, second)]
@@ -180,7 +191,7 @@ class Verdict:
                 interval = f"[{found.low:+.3g}, {found.high:+.3g}]"
                 last = (f"{found.value:+.3g}", interval, found.word(JUDGED[name]))
             rows.append((name, direction, *values, *last))
-        return "\n".join([*lines, "", *_aligned(rows)])
+        return rows
 
     @property
     def _trust(self) -> str:

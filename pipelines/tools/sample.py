@@ -8,6 +8,7 @@ Reads: ``runs/NAME/vae/``, ``runs/NAME/unet/``. Writes: ``OUTPUT/KEY.png`` for e
 ``OUTPUT/grid.png``. Other images of these names stay: the new ones are ``KEY-2.png`` and ``grid-2.png`` then.
 """
 
+import json
 import logging
 import re
 import sys
@@ -21,7 +22,7 @@ from pydantic import NonNegativeInt, PositiveInt
 from torch import Tensor
 
 from data.files import make_folder, write_beside
-from data.samples import encode_png
+from data.samples import PNG_KEYWORD, encode_png
 from models.diffusion.guidance import GuidanceConfig
 from models.diffusion.samplers import DDIMConfig, SamplerConfig, slerp
 from models.latent_diffusion import LatentDiffusion
@@ -87,6 +88,7 @@ def draw(config: SampleConfig) -> Answer:
 
     # Batch by batch.
     names = [classes[label] if label >= 0 else "" for label in labels]
+    origin = {"prompt": config.prompt, "unet": parents.unet.weights, "vae": parents.vae.weights}
     images, paths = list[np.ndarray](), list[Path]()
     with progress_line("sample", total=config.number, unit="images") as line:
         for first in range(0, config.number, config.batch_size):
@@ -95,7 +97,9 @@ def draw(config: SampleConfig) -> Answer:
             conditions |= {name: torch.cat([field] * len(indices)) for name, field in prompt.items()}
             for index, image in zip(indices, draw_batch(config, model, indices, conditions), strict=True):
                 images.append(image)
-                paths.append(write_beside(output / image_name(config, index, names[index]), encode_png(image)))
+                about = {"seed": config.seed, "index": index, "guidance": config.guidance.scale, **origin}
+                content = encode_png(image, texts={PNG_KEYWORD: json.dumps(about)})
+                paths.append(write_beside(output / image_name(config, index, names[index]), content))
             line.advance_to(len(images))
     grid = write_beside(output / "grid.png", grid_of(config, images, names))
     found = {"grid": str(grid), "images": list(map(str, paths)), "classes": names}

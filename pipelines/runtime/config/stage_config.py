@@ -11,8 +11,7 @@ STAGE_FOLDERS = {
     "train_unet": "unet",
     "evaluate": "evaluation",
 }
-TOOL_TABLES = ("sample", "export", "reconstruct", "benchmark", "doctor", "plan", "compare", "sync")
-
+TOOL_TABLES = ("sample", "export", "reconstruct", "benchmark", "doctor", "plan", "compare", "report", "trace", "sync")
 
 Name = Annotated[str, Field(min_length=1)]  # of a folder or an experiment; an empty one would be the working directory
 

@@ -1,0 +1,207 @@
+"""Trace a sample back to what it was made of: U-Net, latents, VAE and corpus, and the training images nearest to it.
+
+    latentline trace runs/demo/evaluation/samples-000000.tar:guidance_2p5-000007     a member of a sample tar
+    latentline trace samples/000000-sneaker-seed0.png                                an image of `latentline sample`
+    latentline trace exported/README.md                                              an exported model's card
+    latentline trace runs/demo/unet                                                  a run, or its id in MLflow
+
+Ancestors are found by digest among all stages below ``search``, so that a folder may have been moved or renamed; one
+that is not there is named with what is known of it. Exit code 1 when any is missing.
+"""
+
+import json
+import re
+import sys
+import tarfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+from PIL import Image
+from pydantic import Field
+from safetensors.numpy import load_file
+
+from data.files import read_json
+from data.loading import ImageShards
+from data.manifest import MANIFEST_NAME, CorpusManifest, Manifest, read_manifest
+from data.samples import PNG_KEYWORD
+from pipelines.evaluation.figures import features_name
+from pipelines.runtime.config.command_line import Answer, run_tool
+from pipelines.runtime.config.errors import config_error_at
+from pipelines.runtime.config.stage_config import STAGE_FOLDERS, CommandConfig
+from pipelines.runtime.tracking.identity import RUN_FILE, RunIdentity
+
+DEEPEST = 4  # folders below ``search`` in which stages are looked for
+SHA256 = re.compile(r"\b[0-9a-f]{64}\b")
+
+
+class TraceConfig(CommandConfig):
+    """Sample to trace."""
+
+    positional = "samples"
+
+    samples: Annotated[tuple[str, ...], Field(min_length=1)]  # TAR:KEY, PNG, card, stage's folder, or MLflow run's id
+    search: str = "."  # folder below which ancestors are looked for
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return run_tool(TraceConfig, trace, table="trace", about=__doc__, argv=argv)
+
+
+def trace(config: TraceConfig) -> Answer:
+    """Find all ancestors of each sample."""
+    known = stages_below(Path(config.search))
+    with config_error_at("trace.samples"):
+        beginnings = {sample: beginning_of(sample, known) for sample in config.samples}
+    traced = [traced_back(sample, beginning, known) for sample, beginning in beginnings.items()]
+    texts = [text_of(each, searched=config.search) for each in traced]
+    return Answer({"samples": traced}, "\n\n".join(texts), code=int(any(each["missing"] for each in traced)))
+
+
+def traced_back(sample: str, beginning: "Beginning", known: Mapping[str, "Stage"]) -> dict[str, Any]:
+    """Return what a sample was made of: how it was drawn, its ancestors, what is missing, and the nearest image."""
+    found, missing = ancestors_of(beginning.digests, known)
+    rows = [described(stage) for name in STAGE_FOLDERS for stage in found if stage.manifest.stage == name]
+    near = nearest_image(beginning, found)
+    return {"sample": sample, **beginning.about, "ancestors": rows, "missing": missing, "nearest": near}
+
+
+def text_of(traced: Mapping[str, Any], *, searched: str) -> str:
+    """Return the same as lines."""
+    about = {key: value for key, value in traced.items() if key not in ("sample", "ancestors", "missing", "nearest")}
+    lines = [f"{traced['sample']}: " + ", ".join(f"{key} {value}" for key, value in about.items())]
+    for row in traced["ancestors"]:
+        lines.append(f"{row['stage']}  {row['digest'][:12]}  {row['folder']}")
+        lines += [f"    {key}: {row[key]}" for key in row if key not in ("stage", "digest", "folder") and row[key]]
+    lines += [f"missing: {what} {digest[:12]}, not below {searched}" for digest, what in traced["missing"].items()]
+    if near := traced["nearest"]:
+        place = f"{near['key']} in {near['shard']}"
+        lines.append(f"nearest training image: {place}, at {near['distance']:.2f} times the distance of a copy")
+    return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A finished stage's folder."""
+
+    folder: Path
+    manifest: Manifest
+
+
+@dataclass(frozen=True)
+class Beginning:
+    """What is known of a sample itself: digests of what made it, and how it was drawn."""
+
+    digests: dict[str, str]  # of a manifest, or of weights -> what it is
+    about: dict[str, Any]
+    evaluation: Path | None = None
+
+
+def stages_below(folder: Path) -> dict[str, Stage]:
+    """Return all finished stages by the digests of their manifests and of their weights."""
+    found: dict[str, Stage] = {}
+    for depth in range(DEEPEST + 1):
+        for path in sorted(folder.glob("*/" * depth + MANIFEST_NAME)):
+            try:
+                stage = Stage(path.parent, read_manifest(path.parent))
+            except (OSError, ValueError):  # a checkpoint's, or damaged
+                continue
+            weights = getattr(stage.manifest, "weights", "") if stage.manifest.stage != "evaluate" else ""
+            found |= dict.fromkeys(filter(None, (stage.manifest.digest, weights)), stage)
+    return found
+
+
+def beginning_of(sample: str, known: Mapping[str, Stage]) -> Beginning:
+    """Read what a sample says of itself.
+
+    Raises:
+        ValueError: It is nothing that can be traced, or says nothing.
+    """
+    path, _, key = sample.rpartition(":")
+    if path.endswith(".tar") and Path(path).is_file():
+        return _of_member(Path(path), key)
+    path = sample
+    if (folder := Path(path)).is_dir():
+        return Beginning({read_manifest(folder).digest: "run"}, {"run": path})
+    if path.endswith(".png") and Path(path).is_file():
+        texts = getattr(Image.open(path), "text", {})
+        if PNG_KEYWORD not in texts:
+            raise ValueError(f"{path} does not say what drew it: it is not of `latentline sample`, or was saved again.")
+        about = json.loads(texts[PNG_KEYWORD])
+        return Beginning({about.pop(name): name for name in ("unet", "vae")}, about)
+    if Path(path).is_file():
+        digests = SHA256.findall(Path(path).read_text(errors="replace"))
+        if not digests:
+            raise ValueError(f"{path} names no weights.")
+        return Beginning(dict.fromkeys(digests, "weights"), {"card": path})
+    for stage in known.values():
+        if (stage.folder / RUN_FILE).exists() and RunIdentity.read(stage.folder).mlflow_run_id == sample:
+            return Beginning({stage.manifest.digest: "run"}, {"run": sample})
+    raise ValueError(f"there is no tar member, PNG, model card, folder or finished run of that name: {sample!r}.")
+
+
+def _of_member(tar: Path, key: str) -> Beginning:
+    with tarfile.open(tar) as members:
+        try:
+            file = members.extractfile(f"{key}.json")
+        except KeyError:
+            raise ValueError(f"{tar} holds no {key}.json. Name a sample as TAR:KEY.") from None
+        assert file is not None
+        about = json.load(file)
+    digests = {about.pop(name): name for name in ("unet", "vae") if name in about}
+    if not digests:  # an older version's samples name nothing, but lie beside the manifest
+        digests = {read_manifest(tar.parent).digest: "evaluation"}
+    return Beginning(digests, {"key": key, **about}, tar.parent)
+
+
+def ancestors_of(digests: dict[str, str], known: Mapping[str, Stage]) -> tuple[list[Stage], dict[str, str]]:
+    """Return the stages that some digests lead to, and what is missing by digest."""
+    found, missing, ahead = dict[str, Stage](), dict[str, str](), dict(digests)
+    while ahead:
+        digest, what = ahead.popitem()
+        if digest not in known:
+            missing[digest] = what
+        elif (stage := known[digest]).manifest.digest not in found:
+            found[stage.manifest.digest] = stage
+            ahead |= {parent: f"{name} of {stage.folder}" for name, parent in stage.manifest.parents.items()}
+    return list(found.values()), missing
+
+
+def described(stage: Stage) -> dict[str, Any]:
+    """Return what a stage's folder says of it."""
+    manifest, folder = stage.manifest, stage.folder
+    row: dict[str, Any] = {
+        "stage": manifest.stage,
+        "digest": manifest.digest,
+        "folder": str(folder),
+        "weights": getattr(manifest, "weights", ""),
+        "code": manifest.provenance.get("code_version", ""),
+    }
+    if isinstance(manifest, CorpusManifest):
+        row |= {"source": manifest.config.get("source"), "shards": len(manifest.files)}
+    if (folder / RUN_FILE).exists():
+        row["MLflow run"] = RunIdentity.read(folder).mlflow_run_id
+    if (folder / "outcome.json").exists():
+        row["command"] = read_json(folder / "outcome.json", mend="Remove it.").get("resume_command", "")
+    return row
+
+
+def nearest_image(beginning: Beginning, found: Sequence[Stage]) -> dict[str, Any]:
+    """Return the training image nearest to a sample, as its evaluation has found it; empty where it has not."""
+    if beginning.evaluation is None:
+        return {}
+    kind, _, index = beginning.about["key"].rpartition("-")
+    try:
+        stored = load_file(beginning.evaluation / features_name(kind))
+        place, distance = (stored[f"nearest.{name}"][int(index)] for name in ("index", "distance"))
+        corpus = next(stage for stage in found if isinstance(stage.manifest, CorpusManifest))
+    except (OSError, KeyError, StopIteration):
+        return {}
+    shards, rows = ImageShards(corpus.folder, split="train").locate(np.array([place]))
+    return {"key": shards[0].key(rows[0]), "shard": shards[0].name, "distance": float(distance)}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

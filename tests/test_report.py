@@ -1,0 +1,130 @@
+"""The report of two runs as one page, and the ancestors of a sample."""
+
+import importlib
+import json
+import re
+import shutil
+import subprocess
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from conftest import run_here
+from test_evaluate import evaluated, write_corpus, write_model
+
+from data.manifest import read_manifest
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two evaluations of one model from other noise, each in a run of its own with all that it came from."""
+    root = tmp_path_factory.mktemp("runs")
+    write_corpus(root / "one" / "corpus", ["a", "b"], [0, 1] * 20, [0, 1] * 6)
+    write_model(root / "one", ["a", "b"])
+    shutil.copytree(root / "one", root / "two")
+    for number, name in enumerate(("one", "two")):
+        code, said = evaluated(root / name, "--seed", str(number), "--sweep", "[1.0]")
+        assert code == 0, said
+    return root
+
+
+Ran = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture
+def tool(capsys: pytest.CaptureFixture[str]) -> Ran:
+    """Run a tool in this process."""
+
+    def run(name: str, *words: str) -> subprocess.CompletedProcess[str]:
+        capsys.readouterr()
+        code = importlib.import_module(f"pipelines.tools.{name}").main(words)
+        return subprocess.CompletedProcess(words, code, *capsys.readouterr())
+
+    return run
+
+
+class _Page(HTMLParser):
+    """Addresses and headings of a page, and whether every tag that is opened is closed."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.addresses, self.headings, self._open = list[str](), list[str](), list[str]()
+        self.feed(text)
+        assert not self._open
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.addresses += [value or "" for name, value in attrs if name in ("src", "href", "xlink:href")]
+        if tag not in ("meta", "img"):
+            self._open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self._open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self._open and self._open[-1] == "h2":
+            self.headings.append(data)
+
+
+def test_a_report_is_one_page_that_asks_for_nothing_and_says_what_compare_says(
+    runs: Path, tmp_path: Path, tool: Ran
+) -> None:
+    done = tool("report", str(runs / "one"), str(runs / "two"), "--output", str(tmp_path / "r.html"))
+    assert done.returncode == 0, done.stderr
+    text = (tmp_path / "r.html").read_text()
+    page = _Page(text)
+    assert all(address.startswith(("data:", "#")) for address in page.addresses)
+    assert not re.search(r"@import|url\(http|fetch\(", text)
+    assert page.headings == [
+        *("Verdict", "Samples of the same seeds", "Training", "Figures over guidance", "Error budget"),
+        *("Copies of training images", "What differs", "Contract", "Lineage, machine and cost"),
+    ]
+    compared = tool("compare", str(runs / "one"), str(runs / "two"))
+    assert compared.stdout.splitlines()[0] in text.replace("&#39;", "'")
+    assert len(text) < 5_000_000
+
+    # The same seeds of both runs, at each guidance that both have.
+    assert len(re.findall(r'class="strip" data-scale="(1|2)"', text)) == 4
+
+
+def test_a_report_of_runs_without_an_evaluation_says_so(runs: Path, tmp_path: Path, tool: Ran) -> None:
+    done = tool("report", str(runs / "one" / "unet"), "--output", str(tmp_path / "r.html"))
+    assert done.returncode == 2
+    assert "report.runs" in done.stderr
+    assert not (tmp_path / "r.html").exists()
+
+
+def test_a_sample_is_traced_to_all_that_it_was_made_of(runs: Path, tmp_path: Path, tool: Ran) -> None:
+    shutil.copytree(runs / "one", tmp_path / "moved")
+    digests = {name: read_manifest(runs / "one" / name).digest for name in ("vae", "unet", "corpus", "evaluation")}
+    drawn = run_here(
+        *("sample", "--run.root", str(runs / "one"), "--number", "1", "--sampler.num_steps", "2"),
+        *("--output", str(tmp_path / "drawn")),
+    )
+    assert drawn.returncode == 0, drawn.stderr
+    (picture,) = (tmp_path / "drawn").glob("000000*.png")
+    card = tmp_path / "README.md"
+    card.write_text("".join(f"| `{read_manifest(runs / 'one' / name).weights}` |\n" for name in ("vae", "unet")))
+    tar = tmp_path / "moved" / "evaluation" / "samples-000000.tar"
+    beginnings = {
+        f"{tar}:guidance_2-000003": {"unet", "vae"},
+        str(picture): {"unet", "vae"},
+        str(card): {"unet", "vae"},
+        str(tmp_path / "moved" / "evaluation"): {"unet", "vae", "corpus", "evaluation"},
+    }
+    for beginning, wanted in beginnings.items():
+        done = tool("trace", beginning, "--search", str(tmp_path), "--json")
+        assert done.returncode == 0, done.stdout + done.stderr
+        (found,) = json.loads(done.stdout)["samples"]
+        assert {row["digest"] for row in found["ancestors"]} == {digests[name] for name in wanted}
+        assert all(str(tmp_path / "moved") in row["folder"] for row in found["ancestors"])
+        assert not found["missing"]
+
+    # One that has gone is named.
+    shutil.rmtree(tmp_path / "moved" / "vae")
+    done = tool("trace", f"{tar}:guidance_2-000003", "--search", str(tmp_path))
+    assert done.returncode == 1
+    assert "missing: vae" in done.stdout
+    for nothing, why in ((f"{tar}:nobody", "holds no nobody.json"), ("nowhere", "no tar member, PNG")):
+        done = tool("trace", nothing, "--search", str(tmp_path))
+        assert (done.returncode, why in done.stderr) == (2, True), done.stderr
