@@ -86,7 +86,7 @@ def sync(folder: Path, *, tracking_uri: str, follow: bool) -> dict[str, Any]:
             left = unsent(folder, Sent.read(folder))
             log.error(f"{folder}: {left} records and events are left. {error}")
             return {**found, "state": "left", "left": left}
-    notes = [f"{folder}: sent to {sender.store.name}"]
+    notes = [f"{folder}: sent to {sender.store.link}"]
     notes += [f"closed as {closed}"] if closed else []
     notes += [f"{sender.sent.refused} metrics or events refused"] if sender.sent.refused else []
     log.info("; ".join(notes))

@@ -23,7 +23,7 @@ from accelerate import Accelerator
 
 import pipelines
 from data.files import FolderLock, make_folder, read_json, sweep_temporaries, write_atomically
-from data.manifest import FORMAT_VERSION, MANIFEST_NAME, FileEntry, Manifest, Parents, digest_of, write_manifest
+from data.manifest import FORMAT_VERSION, MANIFEST_NAME, FileEntry, Manifest, Parents, write_manifest
 from pipelines.runtime.config.errors import ConfigError, Stopped, config_error_at, sentence
 from pipelines.runtime.config.experiment import config_as_toml
 from pipelines.runtime.config.logs import say_mistake, set_up_logging
@@ -44,6 +44,7 @@ from pipelines.runtime.stage.leases import sweep_expired_leases
 from pipelines.runtime.stage.provenance import code_version, hardware
 from pipelines.runtime.stage.watchdog import Watchdog
 from pipelines.runtime.tracking.identity import store_uri
+from pipelines.runtime.tracking.pages import SHORT_DIGEST
 from pipelines.runtime.tracking.tracker import SilentTracker, Tracker, open_tracker
 
 log = logging.getLogger("latentline.stage")
@@ -94,7 +95,7 @@ class Stage:
                 format_version=FORMAT_VERSION, **made, **content, files=tuple(files), provenance=self._provenance()
             )
             write_manifest(self.folder, manifest)
-            self.tracker.set_tags({f"digest.{STAGE_FOLDERS[self.name]}": manifest.digest})
+            self.tracker.set_tags({f"digest.{STAGE_FOLDERS[self.name]}": manifest.digest[:SHORT_DIGEST]})
             self.tracker.log_artifact(self.folder / MANIFEST_NAME)
         self.accelerator.wait_for_everyone()
 
@@ -341,15 +342,13 @@ def start_tracker(
     config: StageConfig, *, name: str, folder: Path, parents: Parents, accelerator: Accelerator
 ) -> Tracker:
     """Open the tracker of the main process, with the stage's parameters, tags and inputs."""
-    request = fingerprint_of(name, config, parents)
     tags = {
         "stage": name,
-        "digest.config": digest_of(request["config"]),
         "code_version": code_version(),
         "world_size": str(accelerator.num_processes),
         "host": socket.gethostname(),
         "hardware": hardware(),
-        **{f"upstream.{key}": digest for key, digest in ancestors(parents).items()},
+        **{f"digest.{key}": digest[:SHORT_DIGEST] for key, digest in ancestors(parents).items()},
     }
     with config_error_at("tracking"):
         tracker = open_tracker(
@@ -359,6 +358,7 @@ def start_tracker(
             experiment=config.run.experiment,
             tracking_uri=config.run.tracking_uri,
             params=config.model_dump(mode="json"),
+            at_default=keys_at_default(config),
             tags=tags,
             config_file=folder / "config.toml",
         )

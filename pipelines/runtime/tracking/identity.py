@@ -73,7 +73,7 @@ def run_identity(folder: Path, *, root: Path, stage: str, experiment: str, uri: 
         identity = RunIdentity(
             run_id=uuid.uuid4().hex,
             stage=stage,
-            name=f"{name}/{folder.name}",
+            name=f"{name}/{os.path.relpath(folder, root)}",
             experiment=experiment,
             tracking_uri=uri,
             pipeline_id=pipeline_id,

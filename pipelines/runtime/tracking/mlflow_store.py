@@ -11,15 +11,30 @@ import re
 import shutil
 import tempfile
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import quote
 
 import psutil
 
 from data.files import FolderLock, temporary_beside
 from pipelines.runtime.config.redaction import without_credentials
 from pipelines.runtime.tracking.identity import RunIdentity, network_file_system, sqlite_file
+from pipelines.runtime.tracking.pages import (
+    COLOURS,
+    MODEL_TRAINING,
+    NOTE,
+    NOTE_WRITTEN,
+    PICTURE,
+    SHORT_DIGEST,
+    RunPage,
+    digest_of_note,
+    page_of,
+    pipeline_note,
+    pipeline_status,
+    run_note,
+)
 
 log = logging.getLogger("latentline.tracking")
 
@@ -34,8 +49,8 @@ CLIENT_SETTINGS = {
 }
 TEXTS_PER_REQUEST = 100  # MLflow's limits
 LONGEST_KEY, LONGEST_PARAM, LONGEST_TAG = 250, 6000, 8000  # characters
-SHORT_DIGEST = 16  # characters that MLflow's pages show; it takes 36
 RESULT_PREFIX = "eval/"
+COLOUR = "mlflow.runColor"
 REFUSALS = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST")  # of MLflow's error codes, those that no repetition mends
 
 
@@ -71,15 +86,15 @@ class MlflowStore:
         self._open(identity.experiment)
         user = psutil.Process().username()
         origin = {"pipeline_id": identity.pipeline_id, "mlflow.user": user, "mlflow.source.type": "LOCAL"}
-        self._parent_id = self._find_or_make_run(
+        parent = self._find_or_make_run(
             found_by={"pipeline_id": identity.pipeline_id, "stage": "pipeline"},
             name=identity.pipeline_name,
             started=identity.pipeline_started,
             tags={**origin, "mlflow.source.name": "launch/pipeline.sh"},
         )
-        self._stage = identity.stage
+        self._parent_id, self._stage = str(parent.info.run_id), identity.stage
         self._is_result = "/evaluation-" not in identity.name  # which are further evaluations of the same model
-        self._run_id = self._find_or_make_run(
+        run = self._find_or_make_run(
             found_by={"local_run_id": identity.run_id},
             name=identity.name,
             started=identity.started,
@@ -88,9 +103,26 @@ class MlflowStore:
                 "stage": identity.stage,
                 "mlflow.parentRunId": self._parent_id,
                 "mlflow.source.name": f"pipelines.{identity.stage}",
+                COLOUR: self._colour_of(parent),
             },
         )
+        self._run_id = str(run.info.run_id)
         return self._run_id
+
+    @property
+    def link(self) -> str:
+        """Address of the run's page; of a database, as `mlflow ui` serves it."""
+        server = self.name if self.name.startswith("http") else "http://127.0.0.1:5000"
+        page = f"{server}/#/experiments/{self._experiment}/runs/{self._run_id}?{MODEL_TRAINING}"
+        return page if server == self.name else f"{page} under mlflow ui --backend-store-uri {self.name}"
+
+    def _colour_of(self, parent: Any) -> str:
+        """Return the colour that a pipeline's runs share: of the next that the experiment's pipelines do not have."""
+        if COLOUR not in parent.data.tags:
+            pipelines = self._client.search_runs([self._experiment], "tags.stage = 'pipeline'")
+            parent.data.tags[COLOUR] = COLOURS[(len(pipelines) - 1) % len(COLOURS)]
+            self._client.set_tag(parent.info.run_id, COLOUR, parent.data.tags[COLOUR])
+        return str(parent.data.tags[COLOUR])
 
     def tag_experiment(self, experiment: str, key: str, value: str) -> None:
         """Find or make the experiment, and tag it: the least that a store must take."""
@@ -105,17 +137,45 @@ class MlflowStore:
             self._experiment = self._find_or_make_experiment(experiment)
 
     def set_status(self, status: str, *, since: float) -> None:
-        """Set the state of the run, and of the pipeline, which is in the state of the stage that changed last."""
-        milliseconds = int(1000 * since)
-        runs = [self._run_id]
-        if milliseconds >= int(self._client.get_run(self._parent_id).data.tags.get("status_since", 0)):
-            self._client.set_tag(self._parent_id, "status_since", str(milliseconds))
-            runs.append(self._parent_id)
-        for run_id in runs:
-            if status == "RUNNING":
-                self._client.update_run(run_id, status=status)
-            else:
-                self._client.set_terminated(run_id, status, milliseconds)
+        """Set the state of the run, and describe it and its pipeline anew."""
+        self._set_status(self._run_id, status, milliseconds=int(1000 * since))
+        self.describe()
+
+    def describe(self) -> None:
+        """Write the descriptions of the run and of its pipeline, whose state is that of its stages."""
+        children = f"tags.mlflow.parentRunId = '{self._parent_id}'"
+        found = self._client.search_runs([self._experiment], children, order_by=["attributes.start_time ASC"])
+        runs = [self._page_of(run) for run in found]
+        ended = max(run.info.end_time or 0 for run in found)
+        self._set_status(self._parent_id, pipeline_status(runs), milliseconds=ended)
+        self._write_note(self._page_of(self._client.get_run(self._parent_id)), pipeline_note(runs))
+        [own] = [run for run in runs if run.run_id == self._run_id]
+        self._write_note(own, run_note(own))
+
+    def _set_status(self, run_id: str, status: str, *, milliseconds: int) -> None:
+        if status == "RUNNING":
+            self._client.update_run(run_id, status=status)
+        else:
+            self._client.set_terminated(run_id, status, milliseconds)
+
+    def _page_of(self, run: Any) -> RunPage:
+        info, data = run.info, run.data
+        return RunPage(
+            run_id=info.run_id,
+            experiment=info.experiment_id,
+            name=info.run_name,
+            status=info.status,
+            params=data.params,
+            metrics=data.metrics,
+            tags=data.tags,
+        )
+
+    def _write_note(self, run: RunPage, note: str) -> None:
+        """Write a description, unless a user has written another."""
+        before, note = run.tags.get(NOTE, ""), note[:LONGEST_TAG]
+        if note != before and run.tags.get(NOTE_WRITTEN) in (digest_of_note(before), None):
+            tags = {NOTE: note, NOTE_WRITTEN: digest_of_note(note)}
+            self._log_texts(run.run_id, "tags", _tags(tags))
 
     def log_metrics(self, metrics: Sequence[Metric]) -> None:
         """Send at most 1000 metrics; MLflow knows those again that it has, by their time, step and value."""
@@ -131,29 +191,20 @@ class MlflowStore:
 
     def log_tags(self, tags: Mapping[str, str]) -> None:
         """Set tags, each cut to what MLflow takes."""
-        from mlflow.entities import RunTag
+        self._log_texts(self._run_id, "tags", _tags(tags))
 
-        self._log_texts(
-            self._run_id, "tags", [RunTag(_valid_key(key), str(value)[:LONGEST_TAG]) for key, value in tags.items()]
-        )
-
-    def log_params(self, params: Mapping[str, str]) -> None:
-        """Add parameters to the run, and below the stage's name to the pipeline.
+    def log_params(self, params: Mapping[str, str], *, shown: Collection[str]) -> None:
+        """Add the parameters that are ``shown`` to the run.
 
         MLflow's parameters never change; one that did between two starts becomes the tag ``changed.KEY``.
         """
-        params = {_valid_key(key): value[:LONGEST_PARAM] for key, value in params.items()}
-        known = self._add_params(self._run_id, params)
-        self.log_tags({f"changed.{key}": value for key, value in params.items() if known.get(key, value) != value})
-        self._add_params(self._parent_id, {_valid_key(f"{self._stage}.{key}"): value for key, value in params.items()})
-
-    def _add_params(self, run_id: str, params: Mapping[str, str]) -> dict[str, str]:
-        """Add those parameters that a run does not have; return those that it had."""
         from mlflow.entities import Param
 
-        known: dict[str, str] = self._client.get_run(run_id).data.params
-        self._log_texts(run_id, "params", [Param(key, value) for key, value in params.items() if key not in known])
-        return known
+        params = {_valid_key(key): value[:LONGEST_PARAM] for key, value in params.items()}
+        known: dict[str, str] = self._client.get_run(self._run_id).data.params
+        new = [Param(key, params[key]) for key in map(_valid_key, shown) if key not in known]
+        self._log_texts(self._run_id, "params", new)
+        self.log_tags({f"changed.{key}": value for key, value in params.items() if known.get(key, value) != value})
 
     def _log_texts(self, run_id: str, kind: str, texts: Sequence[Any]) -> None:
         for start in range(0, len(texts), TEXTS_PER_REQUEST):
@@ -199,6 +250,9 @@ class MlflowStore:
             self.log_artifact(whole, folder="images")
             self.log_artifact(preview, folder="images")
         self.log_tags({"mlflow.loggedImages": "true"})
+        if key in page_of(self._stage).pictures:
+            self.log_tags({PICTURE: quote(f"images/{whole.name}")})
+            self.describe()
 
     def log_model(self, name: str, folder: Path) -> None:
         """Send weights as a logged model of the run; one that a broken connection left unfinished is finished."""
@@ -242,14 +296,13 @@ class MlflowStore:
 
     def _find_or_make_run(
         self, *, found_by: Mapping[str, str], name: str, started: float, tags: Mapping[str, str]
-    ) -> str:
-        """Return the id of the oldest run that bears the tags ``found_by``."""
+    ) -> Any:
+        """Return the oldest run that bears the tags ``found_by``."""
         condition = " and ".join(f"tags.`{key}` = '{value}'" for key, value in found_by.items())
         order = ["attributes.start_time ASC"]
         if found := self._client.search_runs([self._experiment], condition, order_by=order, max_results=1):
-            return str(found[0].info.run_id)
-        made = self._client.create_run(self._experiment, int(1000 * started), {**tags, **found_by}, run_name=name)
-        return str(made.info.run_id)
+            return found[0]
+        return self._client.create_run(self._experiment, int(1000 * started), {**tags, **found_by}, run_name=name)
 
 
 @contextlib.contextmanager
@@ -291,6 +344,12 @@ def _existing_database(uri: str) -> Iterator[None]:
             finally:
                 temporary.unlink(missing_ok=True)
         yield
+
+
+def _tags(tags: Mapping[str, str]) -> list[Any]:
+    from mlflow.entities import RunTag
+
+    return [RunTag(_valid_key(key), str(value)[:LONGEST_TAG]) for key, value in tags.items()]
 
 
 def _valid_key(key: str) -> str:

@@ -19,6 +19,7 @@ from pipelines.runtime.config.outcome import has_failed
 from pipelines.runtime.config.redaction import without_credentials
 from pipelines.runtime.tracking.identity import RunIdentity, pipeline_lock
 from pipelines.runtime.tracking.mlflow_store import Metric, MlflowStore, RefusedError
+from pipelines.runtime.tracking.pages import COMMAND
 from pipelines.runtime.tracking.spool import (
     EVENTS,
     FILES,
@@ -154,6 +155,7 @@ class Sender:
         path = self.folder / event.get("path", "")
         match event["kind"]:
             case "start":
+                self.store.log_tags({COMMAND: event.get("command", "")})
                 self.store.set_status("RUNNING", since=event["time"])
             case "close":
                 self._send_metrics()
@@ -161,7 +163,7 @@ class Sender:
             case "tags":
                 self.store.log_tags(event["tags"])
             case "params":
-                self.store.log_params(event["params"])
+                self.store.log_params(event["params"], shown=event.get("shown", event["params"]))
             case "input":
                 given = {key: event[key] for key in ("name", "digest", "source", "context")}
                 self.store.log_input(**given)

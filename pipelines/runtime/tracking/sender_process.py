@@ -65,6 +65,8 @@ def send_while_owned(folder: Path) -> int:
                 sender.send(files_until=math.inf if closing else time.time() - FILES_WAIT_SECONDS)
             if failures >= FAILURES_TO_REPORT:
                 log.info(f"MLflow at {sender.store.name} answers again.")
+            if not has_answered:
+                log.info(f"MLflow: {sender.store.link}")
             failures, has_answered = 0, True
             if closing:
                 return 0

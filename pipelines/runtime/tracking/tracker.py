@@ -14,15 +14,17 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 from data.files import FolderLock, temporary_beside
 from pipelines.runtime.config.dotted_keys import flattened_texts
+from pipelines.runtime.config.outcome import resume_command
 from pipelines.runtime.config.redaction import without_credentials
 from pipelines.runtime.tracking.identity import AUTO, OFFLINE, RunIdentity, run_identity, sqlite_file, store_uri
+from pipelines.runtime.tracking.pages import shown_params
 from pipelines.runtime.tracking.spool import (
     EVENTS,
     FILES,
@@ -42,6 +44,7 @@ log = logging.getLogger("latentline.tracking")
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 Record = Mapping[str, float | int]  # {"update", "batch", "time", "train/loss", ...}
 
+VALIDATION, FINAL = "val/", "final/"  # keys of images
 CLOSE_WAIT_SECONDS = 8.0  # a stage exits within 10 s when its server takes nothing
 LONGEST_WAIT_SECONDS = 60.0  # while the server takes something; always of an sqlite file, which takes a while to make
 
@@ -71,6 +74,7 @@ def open_tracker(
     experiment: str,
     tracking_uri: str = AUTO,
     params: Mapping[str, Any],
+    at_default: Collection[str] = (),
     tags: Mapping[str, str],
     config_file: Path | None = None,
 ) -> "Tracker":
@@ -86,6 +90,7 @@ def open_tracker(
         tracking_uri: ``auto`` (MLFLOW_TRACKING_URI, else sqlite beside ``root``), ``offline`` (send nothing; ``sync``
             can do so later) or the URI of a store.
         params: The resolved configuration.
+        at_default: Dotted keys whose value is the default; MLflow shows headlines and the others.
         tags: Facts by which the run is found: digests, code version, host.
         config_file: The resolved configuration as a file; kept with the run, without credentials.
 
@@ -103,10 +108,11 @@ def open_tracker(
         lock.release()
         raise
     tracker = Tracker(folder=folder, identity=identity, uri=uri, lock=lock)
-    tracker.event("start", process=os.getpid(), host=os.uname().nodename)
+    tracker.event("start", process=os.getpid(), host=os.uname().nodename, command=resume_command())
     texts = {key: without_credentials(text) for key, text in flattened_texts(params).items()}
-    tracker.event("params", params=texts)  # a changed one stays as it was in MLflow and becomes a tag
-    tracker.set_tags({**tags, "folder": str(folder.resolve())})
+    # A changed one stays as it was in MLflow and becomes a tag.
+    tracker.event("params", params=texts, shown=shown_params(texts, at_default=at_default))
+    tracker.set_tags(tags)
     if config_file is not None:
         tracker.event("text", spool=FILES, name=config_file.name, text=without_credentials(config_file.read_text()))
     tracker.start_sending()
@@ -215,6 +221,10 @@ class Tracker:
         """
         longest = wait_seconds or (CLOSE_WAIT_SECONDS if status == "KILLED" else LONGEST_WAIT_SECONDS)
         patience = longest if wait_seconds or sqlite_file(self._uri) is not None else CLOSE_WAIT_SECONDS
+        if status == "FINISHED":
+            with contextlib.suppress(OSError):
+                self._spool.flush(timeout_seconds=patience / 2)
+                self._log_final_images()
         self.event("close", status=status)
         self._spool.close(timeout_seconds=patience / 2)
         try:
@@ -227,6 +237,16 @@ class Tracker:
                 f"MLflow: {left} records and events are not sent yet to {without_credentials(self._uri)}. "
                 f"Nothing is lost; send them with: python -m pipelines.tools.sync {self._folder}"
             )
+
+    def _log_final_images(self) -> None:
+        """Log the last grid of each validation under a key of its own at step 0, where runs of any length show it."""
+        last: dict[str, Path] = {}
+        for event in read_spool_backwards(self._folder / FILES):
+            key = event.get("key", "")
+            if key.startswith(VALIDATION) and key not in last:
+                last[key] = self._folder / event["path"]
+        for key, path in last.items():
+            self.log_image(key.replace(VALIDATION, FINAL), path, step=0)
 
     def event(self, kind: str, *, spool: str = EVENTS, **content: Any) -> None:
         """Append an event to a spool other than the metrics."""
