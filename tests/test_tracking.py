@@ -23,7 +23,7 @@ from PIL import Image
 
 from pipelines.runtime.config.redaction import without_credentials
 from pipelines.runtime.tracking.identity import RunIdentity, network_file_system, pipeline_identity, store_uri
-from pipelines.runtime.tracking.sender import metrics_of
+from pipelines.runtime.tracking.sender import is_sent, metrics_of
 from pipelines.runtime.tracking.spool import (
     EVENTS,
     FILES,
@@ -478,3 +478,19 @@ def test_credentials_are_taken_out_of_any_url() -> None:
     signed = "https://host/a.tar?key=secret 'postgresql://me:b@d@db/mlflow?sslmode=require'"
     assert without_credentials(signed, queries=True) == "https://host/a.tar?*** 'postgresql://***@db/mlflow?***'"
     assert without_credentials(signed).endswith("'postgresql://***@db/mlflow?sslmode=require'")
+
+
+def test_the_store_gets_a_curve_that_thins_out_as_a_function_of_the_update_alone() -> None:
+    expected = [*range(1, 11), *range(12, 21, 2), *range(25, 51, 5), *range(60, 101, 10), *range(120, 201, 20)]
+    assert [update for update in range(1, 201) if is_sent(update, density=10)] == expected
+    assert all(is_sent(update, density=0) for update in range(1, 2000))
+    assert sum(is_sent(update, density=1000) for update in range(1, 1_000_001)) == 1000 + 3 * 1600
+    assert all(is_sent(update, density=1000) for update in range(100, 50_001, 100))  # metrics of a flush stand at these
+
+
+def test_a_record_is_sent_without_what_is_thinned_and_what_only_one_rank_measured() -> None:
+    record = {"update": 2001, "batch": 2001, "time": 1e9, "train/loss": 0.5, "perf/mfu": 0.4, "perf/wait/rank_3": 1.0}
+    assert [metric.name for metric in metrics_of(record)] == ["train/loss", "perf/mfu"]
+    assert [metric.name for metric in metrics_of(record, density=1000)] == ["perf/mfu"]
+    [load] = metrics_of({"time": 1_000_090.5, "system/node1/cpu_utilization_percentage": 50.0}, started=1e6)
+    assert (load.step, load.milliseconds) == (90, 1_000_090_500)

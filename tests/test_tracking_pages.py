@@ -1,7 +1,10 @@
 """Pages of runs in MLflow: descriptions, parameters, tags, colours and states, in a real store."""
 
+import base64
 import json
 import re
+import time
+import zlib
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -12,7 +15,7 @@ from PIL import Image
 
 from pipelines.runtime.config.command_line import config_from_command_line
 from pipelines.runtime.stage.fingerprint import keys_at_default
-from pipelines.runtime.tracking.tracker import Tracker, open_tracker
+from pipelines.runtime.tracking.tracker import NodeTracker, Tracker, open_tracker
 from pipelines.tools import sync
 from pipelines.train_unet import TrainUNetConfig
 
@@ -106,7 +109,7 @@ def test_a_pipeline_shows_its_stages_and_is_in_the_state_of_the_worst(
     for folder, state in states.items():
         run = runs[f"demo/{folder}"]
         page = f"#/experiments/{run.info.experiment_id}/runs/{run.info.run_id}?workflowType=machine_learning"
-        assert f"| [demo/{folder}]({page}) | {state.lower()} |" in note(parent)
+        assert f"| [demo/{folder}]({page}) | \u00a0{state.lower()}\u00a0 |" in note(parent)
     assert ("frechet distance 2.99 ± 0.23" in note(parent)) == any("evaluation" in folder for folder in states)
 
 
@@ -119,7 +122,7 @@ def test_a_description_that_a_user_wrote_is_left_alone(tmp_path: Path, store: st
     (root / "vae" / "tracking" / "sent.json").unlink()
     runs = send(root, store)
     assert note(runs["demo/vae"]) == "the one for the paper"
-    assert "| finished |" in note(runs["demo"])
+    assert "finished" in note(runs["demo"])
 
 
 def test_a_run_shows_headlines_and_what_differs_from_the_defaults(tmp_path: Path, store: str) -> None:
@@ -180,3 +183,58 @@ def test_state_and_description_come_back_with_a_store_that_is_filled_again(tmp_p
     assert after["demo"].info.status == before.info.status == "FAILED"
     for run in after.values():
         assert run.info.run_id in note(after["demo"]) or run.info.run_name == "demo"
+
+
+def test_the_load_of_every_node_arrives_and_is_little(tmp_path: Path, store: str) -> None:
+    root = tmp_path / "demo"
+    tracker = start(root, "unet")
+    node = NodeTracker(root / "unet", node="node1")
+    spools = [root / "unet" / "tracking" / name for name in ("system.jsonl", "system-node1.jsonl")]
+    deadline = time.monotonic() + 60
+    while not all(spool.exists() for spool in spools) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    tracker.close("FINISHED")
+    node.close("FINISHED")
+    sent = {name for name in send(root, store)["demo/unet"].data.metrics if name.startswith("system/")}
+    of_one = {"cpu_utilization_percentage", "system_memory_usage_percentage", "process_memory_megabytes"}
+    assert sent == {f"system/{node}{name}" for node in ("", "node1/") for name in of_one}
+
+
+def test_views_are_written_once_and_those_of_users_are_left_alone(tmp_path: Path, store: str) -> None:
+    root, client = tmp_path / "demo", MlflowClient(tracking_uri=store)
+    start(root, "evaluation", tags={"contract": "96bca708b1aa"}).close("FINISHED")
+    send(root, store)
+    experiment = client.get_experiment_by_name(f"tests of {root.parent.name}")
+    views = {
+        key: json.loads(text) for key, text in experiment.tags.items() if key.startswith("mlflow.sharedViewState.")
+    }
+    named = {view["name"] for view in views.values()}
+    assert named >= {"Which U-Net is better", "Samples side by side", "Evaluations over guidance (96bca708b1aa)"}
+    for key, view in views.items():
+        assert f"viewStateShareKey={key.rpartition('.')[2]}" in experiment.tags["mlflow.note.content"]
+        state = json.loads(zlib.decompress(base64.b64decode(view["state"].removeprefix("deflate;"))))
+        sections = {section["uuid"] for section in state["compareRunSections"]}
+        assert {chart["metricSectionId"] for chart in state["compareRunCharts"]} <= sections
+        assert len({chart["uuid"] for chart in state["compareRunCharts"]}) == len(state["compareRunCharts"])
+        assert len(experiment.tags[key]) <= 20_000
+
+    # Another evaluation under another contract, in an experiment in which a user has saved a view.
+    client.set_experiment_tag(experiment.experiment_id, "mlflow.sharedViewState.mine", json.dumps({"name": "mine"}))
+    before = client.get_experiment(experiment.experiment_id).tags
+    (root / "evaluation" / "tracking" / "sent.json").unlink()
+    send(root, store)
+    assert client.get_experiment(experiment.experiment_id).tags == before
+    start(root, "evaluation-cold", tags={"contract": "00000000ffff"}).close("FINISHED")
+    send(root, store)
+    after = client.get_experiment(experiment.experiment_id).tags
+    assert {key: after[key] for key in before if "sharedViewState" in key}.items() <= before.items()
+    added = [json.loads(after[key])["name"] for key in after.keys() - before.keys()]
+    assert added == ["Evaluations over guidance (00000000ffff)"]
+
+
+def test_a_server_too_old_for_views_gets_none(tmp_path: Path, store: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mlflow.__version__", "3.14.0")
+    start(tmp_path / "demo", "vae").close("FINISHED")
+    assert "VAE" in note(send(tmp_path / "demo", store)["demo/vae"])
+    tags = MlflowClient(tracking_uri=store).get_experiment_by_name(f"tests of {tmp_path.name}").tags
+    assert not [key for key in tags if "sharedViewState" in key or "note" in key]

@@ -12,6 +12,7 @@ STAGE_FOLDERS = {
     "evaluate": "evaluation",
 }
 TOOL_TABLES = ("sample", "export", "reconstruct", "benchmark", "doctor", "plan", "compare", "report", "trace", "sync")
+CURVE_DENSITY = 1000
 
 Name = Annotated[str, Field(min_length=1)]  # of a folder or an experiment; an empty one would be the working directory
 
@@ -22,6 +23,7 @@ class RunConfig(BaseModel, frozen=True, extra="forbid"):
     root: Name = "runs/default"  # folder of the experiment; the stages' folders lie in it
     experiment: Name = "latentline"  # MLflow experiment
     tracking_uri: str = "auto"  # MLflow server or store; "auto" is MLFLOW_TRACKING_URI, else sqlite beside run.root
+    curve_density: NonNegativeInt = CURVE_DENSITY  # updates that MLflow gets each, then ever fewer; 0 sends all
     num_processes: NonNegativeInt = 0  # world size to insist on; 0 accepts what was launched
     threads: Annotated[int, Field(ge=0, le=1024)] = 0  # CPU threads of a process; 0 is its share of the machine's cores
     attention: Literal["auto", "sdpa", "xformers", "math"] = "auto"  # its backend; auto takes the first that runs here

@@ -45,7 +45,7 @@ from pipelines.runtime.stage.provenance import code_version, hardware
 from pipelines.runtime.stage.watchdog import Watchdog
 from pipelines.runtime.tracking.identity import store_uri
 from pipelines.runtime.tracking.pages import SHORT_DIGEST
-from pipelines.runtime.tracking.tracker import SilentTracker, Tracker, open_tracker
+from pipelines.runtime.tracking.tracker import NodeTracker, SilentTracker, Tracker, open_tracker
 
 log = logging.getLogger("latentline.stage")
 
@@ -200,6 +200,8 @@ def running_stage(
             shown = without_credentials(config_as_toml(config, table=name))
             write_atomically(own / "config.toml", shown.encode())
             tracker = start_tracker(config, name=name, folder=own, parents=manifests, accelerator=accelerator)
+        elif accelerator.is_local_main_process:
+            tracker = NodeTracker(own, node=f"node{os.environ.get('GROUP_RANK', socket.gethostname())}")
         stop = StopSignal(folder, accelerator)
         stage = Stage(
             name=name,
@@ -357,6 +359,7 @@ def start_tracker(
             stage=name,
             experiment=config.run.experiment,
             tracking_uri=config.run.tracking_uri,
+            curve_density=config.run.curve_density,
             params=config.model_dump(mode="json"),
             at_default=keys_at_default(config),
             tags=tags,

@@ -40,6 +40,7 @@ class RunIdentity:
     pipeline_started: float  # Unix seconds
     started: float  # Unix seconds
     mlflow_run_id: str = ""
+    curve_density: int = 0  # updates up to which the store gets each; an older version's run was sent all
 
     def write(self, folder: Path) -> None:
         """Commit ``run.json`` in ``folder``."""
@@ -60,14 +61,14 @@ class RunIdentity:
             raise ValueError(f"{path} is damaged ({error}). {mend}") from None
 
 
-def run_identity(folder: Path, *, root: Path, stage: str, experiment: str, uri: str) -> RunIdentity:
+def run_identity(folder: Path, *, root: Path, stage: str, experiment: str, uri: str, curve_density: int) -> RunIdentity:
     """Return the identity of the run in ``folder``, made at its first start and continued at every other."""
     pipeline_id, pipeline_started = pipeline_identity(root)
     name = Path(os.path.abspath(root)).name
     uri = without_credentials(uri)
     try:
         old = RunIdentity.read(folder)
-        identity = replace(old, experiment=experiment, tracking_uri=uri)
+        identity = replace(old, experiment=experiment, tracking_uri=uri, curve_density=curve_density)
     except FileNotFoundError:
         old = None
         identity = RunIdentity(
@@ -80,6 +81,7 @@ def run_identity(folder: Path, *, root: Path, stage: str, experiment: str, uri: 
             pipeline_name=name,
             pipeline_started=pipeline_started,
             started=round(time.time(), 3),
+            curve_density=curve_density,
         )
     if identity != old:
         identity.write(folder)

@@ -12,6 +12,7 @@ import shutil
 import tempfile
 import uuid
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import quote
@@ -22,18 +23,26 @@ from data.files import FolderLock, temporary_beside
 from pipelines.runtime.config.redaction import without_credentials
 from pipelines.runtime.tracking.identity import RunIdentity, network_file_system, sqlite_file
 from pipelines.runtime.tracking.pages import (
-    COLOURS,
     MODEL_TRAINING,
-    NOTE,
-    NOTE_WRITTEN,
     PICTURE,
     SHORT_DIGEST,
     RunPage,
-    digest_of_note,
+    changed_note,
     page_of,
+    pages,
     pipeline_note,
     pipeline_status,
     run_note,
+)
+from pipelines.runtime.tracking.views import (
+    FIRST_VERSION,
+    MOST_VIEWS,
+    VIEW_TAG,
+    experiment_note,
+    id_of,
+    is_view,
+    tag_of,
+    views_of,
 )
 
 log = logging.getLogger("latentline.tracking")
@@ -50,7 +59,7 @@ CLIENT_SETTINGS = {
 TEXTS_PER_REQUEST = 100  # MLflow's limits
 LONGEST_KEY, LONGEST_PARAM, LONGEST_TAG = 250, 6000, 8000  # characters
 RESULT_PREFIX = "eval/"
-COLOUR = "mlflow.runColor"
+COLOUR, LOCAL_ID = "mlflow.runColor", "mlflow.latentline.id"
 REFUSALS = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST")  # of MLflow's error codes, those that no repetition mends
 
 
@@ -85,17 +94,19 @@ class MlflowStore:
         """Find or make the experiment, the pipeline's run and, below it, the stage's run."""
         self._open(identity.experiment)
         user = psutil.Process().username()
-        origin = {"pipeline_id": identity.pipeline_id, "mlflow.user": user, "mlflow.source.type": "LOCAL"}
+        origin = {"mlflow.user": user, "mlflow.source.type": "LOCAL"}
         parent = self._find_or_make_run(
-            found_by={"pipeline_id": identity.pipeline_id, "stage": "pipeline"},
+            identity.pipeline_id,
+            older=f"tags.stage = 'pipeline' and tags.pipeline_id = '{identity.pipeline_id}'",
             name=identity.pipeline_name,
             started=identity.pipeline_started,
-            tags={**origin, "mlflow.source.name": "launch/pipeline.sh"},
+            tags={**origin, "stage": "pipeline", "mlflow.source.name": "launch/pipeline.sh"},
         )
         self._parent_id, self._stage = str(parent.info.run_id), identity.stage
         self._is_result = "/evaluation-" not in identity.name  # which are further evaluations of the same model
         run = self._find_or_make_run(
-            found_by={"local_run_id": identity.run_id},
+            identity.run_id,
+            older=f"tags.local_run_id = '{identity.run_id}'",
             name=identity.name,
             started=identity.started,
             tags={
@@ -120,7 +131,8 @@ class MlflowStore:
         """Return the colour that a pipeline's runs share: of the next that the experiment's pipelines do not have."""
         if COLOUR not in parent.data.tags:
             pipelines = self._client.search_runs([self._experiment], "tags.stage = 'pipeline'")
-            parent.data.tags[COLOUR] = COLOURS[(len(pipelines) - 1) % len(COLOURS)]
+            colours = pages()["colours"]
+            parent.data.tags[COLOUR] = colours[(len(pipelines) - 1) % len(colours)]
             self._client.set_tag(parent.info.run_id, COLOUR, parent.data.tags[COLOUR])
         return str(parent.data.tags[COLOUR])
 
@@ -151,6 +163,34 @@ class MlflowStore:
         self._write_note(self._page_of(self._client.get_run(self._parent_id)), pipeline_note(runs))
         [own] = [run for run in runs if run.run_id == self._run_id]
         self._write_note(own, run_note(own))
+        self._write_views({run.tags["contract"] for run in runs if "contract" in run.tags})
+
+    def _write_views(self, contracts: Collection[str]) -> None:
+        """Write the experiment's views that are not there, and links to all; none where MLflow cannot show them."""
+        if not self._shows_views:
+            return
+        experiment = self._client.get_experiment(self._experiment)
+        tags, set_tag = dict(experiment.tags), self._client.set_experiment_tag
+        for name, state in views_of(contracts).items():
+            key, text = VIEW_TAG + id_of(name), tag_of(name, state, milliseconds=experiment.creation_time)
+            if tags.get(key) != text and (key in tags or sum(map(is_view, tags)) < MOST_VIEWS):
+                set_tag(self._experiment, key, text)
+                tags[key] = text
+        for key, text in changed_note(tags, experiment_note(tags, experiment=self._experiment)).items():
+            set_tag(self._experiment, key, text)
+
+    @cached_property
+    def _shows_views(self) -> bool:
+        """Whether the server, or the MLflow that will open the database, lists saved views."""
+        import mlflow
+        from mlflow.utils.credentials import get_default_host_creds
+        from mlflow.utils.rest_utils import http_request
+
+        version = mlflow.__version__
+        if self.name.startswith("http"):
+            version = http_request(get_default_host_creds(self._uri), "/version", "GET").text
+        numbers = re.match(r"(\d+)\.(\d+)", version)
+        return numbers is not None and (int(numbers[1]), int(numbers[2])) >= FIRST_VERSION
 
     def _set_status(self, run_id: str, status: str, *, milliseconds: int) -> None:
         if status == "RUNNING":
@@ -171,11 +211,7 @@ class MlflowStore:
         )
 
     def _write_note(self, run: RunPage, note: str) -> None:
-        """Write a description, unless a user has written another."""
-        before, note = run.tags.get(NOTE, ""), note[:LONGEST_TAG]
-        if note != before and run.tags.get(NOTE_WRITTEN) in (digest_of_note(before), None):
-            tags = {NOTE: note, NOTE_WRITTEN: digest_of_note(note)}
-            self._log_texts(run.run_id, "tags", _tags(tags))
+        self._log_texts(run.run_id, "tags", _tags(changed_note(run.tags, note[:LONGEST_TAG])))
 
     def log_metrics(self, metrics: Sequence[Metric]) -> None:
         """Send at most 1000 metrics; MLflow knows those again that it has, by their time, step and value."""
@@ -250,7 +286,7 @@ class MlflowStore:
             self.log_artifact(whole, folder="images")
             self.log_artifact(preview, folder="images")
         self.log_tags({"mlflow.loggedImages": "true"})
-        if key in page_of(self._stage).pictures:
+        if key in page_of(self._stage)["pictures"]:
             self.log_tags({PICTURE: quote(f"images/{whole.name}")})
             self.describe()
 
@@ -295,14 +331,15 @@ class MlflowStore:
         return str(found.experiment_id)
 
     def _find_or_make_run(
-        self, *, found_by: Mapping[str, str], name: str, started: float, tags: Mapping[str, str]
+        self, local_id: str, *, older: str, name: str, started: float, tags: Mapping[str, str]
     ) -> Any:
-        """Return the oldest run that bears the tags ``found_by``."""
-        condition = " and ".join(f"tags.`{key}` = '{value}'" for key, value in found_by.items())
-        order = ["attributes.start_time ASC"]
-        if found := self._client.search_runs([self._experiment], condition, order_by=order, max_results=1):
-            return found[0]
-        return self._client.create_run(self._experiment, int(1000 * started), {**tags, **found_by}, run_name=name)
+        """Return the oldest run that bears ``local_id``, or tags of ``older`` versions, else a new one."""
+        for condition in (f"tags.`{LOCAL_ID}` = '{local_id}'", older):
+            order = ["attributes.start_time ASC"]
+            if found := self._client.search_runs([self._experiment], condition, order_by=order, max_results=1):
+                return found[0]
+        tags = {**tags, LOCAL_ID: local_id}
+        return self._client.create_run(self._experiment, int(1000 * started), tags, run_name=name)
 
 
 @contextlib.contextmanager

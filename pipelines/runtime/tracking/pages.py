@@ -1,12 +1,16 @@
-"""Pages of MLflow: parameters, descriptions and colours by which a run explains itself.
+"""Pages of MLflow: the parameters and descriptions by which runs explain themselves, declared in ``pages.toml``.
 
 A description is a pure function of what the store has of the run, so that a store that is filled again gets it again.
 MLflow keeps tags that begin with ``mlflow.`` out of its tables: there lie the command and the picture of a description.
 """
 
 import hashlib
+import tomllib
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
 
 NOTE = "mlflow.note.content"
 NOTE_WRITTEN = "mlflow.latentline.note"  # digest of the description written last: one that a user changed is left alone
@@ -15,67 +19,17 @@ PICTURE = "mlflow.latentline.picture"
 MODEL_TRAINING = "workflowType=machine_learning"  # opens MLflow's pages for model training, not those for agents
 SHORT_DIGEST = 12  # characters shown
 
-#: Of a dozen pipelines that are compared each has its own: Okabe & Ito's, then darker ones.
-COLOURS = (
-    *("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00"),
-    *("#882255", "#117733", "#332288", "#999933", "#AA4499", "#44AA99"),
-)
 
-#: Parameters that every run shows, besides those that differ from their defaults.
-HEADLINES = frozenset(
-    {
-        *("source.kind", "view.resolution", "updates", "global_batch", "precision", "seed", "optim.peak_lr"),
-        *("network.channels", "network.latent_channels", "objective.kl_weight"),
-        *("denoiser.network.channels", "denoiser.objective.prediction", "denoiser.objective.weighting.kind"),
-        *("denoiser.schedule.kind", "num_samples", "sampler.kind", "sampler.num_steps", "guidance.scale"),
-    }
-)
+@cache
+def pages() -> dict[str, Any]:
+    """Return the tables of ``pages.toml``."""
+    return tomllib.loads(Path(__file__).with_name("pages.toml").read_text(encoding="utf-8"))
 
 
-@dataclass(frozen=True)
-class StagePage:
-    """Page of a stage's runs: a sentence with ``{PARAMETER}``, metrics of the result line, pictures, the best first."""
-
-    sentence: str
-    results: tuple[str, ...]
-    pictures: tuple[str, ...]
-
-
-PAGES = {
-    "prepare_corpus": StagePage(
-        "Images of the source {source.kind} packed into shards.",
-        ("corpus/samples", "corpus/quarantined"),
-        ("corpus/examples",),
-    ),
-    "train_vae": StagePage(
-        "A VAE trained for {updates} updates of {global_batch} images.",
-        ("val/psnr", "val/latent_std", "train/loss", "progress/images"),
-        ("final/reconstructions", "val/reconstructions"),
-    ),
-    "encode_latents": StagePage(
-        "Images encoded into latents by the VAE.",
-        ("latents/samples", "latents/active_channels"),
-        ("latents/statistics",),
-    ),
-    "train_unet": StagePage(
-        "A U-Net trained for {updates} updates of {global_batch} latents.",
-        ("val/frechet_distance", "val/loss", "val/condition_gap", "progress/images"),
-        ("final/samples", "val/samples"),
-    ),
-    "evaluate": StagePage(
-        "{num_samples} samples at each guidance ({sampler.kind}, {sampler.num_steps} steps), measured.",
-        (
-            *("eval/best/frechet_distance", "eval/best/guidance", "eval/floor/frechet_distance"),
-            *("eval/best/precision", "eval/best/recall", "eval/best/class_accuracy", "eval/vae/psnr"),
-        ),
-        ("eval/samples",),
-    ),
-}
-
-
-def page_of(stage: str) -> StagePage:
+def page_of(stage: str) -> dict[str, Any]:
     """Return the page of a stage's runs; a bare one for a stage that has none."""
-    return PAGES.get(stage, StagePage(f"A run of {stage}.", (), ()))
+    found: dict[str, Any] = pages()["stages"].get(stage, {})
+    return {"sentence": f"A run of {stage}.", "results": [], "pictures": [], **found}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +57,7 @@ class RunPage:
     @property
     def result(self) -> str:
         """The result line: the stage's metrics with their errors."""
-        found = [name for name in page_of(self.stage).results if name in self.metrics]
+        found = [name for name in page_of(self.stage)["results"] if name in self.metrics]
         return " · ".join(_shown(name, self.metrics) for name in found)
 
     @property
@@ -118,7 +72,7 @@ def shown_params(params: Iterable[str], *, at_default: Collection[str]) -> list[
     return [
         key
         for key in params
-        if (key in HEADLINES or key not in at_default)
+        if (key in pages()["headlines"] or key not in at_default)
         and not key.startswith(("run.", "inputs."))
         and not key.endswith(("_every", "every_updates"))
     ]
@@ -128,7 +82,7 @@ def run_note(run: RunPage) -> str:
     """Return the description of a stage's run; Markdown."""
     state = "" if run.status == "FINISHED" else f" **{run.status.lower()}** ({run.tags.get('outcome', 'at work')})"
     contract = f" · contract {run.tags['contract']}" if "contract" in run.tags else ""
-    lines = [_filled(page_of(run.stage).sentence, run.params) + state]
+    lines = [_filled(page_of(run.stage)["sentence"], run.params) + state]
     lines += [f"**{run.result}**{contract}"] if run.result else []
     lines += [run.picture] if run.picture else []
     if command := run.tags.get(COMMAND):
@@ -140,7 +94,8 @@ def run_note(run: RunPage) -> str:
 
 def pipeline_note(runs: Sequence[RunPage]) -> str:
     """Return the description of a pipeline's run: the table of its stages and the picture of the last that has one."""
-    rows = [f"| [{run.name}]({run.link}) | {run.status.lower()} | {run.result} |" for run in runs]
+    # MLflow's tables have no space between columns.
+    rows = [f"| [{run.name}]({run.link}) | \u00a0{run.status.lower()}\u00a0 | {run.result} |" for run in runs]
     pictures = [run.picture for run in runs if run.picture]
     table = "\n".join(["| stage | state | result |", "|---|---|---|", *rows])
     return "\n\n".join([table, *pictures[-1:]])
@@ -156,8 +111,14 @@ def pipeline_status(runs: Sequence[RunPage]) -> str:
     return "RUNNING" if "RUNNING" in states.values() else max(states.values(), key=order.index)
 
 
-def digest_of_note(note: str) -> str:
-    """Return the digest by which a description is known again."""
+def changed_note(tags: Mapping[str, str], note: str) -> dict[str, str]:
+    """Return the tags by which a run or an experiment with ``tags`` gets a description; none where a user wrote one."""
+    before = tags.get(NOTE, "")
+    ours = tags.get(NOTE_WRITTEN) == _digest(before) or not before
+    return {NOTE: note, NOTE_WRITTEN: _digest(note)} if ours and note != before else {}
+
+
+def _digest(note: str) -> str:
     return hashlib.sha256(note.encode()).hexdigest()[:SHORT_DIGEST]
 
 

@@ -5,6 +5,7 @@ never take is counted and written to ``tracking/refused.log``.
 """
 
 import contextlib
+import itertools
 import logging
 import math
 import time
@@ -30,6 +31,7 @@ from pipelines.runtime.tracking.spool import (
     Sent,
     read_spool,
     read_spool_backwards,
+    system_spools,
 )
 
 log = logging.getLogger("latentline.tracking")
@@ -96,7 +98,7 @@ class Sender:
             raise StoreUnavailableError(f"MLflow at {self.store.name}: {type(error).__name__}: {reason}") from None
 
     def _connect(self) -> None:
-        identity = RunIdentity.read(self.folder)
+        self._identity = identity = RunIdentity.read(self.folder)
         with pipeline_lock(self.folder.parent):
             run_id = self.store.connect(identity)
         if (self.sent.store, self.sent.mlflow_run_id) != (self.store.name, run_id):
@@ -107,12 +109,14 @@ class Sender:
         self._connected = True
 
     def _send_metrics(self) -> None:
-        for spool in (METRICS, SYSTEM):
+        identity = self._identity
+        for spool in (METRICS, *system_spools(self.folder)):
+            started = None if spool == METRICS else identity.started
             metrics: list[Metric] = []
             offset = start = self.sent.offsets.get(spool, 0)
             for offset, record in read_spool(self.folder / spool, start=start):
                 try:
-                    metrics += metrics_of(record)
+                    metrics += metrics_of(record, started=started, density=identity.curve_density)
                 except ValueError as error:
                     self._refuse(spool, str(error))
                 if len(metrics) >= METRICS_PER_REQUEST:
@@ -191,20 +195,40 @@ class Sender:
             log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {without_credentials(text)}")
 
 
-def metrics_of(record: Mapping[str, Any] | None) -> list[Metric]:
-    """Return the metrics of a record, at its update or step.
+def metrics_of(record: Mapping[str, Any] | None, *, started: float | None = None, density: int = 0) -> list[Metric]:
+    """Return those metrics of a record that the store gets, at its update, its step or the run's second.
+
+    Args:
+        record: Of metrics or of a node's load.
+        started: Start of the run, Unix seconds, where records have no step; None where each must have one.
+        density: Updates up to which training metrics are sent of each, as `is_sent` says; 0 for all.
 
     Raises:
-        ValueError: The record has no step, no time, or something that is no number.
+        ValueError: The record has no time, or something that is no number.
     """
     try:
         assert record is not None
-        step, milliseconds = int(record["update" if "update" in record else "step"]), int(1000 * record["time"])
+        at = "update" if "update" in record else "step"
+        step = int(record[at] if started is None else record["time"] - started)
+        sent = "update" not in record or is_sent(step, density=density)
         return [
-            Metric(name, float(value), milliseconds, step) for name, value in record.items() if name not in NOT_METRICS
+            Metric(name, float(value), int(1000 * record["time"]), step)
+            for name, value in record.items()
+            # Measured every update or by each rank; what comes once a flush is sent as it is.
+            if name not in NOT_METRICS and (sent or not name.startswith("train/")) and "/rank_" not in name
         ]
     except (AssertionError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"no record of metrics ({error!r}): {record}") from None
+
+
+def is_sent(update: int, *, density: int) -> bool:
+    """Return whether the store gets the training metrics of an update.
+
+    It gets every one up to ``density``, then multiples of 2 up to twice that, of 5 up to five times, of 10, 20, 50 and
+    so on: 1.6 ``density`` a decade. Periods of decimal numbers go with these.
+    """
+    strides = (digit * 10**power for power in itertools.count() for digit in (1, 2, 5))
+    return not density or update % next(stride for stride in strides if stride * density >= update) == 0
 
 
 def is_running(folder: Path) -> bool:

@@ -1,10 +1,10 @@
 """Spools: the append-only files between a stage and the sender of its metrics.
 
 In the stage's folder lie ``metrics.jsonl`` (a record an update; the source of truth) and ``tracking/`` with
-``system.jsonl`` (records of the machine's load), ``events.jsonl`` (start, parameters, tags, data sets, end),
-``files.jsonl`` (images, artefacts, models), ``images/`` and ``sent.json`` (how far the sender came). A ``.jsonl`` file
-holds one JSON object a line and only ever grows, so a place in it is a number of bytes; an object without its newline
-is not there yet.
+``system.jsonl`` (records of the load of the main process's node; ``system-NODE.jsonl`` of each other node),
+``events.jsonl`` (start, parameters, tags, data sets, end), ``files.jsonl`` (images, artefacts, models), ``images/`` and
+``sent.json`` (how far the sender came). A ``.jsonl`` file holds one JSON object a line and only ever grows, so a place
+in it is a number of bytes; an object without its newline is not there yet.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ METRICS = "metrics.jsonl"
 SYSTEM = "tracking/system.jsonl"
 EVENTS = "tracking/events.jsonl"
 FILES = "tracking/files.jsonl"
-SPOOLS = (METRICS, SYSTEM, EVENTS, FILES)  # in the order in which they are sent
+SPOOLS = (METRICS, SYSTEM, EVENTS, FILES)  # of the main process
 SENT_FILE = "tracking/sent.json"
 WRITER_LOCK = "tracking/writer"  # held by the stage for its lifetime
 SENDER_LOCK = "tracking/sender"  # held by whoever sends
@@ -67,12 +67,22 @@ class Sent:
 def unsent(folder: Path, sent: Sent) -> int:
     """Return how many records and events of the spools are not sent yet."""
     count = 0
-    for spool in SPOOLS:
+    for spool in (METRICS, *system_spools(folder), EVENTS, FILES):
         with contextlib.suppress(FileNotFoundError), open(folder / spool, "rb") as file:
             file.seek(sent.offsets.get(spool, 0))
             while block := file.read(BLOCK_BYTES):
                 count += block.count(b"\n")
     return count
+
+
+def system_spool(node: str) -> str:
+    """Return the spool of a node other than that of the main process."""
+    return f"tracking/system-{node}.jsonl"
+
+
+def system_spools(folder: Path) -> list[str]:
+    """Return the spools of system metrics that are there, each of one node."""
+    return sorted(str(path.relative_to(folder)) for path in folder.glob("tracking/system*.jsonl"))
 
 
 def read_spool(path: Path, *, start: int) -> Iterator[tuple[int, dict[str, Any] | None]]:
@@ -144,12 +154,12 @@ class SpoolWriter:
     What cannot be written is kept, tried again every second and reported once; ``flush`` raises it.
     """
 
-    def __init__(self, folder: Path, *, every_second: Callable[[], None]) -> None:
-        """Open the spools below ``folder``; ``every_second`` is called in the thread, about once a second."""
+    def __init__(self, folder: Path, *, every_second: Callable[[], None], spools: Sequence[str] = SPOOLS) -> None:
+        """Open ``spools`` below ``folder``; ``every_second`` is called in the thread, about once a second."""
         (folder / EVENTS).parent.mkdir(parents=True, exist_ok=True)
-        for spool in SPOOLS:
+        for spool in spools:
             cut_torn_tail(folder / spool)
-        self._folder = folder
+        self._folder, self._spools = folder, spools
         self._every_second = every_second
         self._queue: queue.SimpleQueue[tuple[str, Sequence[JsonObject]] | threading.Event | None] = queue.SimpleQueue()
         self._pending: dict[str, bytearray] = {}
@@ -216,7 +226,7 @@ class SpoolWriter:
             for spool in list(self._pending):
                 _append(self._folder / spool, self._pending[spool])
                 del self._pending[spool]
-            for spool in SPOOLS if durable else ():
+            for spool in self._spools if durable else ():
                 if (self._folder / spool).exists():
                     flush_file(self._folder / spool)
             self._error = None

@@ -23,6 +23,7 @@ from data.files import FolderLock, temporary_beside
 from pipelines.runtime.config.dotted_keys import flattened_texts
 from pipelines.runtime.config.outcome import resume_command
 from pipelines.runtime.config.redaction import without_credentials
+from pipelines.runtime.config.stage_config import CURVE_DENSITY
 from pipelines.runtime.tracking.identity import AUTO, OFFLINE, RunIdentity, run_identity, sqlite_file, store_uri
 from pipelines.runtime.tracking.pages import shown_params
 from pipelines.runtime.tracking.spool import (
@@ -35,6 +36,7 @@ from pipelines.runtime.tracking.spool import (
     Sent,
     SpoolWriter,
     read_spool_backwards,
+    system_spool,
     unsent,
 )
 from pipelines.runtime.tracking.system_metrics import SystemSampler
@@ -66,6 +68,27 @@ class SilentTracker:
     def close(self, status: Status) -> None: ...
 
 
+class NodeTracker(SilentTracker):
+    """Tracker of the first process of another node: writes the load of its node, which the main process's sender sends.
+
+    Args:
+        folder: The stage's folder, which the nodes share.
+        node: Name of the node, a part of the metrics' names.
+    """
+
+    def __init__(self, folder: Path, *, node: str) -> None:
+        self._name, self._sampler = system_spool(node), SystemSampler(node)
+        self._spool = SpoolWriter(folder, every_second=self._each_second, spools=(self._name,))
+
+    def _each_second(self) -> None:
+        if record := self._sampler.due():
+            self._spool.append(self._name, [record])
+
+    def close(self, status: Status) -> None:
+        """End the thread that writes."""
+        self._spool.close(timeout_seconds=1.0)
+
+
 def open_tracker(
     *,
     folder: Path,
@@ -73,6 +96,7 @@ def open_tracker(
     stage: str,
     experiment: str,
     tracking_uri: str = AUTO,
+    curve_density: int = CURVE_DENSITY,
     params: Mapping[str, Any],
     at_default: Collection[str] = (),
     tags: Mapping[str, str],
@@ -89,6 +113,7 @@ def open_tracker(
         experiment: The MLflow experiment, shared by the pipelines that are to be compared.
         tracking_uri: ``auto`` (MLFLOW_TRACKING_URI, else sqlite beside ``root``), ``offline`` (send nothing; ``sync``
             can do so later) or the URI of a store.
+        curve_density: Updates up to which the store gets the metrics of each, then of ever fewer; 0 for all.
         params: The resolved configuration.
         at_default: Dotted keys whose value is the default; MLflow shows headlines and the others.
         tags: Facts by which the run is found: digests, code version, host.
@@ -103,7 +128,9 @@ def open_tracker(
     lock = FolderLock(folder / WRITER_LOCK)
     lock.acquire(patience_seconds=1.0)  # a sync holds it for a moment, to see whether the run is alive
     try:
-        identity = run_identity(folder, root=root, stage=stage, experiment=experiment, uri=uri)
+        identity = run_identity(
+            folder, root=root, stage=stage, experiment=experiment, uri=uri, curve_density=curve_density
+        )
     except BaseException:
         lock.release()
         raise
@@ -129,7 +156,7 @@ class Tracker:
         self._lock = lock
         self._sender: subprocess.Popen[bytes] | None = None
         self._sender_retry_at = 0.0
-        self._sampler = SystemSampler(folder, since=identity.started)
+        self._sampler = SystemSampler()
         self._spool = SpoolWriter(folder, every_second=self._each_second)
 
     @property
@@ -296,12 +323,8 @@ class Tracker:
             self._sender.wait()
 
     def _each_second(self) -> None:
-        try:
-            if record := self._sampler.due():
-                self._spool.append(SYSTEM, [record])
-        except Exception as error:  # of whatever kind: it must not end the thread that writes the metrics
-            log.warning(f"System metrics end here: {error!r}")
-            self._sampler.stop()
+        if record := self._sampler.due():
+            self._spool.append(SYSTEM, [record])
         if self._sender is not None and self._sender.poll() is not None and time.monotonic() > self._sender_retry_at:
             self.start_sending()
 
