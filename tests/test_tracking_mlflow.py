@@ -212,7 +212,7 @@ def test_everything_that_a_stage_logs_arrives_once(tmp_path: Path, proxy: FaultP
             "provenance/manifest.json"
         ]
         [model] = client.search_logged_models([run.info.experiment_id], f"source_run_id = '{run.info.run_id}'")
-        assert (model.name, str(model.status)) == ("unet", "READY")
+        assert (model.name, str(model.status)) == ("demo-unet", "READY")
         assert [output.model_id for output in run.outputs.model_outputs] == [model.model_id]
 
     law()

@@ -8,11 +8,14 @@ import zlib
 from pathlib import Path
 from urllib.parse import unquote
 
+import numpy as np
 import pytest
 from mlflow.entities import Run
 from mlflow.tracking import MlflowClient
 from PIL import Image
+from safetensors.numpy import save_file
 
+from data.files import sha256_of
 from pipelines.runtime.config.command_line import config_from_command_line
 from pipelines.runtime.stage.fingerprint import keys_at_default
 from pipelines.runtime.tracking.tracker import NodeTracker, Tracker, open_tracker
@@ -238,3 +241,64 @@ def test_a_server_too_old_for_views_gets_none(tmp_path: Path, store: str, monkey
     assert "VAE" in note(send(tmp_path / "demo", store)["demo/vae"])
     tags = MlflowClient(tracking_uri=store).get_experiment_by_name(f"tests of {tmp_path.name}").tags
     assert not [key for key in tags if "sharedViewState" in key or "note" in key]
+
+
+def train_and_evaluate(root: Path, *, alias: str) -> None:
+    """Log what a training and the evaluation of its U-Net log."""
+    tracker = start(root, "unet")
+    tracker.log_input("latents", digest="ab" * 32, source="runs/demo/latents", context="train_unet")
+    tracker.log_metrics({"val/loss": 0.5}, step=10)
+    tracker.log_metrics({"val/loss": 0.25}, step=30)
+    (root / "unet" / "config.json").write_text("{}")
+    save_file({"weight": np.ones(3, np.float32)}, root / "unet" / "unet.safetensors")
+    tracker.log_model("unet", root / "unet", alias=alias)
+    tracker.set_tags({"digest.unet": "cd" * 6})
+    tracker.close("FINISHED")
+    tracker = start(root, "evaluation", tags={"digest.unet": "cd" * 6})
+    tracker.log_input("corpus", digest="ef" * 32, source="runs/demo/corpus", context="evaluate")
+    tracker.log_metrics({"eval/best/frechet_distance": 2.99, "eval/frechet_distance": 3.26}, step=0)
+    tracker.close("FINISHED")
+
+
+def models_of(root: Path, store: str) -> list:
+    client = MlflowClient(tracking_uri=store)
+    experiment = client.get_experiment_by_name(f"tests of {root.parent.name}")
+    return client.search_logged_models([experiment.experiment_id])
+
+
+def test_a_model_has_its_metrics_and_data_and_a_link_to_its_weights(tmp_path: Path, store: str) -> None:
+    root = tmp_path / "demo"
+    train_and_evaluate(root, alias="")
+    runs = send(root, store)
+    (root / "evaluation" / "tracking" / "sent.json").unlink()
+    (root / "unet" / "tracking" / "sent.json").unlink()
+    send(root, store)
+    [model] = models_of(root, store)
+    assert model.name == "demo-unet"
+    measured = {(metric.key, metric.value, metric.dataset_name, metric.dataset_digest) for metric in model.metrics}
+    assert measured == {
+        ("val/loss", 0.25, "latents", "ab" * 6),
+        ("eval/best/frechet_distance", 2.99, "corpus", "ef" * 6),
+    }
+    assert len(model.metrics) == 2, "sent twice, it stands twice"
+    assert model.tags["folder"] == str((root / "unet").resolve())
+    assert model.tags["weights"] == sha256_of(root / "unet" / "unet.safetensors")[:12]
+    client = MlflowClient(tracking_uri=store)
+    assert not client.list_logged_model_artifacts(model.model_id), "nobody asked for the bytes"
+    assert not client.search_model_versions(f"run_id = '{runs['demo/unet'].info.run_id}'")
+    evaluation = client.get_run(runs["demo/evaluation"].info.run_id)
+    assert [given.model_id for given in evaluation.inputs.model_inputs] == [model.model_id]
+
+
+def test_a_model_with_an_alias_becomes_one_registered_version(tmp_path: Path, store: str) -> None:
+    root, client = tmp_path / "demo", MlflowClient(tracking_uri=store)
+    train_and_evaluate(root, alias="champion")
+    send(root, store)
+    (root / "unet" / "tracking" / "sent.json").unlink()
+    send(root, store)
+    [model] = models_of(root, store)
+    name = f"tests of {tmp_path.name}-unet"
+    assert client.get_model_version_by_alias(name, "champion").source == f"models:/{model.model_id}"
+    assert len(client.search_model_versions(f"name = '{name}'")) == 1
+    sent = {entry.path for entry in client.list_logged_model_artifacts(model.model_id)}
+    assert sent == {"unet.safetensors", "config.json"}

@@ -51,7 +51,7 @@ def publish(
         files = [FileEntry.of(path), FileEntry.of(stage.folder / "config.json")]
         fields["weights"] = files[0].sha256
         stage.log.info(f"weights {files[0].sha256[:12]} in {stage.folder}")
-    stage.tracker.log_model(path.stem, stage.folder)
+    stage.tracker.log_model(path.stem, stage.folder, alias=stage.config.run.register_as)
     stage.finish(kind, files=files, **fields)
 
 

@@ -24,6 +24,9 @@ class RunConfig(BaseModel, frozen=True, extra="forbid"):
     experiment: Name = "latentline"  # MLflow experiment
     tracking_uri: str = "auto"  # MLflow server or store; "auto" is MLFLOW_TRACKING_URI, else sqlite beside run.root
     curve_density: NonNegativeInt = CURVE_DENSITY  # updates that MLflow gets each, then ever fewer; 0 sends all
+    register_as: str = (
+        ""  # alias in MLflow's model registry for the final weights, such as "champion"; "" registers none
+    )
     num_processes: NonNegativeInt = 0  # world size to insist on; 0 accepts what was launched
     threads: Annotated[int, Field(ge=0, le=1024)] = 0  # CPU threads of a process; 0 is its share of the machine's cores
     attention: Literal["auto", "sdpa", "xformers", "math"] = "auto"  # its backend; auto takes the first that runs here

@@ -19,7 +19,7 @@ from urllib.parse import quote
 
 import psutil
 
-from data.files import FolderLock, temporary_beside
+from data.files import FolderLock, sha256_of, temporary_beside
 from pipelines.runtime.config.redaction import without_credentials
 from pipelines.runtime.tracking.identity import RunIdentity, network_file_system, sqlite_file
 from pipelines.runtime.tracking.pages import (
@@ -151,6 +151,8 @@ class MlflowStore:
     def set_status(self, status: str, *, since: float) -> None:
         """Set the state of the run, and describe it and its pipeline anew."""
         self._set_status(self._run_id, status, milliseconds=int(1000 * since))
+        if status == "FINISHED" and self._stage == "evaluate":
+            self._link_evaluated_model()
         self.describe()
 
     def describe(self) -> None:
@@ -290,29 +292,84 @@ class MlflowStore:
             self.log_tags({PICTURE: quote(f"images/{whole.name}")})
             self.describe()
 
-    def log_model(self, name: str, folder: Path) -> None:
-        """Send weights as a logged model of the run; one that a broken connection left unfinished is finished."""
+    def log_model(self, name: str, folder: Path, *, alias: str = "") -> None:
+        """Log weights as a model of the run, with its parameters and validation; one left unfinished is finished.
+
+        A model holds a link to its folder. Its bytes are sent where there is an ``alias``: then it becomes the version
+        of the registered model EXPERIMENT-NAME that has it.
+        """
         from mlflow.entities import LoggedModelOutput
 
         files = [*sorted(folder.glob("*.safetensors")), folder / "config.json"]
         if len(files) == 1:
             raise FileNotFoundError(f"no *.safetensors in {folder}")
-        found = self._client.search_logged_models([self._experiment], f"source_run_id = '{self._run_id}'")
-        model = next((model for model in found if model.name == name), None)
-        if model is None:
-            model = self._client.create_logged_model(
-                self._experiment,
-                name=name,
-                source_run_id=self._run_id,
-                model_type=self._stage,
-                params=self._client.get_run(self._run_id).data.params,
-            )
-        for file in files:
+        run = self._client.get_run(self._run_id)
+        model = self._model_of(self._run_id) or self._client.create_logged_model(
+            self._experiment,
+            name=run.info.run_name.replace("/", "-"),
+            source_run_id=self._run_id,
+            tags={"folder": str(folder.resolve()), "weights": sha256_of(files[0])[:SHORT_DIGEST]},
+            model_type=self._stage,
+            params=run.data.params,
+        )
+        for file in files if alias else ():
             self._client.log_model_artifact(model.model_id, str(file))
         self._client.finalize_logged_model(model.model_id, "READY")
-        outputs = self._client.get_run(self._run_id).outputs
-        if model.model_id not in {output.model_id for output in (outputs.model_outputs if outputs else ())}:
+        if model.model_id not in {output.model_id for output in (run.outputs.model_outputs if run.outputs else ())}:
             self._client.log_outputs(self._run_id, [LoggedModelOutput(model.model_id, step=0)])
+        self._log_model_metrics(model, run, prefix="val/")
+        if alias:
+            self._register(f"{self._client.get_experiment(self._experiment).name}-{name}", model, alias=alias)
+
+    def _register(self, name: str, model: Any, *, alias: str) -> None:
+        """Make a model a version of a registered one, unless it is one, and give it the alias."""
+        import mlflow
+
+        mlflow.set_tracking_uri(self._uri)  # where a database resolves models:/
+        name = _valid_key(name).replace("/", "-").replace(":", "-")
+        if not self._client.search_registered_models(f"name = '{name}'"):
+            self._client.create_registered_model(name)
+        found = self._client.search_model_versions(f"name = '{name}' and run_id = '{self._run_id}'")
+        version = (
+            found[0]
+            if found
+            else self._client.create_model_version(
+                name, f"models:/{model.model_id}", run_id=self._run_id, model_id=model.model_id
+            )
+        )
+        self._client.set_registered_model_alias(name, alias, version.version)
+
+    def _link_evaluated_model(self) -> None:
+        """Give an evaluation's best metrics to the model that it evaluated, where this experiment has that."""
+        from mlflow.entities import LoggedModelInput
+
+        run = self._client.get_run(self._run_id)
+        trained = f"tags.stage = 'train_unet' and tags.`digest.unet` = '{run.data.tags.get('digest.unet')}'"
+        for found in self._client.search_runs([self._experiment], trained, max_results=1):
+            if model := self._model_of(found.info.run_id):
+                self._client.log_inputs(self._run_id, models=[LoggedModelInput(model.model_id)])
+                self._log_model_metrics(model, run, prefix="eval/best/")
+
+    def _model_of(self, run_id: str) -> Any:
+        found = self._client.search_logged_models([self._experiment], f"source_run_id = '{run_id}'", max_results=1)
+        return found[0] if found else None
+
+    def _log_model_metrics(self, model: Any, run: Any, *, prefix: str) -> None:
+        """Give a run's last metrics to a model, with the data set that they were measured on."""
+        from mlflow.entities import Metric
+
+        data = [given.dataset for given in run.inputs.dataset_inputs if given.dataset.name in ("corpus", "latents")]
+        on = {"dataset_name": data[0].name, "dataset_digest": data[0].digest} if data else {}
+        known = {(metric.key, metric.timestamp, metric.step) for metric in model.metrics or ()}
+        metrics = [
+            Metric(name, last.value, last.timestamp, last.step, model_id=model.model_id, **on)
+            for name in run.data.metrics
+            if name.startswith(prefix)
+            for last in self._client.get_metric_history(run.info.run_id, name)[-1:]
+            if (name, last.timestamp, last.step) not in known
+        ]
+        if metrics:
+            self._client.log_batch(run.info.run_id, metrics=metrics, synchronous=True)
 
     def _find_or_make_experiment(self, name: str) -> str:
         """Return the experiment's id. Artefacts of an sqlite store lie beside the database."""

@@ -178,7 +178,7 @@ class Sender:
             case "image":
                 self.store.log_image(event["key"], path, step=event["step"], milliseconds=int(1000 * event["drawn"]))
             case "model":
-                self.store.log_model(event["name"], path)
+                self.store.log_model(event["name"], path, alias=event.get("alias", ""))
             case kind:
                 raise RefusedError(f"unknown kind {kind!r}")
 

@@ -75,11 +75,6 @@ def unsent(folder: Path, sent: Sent) -> int:
     return count
 
 
-def system_spool(node: str) -> str:
-    """Return the spool of a node other than that of the main process."""
-    return f"tracking/system-{node}.jsonl"
-
-
 def system_spools(folder: Path) -> list[str]:
     """Return the spools of system metrics that are there, each of one node."""
     return sorted(str(path.relative_to(folder)) for path in folder.glob("tracking/system*.jsonl"))

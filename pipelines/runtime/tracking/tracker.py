@@ -36,7 +36,6 @@ from pipelines.runtime.tracking.spool import (
     Sent,
     SpoolWriter,
     read_spool_backwards,
-    system_spool,
     unsent,
 )
 from pipelines.runtime.tracking.system_metrics import SystemSampler
@@ -63,7 +62,7 @@ class SilentTracker:
     def log_artifact(self, path: Path, folder: str = "") -> None: ...
     def set_tags(self, tags: Mapping[str, str]) -> None: ...
     def log_input(self, name: str, *, digest: str, source: str, context: str) -> None: ...
-    def log_model(self, name: str, folder: Path) -> None: ...
+    def log_model(self, name: str, folder: Path, *, alias: str = "") -> None: ...
     def flush(self) -> None: ...
     def close(self, status: Status) -> None: ...
 
@@ -77,7 +76,7 @@ class NodeTracker(SilentTracker):
     """
 
     def __init__(self, folder: Path, *, node: str) -> None:
-        self._name, self._sampler = system_spool(node), SystemSampler(node)
+        self._name, self._sampler = f"tracking/system-{node}.jsonl", SystemSampler(node)
         self._spool = SpoolWriter(folder, every_second=self._each_second, spools=(self._name,))
 
     def _each_second(self) -> None:
@@ -228,9 +227,9 @@ class Tracker:
         """Record a data set that the run reads: digest, place and purpose (``training``, ...)."""
         self.event("input", name=name, digest=digest, source=without_credentials(source), context=context)
 
-    def log_model(self, name: str, folder: Path) -> None:
-        """Send ``*.safetensors`` and ``config.json`` of ``folder`` (nothing below it) as a logged model."""
-        self.event("model", spool=FILES, name=name, path=self._relative(folder))
+    def log_model(self, name: str, folder: Path, *, alias: str = "") -> None:
+        """Log the weights in ``folder`` as a model; with an ``alias`` send and register them."""
+        self.event("model", spool=FILES, name=name, path=self._relative(folder), alias=alias)
 
     def flush(self) -> None:
         """Make everything logged so far durable; call it before a checkpoint is committed.

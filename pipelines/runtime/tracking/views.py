@@ -16,7 +16,7 @@ from pipelines.runtime.tracking.pages import MODEL_TRAINING, pages
 VIEW_TAG = "mlflow.sharedViewState."
 FIRST_VERSION = (3, 15)  # of MLflow, that lists views; a link to one that was saved otherwise breaks older pages
 MOST_VIEWS = 40  # of an experiment, in MLflow
-SECTION = {"cardHeight": 320, "display": True, "isReordered": True, "deleted": False, "isGenerated": False}
+HEIGHT = 320  # pixels of a chart
 
 
 def views_of(contracts: Iterable[str]) -> dict[str, dict[str, Any]]:
@@ -61,60 +61,35 @@ def _state_of(name: str, view: Mapping[str, Any], *, contract: str) -> dict[str,
     conditions = {"stage": view.get("stage"), "contract": contract}
     filters = [f"tags.`{key}` = '{text}'" for key, text in conditions.items() if text]
     best = view["best"].removeprefix("-")
-    charts, sections = [], []
-    for section in view["sections"]:
-        uuid_of_section, height = id_of(f"{name}/{section['name']}"), section.get("height", SECTION["cardHeight"])
-        place = {"uuid": uuid_of_section, "name": section["name"], "columns": section["columns"]}
-        sections.append({**SECTION, **place, "cardHeight": height})
-        charts += [_chart(chart, section=uuid_of_section) for chart in section["charts"]]
-    for prefix in view["folded"]:
-        sections.append({**SECTION, "uuid": id_of(f"{name}/{prefix}/"), "name": prefix, "columns": 3, "display": False})
+    shared, charts = pages()["section"], []
+    sections = [
+        {**shared, "name": each["name"], "columns": each["columns"], "cardHeight": each.get("height", HEIGHT)}
+        for each in view["sections"]
+    ]
+    sections += [{**shared, "name": prefix, "display": False} for prefix in view["folded"]]
+    for section in sections:
+        section["uuid"] = id_of(f"{name}/{section['name']}")
+    for section, declared in zip(sections, view["sections"], strict=False):
+        charts += [_chart(chart, section=section["uuid"]) for chart in declared["charts"]]
     return {
+        **pages()["state"],
         "searchFilter": " and ".join(filters) or "tags.`stage` != 'pipeline'",
         "orderByKey": f"metrics.`{best}`",
         "orderByAsc": best == view["best"],
-        "startTime": "ALL",
-        "lifecycleFilter": "Active",
-        "modelVersionFilter": "All Runs",
-        "datasetsFilter": [],
         "selectedColumns": [f"metrics.`{best}`"],
-        "runsHiddenMode": "FIRST_10_RUNS",
         "compareRunCharts": charts,
         "compareRunSections": sections,
         "runListHidden": view.get("wide", False),
-        "isAccordionReordered": True,  # else sections are sorted by name
-        "groupBy": None,
-        "hideEmptyCharts": True,
-        "chartsSearchFilter": "",
     }
 
 
 def _chart(chart: str, *, section: str) -> dict[str, Any]:
     """Return a chart as MLflow saves it."""
     kind, key, _, x = (*chart.split(" "), "", "", "")[:4]
-    by_metric = x not in ("", "time")
-    config: dict[str, dict[str, Any]] = {
-        "line": {
-            "metricKey": key,
-            "selectedMetricKeys": [key],
-            "lineSmoothness": 0,
-            "scaleType": "linear",
-            "range": {},
-            "xAxisKey": "metric" if by_metric else {"": "step", "time": "time-relative"}[x],
-            "selectedXAxisMetricKey": x if by_metric else "",
-            "yAxisKey": "metric",
-            "yAxisExpressions": [],
-            "useGlobalXaxisKey": False,
-        },
-        "bar": {"metricKey": key},
-        "image": {"imageKeys": [key], "step": 0, "showRunParams": False},
-        "difference": {
-            "chartName": "Differences",
-            "compareGroups": ["Parameters", "Model metrics", "Tags"],
-            "showChangeFromBaseline": True,
-            "showDifferencesOnly": True,
-            "baselineColumnUuid": "",
-        },
-    }
+    metrics = {"metricKey": key, "selectedMetricKeys": [key]}
+    if kind == "line":
+        axis = {"": "step", "time": "time-relative"}.get(x, "metric")
+        metrics |= {"xAxisKey": axis, "selectedXAxisMetricKey": x if axis == "metric" else ""}
+    keys = {"difference": {}, "image": {"imageKeys": [key]}}.get(kind, metrics)
     place = {"uuid": id_of(f"{section}/{chart}"), "type": kind.upper(), "metricSectionId": section}
-    return {**place, "runsCountToCompare": 10, "deleted": False, "isGenerated": False, **config[kind]}
+    return {**pages()["chart"], **pages()["charts"].get(kind, {}), **place, **keys}
