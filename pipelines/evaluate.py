@@ -31,6 +31,7 @@ from pipelines.evaluation.metrics import Metrics, mean_metrics
 from pipelines.evaluation.pictures import draw_pictures
 from pipelines.evaluation.real_images import RealSet
 from pipelines.evaluation.samples import DrawConfig, ItemMaker, key_prefix
+from pipelines.evaluation.tracked import log_scores
 from pipelines.evaluation.training_weights import TrainingWeights
 from pipelines.model.weights import check_latent_diffusion
 from pipelines.runtime.config.command_line import config_from_command_line
@@ -38,6 +39,7 @@ from pipelines.runtime.config.errors import ConfigError
 from pipelines.runtime.stage.progress import progress_line
 from pipelines.runtime.stage.stage import Stage, running_stage
 from pipelines.runtime.stage.work_items import make_items, results_of
+from pipelines.runtime.tracking.pages import SHORT_DIGEST
 
 VIEW_KEYS = ("fit", "resample", "background")  # of a corpus, besides the shape of its images
 
@@ -166,45 +168,24 @@ def measure(maker: ItemMaker, figures: FigureMaker, found: Mapping[str, Mapping[
     # Write them down with all that makes them comparable, and draw them.
     calibration = read_json(maker.real.folder / f"{maker.calibration}.json", mend="Remove it.")
     contract = contract_of(maker, figures, calibration=calibration, real=error_budget.get(REAL, {}))
-    write_json(
-        folder / "metrics.json",
-        {
-            "contract": contract,
-            "error_budget": error_budget,
-            "floor": floor,
-            "vae": vae,
-            **({"likelihood": likelihood} if likelihood else {}),
-            **({"absent": absent} if absent else {}),
-            "sweep": [{"guidance": scale, **by_scale[scale]} for scale in sorted(by_scale)],
-            "default_guidance": default,
-            **({"curve": curve} if curve else {}),
-        },
-    )
+    scores = {
+        "contract": contract,
+        "error_budget": error_budget,
+        "floor": floor,
+        "vae": vae,
+        **({"likelihood": likelihood} if likelihood else {}),
+        **({"absent": absent} if absent else {}),
+        "sweep": [{"guidance": scale, **by_scale[scale]} for scale in sorted(by_scale)],
+        "default_guidance": default,
+        **({"curve": curve} if curve else {}),
+    }
+    write_json(folder / "metrics.json", scores)
     samples = {f"guidance {scale:g}": by_scale[scale] for scale in sorted({1.0, default} & by_scale.keys())}
     pictures = draw_pictures(maker, figures, by_scale, error_budget | samples, curve)
 
     # Send them to the tracker; print those of the default guidance.
-    groups = {
-        "eval": by_scale[default],
-        "eval/floor": floor,
-        "eval/vae": vae,
-        "eval/likelihood": likelihood,
-        **{f"eval/error_budget/{step}": metrics for step, metrics in error_budget.items()},
-    }
-    stage.tracker.log_metrics(
-        {f"{group}/{name}": metric["value"] for group, metrics in groups.items() for name, metric in metrics.items()},
-        step=0,
-    )
-    for scale, metrics in by_scale.items():
-        sweep = {f"eval/sweep/{name}": metric["value"] for name, metric in metrics.items()}
-        stage.tracker.log_metrics(sweep, step=round(100 * scale))
-    for point in curve:
-        name, step = (
-            ("updates", point["update"]) if "update" in point else ("widths", round(1e4 * point["relative_std"]))
-        )
-        values = {key: metric["value"] for key, metric in point.items() if isinstance(metric, Mapping)}
-        stage.tracker.log_metrics({f"eval/{name}/{key}": value for key, value in values.items()}, step=step)
-    stage.tracker.set_tags({"digest.evaluation_contract": contract_digest(contract)})
+    log_scores(stage.tracker, scores)
+    stage.tracker.set_tags({"contract": contract_digest(contract)[:SHORT_DIGEST]})
     stage.tracker.log_artifact(folder / "metrics.json")
     for line in table_of(error_budget | samples):
         stage.log.info(line)
