@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Make .venv in the repository root and install Latentline into it, in the versions of launch/constraints.txt.
 #
-#   bash launch/setup.sh [EXTRA ...]   extras of pyproject.toml: test, remote, gpu, eval, emoji, text; earlier ones stay
+#   bash launch/setup.sh [EXTRA ...]   test, browser, remote, gpu, eval, emoji, text of pyproject.toml; earlier ones stay
 #
 # Returns at once when all of it is there already. Understands two variables:
 #   PYTHON              the interpreter to make .venv with; else the first python3 of at least 3.11

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Set up .venv with the test extra, then lint, check types and run the tests.
+# Set up .venv with the extras test and browser (whose chromium is the system's), then lint, check types and run the tests.
 #
 #   bash tests/run.sh                  everything but the soak and gpu tests, in one worker a core
 #   bash tests/run.sh -m soak          arguments go to pytest, in one worker; lint and types are then left out
@@ -7,7 +7,7 @@ set -euo pipefail
 
 root="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)"
 cd -- "$root"
-bash launch/setup.sh test
+bash launch/setup.sh test browser
 
 python="$root/.venv/bin/python"
 if (($# == 0)); then
