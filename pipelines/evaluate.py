@@ -27,11 +27,10 @@ from pipelines.evaluation.contract import contract_digest, contract_of
 from pipelines.evaluation.error_budget import REAL, STEPS
 from pipelines.evaluation.figures import FigureMaker, features_name
 from pipelines.evaluation.likelihood import TERMS, VariationalBoundConfig
-from pipelines.evaluation.metrics import Metrics, mean_metrics
+from pipelines.evaluation.metrics import Metrics, log_scores, mean_metrics
 from pipelines.evaluation.pictures import draw_pictures
 from pipelines.evaluation.real_images import RealSet
 from pipelines.evaluation.samples import DrawConfig, ItemMaker, key_prefix
-from pipelines.evaluation.tracked import log_scores
 from pipelines.evaluation.training_weights import TrainingWeights
 from pipelines.model.weights import check_latent_diffusion
 from pipelines.runtime.config.command_line import config_from_command_line

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from clocks import FOREVER_SECONDS
 from mlflow.tracking import MlflowClient
+from pipelines.evaluation.tracked import log_scores
 from test_tracking_mlflow import MlflowServer
 
-from pipelines.evaluation.tracked import log_scores
 from pipelines.model.grids import grid_png
 from pipelines.runtime.tracking.tracker import Tracker, open_tracker
 from pipelines.runtime.tracking.views import views_of

@@ -27,9 +27,8 @@ def kernel_distance(features: Tensor, reference: Tensor) -> Estimate:
     """
     features, reference = checked_pair(features, reference, min_samples=3)
     n, m = len(features), len(reference)
-    within = _kernel_row_sums(features, features) - _cubic_kernel_diagonal(features)  # (n,) without the own pair
-    within_ref = _kernel_row_sums(reference, reference) - _cubic_kernel_diagonal(reference)  # (m,)
-    across, across_ref = _kernel_row_sums(features, reference), _kernel_row_sums(reference, features)  # (n,), (m,)
+    within, within_ref = _sums_within(features), _sums_within(reference)  # (n,), (m,)
+    across, across_ref = _sums_across(features, reference)  # (n,), (m,)
 
     mean_within = within.sum() / (n * (n - 1))
     mean_within_ref = within_ref.sum() / (m * (m - 1))
@@ -49,11 +48,27 @@ def kernel_distance(features: Tensor, reference: Tensor) -> Estimate:
     return Estimate.of_influences(float(value), samples=influences[0], reference=influences[1])
 
 
-def _kernel_row_sums(rows: Tensor, columns: Tensor) -> Tensor:
-    """Sum of the cubic kernel of each row with all columns; (n d), (m d) -> (n,)."""
-    dimension = rows.shape[1]
-    return torch.cat([(block @ columns.T / dimension + 1).pow(3).sum(dim=1) for block in rows.split(_ROWS_PER_BLOCK)])
+def _sums_across(rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+    """Sums of the kernel of each row with all columns, and of each column with all rows; (n d), (m d) -> (n,), (m,)."""
+    of_rows, of_columns = [], columns.new_zeros(len(columns))
+    for block in rows.split(_ROWS_PER_BLOCK):
+        kernel = _cubic_kernel(block, columns)
+        of_rows.append(kernel.sum(dim=1))
+        of_columns += kernel.sum(dim=0)
+    return torch.cat(of_rows), of_columns
 
 
-def _cubic_kernel_diagonal(rows: Tensor) -> Tensor:
-    return (rows.square().sum(dim=1) / rows.shape[1] + 1).pow(3)
+def _sums_within(rows: Tensor) -> Tensor:
+    """Sum of the kernel of each row with all others, each pair computed once; (n d) -> (n,)."""
+    sums = rows.new_zeros(len(rows))
+    for first in range(0, len(rows), _ROWS_PER_BLOCK):
+        block, rest = rows[first : first + _ROWS_PER_BLOCK], rows[first:]
+        kernel = _cubic_kernel(block, rest)
+        kernel.diagonal().zero_()  # the own pair
+        sums[first : first + len(block)] += kernel.sum(dim=1)
+        sums[first + len(block) :] += kernel[:, len(block) :].sum(dim=0)
+    return sums
+
+
+def _cubic_kernel(rows: Tensor, columns: Tensor) -> Tensor:
+    return (rows @ columns.T).div_(rows.shape[1]).add_(1).pow_(3)
