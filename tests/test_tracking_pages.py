@@ -16,6 +16,7 @@ from PIL import Image
 from safetensors.numpy import save_file
 
 from data.files import sha256_of
+from pipelines.evaluation.tracked import log_scores
 from pipelines.runtime.config.command_line import config_from_command_line
 from pipelines.runtime.stage.fingerprint import keys_at_default
 from pipelines.runtime.tracking.tracker import NodeTracker, Tracker, open_tracker
@@ -302,3 +303,22 @@ def test_a_model_with_an_alias_becomes_one_registered_version(tmp_path: Path, st
     assert len(client.search_model_versions(f"name = '{name}'")) == 1
     sent = {entry.path for entry in client.list_logged_model_artifacts(model.model_id)}
     assert sent == {"unet.safetensors", "config.json"}
+
+
+def test_the_best_of_a_sweep_is_logged_with_its_guidance_and_errors(tmp_path: Path) -> None:
+    tracker = start(tmp_path / "demo", "evaluation")
+    distances = {1.0: 4.0, 1.5: 2.99, 2.5: 3.26}
+    sweep = [{"guidance": at, "frechet_distance": {"value": d, "error": d / 10}} for at, d in distances.items()]
+    curve = [{"update": 500, "frechet_distance": {"value": 7.0, "error": 0.5}}]
+    log_scores(tracker, {"sweep": sweep, "default_guidance": 2.5, "floor": {}, "curve": curve})
+    tracker.close("FINISHED")
+    lines = (tmp_path / "demo" / "evaluation" / "metrics.jsonl").read_text().splitlines()
+    logged = {(record["step"], key): value for record in map(json.loads, lines) for key, value in record.items()}
+    assert logged[0, "eval/frechet_distance"] == 3.26
+    assert logged[0, "eval/best/frechet_distance"] == 2.99
+    assert logged[0, "eval/best/frechet_distance_error"] == pytest.approx(0.299)
+    assert logged[0, "eval/best/guidance"] == 1.5
+    for at, distance in distances.items():  # a chart takes the guidance as its x axis
+        assert logged[round(100 * at), "eval/sweep/guidance"] == at
+        assert logged[round(100 * at), "eval/sweep/frechet_distance"] == distance
+    assert logged[500, "eval/updates/frechet_distance_error"] == 0.5
