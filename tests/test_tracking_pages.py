@@ -16,7 +16,7 @@ from PIL import Image
 from safetensors.numpy import save_file
 
 from data.files import sha256_of
-from pipelines.evaluation.tracked import log_scores
+from pipelines.evaluation.metrics import log_scores
 from pipelines.runtime.config.command_line import config_from_command_line
 from pipelines.runtime.stage.fingerprint import keys_at_default
 from pipelines.runtime.tracking.tracker import NodeTracker, Tracker, open_tracker

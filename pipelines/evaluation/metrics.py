@@ -24,7 +24,7 @@ COPY_QUANTILE = 0.005  # of the distances of real images to training images, bel
 RETRIEVED = ("retrieval", "retrieval_in_five")
 PROBED = ("class_accuracy", "worst_class_accuracy")
 
-GROUPS = ("real", "floor", "vae", "likelihood")  # of metrics.json, besides those of the samples
+GROUPS = ("floor", "vae", "likelihood")  # of metrics.json, besides those of the samples
 BEST_BY = "frechet_distance"  # lowest
 
 
@@ -155,16 +155,17 @@ def as_metric(estimate: Estimate) -> dict[str, float]:
 def log_scores(tracker: Tracker | SilentTracker, scores: Mapping[str, Any]) -> None:
     """Log ``metrics.json``: at the default guidance, at the best, over all, and over checkpoints or widths.
 
-    The sweep is logged at 100 times its guidance, which is a metric beside the others: charts take it as their x axis.
+    Of the error budget the distances alone. The sweep is logged at 100 times its guidance, which is a metric beside the
+    others: charts take it as their x axis.
     """
     sweep = list(scores["sweep"])
     default = next(entry for entry in sweep if entry["guidance"] == scores["default_guidance"])
     best = min(sweep, key=lambda entry: entry[BEST_BY]["value"] if BEST_BY in entry else 0.0)
     groups = {"eval": default, "eval/best": best, **{f"eval/{name}": scores.get(name, {}) for name in GROUPS}}
-    groups |= {f"eval/error_budget/{step}": metrics for step, metrics in scores.get("error_budget", {}).items()}
-    tracker.log_metrics(
-        {name: value for group, metrics in groups.items() for name, value in _named(group, metrics).items()}, step=0
-    )
+    named = {name: value for group, metrics in groups.items() for name, value in _named(group, metrics).items()}
+    budget = scores.get("error_budget", {})
+    named |= {f"eval/error_budget/{step}": each[BEST_BY]["value"] for step, each in budget.items() if BEST_BY in each}
+    tracker.log_metrics(named, step=0)
     for entry in sweep:
         tracker.log_metrics(_named("eval/sweep", entry), step=round(100 * entry["guidance"]))
     for point in scores.get("curve", ()):

@@ -301,7 +301,8 @@ def report_of_mlflow_run(run_id: str) -> Report:
     except MlflowException as error:
         raise ValueError(f"mlflow:{run_id}: {error}") from None
     tags = run.data.tags
-    digests = {key: text[:SHORT_DIGEST] for key, text in tags.items() if key.startswith(("upstream.", "digest."))}
+    named = ("upstream.", "digest.", "contract")
+    digests = {key: text[:SHORT_DIGEST] for key, text in tags.items() if key.startswith(named)}
     return Report(
         name=run.info.run_name,
         stage=tags.get("stage", ""),
