@@ -1,7 +1,8 @@
-"""Evaluation of a trained model: images, then metrics of them.
+"""Evaluation of a trained model: images, metrics of them, and verdicts on several.
 
-Read ``samples`` (work items: samples, reconstructions, real images, each with features), then ``figures`` (work items
-that measure them), ``metrics`` (distances to real images, copies, class accuracy, the plot over guidance) and
-``likelihood`` (variational bound). ``tracked`` sends all to MLflow. ``experiment`` checks all tables of an experiment
-against each other. May import ``pipelines.model`` and all below it; never a stage or a tool.
+Read ``samples`` first (work items: samples, each with features), with ``real_images`` (the reference and held-out
+images), ``error_budget`` (what each step makes of those) and ``training_weights`` (checkpoints, averages). Then
+``figures`` (work items that measure sets of images), ``metrics``, ``likelihood`` (variational bound), ``contract`` (what
+may be compared) and ``pictures``. ``replicates`` and ``verdict`` compare evaluations. ``experiment`` checks all tables
+of an experiment against each other. May import ``pipelines.model`` and all below it; never a stage or a tool.
 """
