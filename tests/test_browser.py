@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from clocks import FOREVER_SECONDS
 from mlflow.tracking import MlflowClient
-from pipelines.evaluation.tracked import log_scores
 from test_tracking_mlflow import MlflowServer
 
+from pipelines.evaluation.metrics import log_scores
 from pipelines.model.grids import grid_png
 from pipelines.runtime.tracking.tracker import Tracker, open_tracker
 from pipelines.runtime.tracking.views import views_of
@@ -21,7 +21,10 @@ from pipelines.tools import sync
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="the extra 'browser' is not installed")
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium; on Debian: apt install chromium")
+pytestmark = [
+    pytest.mark.soak,
+    pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium; on Debian: apt install chromium"),
+]
 
 STAGES = {"vae": "train_vae", "unet": "train_unet", "evaluation": "evaluate"}
 CONTRACT = "96bca708b1aa"

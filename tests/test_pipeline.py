@@ -160,7 +160,8 @@ def test_samples_carry_class_and_provenance(two_process_run: Run) -> None:
                     keys.append(member.name)
                     first = first or json.load(tar.extractfile(member))
     assert len(keys) == len(set(keys)) == 48 * len(metrics["sweep"])
-    assert first == {"seed": 0, "index": 0, "guidance": metrics["default_guidance"], "steps": 5}
+    weights = {name: two_process_run.manifest(f"train_{name}")["content"]["weights"] for name in ("vae", "unet")}
+    assert first == {"seed": 0, "index": 0, "guidance": metrics["default_guidance"], "steps": 5, **weights}
     assert metrics["contract"]["num_samples"] == 48
     assert all(np.isfinite(f["value"]) for entry in metrics["sweep"] for k, f in entry.items() if k != "guidance")
 

@@ -14,6 +14,7 @@ import tomli_w
 import torch
 from conftest import REPOSITORY, STAGES, Run, run_here, run_stage, training_rows
 from manifests import commit_latents, latents_manifest
+from PIL import Image
 from tiny_text import WIDTH, write_encoder
 
 from data.loading import LatentBatch, LatentShards
@@ -152,7 +153,7 @@ def test_a_prompt_changes_what_is_drawn_and_an_empty_one_is_no_condition(
         output = ["--output", str(tmp_path / name)]
         done = run_here("sample", "--number", "2", "--sampler.num_steps", "3", *output, *words, config=experiment)
         assert done.returncode == 0, done.stderr
-        pictures[name] = [path.read_bytes() for path in sorted((tmp_path / name).glob("0*.png"))]
+        pictures[name] = [Image.open(path).tobytes() for path in sorted((tmp_path / name).glob("0*.png"))]
     assert pictures["cat"] != pictures["none"]
     assert pictures["none"] == pictures["unconditional"]
     assert (tmp_path / "cat" / "000000-grinning_cat_face-seed0.png").exists()

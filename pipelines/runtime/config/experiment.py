@@ -6,6 +6,7 @@ once, each mistake with its source, its key, what was given, what is expected an
 """
 
 import json
+import os
 import re
 import sys
 import tomllib
@@ -264,6 +265,6 @@ def _with_inputs(model: type[CommandConfig], tree: dict[str, Any]) -> dict[str, 
     default = {
         name: str(folder)
         for name, folder in folders.items()
-        if inputs[name].is_required() or (folder / MANIFEST_NAME).is_file()
+        if inputs[name].is_required() or os.path.isfile(folder / MANIFEST_NAME)  # False, too, for no possible name
     }
     return {**tree, "inputs": {**default, **given}}
