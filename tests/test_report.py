@@ -29,6 +29,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 Ran = Callable[..., subprocess.CompletedProcess[str]]
 
 
@@ -85,6 +86,42 @@ def test_a_report_is_one_page_that_asks_for_nothing_and_says_what_compare_says(
 
     # The same seeds of both runs, at each guidance that both have.
     assert len(re.findall(r'class="strip" data-scale="(1|2)"', text)) == 4
+
+
+@pytest.mark.soak
+@pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium; on Debian: apt install chromium")
+def test_a_report_of_three_runs_is_read_by_all_with_and_without_javascript(
+    runs: Path, tmp_path: Path, tool: Ran
+) -> None:
+    sync_api = pytest.importorskip("playwright.sync_api", reason="the extra 'browser' is not installed")
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="the extra 'browser' is not installed")
+    shutil.copytree(runs / "two", tmp_path / "three")
+    written = tool(
+        "report",
+        *(str(runs / name) for name in ("one", "two")),
+        str(tmp_path / "three"),
+        "--output",
+        str(tmp_path / "r.html"),
+    )
+    assert written.returncode == 0, written.stderr
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
+        for scheme, script in (("light", True), ("dark", True), ("light", False)):
+            page = browser.new_context(color_scheme=scheme, java_script_enabled=script).new_page()
+            asked: list[str] = []
+            page.on("request", lambda request, asked=asked: asked.append(request.url))
+            page.goto(f"file://{tmp_path / 'r.html'}")
+            assert [url for url in asked if not url.startswith("data:")] == [f"file://{tmp_path / 'r.html'}"]
+            assert page.locator("h2").count() == 9
+            assert all(picture.is_visible() for picture in page.locator("img.strip").all())
+            if script:
+                found = axe.Axe().run(page).response["violations"]
+                assert not [each["id"] for each in found if each["impact"] in ("serious", "critical")]
+                before = page.inner_text("#shown")
+                page.keyboard.press("ArrowRight")
+                page.keyboard.press("ArrowUp")
+                assert page.inner_text("#shown") != before
+        browser.close()
 
 
 def test_a_report_of_runs_without_an_evaluation_says_so(runs: Path, tmp_path: Path, tool: Ran) -> None:
