@@ -68,10 +68,17 @@ results="$(cd -- "$(<"$scratch/evaluate")" && pwd)"
 # What a slow or absent server has not taken yet; it costs the stages no time, and a failure here loses nothing.
 "$python" -m pipelines.tools.sync "$(dirname -- "$results")" || say "MLflow is not complete; the line above says how to send the rest."
 store="${MLFLOW_TRACKING_URI:-sqlite:///$(dirname -- "$(dirname -- "$results")")/mlflow.db}"
+runs="#/experiments?workflowType=machine_learning"
+if [[ $store == http* ]]; then
+    tracked="$store/$runs"
+else
+    tracked="$(printf '%q ' "$python" -m mlflow ui --backend-store-uri "$store")
+            shows the runs at http://127.0.0.1:5000/$runs"
+fi
 cat <<SUMMARY
 
 All five stages took $((SECONDS - began_all)) s.
   samples   $results/samples.png
   metrics   $results/metrics.json
-  MLflow    $(printf '%q ' "$python" -m mlflow ui --backend-store-uri "$store")
+  MLflow    $tracked
 SUMMARY

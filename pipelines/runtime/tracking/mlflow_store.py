@@ -122,10 +122,9 @@ class MlflowStore:
 
     @property
     def link(self) -> str:
-        """Address of the run's page; of a database, as `mlflow ui` serves it."""
-        server = self.name if self.name.startswith("http") else "http://127.0.0.1:5000"
-        page = f"{server}/#/experiments/{self._experiment}/runs/{self._run_id}?{MODEL_TRAINING}"
-        return page if server == self.name else f"{page} under mlflow ui --backend-store-uri {self.name}"
+        """Address of the run's page; a database has none until `mlflow ui` serves it, and is named itself."""
+        page = f"{self.name}/#/experiments/{self._experiment}/runs/{self._run_id}?{MODEL_TRAINING}"
+        return page if self.name.startswith("http") else self.name
 
     def _colour_of(self, parent: Any) -> str:
         """Return the colour that a pipeline's runs share: of the next that the experiment's pipelines do not have."""
