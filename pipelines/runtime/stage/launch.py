@@ -49,7 +49,8 @@ def start_accelerator(run: RunConfig, *, precision: Precision = "float32", tf32:
         )
     torch.set_num_threads(threads_per_process(run))
     set_float32(tf32=tf32)
-    torch.use_deterministic_algorithms(run.deterministic)
+    if run.deterministic != torch.are_deterministic_algorithms_enabled():  # torch imports its compiler to set it: 2 s
+        torch.use_deterministic_algorithms(run.deterministic)
     if run.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.backends.cudnn.benchmark = False
