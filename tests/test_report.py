@@ -88,6 +88,19 @@ def test_a_report_is_one_page_that_asks_for_nothing_and_says_what_compare_says(
     assert len(re.findall(r'class="strip" data-scale="(1|2)"', text)) == 4
 
 
+def test_a_report_is_written_whatever_the_store_says(runs: Path, tmp_path: Path, tool: Ran) -> None:
+    shutil.copytree(runs / "one", tmp_path / "one")
+    run = json.loads((tmp_path / "one" / "evaluation" / "run.json").read_bytes())
+    run["tracking_uri"] = "http://127.0.0.1:9"
+    (tmp_path / "one" / "evaluation" / "run.json").write_text(json.dumps(run))
+    done = tool("report", str(tmp_path / "one"), "--output", str(tmp_path / "r.html"))
+    assert done.returncode == 0
+    assert "the report is not logged to MLflow (MLflow at http://127.0.0.1:9" in done.stderr
+    assert (tmp_path / "r.html").exists()
+    done = tool("report", *[str(tmp_path / "one")] * 27, "--output", str(tmp_path / "many.html"))
+    assert (done.returncode, "27 runs are too many for one page" in done.stderr) == (2, True)
+
+
 @pytest.mark.soak
 @pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium; on Debian: apt install chromium")
 def test_a_report_of_three_runs_is_read_by_all_with_and_without_javascript(

@@ -35,7 +35,7 @@ from pipelines.runtime.config.errors import config_error_at
 from pipelines.runtime.config.stage_config import STAGE_FOLDERS, CommandConfig
 from pipelines.runtime.tracking.identity import OFFLINE, RunIdentity
 from pipelines.runtime.tracking.mlflow_store import MlflowStore
-from pipelines.runtime.tracking.sender import StoreUnavailableError
+from pipelines.runtime.tracking.sender import Sender, StoreUnavailableError
 from pipelines.runtime.tracking.spool import METRICS, read_spool_backwards
 from pipelines.tools.compare import SHORT_DIGEST, Verdict, comparison, reports_of, sides_of
 from pipelines.tools.sync import uri_of
@@ -72,6 +72,8 @@ def report(config: ReportConfig) -> Answer:
         sides, notes = sides_of(config.runs)
         if not sides:
             raise ValueError("; ".join(notes) or "no run there has a finished evaluation. Run pipelines.evaluate first")
+        if len(sides) > len(ascii_uppercase):
+            raise ValueError(f"{len(sides)} runs are too many for one page. Give at most {len(ascii_uppercase)}.")
         runs = [Run(side, letter) for side, letter in zip(sides, ascii_uppercase, strict=False)]
     with config_error_at("report.output"):
         make_folder(output := Path(config.output).absolute().parent)
@@ -152,9 +154,8 @@ class Run:
                 manifest = read_manifest(folder)
             except (OSError, ValueError):
                 continue
-            name = manifest.model_dump()["stage"]
-            if name not in found:
-                found[name] = (folder, manifest)
+            if manifest.stage not in found:
+                found[manifest.stage] = (folder, manifest)
                 ahead += [Path(place) for place in manifest.provenance.get("inputs", {}).values() if place]
         return {name: found[name] for name in STAGE_FOLDERS if name in found}
 
@@ -189,13 +190,10 @@ class Run:
     def log(self, path: Path) -> bool:
         """Log the page to the evaluation's run in MLflow; a store that is not there is said and costs nothing else."""
         try:
-            identity = RunIdentity.read(self.folder)
-            uri = uri_of(identity)
-            if uri == OFFLINE or not identity.mlflow_run_id:
+            uri = uri_of(RunIdentity.read(self.folder))
+            if uri == OFFLINE:
                 return False
-            store = MlflowStore(uri)
-            store.connect(identity)
-            store.log_artifact(path, folder="")
+            Sender(self.folder, MlflowStore(uri)).send_file(path)
         except (StoreUnavailableError, ValueError, OSError) as error:
             log.warning(f"{self.folder}: the report is not logged to MLflow ({error})")
             return False
@@ -215,8 +213,7 @@ class Samples:
     def of(cls, runs: Sequence[Run]) -> "Samples":
         """Read the samples, as many as the page has room for."""
         scales = sorted(set.intersection(*(set(run.side.evaluations[0].sweep) for run in runs)))
-        own = {run.label: scales or [run.side.guidance] for run in runs}
-        images = {run.label: {scale: read_samples(run.folder, scale) for scale in own[run.label]} for run in runs}
+        images = {run.label: {scale: read_samples(run.folder, scale) for scale in scales} for run in runs}
         seeds = min((len(found) for of_run in images.values() for found in of_run.values()), default=0)
         first = next(iter(next(iter(images.values())).values()), [])
         while True:

@@ -65,6 +65,15 @@ class Sender:
             self._send_events(EVENTS)
             self._send_events(FILES, until=files_until)
 
+    def send_file(self, path: Path) -> None:
+        """Send a file that no spool names, such as a report that was written after the run.
+
+        Raises:
+            StoreUnavailableError: As in `send`.
+        """
+        with self._connection():
+            self.store.log_artifact(path, folder="")
+
     def close_dead(self) -> str:
         """Close the run if it was started and never closed; return the status it was closed with, else "".
 
