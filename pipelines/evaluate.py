@@ -145,7 +145,7 @@ def evaluate(config: EvaluateConfig, stage: Stage) -> None:
         value_range=(0, 255),
     )
     if stage.is_main:
-        maker.sweep()
+        maker.discard_tensors()
 
 
 def measure(maker: ItemMaker, figures: FigureMaker, found: Mapping[str, Mapping[str, Any]]) -> list[str]:

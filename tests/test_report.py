@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from conftest import run_here
+from PIL import Image
 from test_evaluate import evaluated, write_corpus, write_model
 
 from data.manifest import read_manifest
@@ -175,6 +176,10 @@ def test_a_sample_is_traced_to_all_that_it_was_made_of(runs: Path, tmp_path: Pat
     done = tool("trace", f"{tar}:guidance_2-000003", "--search", str(tmp_path))
     assert done.returncode == 1
     assert "missing: vae" in done.stdout
-    for nothing, why in ((f"{tar}:nobody", "holds no nobody.json"), ("nowhere", "no tar member, PNG")):
+    foreign, cut = tmp_path / "foreign.png", tmp_path / "cut.tar"
+    Image.new("L", (2, 2)).save(foreign)
+    cut.write_bytes(tar.read_bytes()[:700])
+    unknown = ((f"{tar}:nobody", "holds no nobody.json"), ("nowhere", "no tar member, PNG"))
+    for nothing, why in (*unknown, (str(foreign), "does not say what drew it"), (f"{cut}:a", "does not say what drew")):
         done = tool("trace", nothing, "--search", str(tmp_path))
         assert (done.returncode, why in done.stderr) == (2, True), done.stderr

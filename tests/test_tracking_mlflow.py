@@ -165,7 +165,9 @@ def curve(last: int) -> list[tuple[int, float]]:
     return [(n, 1 / n) for n in sent if n <= last]
 
 
-def test_everything_that_a_stage_logs_arrives_once(tmp_path: Path, proxy: FaultProxy) -> None:
+def test_everything_that_a_stage_logs_arrives_once(
+    tmp_path: Path, proxy: FaultProxy, capsys: pytest.CaptureFixture[str]
+) -> None:
     root = tmp_path / "runs" / "demo"
     tracker = start(root, proxy.uri, params={"network": {"channels": [32, 64]}, "conditioners": [{"kind": "class"}]})
     folder = root / "unet"
@@ -219,6 +221,9 @@ def test_everything_that_a_stage_logs_arrives_once(tmp_path: Path, proxy: FaultP
     (folder / "tracking" / "sent.json").unlink()  # as if the sender had died before it could remember anything
     assert sync.main([str(root), "--tracking-uri", proxy.uri]) == 0
     law()
+    info = mlflow_run(root, proxy.uri)[1].info
+    page = f"{proxy.uri}/#/experiments/{info.experiment_id}/runs/{info.run_id}?workflowType=machine_learning"
+    assert f"sent to {page}\n" in capsys.readouterr().out
 
 
 def test_a_sick_server_costs_the_step_nothing_and_loses_nothing(tmp_path: Path, server: MlflowServer) -> None:

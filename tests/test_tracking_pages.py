@@ -165,13 +165,6 @@ def test_the_stages_of_a_pipeline_share_a_colour_that_others_do_not_have(tmp_pat
     assert len(set(colours)) == 3
 
 
-def test_a_sender_names_the_page_of_its_run(tmp_path: Path, store: str, capsys: pytest.CaptureFixture[str]) -> None:
-    start(tmp_path / "demo", "vae").close("FINISHED")
-    run = send(tmp_path / "demo", store)["demo/vae"].info
-    page = f"#/experiments/{run.experiment_id}/runs/{run.run_id}?workflowType=machine_learning"
-    assert page in capsys.readouterr().out
-
-
 def test_state_and_description_come_back_with_a_store_that_is_filled_again(tmp_path: Path, store: str) -> None:
     root = tmp_path / "demo"
     for folder in ("vae", "unet"):

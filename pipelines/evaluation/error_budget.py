@@ -127,7 +127,7 @@ class HeldOutImages:
                 shape = tuple(posterior.mean.shape[1:])
                 noise = torch.from_numpy(SampleDraws(self._seed, 0, rows.tolist()).normals("posterior", shape))
                 latents = posterior.mode() if step == "stored" else posterior.sample(noise)
-        decoded = self._autoencoder.decode(latents)
+        decoded = self._autoencoder.decode(latents) if len(latents) else images
         found = {"images": decoded, "labels": labels, "rows": places}
         return {**found, "psnr": psnr(decoded.movedim(-1, 1), images.movedim(-1, 1))}
 

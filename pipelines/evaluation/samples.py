@@ -228,7 +228,7 @@ class ItemMaker:
         name = self.names.samples[kind][number]
         return read_items(self._parts, [f"{name}.images"], "images").numpy()
 
-    def sweep(self) -> None:
+    def discard_tensors(self) -> None:
         """Remove the tensors of all items, once images and features are stored elsewhere."""
         for path in self._parts.glob("*.safetensors"):
             path.unlink()

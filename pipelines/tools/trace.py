@@ -120,17 +120,16 @@ def beginning_of(sample: str, known: Mapping[str, Stage]) -> Beginning:
         ValueError: It is nothing that can be traced, or says nothing.
     """
     path, _, key = sample.rpartition(":")
-    if path.endswith(".tar") and Path(path).is_file():
-        return _of_member(Path(path), key)
+    try:
+        if path.endswith(".tar") and Path(path).is_file():
+            return _of_member(Path(path), key)
+        if sample.endswith(".png") and Path(sample).is_file():
+            return _of_png(Path(sample))
+    except (tarfile.TarError, KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{sample} does not say what drew it, or not as Latentline does ({error!r}).") from None
     path = sample
     if (folder := Path(path)).is_dir():
         return Beginning({read_manifest(folder).digest: "run"}, {"run": path})
-    if path.endswith(".png") and Path(path).is_file():
-        texts = getattr(Image.open(path), "text", {})
-        if PNG_KEYWORD not in texts:
-            raise ValueError(f"{path} does not say what drew it: it is not of `latentline sample`, or was saved again.")
-        about = json.loads(texts[PNG_KEYWORD])
-        return Beginning({about.pop(name): name for name in ("unet", "vae")}, about)
     if Path(path).is_file():
         digests = SHA256.findall(Path(path).read_text(errors="replace"))
         if not digests:
@@ -140,6 +139,12 @@ def beginning_of(sample: str, known: Mapping[str, Stage]) -> Beginning:
         if (stage.folder / RUN_FILE).exists() and RunIdentity.read(stage.folder).mlflow_run_id == sample:
             return Beginning({stage.manifest.digest: "run"}, {"run": sample})
     raise ValueError(f"there is no tar member, PNG, model card, folder or finished run of that name: {sample!r}.")
+
+
+def _of_png(path: Path) -> Beginning:
+    with Image.open(path) as picture:
+        about = json.loads(picture.info[PNG_KEYWORD])
+    return Beginning({about.pop(name): name for name in ("unet", "vae")}, about)
 
 
 def _of_member(tar: Path, key: str) -> Beginning:
@@ -197,7 +202,7 @@ def nearest_image(beginning: Beginning, found: Sequence[Stage]) -> dict[str, Any
         stored = load_file(beginning.evaluation / features_name(kind))
         place, distance = (stored[f"nearest.{name}"][int(index)] for name in ("index", "distance"))
         corpus = next(stage for stage in found if isinstance(stage.manifest, CorpusManifest))
-    except (OSError, KeyError, StopIteration):
+    except (OSError, KeyError, ValueError, IndexError, StopIteration):
         return {}
     shards, rows = ImageShards(corpus.folder, split="train").locate(np.array([place]))
     return {"key": shards[0].key(rows[0]), "shard": shards[0].name, "distance": float(distance)}
