@@ -2,6 +2,7 @@
 
 import copy
 import math
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -13,14 +14,18 @@ from pipelines.runtime.training.optim import (
     InverseSquareRootRate,
     OptimConfig,
     Optimizer,
+    deal,
     learning_rate,
 )
 
 
+@dataclass
 class FakeAccelerator:
     """All that the optimizer asks of an accelerator without mixed precision."""
 
-    scaler = None
+    process_index: int = 0
+    num_processes: int = 1
+    scaler: None = None
 
 
 def network() -> nn.Module:
@@ -113,6 +118,29 @@ def test_the_state_survives_a_round_trip_to_the_bit() -> None:
         one_step(net, optimizer, update)
         one_step(twin, other, update)
     assert all(torch.equal(a, b) for a, b in zip(net.parameters(), twin.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 4])
+def test_a_checkpoint_is_dealt_over_any_number_of_ranks(num_ranks: int) -> None:
+    net = network()
+    whole = Optimizer(net, OptimConfig(warmup_updates=0), accelerator=FakeAccelerator())
+    one_step(net, whole, 1)
+    dealt = []
+    for rank in range(num_ranks):
+        held = Optimizer(network(), OptimConfig(), accelerator=FakeAccelerator(rank, num_ranks), shards=True)
+        held.load(whole.tensors())
+        dealt.append(held.tensors())
+    assert sum(map(len, dealt)) == len(whole.tensors())
+    assert all(torch.equal(tensor, whole.tensors()[name]) for held in dealt for name, tensor in held.items())
+
+
+def test_parameters_are_dealt_evenly() -> None:
+    sizes = [5, 3, 9, 1, 1, 7, 2, 4, 8]
+    for num_ranks in (1, 2, 4):
+        ranks = deal(sizes, num_ranks)
+        held = [sum(size for size, owner in zip(sizes, ranks, strict=True) if owner == rank) for rank in set(ranks)]
+        assert len(held) == num_ranks
+        assert max(held) - min(held) <= 2
 
 
 def test_the_state_of_another_network_is_refused() -> None:

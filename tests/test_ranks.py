@@ -44,6 +44,12 @@ RECIPES: dict[str, dict[str, Any]] = {
         "on_rank": 1,
         "config": {"on_bad_update": {"policy": "skip"}},
     },
+    "sharded": {
+        "faults": {3: "data", 6: "loss", 9: "gradient", 10: "second"},
+        "leave_out": [*range(14, 22)],
+        "on_rank": 1,
+        "config": {"on_bad_update": {"policy": "skip"}, "shard_optimizer": True},
+    },
     # The weights went bad after the checkpoint of update 10, which was made of batch 13.
     "left out": {"leave_out": [3, 6, 9, 10, *range(14, 22)]},
     "slow": {"slow_seconds": 0.15, "on_rank": 1, "config": {"updates": 7}},
@@ -72,9 +78,13 @@ def test_four_ranks_that_were_stopped_end_as_if_they_had_not(tmp_path: Path) -> 
 
 
 @pytest.fixture(scope="module")
-def ended(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("ranks")
+
+
+@pytest.fixture(scope="module")
+def ended(folder: Path) -> dict[str, list[dict[str, Any]]]:
     """How each recipe ended on each of two ranks."""
-    folder = tmp_path_factory.mktemp("ranks")
     ranks = start(folder, *RECIPES.values())
     printed = [process.communicate(timeout=200) for process in ranks]
     assert [process.returncode for process in ranks] == [0, 0], printed
@@ -105,6 +115,19 @@ def test_the_self_test_names_what_has_gone_astray(name: str, message: str, lates
     for rank in ended[name]:
         assert rank["ended"].startswith(f"ReplicaError: {message}"), rank["ended"]
         assert rank["update"] <= latest
+
+
+def test_an_optimizer_in_shards_makes_the_bits_of_a_whole_one(ended: dict[str, Any], folder: Path) -> None:
+    """Through updates that do not count, down to the files of a checkpoint."""
+    whole, sharded = ended["left out"], ended["sharded"]
+    assert [rank["ended"] for rank in sharded] == ["done", "done"]
+    first, second = (folder / str(list(RECIPES).index(name)) / "checkpoints" for name in ("left out", "sharded"))
+    compared = [path for name in ("first", "second") for path in first.glob(f"*/{name}*.safetensors")]
+    assert len(compared) == 2 * 5
+    for path in compared:
+        assert path.read_bytes() == (second / path.relative_to(first)).read_bytes(), path
+    assert sum(rank["moments"] for rank in sharded) == whole[0]["moments"] == whole[1]["moments"]
+    assert max(rank["moments"] for rank in sharded) < 0.6 * whole[0]["moments"]
 
 
 def simulated_check(

@@ -202,7 +202,9 @@ def main() -> None:
         except (ReplicaError, FloatingPointError, InterruptedError) as error:
             ended = f"{type(error).__name__}: {error}"
         total = sum(float(tensor.double().sum()) for tensor in tiny.tensors().values())
-        found = {"ended": ended, "update": tiny.training.update, "sum": total, "rows": tiny.tracker.rows}
+        moments = sum(tensor.nbytes for optimizer in tiny.optimizers for tensor in optimizer.tensors().values())
+        found = {"ended": ended, "update": tiny.training.update, "sum": total, "moments": moments}
+        found["rows"] = tiny.tracker.rows
         (folder / f"{number}-rank-{rank}.json").write_text(json.dumps(found))
     torch.distributed.destroy_process_group()
 

@@ -318,7 +318,8 @@ def _costs(plan: StagePlan, config: TrainingConfig, networks: list[nn.Module], *
     best = int(config.checkpoint.best.kind != "none")
     plan.disk_bytes = checkpoint * (config.checkpoint.keep_last + 1 + best) + FLOAT_BYTES * counts[0]
     share = config.images_per_device or -(-config.global_batch // devices)
-    plan.memory_bytes = checkpoint + FLOAT_BYTES * plan.parameters + max(0, activations) * share
+    elsewhere = 2 * plan.parameters * (devices - 1) // devices if config.shard_optimizer else 0  # moments
+    plan.memory_bytes = checkpoint + FLOAT_BYTES * (plan.parameters - elsewhere) + max(0, activations) * share
 
 
 def try_out(stage: str, config: TrainingConfig, path: str, *, run: RunConfig, devices: int) -> float:

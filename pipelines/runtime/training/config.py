@@ -21,7 +21,7 @@ class TrainingConfig(StageConfig):
     fingerprint_ignores: ClassVar[frozenset[str]] = frozenset(
         {
             *("log_every", "validate_every", "checkpoint", "prefetch_batches", "replica_check_every", "hang_seconds"),
-            *("on_bad_update.policy", "on_bad_update.limit"),
+            *("on_bad_update.policy", "on_bad_update.limit", "shard_optimizer"),
         }
     )
 
@@ -40,6 +40,7 @@ class TrainingConfig(StageConfig):
     tf32: bool = True  # float32 products and convolutions by TF32 on GPUs that have it: 10 bits of fraction, not 23
     compile: bool = False  # by torch.compile: slow to start, faster updates; on a CPU it needs a C++ compiler
     optim: OptimConfig = OptimConfig()  # how the weights move
+    shard_optimizer: bool = False  # AdamW's moments dealt over the ranks (ZeRO stage 1): less memory, the same bits
     averages: tuple[AverageConfig, ...] = Field(default=(ExponentialAverage(),), min_length=1)  # the first is published
     checkpoint: CheckpointConfig = CheckpointConfig()  # when and how many
     log_every: PositiveInt = 50  # updates between two flushes of metrics; each waits for the device

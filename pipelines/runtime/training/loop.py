@@ -308,7 +308,7 @@ class Training:
         # Save. Between two flushes the newest check has not been read yet: what may still be refused is not saved.
         if self._checkpoints.failure is not None:
             self._checkpoints.check(self.update)
-        if saves or (self.is_due(config.log_every) and self._checkpoints.retry_due(self.update)):
+        if saves or (self.is_due(config.log_every) and self._retry_due()):
             self._save(compares=saves)
         if stopping:
             self._checkpoints.wait()
@@ -360,15 +360,22 @@ class Training:
     def _saves_now(self) -> bool:
         return self.is_due(self.config.checkpoint.every_updates) or self._save_for_best
 
+    def _retry_due(self) -> bool:
+        return any_rank(self._checkpoints.retry_due(self.update), self.stage.accelerator)
+
     def _save(self, *, compares: bool) -> None:
-        """Write a checkpoint.
+        """Write a checkpoint. A collective.
 
         Args:
-            compares: Compare the ranks first, so that none is written from one that differs; a collective.
+            compares: Compare the ranks first, so that none is written from one that differs.
         """
         if compares and self.stage.accelerator.num_processes > 1:
             self._replica_check.compare(f"after update {self.update}")
         self._save_for_best = False
+        parts = {
+            name: part.gathered() if isinstance(part, Optimizer) else part.tensors()
+            for name, part in self.parts.items()
+        }
         if not self.stage.is_main:
             return
         state = {
@@ -383,7 +390,6 @@ class Training:
         }
 
         # Lines up to here are never written again: they must be on disk before the checkpoint is.
-        parts = {name: part.tensors() for name, part in self.parts.items()}
         flush, best = self.stage.tracker.flush, self._best.found.get("update")
         self._checkpoints.save(self.update, parts, state, best=best, after=flush)
 

@@ -1,9 +1,15 @@
-"""AdamW, its learning rate as a function of the update, and a step that can be refused on the device."""
+"""AdamW, its learning rate as a function of the update, and a step that can be refused on the device.
+
+Its moments can be dealt over the ranks (ZeRO stage 1: Rajbhandari et al. 2020, arXiv:1910.02054, section 5.1). A rank
+then steps the parameters that are dealt to it and broadcasts them: the same bits, and the same checkpoint.
+"""
 
 import math
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from pydantic import BaseModel, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat
 from torch import Tensor, nn
@@ -61,17 +67,38 @@ def learning_rate(config: OptimConfig, *, update: int, total_updates: int) -> fl
     return config.peak_lr * warmup * decay
 
 
+def deal(sizes: Sequence[int], num_ranks: int) -> list[int]:
+    """Return the rank that gets each parameter: the largest is dealt first, always to the rank that has least."""
+    dealt, ranks = [0] * num_ranks, [0] * len(sizes)
+    for index in sorted(range(len(sizes)), key=lambda index: -sizes[index]):
+        ranks[index] = dealt.index(min(dealt))
+        dealt[ranks[index]] += sizes[index]
+    return ranks
+
+
 class Optimizer:
     """Clipped, fused AdamW over the parameters of one network.
 
     A refused step changes nothing: the kernel reads the refusal on the device (``found_inf``), so that no bad number
     reaches the weights, and the host need not wait for it.
+
+    Args:
+        network: What is trained; its parameters are the same on every rank.
+        config: Rate and moments.
+        accelerator: Of this process.
+        shards: Deal the moments over the ranks; this one then keeps those of its own parameters.
     """
 
-    def __init__(self, network: nn.Module, config: OptimConfig, *, accelerator: Accelerator) -> None:
+    def __init__(
+        self, network: nn.Module, config: OptimConfig, *, accelerator: Accelerator, shards: bool = False
+    ) -> None:
         self.config = config
+        self.is_sharded = shards and accelerator.num_processes > 1
+        self._rank = accelerator.process_index
         self.names = [name for name, parameter in network.named_parameters() if parameter.requires_grad]
         self.parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
+        sizes = [parameter.numel() for parameter in self.parameters]
+        self._ranks = deal(sizes, accelerator.num_processes) if self.is_sharded else [self._rank] * len(sizes)
 
         # Weight decay is for matrices and kernels, not for biases and norms.
         decayed = [parameter for parameter in self.parameters if parameter.ndim > 1]
@@ -103,11 +130,34 @@ class Optimizer:
         for group in self.adamw.param_groups:
             group["lr"] = rate
         self.adamw.found_inf = refused  # type: ignore[attr-defined]
+
+        # A parameter without a gradient is passed over, and gets no moments.
+        for parameter, rank in zip(self.parameters, self._ranks, strict=True):
+            if rank != self._rank:
+                parameter.grad = None
         self.adamw.step()
         self.adamw.zero_grad(set_to_none=True)
+        if self.is_sharded:
+            sent = zip(self.parameters, self._ranks, strict=True)
+            for work in [dist.broadcast(_flat(parameter), src=rank, async_op=True) for parameter, rank in sent]:
+                work.wait()
+
+    def gathered(self) -> dict[str, Tensor]:
+        """Return the state of all ranks, as one rank that holds it all would: on the main process. A collective."""
+        if not self.is_sharded:
+            return self.tensors()
+        state: dict[str, Tensor] = {}
+        for name, parameter, rank in zip(self.names, self.parameters, self._ranks, strict=True):
+            blank = {"step": torch.zeros((), device=parameter.device), "exp_avg": parameter, "exp_avg_sq": parameter}
+            for key, like in blank.items():
+                value = self.adamw.state[parameter][key] if rank == self._rank else torch.empty_like(like)
+                dist.broadcast(_flat(value), src=rank)
+                if self._rank == 0:
+                    state[f"{name}/{key}"] = value.detach().cpu()
+        return state
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return the state by parameter name, for a checkpoint."""
+        """Return the state that this rank holds, by parameter name."""
         state: dict[str, Tensor] = {}
         for name, parameter in zip(self.names, self.parameters, strict=True):
             for key, value in self.adamw.state.get(parameter, {}).items():
@@ -115,7 +165,7 @@ class Optimizer:
         return state
 
     def load(self, tensors: dict[str, Tensor]) -> None:
-        """Restore what ``tensors`` returned.
+        """Restore what ``gathered`` returned, on any number of ranks.
 
         Raises:
             ValueError: The state belongs to another network.
@@ -127,11 +177,18 @@ class Optimizer:
             )
 
         # The fused kernel walks parameter and moments side by side: they must have one memory layout.
-        for name, parameter in zip(self.names, self.parameters, strict=True):
+        for name, parameter, rank in zip(self.names, self.parameters, self._ranks, strict=True):
+            if rank != self._rank:
+                continue
             moments = {
                 key: torch.empty_like(parameter).copy_(tensors[f"{name}/{key}"]) for key in ("exp_avg", "exp_avg_sq")
             }
             self.adamw.state[parameter] = {"step": tensors[f"{name}/step"].to(parameter.device), **moments}
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    """View a dense tensor as its memory, whatever the order of its dimensions there."""
+    return tensor.detach().as_strided((tensor.numel(),), (1,))
 
 
 class LossScale:

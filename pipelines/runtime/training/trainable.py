@@ -20,7 +20,7 @@ class Trainable(Generic[Network]):
 
     def __init__(self, network: Network, config: TrainingConfig, accelerator: Accelerator) -> None:
         self.network = network
-        self.optimizer = Optimizer(network, config.optim, accelerator=accelerator)
+        self.optimizer = Optimizer(network, config.optim, accelerator=accelerator, shards=config.shard_optimizer)
         self.wrapped = joined(network, accelerator, compiles=config.compile)
 
     def parts(self, name: str) -> dict[str, Stateful]:
