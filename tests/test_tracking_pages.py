@@ -5,6 +5,7 @@ import json
 import re
 import time
 import zlib
+from collections.abc import Mapping
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -237,7 +238,7 @@ def test_a_server_too_old_for_views_gets_none(tmp_path: Path, store: str, monkey
     assert not [key for key in tags if "sharedViewState" in key or "note" in key]
 
 
-def train_and_evaluate(root: Path, *, alias: str) -> None:
+def train_and_evaluate(root: Path, *, alias: str, curve: Mapping[int, float] | None = None) -> None:
     """Log what a training and the evaluation of its U-Net log."""
     tracker = start(root, "unet")
     tracker.log_input("latents", digest="ab" * 32, source="runs/demo/latents", context="train_unet")
@@ -251,6 +252,8 @@ def train_and_evaluate(root: Path, *, alias: str) -> None:
     tracker = start(root, "evaluation", tags={"digest.unet": "cd" * 6})
     tracker.log_input("corpus", digest="ef" * 32, source="runs/demo/corpus", context="evaluate")
     tracker.log_metrics({"eval/best/frechet_distance": 2.99, "eval/frechet_distance": 3.26}, step=0)
+    for update, distance in (curve or {}).items():
+        tracker.log_metrics({"eval/updates/frechet_distance": distance}, step=update)
     tracker.close("FINISHED")
 
 
@@ -282,6 +285,44 @@ def test_a_model_has_its_metrics_and_data_and_a_link_to_its_weights(tmp_path: Pa
     assert not client.search_model_versions(f"run_id = '{runs['demo/unet'].info.run_id}'")
     evaluation = client.get_run(runs["demo/evaluation"].info.run_id)
     assert [given.model_id for given in evaluation.inputs.model_inputs] == [model.model_id]
+
+
+def test_each_kept_checkpoint_is_a_model_with_what_was_measured_at_its_update(tmp_path: Path, store: str) -> None:
+    root = tmp_path / "demo"
+    for update in (10, 20, 30):  # nothing was measured at 20; 30 was published
+        file = {"name": "unet_averages.safetensors", "sha256": f"{update:064}"}
+        folder = root / "unet" / "checkpoints" / f"update-{update:08}"
+        folder.mkdir(parents=True)
+        (folder / "manifest.json").write_text(json.dumps({"update": update, "files": [file]}))
+    train_and_evaluate(root, alias="", curve={10: 7.0})
+    run = send(root, store)["demo/unet"]
+    before = {model.name: model for model in models_of(root, store)}
+    for stage in ("unet", "evaluation"):
+        (root / stage / "tracking" / "sent.json").unlink()
+    evaluation = send(root, store)["demo/evaluation"]
+    models = {model.name: model for model in models_of(root, store)}
+    assert {name: model.to_dictionary() for name, model in models.items()} == {
+        name: model.to_dictionary() for name, model in before.items()
+    }
+    measured = {
+        name: sorted((metric.key, metric.value, metric.step) for metric in model.metrics or ())
+        for name, model in models.items()
+    }
+    assert measured == {
+        "demo-unet-update-10": [("eval/updates/frechet_distance", 7.0, 10), ("val/loss", 0.5, 10)],
+        "demo-unet-update-20": [],
+        "demo-unet": [("eval/best/frechet_distance", 2.99, 0), ("val/loss", 0.25, 30)],
+    }
+    first = models["demo-unet-update-10"]
+    assert first.tags["weights"] == "0" * 12
+    assert first.tags["folder"] == str((root / "unet/checkpoints/update-00000010").resolve())
+    client = MlflowClient(tracking_uri=store)
+    assert {output.model_id: output.step for output in client.get_run(run.info.run_id).outputs.model_outputs} == {
+        model.model_id: int(model.tags["update"]) for model in models.values()
+    }
+    given = {each.model_id for each in client.get_run(evaluation.info.run_id).inputs.model_inputs}
+    assert given == {models["demo-unet"].model_id, first.model_id}
+    assert not any(client.list_logged_model_artifacts(model.model_id) for model in models.values())
 
 
 def test_a_model_with_an_alias_becomes_one_registered_version(tmp_path: Path, store: str) -> None:

@@ -62,7 +62,8 @@ def sync_all(config: SyncConfig) -> Answer:
 
 def run_folders(path: Path) -> list[Path]:
     """Return the stage folders at ``path`` or at most two levels below (runs/, runs/NAME, runs/NAME/STAGE)."""
-    return sorted(file.parent for depth in ("", "*/", "*/*/") for file in path.glob(depth + RUN_FILE))
+    found = sorted(file.parent for depth in ("", "*/", "*/*/") for file in path.glob(depth + RUN_FILE))
+    return sorted(found, key=lambda folder: folder.name.startswith("evaluation"))  # which give models their metrics
 
 
 def sync(folder: Path, *, tracking_uri: str, follow: bool) -> dict[str, Any]:

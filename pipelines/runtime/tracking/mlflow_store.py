@@ -19,7 +19,7 @@ from urllib.parse import quote
 
 import psutil
 
-from data.files import FolderLock, sha256_of, temporary_beside
+from data.files import FolderLock, read_json, sha256_of, temporary_beside
 from pipelines.runtime.config.redaction import without_credentials
 from pipelines.runtime.tracking.identity import RunIdentity, network_file_system, sqlite_file
 from pipelines.runtime.tracking.pages import (
@@ -58,7 +58,11 @@ CLIENT_SETTINGS = {
 }
 TEXTS_PER_REQUEST = 100  # MLflow's limits
 LONGEST_KEY, LONGEST_PARAM, LONGEST_TAG = 250, 6000, 8000  # characters
+METRICS_PER_REQUEST = 1000  # MLflow's limit
+MOST_MODELS = 1000  # of a run, that are found again
 RESULT_PREFIX = "eval/"
+OF_CHECKPOINTS = "eval/updates/"  # at the update of each
+MODEL_METRICS = ("val/", "eval/best/", OF_CHECKPOINTS)
 COLOUR, LOCAL_ID = "mlflow.runColor", "mlflow.latentline.id"
 REFUSALS = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST")  # of MLflow's error codes, those that no repetition mends
 
@@ -151,7 +155,7 @@ class MlflowStore:
         """Set the state of the run, and describe it and its pipeline anew."""
         self._set_status(self._run_id, status, milliseconds=int(1000 * since))
         if status == "FINISHED" and self._stage == "evaluate":
-            self._link_evaluated_model()
+            self._link_evaluated_models()
         self.describe()
 
     def describe(self) -> None:
@@ -292,33 +296,46 @@ class MlflowStore:
             self.describe()
 
     def log_model(self, name: str, folder: Path, *, alias: str = "") -> None:
-        """Log weights as a model of the run, with its parameters and validation; one left unfinished is finished.
+        """Log weights and the kept checkpoints beside them as models of the run; finish unfinished ones.
 
-        A model holds a link to its folder. Its bytes are sent where there is an ``alias``: then it becomes the version
-        of the registered model EXPERIMENT-NAME that has it.
+        A model holds a link to its folder, and what was validated after its update. The bytes of the weights are sent
+        where there is an ``alias``: then they become the version of the registered model EXPERIMENT-NAME that has it.
         """
         from mlflow.entities import LoggedModelOutput
 
+        # The weights are those of the last checkpoint.
         files = [*sorted(folder.glob("*.safetensors")), folder / "config.json"]
         if len(files) == 1:
             raise FileNotFoundError(f"no *.safetensors in {folder}")
-        run = self._client.get_run(self._run_id)
-        model = self._model_of(self._run_id) or self._client.create_logged_model(
-            self._experiment,
-            name=run.info.run_name.replace("/", "-"),
-            source_run_id=self._run_id,
-            tags={"folder": str(folder.resolve()), "weights": sha256_of(files[0])[:SHORT_DIGEST]},
-            model_type=self._stage,
-            params=run.data.params,
-        )
-        for file in files if alias else ():
-            self._client.log_model_artifact(model.model_id, str(file))
-        self._client.finalize_logged_model(model.model_id, "READY")
-        if model.model_id not in {output.model_id for output in (run.outputs.model_outputs if run.outputs else ())}:
-            self._client.log_outputs(self._run_id, [LoggedModelOutput(model.model_id, step=0)])
-        self._log_model_metrics(model, run, prefix="val/")
+        kept = {file.parent: read_json(file, mend="") for file in folder.glob("checkpoints/update-*/manifest.json")}
+        weights = {written["update"]: (place, _averages_in(written)) for place, written in kept.items()}
+        final = max(weights, default=0)
+        weights[final] = folder, sha256_of(files[0])
+
+        # Models that are not there yet.
+        run, models = self._client.get_run(self._run_id), self._models_of(self._run_id)
+        for update, (place, digest) in weights.items():
+            models[update] = models.get(update) or self._client.create_logged_model(
+                self._experiment,
+                name=run.info.run_name.replace("/", "-") + (f"-update-{update}" if update != final else ""),
+                source_run_id=self._run_id,
+                tags={"folder": str(place.resolve()), "weights": digest[:SHORT_DIGEST], "update": str(update)},
+                model_type=self._stage,
+                params=run.data.params,
+            )
+            for file in files if alias and update == final else ():
+                self._client.log_model_artifact(models[update].model_id, str(file))
+            if models[update].status != "READY":
+                self._client.finalize_logged_model(models[update].model_id, "READY")
+
+        # Their links and metrics.
+        outputs = [LoggedModelOutput(model.model_id, step=update) for update, model in models.items()]
+        known = {output.model_id for output in (run.outputs.model_outputs if run.outputs else ())}
+        if new := [output for output in outputs if output.model_id not in known]:
+            self._client.log_outputs(self._run_id, new)
+        self._log_model_metrics(models, run)
         if alias:
-            self._register(f"{self._client.get_experiment(self._experiment).name}-{name}", model, alias=alias)
+            self._register(f"{self._client.get_experiment(self._experiment).name}-{name}", models[final], alias=alias)
 
     def _register(self, name: str, model: Any, *, alias: str) -> None:
         """Make a model a version of a registered one, unless it is one, and give it the alias."""
@@ -338,37 +355,51 @@ class MlflowStore:
         )
         self._client.set_registered_model_alias(name, alias, version.version)
 
-    def _link_evaluated_model(self) -> None:
-        """Give an evaluation's best metrics to the model that it evaluated, where this experiment has that."""
+    def _link_evaluated_models(self) -> None:
+        """Give an evaluation's metrics to the models that it evaluated, where this experiment has those."""
         from mlflow.entities import LoggedModelInput
 
         run = self._client.get_run(self._run_id)
         trained = f"tags.stage = 'train_unet' and tags.`digest.unet` = '{run.data.tags.get('digest.unet')}'"
         for found in self._client.search_runs([self._experiment], trained, max_results=1):
-            if model := self._model_of(found.info.run_id):
-                self._client.log_inputs(self._run_id, models=[LoggedModelInput(model.model_id)])
-                self._log_model_metrics(model, run, prefix="eval/best/")
+            if measured := self._log_model_metrics(self._models_of(found.info.run_id), run):
+                self._client.log_inputs(self._run_id, models=[LoggedModelInput(each) for each in measured])
 
-    def _model_of(self, run_id: str) -> Any:
-        found = self._client.search_logged_models([self._experiment], f"source_run_id = '{run_id}'", max_results=1)
-        return found[0] if found else None
+    def _models_of(self, run_id: str) -> dict[int, Any]:
+        """Return the models of a run by update."""
+        own = f"source_run_id = '{run_id}'"
+        found = self._client.search_logged_models([self._experiment], own, max_results=MOST_MODELS)
+        return {int(model.tags.get("update", 0)): model for model in found}
 
-    def _log_model_metrics(self, model: Any, run: Any, *, prefix: str) -> None:
-        """Give a run's last metrics to a model, with the data set that they were measured on."""
+    def _log_model_metrics(self, models: Mapping[int, Any], run: Any) -> list[str]:
+        """Give models what a run measured at their updates, and its data set; return the ids of those that it measured.
+
+        To the final model belong the last values.
+        """
         from mlflow.entities import Metric
 
         data = [given.dataset for given in run.inputs.dataset_inputs if given.dataset.name in ("corpus", "latents")]
         on = {"dataset_name": data[0].name, "dataset_digest": data[0].digest} if data else {}
-        known = {(metric.key, metric.timestamp, metric.step) for metric in model.metrics or ()}
-        metrics = [
-            Metric(name, last.value, last.timestamp, last.step, model_id=model.model_id, **on)
-            for name in run.data.metrics
-            if name.startswith(prefix)
-            for last in self._client.get_metric_history(run.info.run_id, name)[-1:]
-            if (name, last.timestamp, last.step) not in known
-        ]
-        if metrics:
-            self._client.log_batch(run.info.run_id, metrics=metrics, synchronous=True)
+        known = {
+            (model.model_id, metric.key, metric.timestamp, metric.step)
+            for model in models.values()
+            for metric in model.metrics or ()
+        }
+        measured: list[Any] = []
+        for name in run.data.metrics if models else ():
+            if name.startswith(MODEL_METRICS):
+                at = {metric.step: metric for metric in self._client.get_metric_history(run.info.run_id, name)}
+                if not name.startswith(OF_CHECKPOINTS):
+                    at[max(models)] = at[max(at)]
+                measured += [
+                    Metric(name, at[update].value, at[update].timestamp, at[update].step, model_id=model.model_id, **on)
+                    for update, model in models.items()
+                    if update in at
+                ]
+        new = [each for each in measured if (each.model_id, each.key, each.timestamp, each.step) not in known]
+        for start in range(0, len(new), METRICS_PER_REQUEST):
+            self._client.log_batch(run.info.run_id, metrics=new[start : start + METRICS_PER_REQUEST], synchronous=True)
+        return sorted({each.model_id for each in measured})
 
     def _find_or_make_experiment(self, name: str) -> str:
         """Return the experiment's id. Artefacts of an sqlite store lie beside the database."""
@@ -437,6 +468,11 @@ def _existing_database(uri: str) -> Iterator[None]:
             finally:
                 temporary.unlink(missing_ok=True)
         yield
+
+
+def _averages_in(manifest: Mapping[str, Any]) -> str:
+    """Return the digest of the averaged weights in a checkpoint's manifest."""
+    return next((str(file["sha256"]) for file in manifest["files"] if "_averages." in file["name"]), "")
 
 
 def _tags(tags: Mapping[str, str]) -> list[Any]:

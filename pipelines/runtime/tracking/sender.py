@@ -19,7 +19,7 @@ from data.files import FolderLock
 from pipelines.runtime.config.outcome import has_failed
 from pipelines.runtime.config.redaction import without_credentials
 from pipelines.runtime.tracking.identity import RunIdentity, pipeline_lock
-from pipelines.runtime.tracking.mlflow_store import Metric, MlflowStore, RefusedError
+from pipelines.runtime.tracking.mlflow_store import METRICS_PER_REQUEST, Metric, MlflowStore, RefusedError
 from pipelines.runtime.tracking.pages import COMMAND
 from pipelines.runtime.tracking.spool import (
     EVENTS,
@@ -36,7 +36,6 @@ from pipelines.runtime.tracking.spool import (
 
 log = logging.getLogger("latentline.tracking")
 
-METRICS_PER_REQUEST = 1000  # MLflow's limit
 POLL_SECONDS = 1.0
 BACKOFF_SECONDS = (1.0, 1.0, 2.0, 5.0, 10.0, 30.0)  # between attempts at a store that does not answer
 
