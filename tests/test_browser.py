@@ -70,11 +70,12 @@ def train(tracker: Tracker, folder: Path, *, updates: int, rate: float, names: t
         records[-1] |= {"progress/images": (first + 50) * 64, "perf/images_per_s": 90 / rate + 0.01 * first}
         records[-1] |= {"perf/data_wait_fraction": 0.02} | ({"health/active_channels": 8.0} if vae else {})
         tracker.log_records(records)
-        if (first + 50) % 150 == 0 or first + 50 == updates:
+        if (first + 50) % 150 == 0:
             values = {name: 1 / (1 + rate * first) ** 0.3 for name in names if name.startswith("val/")}
             tracker.log_metrics(values, step=first + 50)
             key = "val/reconstructions" if vae else "val/samples"
             draw(tracker, key, folder, step=first + 50, rows=2 if vae else 4)
+    draw(tracker, key.replace("val", "final"), folder, step=0, rows=2 if vae else 4)
 
 
 def make_pipeline(root: Path, *, updates: int, rate: float) -> None:

@@ -32,6 +32,21 @@ def test_a_title_is_wrapped_rather_than_cut_off() -> None:
     assert pixels(grid_png(CELLS)).shape == (2 * 66 + 2, 3 * 66 + 2)
 
 
+def test_a_folded_grid_is_nearly_square_and_has_every_image_below_its_label() -> None:
+    for rows, columns, shape in ((2, 10, (2 * (2 * 66 + 22) + 2, 5 * 66 + 2)), (4, 10, (2 * (4 * 66 + 22) + 2, 332))):
+        greys = np.arange(1, rows * columns + 1).reshape(rows, columns) * 5
+        cells = np.broadcast_to(greys[..., None, None, None], (rows, columns, 64, 64, 1)).astype(np.uint8)
+        labels = [chr(ord("a") + column) for column in range(columns)]
+        picture = pixels(grid_png(cells, column_labels=labels, folds=True))
+        assert picture.shape == shape
+        whole = pixels(grid_png(cells, column_labels=labels))
+        halves = [pixels(grid_png(cells[:, half], column_labels=labels[half])) for half in (slice(5), slice(5, 10))]
+        assert (picture == np.concatenate([halves[0][:-2], halves[1]])).all()
+        assert whole.shape[1] / whole.shape[0] > 2.2
+    square = np.zeros((8, 10, 64, 64, 1), np.uint8)
+    assert pixels(grid_png(square, folds=True)).shape == pixels(grid_png(square)).shape
+
+
 @pytest.mark.parametrize(
     ("name", "shown"),
     [

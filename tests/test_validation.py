@@ -25,9 +25,10 @@ from pipelines.model.captions import CaptionFeatures, StoredFeaturesConfig
 from pipelines.model.decoded import finite_levels
 from pipelines.model.device import Device
 from pipelines.model.noise import noise_of
-from pipelines.model.validation import GridConfig, UNetValidation, VAEValidation
+from pipelines.model.validation import GridConfig, UNetValidation, VAEValidation, show_grid
 from pipelines.model.weights import load_latent_diffusion, load_vae
 from pipelines.runtime.config.errors import ConfigError
+from pipelines.runtime.training.config import TrainingConfig
 from pipelines.train_unet import TrainUNetConfig, check
 
 CLASSES = [f"class {number}" for number in range(20)]
@@ -65,10 +66,10 @@ def stage(tmp_path_factory: pytest.TempPathFactory) -> Any:
         entries.append(shard.entry)
     commit_latents(root / "latents", entries, channels=2, size=8, classes=tuple(CLASSES))
     parents = Parents({name: read_input(name, root / name) for name in ("corpus", "vae", "unet", "latents")})
-    shown: list[Path] = []
     return SimpleNamespace(
         name="train",
         folder=root,
+        config=TrainingConfig.model_construct(updates=11, validate_every=5),
         parents=parents,
         is_main=True,
         accelerator=SimpleNamespace(
@@ -78,7 +79,7 @@ def stage(tmp_path_factory: pytest.TempPathFactory) -> Any:
             process_index=0,
             num_processes=1,
         ),
-        tracker=SimpleNamespace(log_image=lambda name, path, step: shown.append(path)),
+        tracker=SimpleNamespace(log_image=lambda name, path, step: None),
         log=SimpleNamespace(info=lambda text: None),
     )
 
@@ -134,6 +135,20 @@ def test_validation_takes_no_more_images_at_once_than_training(stage: Any, monke
         metrics.append(validation.validate(denoiser, update=1))
         assert max(seen) <= 2 * size  # guidance brings each image twice
     assert metrics[0] == pytest.approx(metrics[1], rel=1e-4)
+
+
+def test_grids_are_tracked_at_updates_that_trainings_of_any_length_share(stage: Any, tmp_path: Path) -> None:
+    for updates in (5, 8, 11):
+        shown: list[tuple[str, int]] = []
+        tracker = SimpleNamespace(log_image=lambda name, path, step, shown=shown: shown.append((name, step)))
+        config = TrainingConfig.model_construct(updates=updates, validate_every=5)
+        training = SimpleNamespace(**{**vars(stage), "folder": tmp_path, "config": config, "tracker": tracker})
+        for update in sorted({0, *range(5, updates, 5), updates}):  # when validation is due
+            show_grid(cast(Any, training), "samples", b"", update=update, shown="")
+        steps = [("val/samples", update) for update in range(0, updates + 1, 5)]
+        assert shown == [*steps, ("final/samples", 0)], updates
+    written = sorted(path.name for path in (tmp_path / "grids").iterdir())
+    assert written == [f"samples-{update:08}.png" for update in (0, 5, 8, 10, 11)]
 
 
 def rank_of(stage: Any, process_index: int) -> Any:

@@ -22,7 +22,12 @@ MIN_TITLE_WIDTH = 240  # of a line, pixels
 
 
 def grid_png(
-    images: np.ndarray, *, column_labels: Sequence[str] = (), row_labels: Sequence[str] = (), title: str = ""
+    images: np.ndarray,
+    *,
+    column_labels: Sequence[str] = (),
+    row_labels: Sequence[str] = (),
+    title: str = "",
+    folds: bool = False,
 ) -> bytes:
     """Return a grid of images as PNG.
 
@@ -31,6 +36,7 @@ def grid_png(
         column_labels: One a column, above the grid; shortened to the column's width.
         row_labels: One a row, left of the grid.
         title: Lines above everything.
+        folds: Break a wide grid into bands of columns, one below the other, so that it fits into the smallest square.
     """
     # Room for the cells and the text beside and above them.
     rows, columns, height, width, _ = images.shape
@@ -39,30 +45,38 @@ def grid_png(
     font = _font()
     row_labels = [_drawable(label) for label in row_labels]
     left = max((round(font.getlength(label)) + 10 for label in row_labels), default=0)
-    full_width = left + columns * cell_w + GAP
-    lines = _wrapped(_drawable(title), font, max(full_width, MIN_TITLE_WIDTH) - 2 * GAP)
-    full_width = max([full_width, *(round(font.getlength(line)) + 2 * GAP for line in lines)])
-    top = LABEL_HEIGHT * (len(lines) + any(column_labels))
-    canvas = Image.new("RGB", (full_width, top + rows * cell_h + GAP), "white")
+    band_h = rows * cell_h + LABEL_HEIGHT * any(column_labels)
+    widths = {bands: left + -(-columns // bands) * cell_w + GAP for bands in range(1, columns + 1 if folds else 2)}
+    bands = min(widths, key=lambda bands: max(widths[bands], bands * band_h))
+    lines = _wrapped(_drawable(title), font, max(widths[bands], MIN_TITLE_WIDTH) - 2 * GAP)
+    full_width = max([widths[bands], *(round(font.getlength(line)) + 2 * GAP for line in lines)])
+    top = LABEL_HEIGHT * (len(lines) + any(column_labels)) + GAP
+    canvas = Image.new("RGB", (full_width, LABEL_HEIGHT * len(lines) + bands * band_h + GAP), "white")
+
+    def corner(row: int, column: int) -> tuple[int, int]:
+        band, place = divmod(column, -(-columns // bands))
+        return left + GAP + place * cell_w, top + band * band_h + row * cell_h
 
     # The text.
     draw = ImageDraw.Draw(canvas)
     for number, line in enumerate(lines):
         draw.text((GAP, 3 + number * LABEL_HEIGHT), line, fill="black", font=font)
     for column, label in enumerate(column_labels):
-        x = left + GAP + column * cell_w + (cell_w - GAP) / 2
+        x, y = corner(0, column)
         shown = _fitted(heading(label, column), font, cell_w)
-        draw.text((x, top - LABEL_HEIGHT / 2), shown, fill="black", font=font, anchor="mm")
+        place = x + (cell_w - GAP) / 2, y - GAP - LABEL_HEIGHT / 2
+        draw.text(place, shown, fill="black", font=font, anchor="mm")
     for row, label in enumerate(row_labels):
-        y = top + GAP + row * cell_h + (cell_h - GAP) / 2
-        draw.text((left - 6, y), label, fill="black", font=font, anchor="rm")
+        for first in range(0, columns, -(-columns // bands)):
+            place = left - 6, corner(row, first)[1] + (cell_h - GAP) / 2
+            draw.text(place, label, fill="black", font=font, anchor="rm")
 
     # The images.
     for row in range(rows):
         for column in range(columns):
             cell = np.repeat(np.repeat(images[row, column], zoom, axis=0), zoom, axis=1)
             picture = Image.fromarray(cell[..., 0] if cell.shape[-1] == 1 else cell)
-            canvas.paste(picture, (left + GAP + column * cell_w, top + GAP + row * cell_h))
+            canvas.paste(picture, corner(row, column))
     buffer = io.BytesIO()
     canvas.save(buffer, format="PNG", optimize=True)
     return buffer.getvalue()

@@ -34,6 +34,7 @@ from pipelines.model.grids import grid_png, heading
 from pipelines.model.noise import noise_of
 from pipelines.model.weights import load_vae
 from pipelines.runtime.stage.stage import Stage
+from pipelines.runtime.training.config import TrainingConfig
 
 NUM_VALIDATION_SAMPLES = 256
 NUM_RECONSTRUCTIONS = 10  # columns of the grid
@@ -42,11 +43,19 @@ MIN_COMPARED = 3  # images on either side of a distance
 
 
 def show_grid(stage: Stage, name: str, grid: bytes, *, update: int, shown: str) -> None:
-    """Write a PNG as ``grids/NAME-UPDATE.png``, track it, and log it with the metrics ``shown``."""
+    """Write a PNG as ``grids/NAME-UPDATE.png``, track it, and log it with the metrics ``shown``.
+
+    It is tracked at multiples of ``validate_every``, which trainings of any length share, and the last one under a key
+    of its own at step 0.
+    """
     path = stage.folder / "grids" / f"{name}-{update:08}.png"
     path.parent.mkdir(exist_ok=True)
     write_atomically(path, grid)
-    stage.tracker.log_image(f"val/{name}", path, step=update)
+    assert isinstance(stage.config, TrainingConfig)
+    if update % stage.config.validate_every == 0:
+        stage.tracker.log_image(f"val/{name}", path, step=update)
+    if update == stage.config.updates:
+        stage.tracker.log_image(f"final/{name}", path, step=0)
     stage.log.info(f"update {update}: {shown}, {path}")
 
 
@@ -101,6 +110,7 @@ class VAEValidation:
             column_labels=[heading(classes[label], label) if label >= 0 else "" for label in self.images.labels[shown]],
             row_labels=("image", "reconstruction"),
             title=f"update {update}: {metrics['val/psnr']:.2f} dB on {len(restored)} validation images",
+            folds=True,
         )
         show_grid(self.stage, "reconstructions", grid, update=update, shown=f"PSNR {metrics['val/psnr']:.2f} dB")
         return metrics
@@ -286,7 +296,9 @@ class UNetValidation:
         images = finite_levels(
             torch.cat(sampled), names=names, stage=self.stage.name, precision=self.stage.accelerator.mixed_precision
         )
-        return grid_png(images.reshape(rows, columns, *images.shape[1:]), column_labels=self.heads, title=title)
+        return grid_png(
+            images.reshape(rows, columns, *images.shape[1:]), column_labels=self.heads, title=title, folds=True
+        )
 
     def _sampled(self, network: Denoiser, indices: range, conditions: Mapping[str, Tensor], *, purpose: str) -> Tensor:
         """Draw samples by index, the conditions in turn; cells of the grid are numbered row by row."""

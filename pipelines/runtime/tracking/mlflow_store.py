@@ -362,8 +362,9 @@ class MlflowStore:
         run = self._client.get_run(self._run_id)
         trained = f"tags.stage = 'train_unet' and tags.`digest.unet` = '{run.data.tags.get('digest.unet')}'"
         for found in self._client.search_runs([self._experiment], trained, max_results=1):
-            if measured := self._log_model_metrics(self._models_of(found.info.run_id), run):
-                self._client.log_inputs(self._run_id, models=[LoggedModelInput(each) for each in measured])
+            if models := self._models_of(found.info.run_id):
+                measured = {models[max(models)].model_id, *self._log_model_metrics(models, run)}
+                self._client.log_inputs(self._run_id, models=[LoggedModelInput(each) for each in sorted(measured)])
 
     def _models_of(self, run_id: str) -> dict[int, Any]:
         """Return the models of a run by update."""
@@ -371,7 +372,7 @@ class MlflowStore:
         found = self._client.search_logged_models([self._experiment], own, max_results=MOST_MODELS)
         return {int(model.tags.get("update", 0)): model for model in found}
 
-    def _log_model_metrics(self, models: Mapping[int, Any], run: Any) -> list[str]:
+    def _log_model_metrics(self, models: Mapping[int, Any], run: Any) -> set[str]:
         """Give models what a run measured at their updates, and its data set; return the ids of those that it measured.
 
         To the final model belong the last values.
@@ -386,7 +387,7 @@ class MlflowStore:
             for metric in model.metrics or ()
         }
         measured: list[Any] = []
-        for name in run.data.metrics if models else ():
+        for name in run.data.metrics:
             if name.startswith(MODEL_METRICS):
                 at = {metric.step: metric for metric in self._client.get_metric_history(run.info.run_id, name)}
                 if not name.startswith(OF_CHECKPOINTS):
@@ -399,7 +400,7 @@ class MlflowStore:
         new = [each for each in measured if (each.model_id, each.key, each.timestamp, each.step) not in known]
         for start in range(0, len(new), METRICS_PER_REQUEST):
             self._client.log_batch(run.info.run_id, metrics=new[start : start + METRICS_PER_REQUEST], synchronous=True)
-        return sorted({each.model_id for each in measured})
+        return {each.model_id for each in measured}
 
     def _find_or_make_experiment(self, name: str) -> str:
         """Return the experiment's id. Artefacts of an sqlite store lie beside the database."""

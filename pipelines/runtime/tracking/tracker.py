@@ -45,7 +45,6 @@ log = logging.getLogger("latentline.tracking")
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 Record = Mapping[str, float | int]  # {"update", "batch", "time", "train/loss", ...}
 
-VALIDATION, FINAL = "val/", "final/"  # keys of images
 CLOSE_WAIT_SECONDS = 8.0  # a stage exits within 10 s when its server takes nothing
 LONGEST_WAIT_SECONDS = 60.0  # while the server takes something; always of an sqlite file, which takes a while to make
 
@@ -247,10 +246,6 @@ class Tracker:
         """
         longest = wait_seconds or (CLOSE_WAIT_SECONDS if status == "KILLED" else LONGEST_WAIT_SECONDS)
         patience = longest if wait_seconds or sqlite_file(self._uri) is not None else CLOSE_WAIT_SECONDS
-        if status == "FINISHED":
-            with contextlib.suppress(OSError):
-                self._spool.flush(timeout_seconds=patience / 2)
-                self._log_final_images()
         self.event("close", status=status)
         self._spool.close(timeout_seconds=patience / 2)
         try:
@@ -263,16 +258,6 @@ class Tracker:
                 f"MLflow: {left} records and events are not sent yet to {without_credentials(self._uri)}. "
                 f"Nothing is lost; send them with: python -m pipelines.tools.sync {self._folder}"
             )
-
-    def _log_final_images(self) -> None:
-        """Log the last grid of each validation under a key of its own at step 0, where runs of any length show it."""
-        last: dict[str, Path] = {}
-        for event in read_spool_backwards(self._folder / FILES):
-            key = event.get("key", "")
-            if key.startswith(VALIDATION) and key not in last:
-                last[key] = self._folder / event["path"]
-        for key, path in last.items():
-            self.log_image(key.replace(VALIDATION, FINAL), path, step=0)
 
     def event(self, kind: str, *, spool: str = EVENTS, **content: Any) -> None:
         """Append an event to a spool other than the metrics."""
