@@ -27,7 +27,7 @@ from pipelines.evaluation.contract import contract_digest, contract_of
 from pipelines.evaluation.error_budget import REAL, STEPS
 from pipelines.evaluation.figures import FigureMaker, features_name
 from pipelines.evaluation.likelihood import TERMS, VariationalBoundConfig
-from pipelines.evaluation.metrics import Metrics, log_scores, mean_metrics
+from pipelines.evaluation.metrics import Metrics, log_scores, mean_metrics, metrics_of_samples
 from pipelines.evaluation.pictures import draw_pictures
 from pipelines.evaluation.real_images import RealSet
 from pipelines.evaluation.samples import DrawConfig, ItemMaker, key_prefix
@@ -179,14 +179,14 @@ def measure(maker: ItemMaker, figures: FigureMaker, found: Mapping[str, Mapping[
         **({"curve": curve} if curve else {}),
     }
     write_json(folder / "metrics.json", scores)
-    samples = {f"guidance {scale:g}": by_scale[scale] for scale in sorted({1.0, default} & by_scale.keys())}
-    pictures = draw_pictures(maker, figures, by_scale, error_budget | samples, curve)
+    steps = error_budget | metrics_of_samples(by_scale, default)
+    pictures = draw_pictures(maker, figures, by_scale, steps, curve)
 
     # Send them to the tracker; print those of the default guidance.
     log_scores(stage.tracker, scores)
     stage.tracker.set_tags({"contract": contract_digest(contract)[:SHORT_DIGEST]})
     stage.tracker.log_artifact(folder / "metrics.json")
-    for line in table_of(error_budget | samples):
+    for line in table_of(steps):
         stage.log.info(line)
     of_vae = {f"{name} of validation images": metric for name, metric in vae.items()}
     shown = {**of_vae, **likelihood}

@@ -222,8 +222,8 @@ def check_verdicts(root: Path, folder: Path) -> None:
         for metric in [name for name in JUDGED if name in Evaluation.read(group[0]).sweep[1.0]]:
             side = [Evaluation.read(each).measured(metric, 1.0) for each in group]
             luck, mean = Luck.of(side), np.mean([each.value for each in side])
-            assert luck.training is not None
-            sampling, by_seed = math.sqrt(luck.sampling), math.sqrt(max(luck.training - luck.own, 0))
+            assert luck.seed_deviation is not None
+            sampling, by_seed = math.sqrt(luck.sampling), luck.seed_deviation
             print(f"{name} {metric}: {mean:.4g}, sampling {sampling:.2g}, seed {by_seed:.2g}, {by_seed / sampling:.2g}")
 
     # Equal recipes, then different ones.

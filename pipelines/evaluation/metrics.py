@@ -143,6 +143,11 @@ def distribution_metrics(
     return metrics
 
 
+def metrics_of_samples(sweep: Mapping[float, Any], guidance: float) -> dict[str, Any]:
+    """Return the metrics of samples without guidance and with it, by the names that they have in an error budget."""
+    return {f"guidance {scale:g}": sweep[scale] for scale in sorted({1.0, guidance} & sweep.keys())}
+
+
 def mean_metrics(values: Mapping[str, Tensor]) -> Metrics:
     """Average the values of single images, (n,) each, with standard errors."""
     return {name: as_metric(mean_estimate(of_images)) for name, of_images in values.items()}

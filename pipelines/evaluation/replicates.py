@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from safetensors import safe_open
@@ -65,24 +65,28 @@ class Side:
     evaluations: tuple[Evaluation, ...]
     left_out: tuple[str, ...]  # folders that look like replicates, each with the reason why they are none
 
+    @property
+    def own(self) -> Evaluation:
+        """The evaluation that the others are replicates of."""
+        return self.evaluations[0]
+
     @cached_property
     def guidance(self) -> float:
         """The guidance of the best mean Frechet distance, at which all metrics are compared; else the default."""
-        means = {scale: self.mean(CHOOSING, scale) for scale in self.evaluations[0].sweep}
+        means = {scale: self._mean(CHOOSING, scale) for scale in self.own.sweep}
         known = {scale: -JUDGED[CHOOSING] * mean for scale, mean in means.items() if mean is not None}
-        default: float = self.evaluations[0].figures["default_guidance"]
+        default: float = self.own.figures["default_guidance"]
         return min(known, key=known.__getitem__, default=default)
 
-    def mean(self, metric: str, guidance: float | None = None) -> float | None:
-        """Return the mean of a metric over the trainings; None where it was not measured."""
-        scale = self.guidance if guidance is None else guidance
-        found = [each.sweep[scale][metric]["value"] for each in self.evaluations if metric in each.sweep[scale]]
-        return float(np.mean(found)) if len(found) == len(self.evaluations) else None
+    @cached_property
+    def means(self) -> dict[str, float | None]:
+        """Mean of each metric over the trainings, at the side's guidance; None where not all have it."""
+        return {name: self._mean(name, self.guidance) for name in self.own.sweep[self.guidance] if name != "guidance"}
 
-    @property
-    def metrics(self) -> list[str]:
-        """Names of the metrics."""
-        return [name for name in self.evaluations[0].sweep[self.guidance] if name != "guidance"]
+    def _mean(self, metric: str, guidance: float) -> float | None:
+        sweeps = [each.sweep[guidance] for each in self.evaluations]
+        known = all(metric in sweep for sweep in sweeps)
+        return float(np.mean([sweep[metric]["value"] for sweep in sweeps])) if known else None
 
     def measured(self, metric: str) -> list[Measured]:
         """Return one metric of every training, at the side's guidance."""
@@ -96,38 +100,31 @@ def read_side(name: str, folder: Path) -> Side:
         FileNotFoundError: The evaluation is unfinished.
         ValueError: A file is damaged.
     """
-    own, found, left_out = Evaluation.read(folder), [], []
-    trainings = [_training_of(folder)]
+    found, left_out = [Evaluation.read(folder)], []
+    request, seed = _training_of(folder)
+    seeds = {seed}
     for place in sorted(folder.parent.glob(f"{folder.name}-seed_*")):
         try:
-            replicate, training = Evaluation.read(place), _training_of(place)
+            replicate, (its_request, seed) = Evaluation.read(place), _training_of(place)
         except FileNotFoundError:
             left_out.append(f"{place.name} is unfinished")
             continue
-        if len({contract_digest(each.figures["contract"]) for each in (own, replicate)}) > 1:
+        if len({contract_digest(each.figures["contract"]) for each in (found[0], replicate)}) > 1:
             left_out.append(f"{place.name} was measured under another contract")
-        elif training is None or trainings[0] is None or training.request != trainings[0].request:
+        elif not request or its_request != request:
             left_out.append(f"{place.name} is of a training that differs in more than its seed")
-        elif training in trainings:
+        elif seed in seeds:
             left_out.append(f"{place.name} is of a training with the seed of another one")
         else:
             found.append(replicate)
-            trainings.append(training)
-    return Side(name=name, evaluations=(own, *found), left_out=tuple(left_out))
+            seeds.add(seed)
+    return Side(name=name, evaluations=tuple(found), left_out=tuple(left_out))
 
 
-class _Training(NamedTuple):
-    """What a U-Net was trained with."""
-
-    request: tuple[Any, ...]  # configuration but for the seed, and digests of the inputs
-    seed: int
-
-
-def _training_of(evaluation: Path) -> _Training | None:
-    """Read how the U-Net of an evaluation was trained; None where that U-Net is not there any more."""
+def _training_of(evaluation: Path) -> tuple[dict[str, Any], int]:
+    """Read how the U-Net of an evaluation was trained, and its seed; an empty request where that U-Net has gone."""
     try:
         unet = read_manifest(read_manifest(evaluation).provenance["inputs"]["unet"])
-        config = dict(unet.config)
-        return _Training(request=(config, dict(unet.parents)), seed=config.pop("seed"))
+        return {**unet.config, "seed": None, "parents": unet.parents}, unet.config["seed"]
     except (FileNotFoundError, KeyError):
-        return None
+        return {}, 0

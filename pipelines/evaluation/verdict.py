@@ -47,6 +47,11 @@ class Luck:
     own: float = 0.0  # by what images do in one training alone; known from replicates
     training: float | None = None  # by the seed, ``own`` included; None for a single training
 
+    @property
+    def seed_deviation(self) -> float | None:
+        """Standard deviation by the seed alone; None for a single training."""
+        return None if self.training is None else math.sqrt(max(self.training - self.own, 0))
+
     @classmethod
     def of(cls, side: Sequence[Measured]) -> "Luck":
         """Measure it on the trainings of one side."""
@@ -70,9 +75,7 @@ class Difference:
     high: float
     lucks: tuple[Luck, Luck]
     more_seeds: int | None  # on each side, that would decide if this is the difference; None for no reasonable number
-    more_samples: (
-        float | None
-    )  # times as many images that would decide if training luck were none; None for equal values
+    more_samples: float | None  # times as many images that would decide without training luck; None for equal values
 
     @property
     def decided(self) -> bool:

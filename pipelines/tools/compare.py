@@ -18,7 +18,8 @@ import os
 import re
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -36,10 +37,10 @@ from pipelines.runtime.config.renamed_keys import with_new_names
 from pipelines.runtime.config.stage_config import STAGE_FOLDERS, CommandConfig
 from pipelines.runtime.stage.fingerprint import REQUEST_NAME
 from pipelines.runtime.tracking.identity import RunIdentity
+from pipelines.runtime.tracking.pages import SHORT_DIGEST
 from pipelines.runtime.tracking.spool import METRICS, NOT_METRICS, read_spool_backwards
 
 RECORDS_TO_READ = 20_000  # of metrics.jsonl, from the end; a metric that is rarer than this is not shown
-SHORT_DIGEST = 12
 ABSENT = "-"
 MOST_TIMES = 100  # as many images, that are worth naming
 
@@ -50,9 +51,9 @@ class Report:
 
     name: str
     stage: str
-    facts: Mapping[str, str] = field(default_factory=dict)
-    metrics: Mapping[str, str] = field(default_factory=dict)
-    settings: Mapping[str, str] = field(default_factory=dict)
+    facts: Mapping[str, str]
+    metrics: Mapping[str, str]
+    settings: Mapping[str, str]
 
 
 class CompareConfig(CommandConfig):
@@ -69,18 +70,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def compared(config: CompareConfig) -> Answer:
     """Read the runs, judge them against the first, and lay those of each stage side by side."""
-    # The verdicts, of the runs that have an evaluation.
     with config_error_at("compare.runs"):
         reports = [report for run in config.runs for report in reports_of(run)]
         sides, notes = sides_of(config.runs)
-    verdicts = [Verdict.of(sides[0], side, rivals=len(sides) - 1) for side in sides[1:]]
+    verdicts = verdicts_of(sides)
     texts = [verdict.text for verdict in verdicts] + ["\n".join(notes)]
     texts += [luck_table(side) for side in sides if len(side.evaluations) > 1 or len(sides) == 1]
-
-    # The stages.
-    found = {report.stage for report in reports}
-    stages = [*(stage for stage in STAGE_FOLDERS if stage in found), *sorted(found - STAGE_FOLDERS.keys())]
-    texts += [comparison([report for report in reports if report.stage == stage]) for stage in stages]
+    texts += comparisons(reports)
     facts = {
         "verdicts": [each.as_json() for each in verdicts],
         "notes": notes,
@@ -108,47 +104,47 @@ def sides_of(runs: Sequence[str]) -> tuple[list[Side], list[str]]:
     return sides, notes
 
 
-@dataclass(frozen=True, kw_only=True)
+def verdicts_of(sides: Sequence[Side]) -> list["Verdict"]:
+    """Judge each side against the first."""
+    return [Verdict(sides[0], side, num_rivals=len(sides) - 1) for side in sides[1:]]
+
+
 class Verdict:
-    """One run against the baseline, metric by metric."""
+    """One run against the baseline, metric by metric.
 
-    baseline: Side
-    side: Side
-    differences: Mapping[str, Difference]
-    incomparable: Mapping[str, str]  # metric, or "all" -> why the contracts do not let it be compared
-    drawn_differently: Sequence[str]  # what else their samples differ by
+    Args:
+        baseline: Side that it is judged against.
+        side: The run.
+        num_rivals: Runs that are judged against this baseline; the intervals hold over the metrics of all together.
+    """
 
-    @classmethod
-    def of(cls, baseline: Side, side: Side, *, rivals: int) -> "Verdict":
-        """Compare the judged metrics that both have, with intervals over those of all ``rivals`` of the baseline."""
-        contracts = [each.evaluations[0].figures["contract"] for each in (baseline, side)]
-        incomparable = not_comparable(*contracts)
-        metrics = [name for name in JUDGED if name in baseline.metrics and name in side.metrics]
-        judged = [name for name in metrics if not {name, "all"} & incomparable.keys()]
-        differences = {
-            name: difference(baseline.measured(name), side.measured(name), tests=len(judged) * rivals)
+    def __init__(self, baseline: Side, side: Side, *, num_rivals: int) -> None:
+        self.baseline, self.side = baseline, side
+        contracts = (baseline.own.figures["contract"], side.own.figures["contract"])
+        #: Metric, or "all" -> why the contracts do not let it be compared.
+        self.incomparable = not_comparable(*contracts)
+        #: Parts of the contracts by which their samples differ besides.
+        self.drawn_differently = drawn_differently(*contracts)
+        measured = [name for name in JUDGED if name in baseline.means and name in side.means]
+        judged = [name for name in measured if not {name, "all"} & self.incomparable.keys()]
+        #: Of each metric that is judged, and the word for it.
+        self.differences = {
+            name: difference(baseline.measured(name), side.measured(name), tests=len(judged) * num_rivals)
             for name in judged
         }
-        return cls(
-            baseline=baseline,
-            side=side,
-            differences=differences,
-            incomparable=incomparable,
-            drawn_differently=drawn_differently(*contracts),
-        )
+        self.words = {name: found.word(JUDGED[name]) for name, found in self.differences.items()}
 
     def as_json(self) -> dict[str, Any]:
         """Return the facts of the text."""
-        sides = {"baseline": self.baseline, "run": self.side}
+        first, second = self.baseline, self.side
         return {
-            **{key: side.name for key, side in sides.items()},
-            "guidance": {key: side.guidance for key, side in sides.items()},
-            "trainings": {key: len(side.evaluations) for key, side in sides.items()},
-            "metrics": {
-                name: {"verdict": found.word(JUDGED[name]), **asdict(found)} for name, found in self.differences.items()
-            },
-            "incomparable": dict(self.incomparable),
-            "drawn_differently": list(self.drawn_differently),
+            "baseline": first.name,
+            "run": second.name,
+            "guidance": {"baseline": first.guidance, "run": second.guidance},
+            "trainings": {"baseline": len(first.evaluations), "run": len(second.evaluations)},
+            "metrics": {name: {"verdict": self.words[name], **asdict(each)} for name, each in self.differences.items()},
+            "incomparable": self.incomparable,
+            "drawn_differently": self.drawn_differently,
         }
 
     @property
@@ -164,7 +160,7 @@ class Verdict:
         for name, found in self.differences.items():
             low, high = sorted((abs(found.low), abs(found.high)))
             amount = f"by {abs(found.value):.3g} [{low:.3g}, {high:.3g}]" if found.decided else f"({_remedy(found)})"
-            said[found.word(JUDGED[name])].append(f"{name} {amount}")
+            said[self.words[name]].append(f"{name} {amount}")
         clauses = [f"{word} in {', '.join(names)}" for word, names in said.items() if names]
         lines = [f"{second.name} against {first.name}: {'; '.join(clauses) or 'no metric can be judged'}."]
         for why in dict.fromkeys(self.incomparable.values()):
@@ -182,14 +178,12 @@ class Verdict:
         """Return the table: its head, then a row a metric, the judged ones first."""
         first, second = self.baseline, self.side
         rows: list[tuple[str, ...]] = [("metric", "", first.name, second.name, "difference", "interval", "verdict")]
-        for name in dict.fromkeys([*self.differences, *first.metrics, *second.metrics]):
-            values = [_shown(side.mean(name)) for side in (first, second)]
+        for name in self.differences | first.means | second.means:
+            values = [_shown(side.means.get(name)) for side in (first, second)]
             direction = {1: "higher is better", -1: "lower is better", 0: ""}[JUDGED.get(name, 0)]
             last: tuple[str, ...] = (ABSENT,) * 3
-            if name in self.differences:
-                found = self.differences[name]
-                interval = f"[{found.low:+.3g}, {found.high:+.3g}]"
-                last = (f"{found.value:+.3g}", interval, found.word(JUDGED[name]))
+            if found := self.differences.get(name):
+                last = (f"{found.value:+.3g}", f"[{found.low:+.3g}, {found.high:+.3g}]", self.words[name])
             rows.append((name, direction, *values, *last))
         return rows
 
@@ -221,13 +215,12 @@ def luck_table(side: Side) -> str:
     """Return the metrics of one side with the luck of one training: of its images, and of its seed."""
     count = len(side.evaluations)
     rows = [(f"{side.name}, {count} training{'s' * (count > 1)}", "mean", "sampling luck", "training luck", "ratio")]
-    for name in side.metrics:
+    for name, mean in side.means.items():
         luck = Luck.of(side.measured(name))
-        sampling = math.sqrt(luck.sampling)
-        by_seed = math.sqrt(max(luck.training - luck.own, 0)) if luck.training is not None else None
+        sampling, by_seed = math.sqrt(luck.sampling), luck.seed_deviation
         ratio = f"{by_seed / sampling:.2g}" if by_seed is not None and sampling else ABSENT
         luck_by_seed = ABSENT if by_seed is None else f"{by_seed:.2g}"
-        rows.append((name, _shown(side.mean(name)), f"{sampling:.2g}", luck_by_seed, ratio))
+        rows.append((name, _shown(mean), f"{sampling:.2g}", luck_by_seed, ratio))
     return "\n".join([f"At guidance {side.guidance:g}, standard deviations of one training:", *_aligned(rows)])
 
 
@@ -267,7 +260,9 @@ def report_of_folder(folder: Path) -> Report:
     scores = _json_of(folder / "metrics.json")
     if scores:
         facts["contract"] = contract_digest(scores["contract"])[:SHORT_DIGEST]
-        metrics = flattened_texts(_scores(scores))
+        samples = next(each for each in scores["sweep"] if each["guidance"] == scores["default_guidance"])
+        parts = {"samples": samples, "vae": scores.get("vae", {}), "floor": scores.get("floor", {})}
+        metrics = {f"{part}.{name}": _shown(value) for part in parts for name, value in parts[part].items()}
     if update := metrics.pop("update", ""):
         facts["updates"] = update
     return Report(name=identity.name, stage=identity.stage, facts=facts, metrics=metrics, settings=settings)
@@ -276,9 +271,7 @@ def report_of_folder(folder: Path) -> Report:
 def last_values(path: Path) -> dict[str, str]:
     """Return the last value of each metric of a ``metrics.jsonl``, and ``update``, the last update."""
     values: dict[str, str] = {}
-    for count, record in enumerate(read_spool_backwards(path)):
-        if count == RECORDS_TO_READ:
-            break
+    for record in islice(read_spool_backwards(path), RECORDS_TO_READ):
         for key, value in record.items():
             if key == "update" or key not in NOT_METRICS:
                 values.setdefault(key, _shown(value))
@@ -312,10 +305,17 @@ def report_of_mlflow_run(run_id: str) -> Report:
     )
 
 
-def comparison(reports: Sequence[Report]) -> str:
+def comparisons(reports: Sequence[Report]) -> list[str]:
+    """Return a table for each stage, in the order of the stages."""
+    found = {report.stage for report in reports}
+    stages = [*(stage for stage in STAGE_FOLDERS if stage in found), *sorted(found - STAGE_FOLDERS.keys())]
+    return [_comparison([report for report in reports if report.stage == stage]) for stage in stages]
+
+
+def _comparison(reports: Sequence[Report]) -> str:
     """Return a table of reports of one stage: a column a run, a row a metric, or a fact or setting that differs."""
     stage, facts = reports[0].stage, [report.facts for report in reports]
-    digests = {fact["digest"] if fact["state"] == "done" and "digest" in fact else None for fact in facts}
+    digests = {fact.get("digest") for fact in facts}  # of finished stages
     if len(reports) > 1 and len(digests) == 1 and (digest := digests.pop()):
         return f"{stage}: equal, digest {digest}"
     rows = [(stage, *(report.name for report in reports))]
@@ -347,29 +347,10 @@ def _that_matter(settings: Mapping[str, str]) -> dict[str, str]:
     return {key: text for key, text in settings.items() if not re.search(r"^(run|inputs)\.|(^|_)(every|name)$", key)}
 
 
-def _scores(scores: Mapping[str, Any]) -> dict[str, Any]:
-    """Return an evaluation's scores at the default guidance, of the VAE and of the floor, as shown texts."""
-    chosen: Mapping[str, Any] = next(
-        (entry for entry in scores["sweep"] if entry["guidance"] == scores["default_guidance"]), {}
-    )
-    whole = {"samples": chosen, "vae": scores.get("vae", {}), "floor": scores.get("floor", {})}
-    return {name: _with_errors(part) for name, part in whole.items()}
-
-
-def _with_errors(values: Mapping[str, Any]) -> dict[str, Any]:
-    texts: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, Mapping) and "value" in value:
-            error = value.get("error")
-            texts[key] = _shown(value["value"]) + (f" ± {_shown(error)}" if error else "")
-        elif isinstance(value, Mapping):
-            texts[key] = _with_errors(value)
-        else:
-            texts[key] = _shown(value)
-    return texts
-
-
 def _shown(value: Any) -> str:
+    """Return a value, or a metric with its error, as text."""
+    if isinstance(value, Mapping):
+        return _shown(value["value"]) + (f" ± {_shown(value['error'])}" if value.get("error") else "")
     return ABSENT if value is None else f"{value:.5g}" if isinstance(value, float) else str(value)
 
 

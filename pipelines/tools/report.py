@@ -11,12 +11,8 @@ import base64
 import io
 import logging
 import sys
-import tarfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
-from itertools import islice
+from collections.abc import Sequence
 from pathlib import Path
 from string import ascii_uppercase
 from typing import Annotated, Any
@@ -25,19 +21,22 @@ import numpy as np
 from PIL import Image
 from pydantic import Field
 
-from data.files import make_folder, read_json, write_atomically
-from data.manifest import Manifest, read_manifest
+from data.files import make_folder, write_atomically
+from data.manifest import read_manifest
+from data.shards.scan import mapped, scan_shard
+from pipelines.evaluation.metrics import metrics_of_samples
 from pipelines.evaluation.pictures import curves_svg, error_budget_svg, sweep_svg
 from pipelines.evaluation.replicates import Side
 from pipelines.evaluation.samples import key_prefix
 from pipelines.runtime.config.command_line import Answer, run_tool
 from pipelines.runtime.config.errors import config_error_at
 from pipelines.runtime.config.stage_config import STAGE_FOLDERS, CommandConfig
+from pipelines.runtime.stage.lineage import ancestors_by_folder
 from pipelines.runtime.tracking.identity import OFFLINE, RunIdentity
 from pipelines.runtime.tracking.mlflow_store import MlflowStore
 from pipelines.runtime.tracking.sender import Sender, StoreUnavailableError
 from pipelines.runtime.tracking.spool import METRICS, read_spool_backwards
-from pipelines.tools.compare import SHORT_DIGEST, Verdict, comparison, reports_of, sides_of
+from pipelines.tools.compare import comparisons, reports_of, sides_of, verdicts_of
 from pipelines.tools.sync import uri_of
 
 log = logging.getLogger("latentline.report")
@@ -78,102 +77,47 @@ def report(config: ReportConfig) -> Answer:
     with config_error_at("report.output"):
         make_folder(output := Path(config.output).absolute().parent)
 
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     page = environment.from_string(TEMPLATE.read_text()).render(
         runs=runs,
-        verdicts=[Verdict.of(sides[0], side, rivals=len(sides) - 1) for side in sides[1:]],
+        verdicts=verdicts_of(sides),
         notes=notes,
-        samples=Samples.of(runs),
+        samples=samples_of(runs),
         curves=curves_svg({name: {run.label: run.curve(name) for run in runs} for name in CURVES}),
         sweep=sweep_svg({run.label: run.figures["sweep"] for run in runs}),
         error_budget=error_budget_svg({run.label: run.error_budget for run in runs}),
-        differences=differences(config.runs),
+        differences=comparisons([each for run in config.runs for each in reports_of(run)]),
         made=time.strftime("%Y-%m-%d %H:%M"),
     )
     path = output / Path(config.output).name
     with config_error_at("report.output"):
         write_atomically(path, page.encode())
     logged = [run.label for run in runs if config.track and run.log(path)]
-    text = f"report: {path}, {path.stat().st_size / 1e6:.1f} MB" + (
-        f", logged to {', '.join(logged)}" if logged else ""
-    )
-    return Answer({"report": str(path), "logged": logged}, text)
+    to = f", logged to {', '.join(logged)}" if logged else ""
+    return Answer({"report": str(path), "logged": logged}, f"report: {path}, {path.stat().st_size / 1e6:.1f} MB{to}")
 
 
-@dataclass(frozen=True)
 class Run:
-    """One side of the report: the evaluation, what it evaluated, and where that came from."""
+    """One side of the report: its evaluation, what that evaluated, and where it came from."""
 
-    side: Side
-    letter: str
+    def __init__(self, side: Side, letter: str) -> None:
+        self.side, self.letter, self.label = side, letter, f"{letter}: {side.name}"
+        self.folder, self.figures = side.own.folder, side.own.figures
+        found = ancestors_by_folder(self.folder)
+        #: The evaluation's stage and those that it came from, in their order.
+        self.stages = {name: found[name] for name in STAGE_FOLDERS if name in found}
+        error_budget = self.figures.get("error_budget") or {"encoded": self.figures.get("floor", {})}
+        #: Metrics after each step, the samples' last.
+        self.error_budget = error_budget | metrics_of_samples(side.own.sweep, side.guidance)
 
-    @property
-    def folder(self) -> Path:
-        """Folder of the evaluation."""
-        return self.side.evaluations[0].folder
-
-    @property
-    def label(self) -> str:
-        """What the run is called on the page."""
-        return f"{self.letter}: {self.side.name}"
-
-    @property
-    def figures(self) -> Mapping[str, Any]:
-        """``metrics.json``."""
-        return self.side.evaluations[0].figures
-
-    @property
-    def error_budget(self) -> dict[str, Mapping[str, Any]]:
-        """Metrics after each step, the samples' last."""
-        steps = dict(self.figures.get("error_budget") or {"encoded": self.figures.get("floor", {})})
-        sweep = self.side.evaluations[0].sweep
-        return steps | {
-            f"guidance {scale:g}": sweep[scale] for scale in sorted({1.0, self.side.guidance} & sweep.keys())
-        }
-
-    @property
-    def budget_names(self) -> list[str]:
-        """Names of the figures of the error budget."""
-        return list(dict.fromkeys(n for each in self.error_budget.values() for n in each if n != "guidance"))
-
-    @property
-    def samples_metrics(self) -> Mapping[str, Any]:
-        """Figures of the samples at the guidance that is judged."""
-        return self.side.evaluations[0].sweep[self.side.guidance]
-
-    @cached_property
-    def stages(self) -> dict[str, tuple[Path, Manifest]]:
-        """Folder and manifest of the evaluation and of all that it came from, as far as they are still there."""
-        found: dict[str, tuple[Path, Manifest]] = {}
-        ahead = [self.folder]
-        while ahead:
-            folder = ahead.pop(0)
-            try:
-                manifest = read_manifest(folder)
-            except (OSError, ValueError):
-                continue
-            if manifest.stage not in found:
-                found[manifest.stage] = (folder, manifest)
-                ahead += [Path(place) for place in manifest.provenance.get("inputs", {}).values() if place]
-        return {name: found[name] for name in STAGE_FOLDERS if name in found}
-
-    @property
-    def lineage(self) -> list[dict[str, str]]:
-        """A row for each stage: digest, folder, commands, machine, time."""
-        return [_lineage_row(name, folder, manifest) for name, (folder, manifest) in self.stages.items()]
-
-    def curve(self, name: str) -> tuple[list[float], list[float]]:
+    def curve(self, name: str) -> tuple[list[int], list[float]]:
         """Return updates and values of one metric of the trainings, thinned; of the U-Net where it has it."""
         for stage in ("train_unet", "train_vae"):
-            path = self.stages[stage][0] / METRICS if stage in self.stages else None
-            if path is not None and path.exists():
-                points = {_step(row): row[name] for row in read_spool_backwards(path) if name in row}
-                if points:
-                    updates = sorted(points)
-                    thinned = updates[:: max(1, len(updates) // 200)]
-                    return [float(update) for update in thinned], [points[update] for update in thinned]
+            records = read_spool_backwards(self.stages[stage].folder / METRICS) if stage in self.stages else ()
+            points = {int(row.get("update", row.get("step", 0))): row[name] for row in records if name in row}
+            if points:
+                updates = sorted(points)[:: max(1, len(points) // 200)]
+                return updates, [points[update] for update in updates]
         return [], []
 
     def picture(self, name: str) -> str:
@@ -184,8 +128,8 @@ class Run:
     @property
     def grids(self) -> dict[int, Path]:
         """Sample grids of the training by update."""
-        folder = self.stages["train_unet"][0] / "grids" if "train_unet" in self.stages else Path("none")
-        return {int(path.stem.rsplit("-", 1)[1]): path for path in sorted(folder.glob("samples-*.png"))}
+        paths = self.stages["train_unet"].folder.glob("grids/samples-*.png") if "train_unet" in self.stages else ()
+        return {int(path.stem.rsplit("-", 1)[1]): path for path in paths}
 
     def log(self, path: Path) -> bool:
         """Log the page to the evaluation's run in MLflow; a store that is not there is said and costs nothing else."""
@@ -200,32 +144,26 @@ class Run:
         return True
 
 
-@dataclass(frozen=True)
-class Samples:
-    """The same seeds of all runs side by side, and grids of their trainings."""
+def samples_of(runs: Sequence[Run]) -> dict[str, Any]:
+    """Return the same seeds of all runs side by side, as many as the page has room for, and grids of their trainings.
 
-    seeds: int
-    heads: Sequence[str]  # class or caption of each seed
-    strips: Mapping[float, Mapping[str, str]]  # guidance -> run's label -> the seeds in a row, as a data URI
-    grids: Mapping[int, Mapping[str, str]]  # update -> run's label -> grid
-
-    @classmethod
-    def of(cls, runs: Sequence[Run]) -> "Samples":
-        """Read the samples, as many as the page has room for."""
-        scales = sorted(set.intersection(*(set(run.side.evaluations[0].sweep) for run in runs)))
-        images = {run.label: {scale: read_samples(run.folder, scale) for scale in scales} for run in runs}
-        seeds = min((len(found) for of_run in images.values() for found in of_run.values()), default=0)
-        first = next(iter(next(iter(images.values())).values()), [])
-        while True:
-            strips = {
-                scale: {label: strip([image for image, _ in of_run[scale][:seeds]]) for label, of_run in images.items()}
-                for scale in scales
-            }
-            size = sum(len(uri) for of_scale in strips.values() for uri in of_scale.values())
-            if size < PICTURE_BYTES * 2 / 3 or seeds <= 1:
-                break
-            seeds //= 2
-        return cls(seeds, [head for _, head in first[:seeds]], strips, common_grids(runs, room=PICTURE_BYTES - size))
+    ``seeds``, their number; ``heads``, class or caption of each; ``strips``, by guidance and run's label the seeds in a
+    row as a data URI; ``grids``, by update and run's label.
+    """
+    scales = sorted(set.intersection(*(set(run.side.own.sweep) for run in runs)))
+    samples = {run.label: read_samples(run.folder, scales) for run in runs}
+    seeds = min((len(of_scale) for of_run in samples.values() for of_scale in of_run.values()), default=0)
+    while True:
+        strips = {
+            scale: {label: strip([image for image, _ in of_run[scale][:seeds]]) for label, of_run in samples.items()}
+            for scale in scales
+        }
+        size = sum(len(uri) for of_scale in strips.values() for uri in of_scale.values())
+        if size < PICTURE_BYTES * 2 / 3 or seeds <= 1:
+            break
+        seeds //= 2
+    heads = [head for _, head in samples[runs[0].label][scales[0]][:seeds]] if scales else []
+    return {"seeds": seeds, "heads": heads, "strips": strips, "grids": common_grids(runs, room=PICTURE_BYTES - size)}
 
 
 def common_grids(runs: Sequence[Run], *, room: int) -> dict[int, dict[str, str]]:
@@ -242,31 +180,19 @@ def common_grids(runs: Sequence[Run], *, room: int) -> dict[int, dict[str, str]]
     return dict(sorted(found.items()))
 
 
-def read_samples(folder: Path, scale: float) -> list[tuple[Image.Image, str]]:
-    """Return the first samples of a guidance with their class or caption, by index."""
-    found: dict[str, dict[str, bytes]] = {}
-    prefix = f"{key_prefix(scale)}-"
+def read_samples(folder: Path, scales: Sequence[float]) -> dict[float, list[tuple[Image.Image, str]]]:
+    """Return the first samples of each guidance with their class or caption, by index."""
+    classes, found = read_manifest(folder).classes, {key_prefix(scale): dict[int, Any]() for scale in scales}
     for path in sorted(folder.glob("samples-*.tar")):
-        with tarfile.open(path) as tar:
-            for member in islice(_of_first_samples(tar, prefix), 8 * MOST_SEEDS):
-                key, _, suffix = member.name.partition(".")
-                found.setdefault(key, {})[suffix] = tar.extractfile(member).read()  # type: ignore[union-attr]
-        if len(found) >= MOST_SEEDS:
-            break
-    classes, images = read_manifest(folder).classes, []
-    for members in (found[key] for key in sorted(found)[:MOST_SEEDS]):
-        label = int(members.get("cls", b"-1"))
-        head = classes[label] if 0 <= label < len(classes) else ""
-        images.append(
-            (Image.open(io.BytesIO(members["png"])).convert("RGB"), members.get("txt", head.encode()).decode())
-        )
-    return images
-
-
-def _of_first_samples(tar: tarfile.TarFile, prefix: str) -> Iterator[tarfile.TarInfo]:
-    for member in tar:
-        if member.name.startswith(prefix) and int(member.name.removeprefix(prefix).partition(".")[0]) < MOST_SEEDS:
-            yield member
+        with open(path, "rb") as file, mapped(file) as tar:
+            for sample in scan_shard(tar, shard=path.name):
+                kind, _, index = sample.key.rpartition("-")
+                if kind in found and int(index) < MOST_SEEDS:
+                    members = {suffix: tar[at.offset : at.offset + at.size] for suffix, at in sample.members.items()}
+                    name = classes[int(members["cls"])] if "cls" in members else ""
+                    image = Image.open(io.BytesIO(members["png"])).convert("RGB")
+                    found[kind][int(index)] = (image, members.get("txt", name.encode()).decode())
+    return {scale: [image for _, image in sorted(found[key_prefix(scale)].items())] for scale in scales}
 
 
 def strip(images: Sequence[Image.Image]) -> str:
@@ -284,36 +210,6 @@ def encoded(image: Image.Image) -> str:
 def data_uri(content: bytes, kind: str) -> str:
     """Return a picture as an address that holds it."""
     return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
-
-
-def differences(runs: Sequence[str]) -> list[str]:
-    """Return the stages in which the runs differ, each as a table in text."""
-    reports = [each for run in runs for each in reports_of(run)]
-    stages = dict.fromkeys(each.stage for each in reports)
-    return [comparison([each for each in reports if each.stage == stage]) for stage in stages]
-
-
-def _step(row: Mapping[str, Any]) -> int:
-    return int(row.get("update", row.get("step", 0)))
-
-
-def _lineage_row(name: str, folder: Path, manifest: Manifest) -> dict[str, str]:
-    about = manifest.provenance
-    outcome = read_json(folder / "outcome.json", mend="Remove it.") if (folder / "outcome.json").exists() else {}
-    identity = RunIdentity.read(folder) if (folder / "run.json").exists() else None
-    hours = (about["ended"] - about["began"]) / 3600 if {"began", "ended"} <= about.keys() else 0.0
-    processes = int(about.get("world_size", 1))
-    return {
-        "stage": name,
-        "digest": manifest.digest[:SHORT_DIGEST],
-        "folder": str(folder),
-        "command": outcome.get("resume_command", ""),
-        "mlflow": identity.mlflow_run_id if identity else "",
-        "machine": f"{processes} process(es), {about.get('hardware', '')}, torch {about.get('torch', '')}",
-        "time": f"{60 * hours:.1f} min" if hours < 2 else f"{hours:.1f} h",
-        "cost": f"{hours * processes:.3g}",
-        "code": str(about.get("code_version", ""))[:SHORT_DIGEST],
-    }
 
 
 if __name__ == "__main__":

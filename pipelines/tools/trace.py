@@ -23,17 +23,16 @@ from PIL import Image
 from pydantic import Field
 from safetensors.numpy import load_file
 
-from data.files import read_json
 from data.loading import ImageShards
-from data.manifest import MANIFEST_NAME, CorpusManifest, Manifest, read_manifest
+from data.manifest import CorpusManifest, read_manifest
 from data.samples import PNG_KEYWORD
 from pipelines.evaluation.figures import features_name
 from pipelines.runtime.config.command_line import Answer, run_tool
 from pipelines.runtime.config.errors import config_error_at
 from pipelines.runtime.config.stage_config import STAGE_FOLDERS, CommandConfig
-from pipelines.runtime.tracking.identity import RUN_FILE, RunIdentity
+from pipelines.runtime.stage.lineage import FinishedStage, ancestors_by_digest, stages_below
 
-DEEPEST = 4  # folders below ``search`` in which stages are looked for
+SHOWN = ("weights", "code", "source", "shards", "MLflow run", "command")  # of each ancestor
 SHA256 = re.compile(r"\b[0-9a-f]{64}\b")
 
 
@@ -60,10 +59,10 @@ def trace(config: TraceConfig) -> Answer:
     return Answer({"samples": traced}, "\n\n".join(texts), code=int(any(each["missing"] for each in traced)))
 
 
-def traced_back(sample: str, beginning: "Beginning", known: Mapping[str, "Stage"]) -> dict[str, Any]:
+def traced_back(sample: str, beginning: "Beginning", known: Mapping[str, FinishedStage]) -> dict[str, Any]:
     """Return what a sample was made of: how it was drawn, its ancestors, what is missing, and the nearest image."""
-    found, missing = ancestors_of(beginning.digests, known)
-    rows = [described(stage) for name in STAGE_FOLDERS for stage in found if stage.manifest.stage == name]
+    found, missing = ancestors_by_digest(beginning.digests, known)
+    rows = [stage.record for name in STAGE_FOLDERS for stage in found if stage.manifest.stage == name]
     near = nearest_image(beginning, found)
     return {"sample": sample, **beginning.about, "ancestors": rows, "missing": missing, "nearest": near}
 
@@ -74,20 +73,12 @@ def text_of(traced: Mapping[str, Any], *, searched: str) -> str:
     lines = [f"{traced['sample']}: " + ", ".join(f"{key} {value}" for key, value in about.items())]
     for row in traced["ancestors"]:
         lines.append(f"{row['stage']}  {row['digest'][:12]}  {row['folder']}")
-        lines += [f"    {key}: {row[key]}" for key in row if key not in ("stage", "digest", "folder") and row[key]]
+        lines += [f"    {key}: {row[key]}" for key in SHOWN if row.get(key)]
     lines += [f"missing: {what} {digest[:12]}, not below {searched}" for digest, what in traced["missing"].items()]
     if near := traced["nearest"]:
         place = f"{near['key']} in {near['shard']}"
         lines.append(f"nearest training image: {place}, at {near['distance']:.2f} times the distance of a copy")
     return "\n".join(lines)
-
-
-@dataclass(frozen=True)
-class Stage:
-    """A finished stage's folder."""
-
-    folder: Path
-    manifest: Manifest
 
 
 @dataclass(frozen=True)
@@ -99,21 +90,7 @@ class Beginning:
     evaluation: Path | None = None
 
 
-def stages_below(folder: Path) -> dict[str, Stage]:
-    """Return all finished stages by the digests of their manifests and of their weights."""
-    found: dict[str, Stage] = {}
-    for depth in range(DEEPEST + 1):
-        for path in sorted(folder.glob("*/" * depth + MANIFEST_NAME)):
-            try:
-                stage = Stage(path.parent, read_manifest(path.parent))
-            except (OSError, ValueError):  # a checkpoint's, or damaged
-                continue
-            weights = getattr(stage.manifest, "weights", "") if stage.manifest.stage != "evaluate" else ""
-            found |= dict.fromkeys(filter(None, (stage.manifest.digest, weights)), stage)
-    return found
-
-
-def beginning_of(sample: str, known: Mapping[str, Stage]) -> Beginning:
+def beginning_of(sample: str, known: Mapping[str, FinishedStage]) -> Beginning:
     """Read what a sample says of itself.
 
     Raises:
@@ -127,16 +104,15 @@ def beginning_of(sample: str, known: Mapping[str, Stage]) -> Beginning:
             return _of_png(Path(sample))
     except (tarfile.TarError, KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
         raise ValueError(f"{sample} does not say what drew it, or not as Latentline does ({error!r}).") from None
-    path = sample
-    if (folder := Path(path)).is_dir():
-        return Beginning({read_manifest(folder).digest: "run"}, {"run": path})
-    if Path(path).is_file():
-        digests = SHA256.findall(Path(path).read_text(errors="replace"))
+    if Path(sample).is_dir():
+        return Beginning({read_manifest(sample).digest: "run"}, {"run": sample})
+    if Path(sample).is_file():
+        digests = SHA256.findall(Path(sample).read_text(errors="replace"))
         if not digests:
-            raise ValueError(f"{path} names no weights.")
-        return Beginning(dict.fromkeys(digests, "weights"), {"card": path})
+            raise ValueError(f"{sample} names no weights.")
+        return Beginning(dict.fromkeys(digests, "weights"), {"card": sample})
     for stage in known.values():
-        if (stage.folder / RUN_FILE).exists() and RunIdentity.read(stage.folder).mlflow_run_id == sample:
+        if stage.mlflow_run_id == sample:
             return Beginning({stage.manifest.digest: "run"}, {"run": sample})
     raise ValueError(f"there is no tar member, PNG, model card, folder or finished run of that name: {sample!r}.")
 
@@ -161,39 +137,7 @@ def _of_member(tar: Path, key: str) -> Beginning:
     return Beginning(digests, {"key": key, **about}, tar.parent)
 
 
-def ancestors_of(digests: dict[str, str], known: Mapping[str, Stage]) -> tuple[list[Stage], dict[str, str]]:
-    """Return the stages that some digests lead to, and what is missing by digest."""
-    found, missing, ahead = dict[str, Stage](), dict[str, str](), dict(digests)
-    while ahead:
-        digest, what = ahead.popitem()
-        if digest not in known:
-            missing[digest] = what
-        elif (stage := known[digest]).manifest.digest not in found:
-            found[stage.manifest.digest] = stage
-            ahead |= {parent: f"{name} of {stage.folder}" for name, parent in stage.manifest.parents.items()}
-    return list(found.values()), missing
-
-
-def described(stage: Stage) -> dict[str, Any]:
-    """Return what a stage's folder says of it."""
-    manifest, folder = stage.manifest, stage.folder
-    row: dict[str, Any] = {
-        "stage": manifest.stage,
-        "digest": manifest.digest,
-        "folder": str(folder),
-        "weights": getattr(manifest, "weights", ""),
-        "code": manifest.provenance.get("code_version", ""),
-    }
-    if isinstance(manifest, CorpusManifest):
-        row |= {"source": manifest.config.get("source"), "shards": len(manifest.files)}
-    if (folder / RUN_FILE).exists():
-        row["MLflow run"] = RunIdentity.read(folder).mlflow_run_id
-    if (folder / "outcome.json").exists():
-        row["command"] = read_json(folder / "outcome.json", mend="Remove it.").get("resume_command", "")
-    return row
-
-
-def nearest_image(beginning: Beginning, found: Sequence[Stage]) -> dict[str, Any]:
+def nearest_image(beginning: Beginning, found: Sequence[FinishedStage]) -> dict[str, Any]:
     """Return the training image nearest to a sample, as its evaluation has found it; empty where it has not."""
     if beginning.evaluation is None:
         return {}
