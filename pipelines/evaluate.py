@@ -180,7 +180,7 @@ def measure(maker: ItemMaker, figures: FigureMaker, found: Mapping[str, Mapping[
     }
     write_json(folder / "metrics.json", scores)
     steps = error_budget | metrics_of_samples(by_scale, default)
-    pictures = draw_pictures(maker, figures, by_scale, steps, curve)
+    pictures = draw_pictures(maker, figures, scores, steps)
 
     # Send them to the tracker; print those of the default guidance.
     log_scores(stage.tracker, scores)

@@ -25,7 +25,7 @@ from data.files import make_folder, write_atomically
 from data.manifest import read_manifest
 from data.shards.scan import mapped, scan_shard
 from pipelines.evaluation.metrics import metrics_of_samples
-from pipelines.evaluation.pictures import curves_svg, error_budget_svg, sweep_svg
+from pipelines.evaluation.pictures import chart_svg, curves_chart, error_budget_chart, sweep_chart
 from pipelines.evaluation.replicates import Side
 from pipelines.evaluation.samples import key_prefix
 from pipelines.runtime.config.command_line import Answer, run_tool
@@ -83,9 +83,9 @@ def report(config: ReportConfig) -> Answer:
         verdicts=verdicts_of(sides),
         notes=notes,
         samples=samples_of(runs),
-        curves=curves_svg({name: {run.label: run.curve(name) for run in runs} for name in CURVES}),
-        sweep=sweep_svg({run.label: run.figures["sweep"] for run in runs}),
-        error_budget=error_budget_svg({run.label: run.error_budget for run in runs}),
+        curves=chart_svg(curves_chart, {name: {run.label: run.curve(name) for run in runs} for name in CURVES}),
+        sweep=chart_svg(sweep_chart, {run.label: run.figures["sweep"] for run in runs}, {}),
+        error_budget=chart_svg(error_budget_chart, {run.label: run.error_budget for run in runs}),
         differences=comparisons([each for run in config.runs for each in reports_of(run)]),
         made=time.strftime("%Y-%m-%d %H:%M"),
     )
