@@ -4,7 +4,7 @@ Latents are normalised and restored in this module alone. Shapes: b batch, C ima
 c latent channels, h and w latent size.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from models.autoencoder.vae import AutoencoderKL, Posterior
 from models.denoiser import Denoiser
 from models.diffusion.guidance import GuidanceConfig
+from models.diffusion.likelihood import VariationalBoundConfig, variational_bound
 from models.diffusion.samplers import NoiseSource, SamplerConfig
+from models.diffusion.spacing import sampling_moments
 
 
 class Normalisation(nn.Module):
@@ -101,3 +103,37 @@ class LatentDiffusion:
         on_device = {name: field.to(self.device) for name, field in conditions.items()}
         latents = self.denoiser.sample(noise, on_device, sampler=sampler, guidance=guidance, fresh_noise=fresh_noise)
         return self.decode(latents, tile=tile)
+
+    @torch.no_grad()
+    def bound(
+        self,
+        images: Tensor,
+        conditions: Mapping[str, Tensor],
+        *,
+        config: VariationalBoundConfig,
+        noise: Callable[[str], Tensor],
+    ) -> dict[str, Tensor]:
+        """Measure the variational bound of the latents of images (b C H W) in [-1, 1], without guidance.
+
+        The latents are those that the U-Net trains on, drawn from the posterior and normalised; so the bound is of a
+        density, may be negative, and compares models of one VAE and one normalisation only.
+
+        Args:
+            images: Images.
+            conditions: Fields (b ...), as the denoiser's conditioners read them.
+            config: The chain.
+            noise: Standard normal noise (b c h w) by purpose.
+
+        Returns:
+            The terms of ``VariationalBound.in_bits``; float64 (b,), on the CPU.
+        """
+        on_device = {name: field.to(self.device) for name, field in conditions.items()}
+        sampler = config.sampler
+        bound = variational_bound(
+            self.denoiser.denoise(on_device, GuidanceConfig(scale=1.0)),
+            self.encode(images, noise("bound/posterior")),
+            sampling_moments(self.denoiser.process, num_steps=sampler.num_steps, spacing=sampler.spacing),
+            variance=config.variance,
+            fresh_noise=lambda index: noise(f"bound/{index}"),
+        )
+        return {name: values.double().cpu() for name, values in bound.in_bits.items()}

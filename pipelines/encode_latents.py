@@ -42,9 +42,9 @@ from data.shards.writer import ShardWriter
 from data.statistics import ChannelSums
 from data.transforms import VIEW_REVISIONS, to_unit_range
 from models.autoencoder.vae import AutoencoderKL
-from pipelines.evaluation.experiment import CorpusFacts, check_later_stages
 from pipelines.model.captions import CaptionEncoders, CaptionFeaturesConfig, NoTextConfig, encoders_of
 from pipelines.model.device import device_of
+from pipelines.model.experiment import CorpusFacts, check_later_stages
 from pipelines.model.inputs import verify_shards
 from pipelines.model.latent_statistics import alarms, statistics_plot
 from pipelines.model.weights import load_vae

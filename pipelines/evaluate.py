@@ -22,11 +22,11 @@ from data.manifest import EvaluationManifest, FileEntry, Parents
 from data.samples import image_members
 from data.shards.writer import ShardWriter
 from data.transforms import VIEW_REVISIONS
+from models.diffusion.likelihood import TERMS, VariationalBoundConfig
 from models.diffusion.samplers import SamplerConfig
 from pipelines.evaluation.contract import contract_digest, contract_of
 from pipelines.evaluation.error_budget import REAL, STEPS
 from pipelines.evaluation.figures import FigureMaker, features_name
-from pipelines.evaluation.likelihood import TERMS, VariationalBoundConfig
 from pipelines.evaluation.metrics import Metrics, log_scores, mean_metrics, metrics_of_samples
 from pipelines.evaluation.pictures import draw_pictures
 from pipelines.evaluation.real_images import RealSet

@@ -41,7 +41,7 @@ from data.sources import (
 from data.sources.in_place import index_in_place
 from data.sources.source import said_left_out
 from data.transforms import DEFAULT_MAX_PIXELS, FILTER_REASONS, VIEW_REVISIONS, ImageViewConfig, MaxPixels, view_sample
-from pipelines.evaluation.experiment import CorpusFacts, check_later_stages
+from pipelines.model.experiment import CorpusFacts, check_later_stages
 from pipelines.model.grids import grid_png
 from pipelines.runtime.config.command_line import config_from_command_line
 from pipelines.runtime.config.errors import ConfigError, config_error_at

@@ -27,10 +27,10 @@ from models.diffusion.objective import check_starting_weight
 from models.features import FeatureExtractorConfig
 from models.features.scattering import ScatteringConfig
 from models.latent_diffusion import Normalisation
-from pipelines.evaluation.experiment import check_later_stages
 from pipelines.model.batches import GlobalBatches
 from pipelines.model.captions import CaptionFeatures, FeatureSourceConfig, StoredFeaturesConfig
 from pipelines.model.device import device_of
+from pipelines.model.experiment import check_later_stages
 from pipelines.model.inputs import verify_shards
 from pipelines.model.start import RandomStart, StartConfig, check_start, load_start
 from pipelines.model.validation import MIN_COMPARED, GridConfig, UNetValidation

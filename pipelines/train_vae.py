@@ -24,9 +24,9 @@ from models.autoencoder.discriminator_start import AdversaryStart
 from models.autoencoder.health import gradient_norms, latent_metrics
 from models.autoencoder.objective import PatchAdversary, VAELoss, VAEObjective, VAEObjectiveConfig, discriminator_loss
 from models.autoencoder.vae import AutoencoderKL, Posterior, VAEConfig
-from pipelines.evaluation.experiment import CorpusFacts, check_later_stages, check_levels
 from pipelines.model.batches import GlobalBatches
 from pipelines.model.device import device_of
+from pipelines.model.experiment import CorpusFacts, check_later_stages, check_levels
 from pipelines.model.inputs import verify_shards
 from pipelines.model.start import RandomStart, StartConfig, check_start, load_start
 from pipelines.model.validation import VAEValidation

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from models.autoencoder.vae import AutoencoderKL, Posterior, VAEConfig
 from models.denoiser import Denoiser, DenoiserConfig
+from models.diffusion.likelihood import VariationalBoundConfig
 from models.diffusion.posterior import Variance
 from models.latent_diffusion import LatentDiffusion, Normalisation
 from models.unet import UNetConfig
-from pipelines.evaluation.likelihood import VariationalBoundConfig, measure_bound
 from pipelines.evaluation.metrics import mean_metrics
 from pipelines.model.noise import noise_of
 
@@ -44,7 +44,7 @@ def bound_of(indices: range, *, num_steps: int, variance: Variance = "step") -> 
     )
     noise = noise_of(0, indices, shape=model.denoiser.latent_shape, device=model.device)
     chain = VariationalBoundConfig(num_steps=num_steps, variance=variance)
-    return measure_bound(chain, model, torch.zeros(len(indices), 1, 8, 8), {}, noise=noise)
+    return model.bound(torch.zeros(len(indices), 1, 8, 8), {}, config=chain, noise=noise)
 
 
 def test_the_bound_of_an_ideal_model_is_the_entropy_of_its_data() -> None:

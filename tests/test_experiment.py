@@ -13,7 +13,7 @@ from conftest import SMOKE, run_here
 from data.manifest import ImageShape
 from data.samples import encode_png
 from data.shards.writer import ShardWriter
-from pipelines.evaluation.experiment import TABLES, CorpusFacts, misfits
+from pipelines.model.experiment import TABLES, CorpusFacts, misfits
 from pipelines.runtime.config.experiment import load_config
 from pipelines.tools.doctor_checks import experiment
 from pipelines.tools.plan import StageConfigs

@@ -14,8 +14,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Annotated, Literal
 
 import torch
+from pydantic import BaseModel, Field, PositiveInt
 from torch import Tensor
 
 from models.diffusion.posterior import (
@@ -26,9 +28,34 @@ from models.diffusion.posterior import (
     step_variance,
 )
 from models.diffusion.prediction import Denoise, Estimate
+from models.diffusion.samplers import DDPMConfig
 from models.diffusion.schedule import CLEAN, Moment, NoiseLevel, NoiseSource, add_noise
 
 NATS_PER_BIT = math.log(2)
+TERMS = ("bits_per_dimension", "prior", "moves", "reconstruction")
+
+
+class NoBoundConfig(BaseModel, frozen=True, extra="forbid"):
+    """No likelihood is measured."""
+
+    kind: Literal["none"] = "none"
+
+
+class VariationalBoundConfig(BaseModel, frozen=True, extra="forbid"):
+    """The variational bound of validation latents with their conditions, without guidance (Ho et al. 2020, eq. 5)."""
+
+    kind: Literal["variational_bound"] = "variational_bound"
+    num_images: PositiveInt = 100  # validation images, at most
+    num_steps: Annotated[int, Field(ge=2)] = 250  # moves of the chain, a network call each; training's give its bound
+    variance: Variance = "posterior"  # of a move: posterior (beta-tilde), step (beta), or learned
+
+    @property
+    def sampler(self) -> DDPMConfig:
+        """The chain whose bound it is."""
+        return DDPMConfig(num_steps=self.num_steps, variance=self.variance)
+
+
+BoundConfig = Annotated[NoBoundConfig | VariationalBoundConfig, Field(discriminator="kind")]
 
 
 # ------------------------------------------------------------------------------------- Gaussians, element by element
@@ -99,6 +126,12 @@ class VariationalBound:
     def bits_per_dimension(self) -> Tensor:
         """The bound; (b,) bits per dimension, the figure that papers report."""
         return self.total / NATS_PER_BIT
+
+    @property
+    def in_bits(self) -> dict[str, Tensor]:
+        """The bound and its terms, as ``TERMS`` names them; (b,) bits per dimension."""
+        terms = (self.prior, self.moves.sum(dim=1), self.reconstruction)
+        return dict(zip(TERMS, (self.bits_per_dimension, *(nats / NATS_PER_BIT for nats in terms)), strict=True))
 
 
 def variational_bound(

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 
 from data.manifest import UNetManifest, digest_of
+from models.diffusion.likelihood import TERMS
 from pipelines.evaluation.figures import FigureMaker
-from pipelines.evaluation.likelihood import TERMS
 from pipelines.evaluation.metrics import COPY_QUANTILE, PROBED, RETRIEVED, Metrics
 from pipelines.evaluation.samples import ItemMaker
 

@@ -23,6 +23,7 @@ from data.order.order import FullShuffleConfig, Order
 from data.samples import Split
 from data.transforms import to_unit_range
 from models.diffusion.guidance import GuidanceConfig, GuidanceScale
+from models.diffusion.likelihood import BoundConfig, NoBoundConfig, VariationalBoundConfig
 from models.diffusion.samplers import DDIMConfig, SamplerConfig
 from models.features import FeatureExtractorConfig
 from models.features.extractor import FeatureExtractor
@@ -30,7 +31,6 @@ from models.features.scattering import ScatteringConfig
 from models.latent_diffusion import LatentDiffusion
 from models.metrics.fidelity import psnr, ssim
 from pipelines.evaluation.error_budget import FixedBatches, HeldOutImages
-from pipelines.evaluation.likelihood import BoundConfig, NoBoundConfig, VariationalBoundConfig, measure_bound
 from pipelines.evaluation.metrics import absent_figures
 from pipelines.evaluation.real_images import RealImages, RealSet, read_items
 from pipelines.evaluation.training_weights import CurveConfig, TrainingWeights
@@ -294,7 +294,7 @@ class ItemMaker:
         noise = self._noise(indices.tolist(), latent_size=latent_size)
 
         with self.stage.accelerator.autocast():
-            terms = measure_bound(likelihood, self.model, to_unit_range(batch.images), conditions, noise=noise)
+            terms = self.model.bound(to_unit_range(batch.images), conditions, config=likelihood, noise=noise)
         return {name: values[: last - first].contiguous() for name, values in terms.items()}
 
     def _samples(self, kind: str, number: int) -> dict[str, Tensor]:

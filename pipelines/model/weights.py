@@ -2,6 +2,10 @@
 
 ``vae.safetensors`` and ``unet.safetensors`` are averaged weights, written once, each with a ``config.json`` from which
 its network is built. The manifest beside them holds their digest; weights that do not match it are refused.
+
+A folder of diffusers as ``inputs.vae`` has no manifest of ours, so one is made of what it holds: the sha256 of its
+weights ties latents to it as to a VAE of our own. Its scaling is taken over, since a published U-Net expects latents
+that are scaled so.
 """
 
 from collections.abc import Mapping
@@ -12,14 +16,16 @@ from pydantic import BaseModel
 from safetensors.torch import load_file, save
 from torch import nn
 
+from data.diffusers_folder import config_of, weights_of
 from data.files import MADE_AGAIN, read_json, verify_file, write_atomically, write_json
 from data.manifest import AnyVAEManifest, DiffusersVAEManifest, FileEntry, Manifest, Parents, UNetManifest, VAEManifest
 from models.autoencoder.vae import AutoencoderKL, VAEConfig
 from models.denoiser import Denoiser, DenoiserConfig
+from models.diffusers.config import vae_config_from_diffusers
+from models.diffusers.weights import vae_from_diffusers
 from models.diffusion.samplers import SamplerConfig, check_sampler
 from models.latent_diffusion import LatentDiffusion, Normalisation
 from pipelines.model.device import Device
-from pipelines.model.diffusers_weights import read_diffusers_vae
 from pipelines.runtime.config.errors import config_error_at
 from pipelines.runtime.config.stage_config import STAGE_FOLDERS
 from pipelines.runtime.stage.stage import Stage
@@ -62,12 +68,26 @@ def load_vae(folder: str | Path, manifest: AnyVAEManifest, *, device: Device) ->
         ValueError: The weights are missing or not those of the manifest.
     """
     if isinstance(manifest, DiffusersVAEManifest):
-        network = read_diffusers_vae(Path(folder), manifest)
+        network = _diffusers_vae(Path(folder), manifest)
     else:
         config = _checked_config(Path(folder), manifest, name="vae")
         network = AutoencoderKL(VAEConfig(**config["network"]), image_channels=config["image_channels"])
         network.load_state_dict(load_file(Path(folder) / "vae.safetensors"))
     return device.place(network.requires_grad_(False).eval())
+
+
+def _diffusers_vae(folder: Path, manifest: DiffusersVAEManifest) -> AutoencoderKL:
+    """Build the autoencoder of a diffusers folder.
+
+    Raises:
+        ValueError: It has parts that ours lacks, or its weights have changed since.
+    """
+    path = weights_of(folder)
+    verify_file(path, sha256=manifest.weights)
+    config, image_channels = vae_config_from_diffusers(config_of(folder) or {})
+    network = AutoencoderKL(config, image_channels=image_channels)
+    network.load_state_dict(vae_from_diffusers(load_file(path), config))
+    return network
 
 
 def load_latent_diffusion(inputs: ModelInputs, parents: Parents, *, device: Device) -> LatentDiffusion:

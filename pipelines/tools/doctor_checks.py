@@ -21,7 +21,7 @@ import torch.distributed as dist
 
 from data.manifest import CorpusManifest, digest_of
 from models.attention import probe_backend
-from pipelines.evaluation.experiment import misfits
+from pipelines.model.experiment import misfits
 from pipelines.runtime.config.redaction import without_credentials
 from pipelines.runtime.stage.fingerprint import inputs_of
 from pipelines.runtime.stage.provenance import REPOSITORY

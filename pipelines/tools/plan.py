@@ -41,8 +41,8 @@ from models.autoencoder.objective import PatchAdversary
 from models.autoencoder.vae import AutoencoderKL
 from models.denoiser import DenoiserConfig
 from pipelines import encode_latents, evaluate, prepare_corpus, train_unet, train_vae
-from pipelines.evaluation.experiment import CorpusFacts, misfits
 from pipelines.model.captions import NoTextConfig, blank_features
+from pipelines.model.experiment import CorpusFacts, misfits
 from pipelines.runtime.config.command_line import Answer, run_tool
 from pipelines.runtime.config.errors import ConfigError, config_error_at
 from pipelines.runtime.config.experiment import experiment_path, load_config

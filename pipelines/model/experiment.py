@@ -1,8 +1,8 @@
 """Experiment as a whole: what a later stage would refuse is said by the first one that can know it.
 
 Each stage checks its own table against its inputs. This module compares the parts of all tables that must suit each
-other and the corpus, and looks for the extras, weights and encoders that any of them needs. It stands here because it
-knows the configuration of every part, evaluation's too, while a stage knows no other stage.
+other and the corpus, and looks for the extras, weights and encoders that any of them needs. It stands below the stages,
+which know no other stage.
 """
 
 import logging
@@ -21,11 +21,11 @@ from models.autoencoder.perceptual import check_weights_file
 from models.autoencoder.vae import AutoencoderKL, VAEConfig
 from models.conditioning.text import TextConditionerConfig
 from models.denoiser import Denoiser, DenoiserConfig
+from models.diffusion.likelihood import BoundConfig, NoBoundConfig, VariationalBoundConfig
 from models.diffusion.objective import check_starting_weight
 from models.diffusion.samplers import DDIMConfig, SamplerConfig
 from models.features import FeatureExtractorConfig
 from models.features.scattering import ScatteringConfig
-from pipelines.evaluation.likelihood import BoundConfig, NoBoundConfig, VariationalBoundConfig
 from pipelines.model.captions import (
     CaptionFeaturesConfig,
     ComputedFeaturesConfig,
