@@ -40,6 +40,7 @@ from pipelines.runtime.stage.stage import Stage, running_stage
 from pipelines.runtime.stage.work_items import make_items, results_of
 from pipelines.runtime.tracking.pages import SHORT_DIGEST
 
+WRITTEN_IF_THERE = ("likelihood", "absent", "curve")  # parts of metrics.json
 VIEW_KEYS = ("fit", "resample", "background")  # of a corpus, besides the shape of its images
 
 
@@ -153,47 +154,42 @@ def measure(maker: ItemMaker, figures: FigureMaker, found: Mapping[str, Mapping[
     config, stage, names = maker.config, maker.stage, maker.names
     folder, absent = stage.folder, maker.absent
 
-    # What was found: of the samples, at other points of the training, of each step that they depend on, of the VAE.
-    by_scale: dict[float, Metrics] = {scale: dict(found[key_prefix(scale)]) for scale in config.scales}
-    default = config.guidance.scale
-    curve = [{**point, **found[name]} for name, point in config.curve.points.items()]
-    error_budget = {step: dict(found[step]) for step in (REAL, *STEPS) if step in found}
-    floor = error_budget.get("encoded", {})
+    # What was found: of each step that the samples depend on, and of the VAE.
+    error_budget = {step: found[step] for step in (REAL, *STEPS) if step in found}
     fidelity = [name for name in ("psnr", "ssim") if name not in absent]
     vae = mean_metrics({name: maker.read(names.reconstructions, name) for name in fidelity})
-    bounds = names.bounds and "likelihood" not in absent
-    likelihood = mean_metrics({name: maker.read(names.bounds, name) for name in TERMS}) if bounds else {}
+    terms = TERMS if names.bounds and "likelihood" not in absent else ()
+    likelihood = mean_metrics({name: maker.read(names.bounds, name) for name in terms})
 
-    # Write them down with all that makes them comparable, and draw them.
+    # Write it down with the samples' and all that makes them comparable, and draw it.
     calibration = read_json(maker.real.folder / f"{maker.calibration}.json", mend="Remove it.")
-    contract = contract_of(maker, figures, calibration=calibration, real=error_budget.get(REAL, {}))
-    scores = {
-        "contract": contract,
+    scores: dict[str, Any] = {
+        "contract": contract_of(maker, figures, calibration=calibration, real=error_budget.get(REAL, {})),
         "error_budget": error_budget,
-        "floor": floor,
+        "floor": error_budget.get("encoded", {}),
         "vae": vae,
-        **({"likelihood": likelihood} if likelihood else {}),
-        **({"absent": absent} if absent else {}),
-        "sweep": [{"guidance": scale, **by_scale[scale]} for scale in sorted(by_scale)],
-        "default_guidance": default,
-        **({"curve": curve} if curve else {}),
+        "likelihood": likelihood,
+        "absent": absent,
+        "sweep": [{"guidance": scale, **found[key_prefix(scale)]} for scale in sorted(config.scales)],
+        "default_guidance": config.guidance.scale,
+        "curve": [{**point, **found[name]} for name, point in config.curve.points.items()],
     }
+    scores = {name: part for name, part in scores.items() if part or name not in WRITTEN_IF_THERE}
     write_json(folder / "metrics.json", scores)
-    steps = error_budget | metrics_of_samples(by_scale, default)
+    by_scale = {scale: found[key_prefix(scale)] for scale in config.scales}
+    steps = error_budget | metrics_of_samples(by_scale, config.guidance.scale)
     pictures = draw_pictures(maker, figures, scores, steps)
 
     # Send them to the tracker; print those of the default guidance.
     log_scores(stage.tracker, scores)
-    stage.tracker.set_tags({"contract": contract_digest(contract)[:SHORT_DIGEST]})
+    stage.tracker.set_tags({"contract": contract_digest(scores["contract"])[:SHORT_DIGEST]})
     stage.tracker.log_artifact(folder / "metrics.json")
     for line in table_of(steps):
         stage.log.info(line)
-    of_vae = {f"{name} of validation images": metric for name, metric in vae.items()}
-    shown = {**of_vae, **likelihood}
+    shown = {f"{name} of validation images": metric for name, metric in vae.items()} | likelihood
     stage.log.info(", ".join(f"{name} {metric['value']:.4g}" for name, metric in shown.items()))
     stage.log.info(f"{folder / 'samples.png'}, {folder / 'metrics.json'}")
-    features = [name for name in map(features_name, figures.sets) if (folder / name).exists()]
-    return ["metrics.json", *pictures, *features]
+    return ["metrics.json", *pictures, *(features_name(kind) for kind in figures.sets if kind != REAL)]
 
 
 def table_of(rows: Mapping[str, Metrics]) -> list[str]:

@@ -8,7 +8,7 @@ import torch
 from data.manifest import UNetManifest, digest_of
 from models.diffusion.likelihood import TERMS
 from pipelines.evaluation.figures import FigureMaker
-from pipelines.evaluation.metrics import COPY_QUANTILE, PROBED, RETRIEVED, Metrics
+from pipelines.evaluation.metrics import COPY_QUANTILE, PROBED, RETRIEVED
 from pipelines.evaluation.samples import ItemMaker
 
 #: Part of the contract that must agree -> the figures that depend on it, none for all; and why.
@@ -34,7 +34,7 @@ _NO_IDENTITY = ("average", "bias_floor")
 
 
 def contract_of(
-    maker: ItemMaker, figures: FigureMaker, *, calibration: Mapping[str, Any], real: Metrics
+    maker: ItemMaker, figures: FigureMaker, *, calibration: Mapping[str, Any], real: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Return how an evaluation measures.
 

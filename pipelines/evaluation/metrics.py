@@ -18,6 +18,11 @@ from pipelines.runtime.tracking.tracker import SilentTracker, Tracker
 
 Metrics = dict[str, dict[str, float]]
 
+DISTANCES = {
+    "frechet_distance": frechet_distance,
+    "frechet_at_infinity": frechet_at_infinity,
+    "kernel_distance": kernel_distance,
+}
 # Images on each side that a figure is defined for.
 MIN_IMAGES = {"frechet_distance": 2, "kernel_distance": 3, "precision": 4, "recall": 4, "copied": 1}
 COPY_QUANTILE = 0.005  # of the distances of real images to training images, below which an image counts as a copy
@@ -123,13 +128,7 @@ def distribution_metrics(
         reference: Real images.
         absent: Figures that are left out.
     """
-    metrics = {}
-    if "frechet_distance" not in absent:
-        metrics["frechet_distance"] = frechet_distance(features, reference.features)
-    if "frechet_at_infinity" not in absent:
-        metrics["frechet_at_infinity"] = frechet_at_infinity(features, reference.features)
-    if "kernel_distance" not in absent:
-        metrics["kernel_distance"] = kernel_distance(features, reference.features)
+    metrics = {name: of(features, reference.features) for name, of in DISTANCES.items() if name not in absent}
     if "precision" not in absent:
         neighbours = precision_recall(features, reference.features)
         metrics |= {"precision": neighbours.precision, "recall": neighbours.recall}
