@@ -28,9 +28,8 @@ _BASIS: Mapping[str, tuple[Collection[str], str]] = {
 }
 #: Parts that make samples what they are: they may differ, and then the difference is theirs, too.
 _OF_THE_SAMPLES = ("sampler", "guidance", "precision", "tf32", "seed", "average")
-#: Measured figures, which follow from the rest up to rounding, and what belongs to the model.
-_MEASURED = frozenset({"validation_accuracy", "validation"})
-_NO_IDENTITY = ("average", "bias_floor")
+#: Parts that belong to the model, and measured figures, which follow from the rest up to rounding.
+_NO_IDENTITY = frozenset({"average", "bias_floor", "validation_accuracy", "validation"})
 
 
 def contract_of(
@@ -85,13 +84,14 @@ def average_of(unet: UNetManifest) -> dict[str, Any]:
 
 def contract_digest(contract: Mapping[str, Any]) -> str:
     """Return the digest of what two evaluations share when all their figures compare."""
-    shared = {name: part for name, part in contract.items() if name not in _NO_IDENTITY}
-    fitted = {
-        fit: {name: part for name, part in contract[fit].items() if name not in _MEASURED}
-        for fit in ("probe", "retrieval")
-        if fit in contract
-    }
-    return digest_of({**shared, **fitted})
+    return digest_of(_identity(contract))
+
+
+def _identity(part: Any) -> Any:
+    """Return a contract or a part of it without what is no agreement."""
+    if not isinstance(part, Mapping):
+        return part
+    return {name: _identity(inner) for name, inner in part.items() if name not in _NO_IDENTITY}
 
 
 def not_comparable(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, str]:
@@ -116,5 +116,5 @@ def drawn_differently(first: Mapping[str, Any], second: Mapping[str, Any]) -> li
 def _differs(ours: Any, theirs: Any) -> bool:
     """Return whether two parts differ in what both have."""
     if isinstance(ours, Mapping) and isinstance(theirs, Mapping):
-        return any(_differs(ours[key], theirs[key]) for key in (ours.keys() & theirs.keys()) - _MEASURED)
+        return any(_differs(ours[key], theirs[key]) for key in (ours.keys() & theirs.keys()) - _NO_IDENTITY)
     return bool(ours != theirs)
