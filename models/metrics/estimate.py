@@ -7,6 +7,7 @@ from typing import NamedTuple, ParamSpec, TypeVar
 
 import numpy as np
 import torch
+from scipy.special import betaln
 from torch import Tensor
 
 Parameters = ParamSpec("Parameters")
@@ -101,19 +102,14 @@ def worst_fraction(successes: Sequence[int], totals: Sequence[int], *, draws: in
     pooled, grid = (right.sum() + 0.5) / (total.sum() + 1), np.geomspace(1, 1e4, 30)
     prior = grid[:, None] * [pooled, 1 - pooled]  # (trials, 2)
     counts = np.stack([right, total - right], axis=-1)  # (fractions, 2)
-    gained = _log_beta(counts + prior[:, None]).sum(axis=1) - len(total) * _log_beta(prior)
+    together = counts + prior[:, None]  # (trials, fractions, 2)
+    gained = betaln(together[..., 0], together[..., 1]).sum(axis=1) - len(total) * betaln(prior[:, 0], prior[:, 1])
     likelihood = np.exp(gained - gained.max())
     drawn = generator.choice(len(grid), size=draws, p=likelihood / likelihood.sum())
     alpha, beta = prior[drawn].T[:, :, None]
     rates = generator.beta(right + alpha, total - right + beta)  # (draws, fractions)
     least = (generator.binomial(total.astype(np.int64), rates) / total).min(axis=1)
     return Estimate(float((right / total).min()), float(np.sqrt(np.square(least - rates.min(axis=1)).mean())))
-
-
-def _log_beta(pairs: np.ndarray) -> np.ndarray:
-    """Logarithm of the beta function of each pair; (... 2) -> (...)."""
-    values = torch.from_numpy(pairs)
-    return (values.lgamma().sum(dim=-1) - values.sum(dim=-1).lgamma()).numpy()
 
 
 def checked_features(features: Tensor, *, name: str, min_samples: int = 2) -> Tensor:
