@@ -110,18 +110,18 @@ def evaluate(config: EvaluateConfig, stage: Stage) -> None:
     """Draw every sample that is missing, then measure them all."""
     # The model, the real images, and the names of all batches.
     maker = ItemMaker(config, stage)
-    names = maker.names
+    names = [name for batches in maker.batches.values() for name in batches]
     for reason in dict.fromkeys(maker.absent.values()):
         which = ", ".join(name for name, why in maker.absent.items() if why == reason)
         stage.log.info(f"without {which}: {reason}")
 
     # Make the batches that are missing, each with its features; all ranks share the work.
-    with progress_line("evaluate", total=len(names.all), unit="batches", is_main=stage.is_main) as line:
+    with progress_line("evaluate", total=len(names), unit="batches", is_main=stage.is_main) as line:
         of_real = [batch for name in get_args(RealSet) for batch in maker.real.batches(name)]
         make_items(stage, of_real, maker.real.make_features, folder=maker.real.folder)
         of_texts = [batch for batches in maker.text_batches.values() for batch in batches]
         make_items(stage, of_texts, maker.make_texts, folder=maker.real.folder)
-        make_items(stage, names.all, maker.make, after_each=lambda done, _, __: line.advance_to(done))
+        make_items(stage, names, maker.make, after_each=lambda done, _, __: line.advance_to(done))
 
     # Measure each set of images, and write metrics, pictures and sample shards.
     figures = FigureMaker(maker)
@@ -151,15 +151,15 @@ def evaluate(config: EvaluateConfig, stage: Stage) -> None:
 
 def measure(maker: ItemMaker, figures: FigureMaker, found: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """Collect all figures and draw all pictures, on the main process; return the names of the files."""
-    config, stage, names = maker.config, maker.stage, maker.names
+    config, stage, batches = maker.config, maker.stage, maker.batches
     folder, absent = stage.folder, maker.absent
 
     # What was found: of each step that the samples depend on, and of the VAE.
     error_budget = {step: found[step] for step in (REAL, *STEPS) if step in found}
     fidelity = [name for name in ("psnr", "ssim") if name not in absent]
-    vae = mean_metrics({name: maker.read(names.reconstructions, name) for name in fidelity})
-    terms = TERMS if names.bounds and "likelihood" not in absent else ()
-    likelihood = mean_metrics({name: maker.read(names.bounds, name) for name in terms})
+    vae = mean_metrics({name: maker.read(batches["reconstruction"], name) for name in fidelity})
+    terms = TERMS if batches["bound"] and "likelihood" not in absent else ()
+    likelihood = mean_metrics({name: maker.read(batches["bound"], name) for name in terms})
 
     # Write it down with the samples' and all that makes them comparable, and draw it.
     calibration = read_json(maker.real.folder / f"{maker.calibration}.json", mend="Remove it.")
@@ -225,7 +225,7 @@ def stored_samples(maker: ItemMaker) -> Iterator[tuple[str, dict[str, bytes]]]:
 
     # Keys are unique over all guidance scales: each begins with its scale.
     for scale in maker.config.scales:
-        for number in range(len(maker.names.samples[key_prefix(scale)])):
+        for number in range(len(maker.batches[key_prefix(scale)])):
             images = maker.images(key_prefix(scale), number)
             indices = range(number * size, number * size + len(images))
             labels, captions = maker.labels(indices).tolist(), maker.captions(indices)

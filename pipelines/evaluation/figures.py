@@ -41,7 +41,7 @@ class FigureMaker:
     def __init__(self, maker: ItemMaker) -> None:
         self._maker, self._real = maker, maker.real
         #: Set of images -> the items that hold it; those of the real images themselves lie beside their corpus.
-        self.sets = maker.names.samples | maker.names.steps
+        self.sets = {kind: maker.batches[kind] for kind in (*maker.sampled, *maker.held_out.steps)}
         if REAL not in maker.absent:
             self.sets[REAL] = []
 
@@ -125,7 +125,7 @@ class FigureMaker:
 
     def _agreement(self, kind: str, features: Tensor) -> dict[str, Estimate]:
         """Agreement of a set of images with their captions."""
-        if kind in self._maker.names.samples:
+        if kind in self._maker.sampled:
             texts, captions = self._maker.texts("val")
             rows = torch.from_numpy(self._maker.prompted(range(len(features))))
         else:

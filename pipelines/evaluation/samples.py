@@ -6,7 +6,6 @@ composed by sample index.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Self, get_args
@@ -85,22 +84,6 @@ class DrawConfig(StageConfig):
         return (self.guidance.scale, *sorted(set(self.sweep) - {self.guidance.scale}))
 
 
-@dataclass(frozen=True, kw_only=True)
-class ItemNames:
-    """Names of the work items of an evaluation; those of the real images' features are shared by all of a corpus."""
-
-    reconstructions: list[str]
-    steps: dict[str, list[str]]
-    bounds: list[str]
-    samples: dict[str, list[str]]  # of the sweep, by ``key_prefix``, then of the curve, by the point's name
-
-    @property
-    def all(self) -> list[str]:
-        """Every item."""
-        groups = (*self.steps.values(), self.bounds, *self.samples.values())
-        return [*self.reconstructions, *(name for group in groups for name in group)]
-
-
 class ItemMaker:
     """Work items of an evaluation: a batch of images each, with their features; a pure function of the item's name."""
 
@@ -119,6 +102,8 @@ class ItemMaker:
 
         # The weights besides the published ones, by their sets of samples.
         self._scales = {key_prefix(scale): scale for scale in config.scales}
+        #: Sets of samples: of the sweep, by ``key_prefix``, then of the curve, by the point's name.
+        self.sampled = (*self._scales, *config.curve.points)
         self._training = TrainingWeights(config.inputs.unet, stage.parents.unet)
         self._loaded = ""  # point of the curve whose weights the denoiser has; "" for the published ones
 
@@ -142,18 +127,16 @@ class ItemMaker:
         )
 
     @cached_property
-    def names(self) -> ItemNames:
-        """Names of every item: what it holds, and the number of its batch."""
-        size, numbers = self.config.batch_size, range(len(self.real.batches("floor")))
-        return ItemNames(
-            reconstructions=[f"reconstruction-{number:06}" for number in range(len(self.real.batches("val")))],
-            steps={step: [f"{step}-{number:06}" for number in numbers] for step in self.held_out.steps},
-            bounds=[f"bound-{number:06}" for number in range(-(-self._num_bounds() // size))],
-            samples={
-                kind: [f"{kind}-{number:06}" for number in range(self.config.num_samples // size)]
-                for kind in (*self._scales, *self.config.curve.points)
-            },
-        )
+    def batches(self) -> dict[str, list[str]]:
+        """Names of all items by what they hold; those of the real images' features are shared by all of a corpus."""
+        size, num_samples = self.config.batch_size, self.config.num_samples
+        counts = {
+            "reconstruction": len(self.real.batches("val")),
+            **dict.fromkeys(self.held_out.steps, len(self.real.batches("floor"))),
+            "bound": -(-self._num_bounds // size),
+            **dict.fromkeys(self.sampled, num_samples // size),
+        }
+        return {kind: [f"{kind}-{number:06}" for number in range(count)] for kind, count in counts.items()}
 
     @cached_property
     def absent(self) -> dict[str, str]:
@@ -166,7 +149,7 @@ class ItemMaker:
             classes=self.stage.parents.unet.classes,
             dimension=self.extractor.dimension,
             num_held_out=len(self.real.indices["floor"]),
-            num_bounds=self._num_bounds(),
+            num_bounds=self._num_bounds,
         )
         if self.prompts is not None and min(len(set(self.real.captions(each)) - {""}) for each in ("train", "val")) < 3:
             absent["retrieval"] = "fewer than 3 different captions in a split"
@@ -225,8 +208,7 @@ class ItemMaker:
 
     def images(self, kind: str, number: int) -> np.ndarray:
         """Return one batch of a set of samples, uint8 (b h w c)."""
-        name = self.names.samples[kind][number]
-        return read_items(self._parts, [f"{name}.images"], "images").numpy()
+        return read_items(self._parts, [f"{self.batches[kind][number]}.images"], "images").numpy()
 
     def discard_tensors(self) -> None:
         """Remove the tensors of all items, once images and features are stored elsewhere."""
@@ -273,6 +255,7 @@ class ItemMaker:
         found, expected = decoded.movedim(-1, 1), real.movedim(-1, 1)
         return {"psnr": psnr(found, expected), "ssim": ssim(found, expected)}
 
+    @property
     def _num_bounds(self) -> int:
         likelihood = self.config.likelihood
         if isinstance(likelihood, NoBoundConfig):
@@ -284,7 +267,7 @@ class ItemMaker:
         self._load("")
         likelihood, size = self.config.likelihood, self.config.batch_size
         assert isinstance(likelihood, VariationalBoundConfig)
-        first, last = number * size, min((number + 1) * size, self._num_bounds())
+        first, last = number * size, min((number + 1) * size, self._num_bounds)
 
         # Filled up by repetition: a batch has one size.
         indices = np.resize(np.arange(first, last), size)
