@@ -145,6 +145,14 @@ def test_a_report_of_runs_without_an_evaluation_says_so(runs: Path, tmp_path: Pa
     assert not (tmp_path / "r.html").exists()
 
 
+def test_a_report_names_a_tar_of_samples_that_was_cut(runs: Path, tmp_path: Path, tool: Ran) -> None:
+    shutil.copytree(runs / "one", tmp_path / "one")
+    tar = tmp_path / "one" / "evaluation" / "samples-000000.tar"
+    tar.write_bytes(tar.read_bytes()[:2000])
+    done = tool("report", str(tmp_path / "one"), "--output", str(tmp_path / "r.html"))
+    assert (done.returncode, "samples-000000.tar" in done.stderr) == (2, True), done.stderr
+
+
 def test_a_sample_is_traced_to_all_that_it_was_made_of(runs: Path, tmp_path: Path, tool: Ran) -> None:
     shutil.copytree(runs / "one", tmp_path / "moved")
     digests = {name: read_manifest(runs / "one" / name).digest for name in ("vae", "unet", "corpus", "evaluation")}

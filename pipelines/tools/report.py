@@ -74,6 +74,7 @@ def report(config: ReportConfig) -> Answer:
         if len(sides) > len(ascii_uppercase):
             raise ValueError(f"{len(sides)} runs are too many for one page. Give at most {len(ascii_uppercase)}.")
         runs = [Run(side, letter) for side, letter in zip(sides, ascii_uppercase, strict=False)]
+        samples = samples_of(runs)
     with config_error_at("report.output"):
         make_folder(output := Path(config.output).absolute().parent)
 
@@ -82,7 +83,7 @@ def report(config: ReportConfig) -> Answer:
         runs=runs,
         verdicts=verdicts_of(sides),
         notes=notes,
-        samples=samples_of(runs),
+        samples=samples,
         curves=chart_svg(curves_chart, {name: {run.label: run.curve(name) for run in runs} for name in CURVES}),
         sweep=chart_svg(sweep_chart, {run.label: run.figures["sweep"] for run in runs}, {}),
         error_budget=chart_svg(error_budget_chart, {run.label: run.error_budget for run in runs}),
@@ -181,11 +182,18 @@ def common_grids(runs: Sequence[Run], *, room: int) -> dict[int, dict[str, str]]
 
 
 def read_samples(folder: Path, scales: Sequence[float]) -> dict[float, list[tuple[Image.Image, str]]]:
-    """Return the first samples of each guidance with their class or caption, by index."""
+    """Return the first samples of each guidance with their class or caption, by index.
+
+    Raises:
+        BadSample: A tar is damaged.
+    """
     classes, found = read_manifest(folder).classes, {key_prefix(scale): dict[int, Any]() for scale in scales}
     for path in sorted(folder.glob("samples-*.tar")):
         with open(path, "rb") as file, mapped(file) as tar:
-            for sample in scan_shard(tar, shard=path.name):
+            samples = scan_shard(tar, shard=path.name)
+            if faults := [fault for sample in samples for fault in sample.faults]:
+                raise faults[0]
+            for sample in samples:
                 kind, _, index = sample.key.rpartition("-")
                 if kind in found and int(index) < MOST_SEEDS:
                     members = {suffix: tar[at.offset : at.offset + at.size] for suffix, at in sample.members.items()}
