@@ -44,28 +44,31 @@ from pipelines.runtime.config.experiment import changed_on_command_line, given_e
 from pipelines.runtime.config.stage_config import STAGE_FOLDERS, CommandConfig, StageConfig
 
 
-class TrainVAETable(CommandConfig, extra="ignore"):
-    """Keys of [train_vae] that another table, the corpus or this machine must suit."""
+class StageTable(CommandConfig, extra="ignore"):
+    """Keys of a stage's table that another table, the corpus or this machine must suit."""
 
     inputs: Mapping[str, str] = {}
+
+
+class TrainVAETable(StageTable):
+    """Those of [train_vae]."""
+
     network: VAEConfig = VAEConfig()
     start: StartConfig = RandomStart()
     objective: VAEObjectiveConfig = VAEObjectiveConfig()
     order: OrderConfig = FullShuffleConfig()
 
 
-class EncodeLatentsTable(CommandConfig, extra="ignore"):
-    """Likewise of [encode_latents]."""
+class EncodeLatentsTable(StageTable):
+    """Those of [encode_latents]."""
 
-    inputs: Mapping[str, str] = {}
     flipped: bool = False
     captions: CaptionFeaturesConfig = NoTextConfig()
 
 
-class TrainUNetTable(CommandConfig, extra="ignore"):
-    """Likewise of [train_unet]."""
+class TrainUNetTable(StageTable):
+    """Those of [train_unet]."""
 
-    inputs: Mapping[str, str] = {}
     denoiser: DenoiserConfig = DenoiserConfig()
     start: StartConfig = RandomStart()
     order: OrderConfig = FullShuffleConfig()
@@ -76,17 +79,16 @@ class TrainUNetTable(CommandConfig, extra="ignore"):
     extractor: FeatureExtractorConfig = ScatteringConfig()
 
 
-class EvaluateTable(CommandConfig, extra="ignore"):
-    """Likewise of [evaluate]."""
+class EvaluateTable(StageTable):
+    """Those of [evaluate]."""
 
-    inputs: Mapping[str, str] = {}
     sampler: SamplerConfig = DDIMConfig(num_steps=50)
     extractor: FeatureExtractorConfig = ScatteringConfig()
     likelihood: BoundConfig = NoBoundConfig()
 
 
 COMPARES = "it compares with validation images, and the corpus has none"
-TABLES: Mapping[str, type[CommandConfig]] = {
+TABLES: Mapping[str, type[StageTable]] = {
     "train_vae": TrainVAETable,
     "encode_latents": EncodeLatentsTable,
     "train_unet": TrainUNetTable,
@@ -179,7 +181,8 @@ def _checks(tables: Mapping[str, Any], corpus: CorpusFacts | None) -> Iterator[t
     if latents is not None:
         for encoder in encoders_of(latents.captions).values():
             yield "encode_latents.captions", encoder.check
-        yield "encode_latents.inputs.vae", lambda: _check_elsewhere(_given_input(latents, "vae"))
+        if folder := _given_input(latents, "vae"):  # such as a published one
+            yield "encode_latents.inputs.vae", lambda: read_input("vae", folder)
 
     # The U-Net, on those.
     if unet is not None:
@@ -281,12 +284,6 @@ def _check_flips(unet: Any, latents: Any) -> None:
             f"it is {unet.flip_probability}, but encode_latents.flipped = false stores no mirrored latents. Set that "
             "to true, or the probability to 0"
         )
-
-
-def _check_elsewhere(folder: str) -> None:
-    """Refuse an autoencoder from elsewhere, such as a published one, that is not there."""
-    if folder:
-        read_input("vae", folder)
 
 
 def _autoencoder(network: VAEConfig, image: ImageShape) -> AutoencoderKL:
