@@ -24,6 +24,8 @@ DISCRIMINATOR = (
     *("--objective.adversary.discriminator.channels", "8", "--objective.adversary.discriminator.downsamplings", "1"),
     *("--objective.adversary.discriminator.norm_groups", "8"),
 )
+# Of the soak tests: longer than the experiment's own, so that faults fall before and after checkpoints.
+LONG = ("--updates", "60", "--checkpoint.every_updates", "20")
 KINDS = {"train_unet": ["data", "loss", "gradient"], "train_vae": ["data", "loss", "gradient", "second"]}
 
 
@@ -93,9 +95,9 @@ def test_twenty_bad_batches_of_a_real_stage_leave_no_trace(stage: str, two_proce
     rng = random.Random(stage)
     bad = [0, *rng.sample(range(1, 60), 19)]
     faults = {batch: (KINDS[stage][number % len(KINDS[stage])], rng.randrange(2)) for number, batch in enumerate(bad)}
-    done = train(stage, two_process_run, tmp_path / "a", "--on_bad_update.policy", "skip", faults=faults)
+    done = train(stage, two_process_run, tmp_path / "a", *LONG, "--on_bad_update.policy", "skip", faults=faults)
     assert done.returncode == 0, done.stderr
-    without = train(stage, two_process_run, tmp_path / "b", leave_out=tuple(faults))
+    without = train(stage, two_process_run, tmp_path / "b", *LONG, leave_out=tuple(faults))
     assert without.returncode == 0, without.stderr
     first, second = seen_by_ranks(tmp_path / "a")
     assert first == second
@@ -120,9 +122,9 @@ def test_a_real_stage_goes_back_to_its_checkpoint_and_past_the_bad_batch(
 ) -> None:
     # After the checkpoint of update 20 the gradient of batch 25 goes bad, and on the way again the weights in 40.
     faults = {25: ("gradient", 1), 40: ("weights", 1)}
-    done = train(stage, two_process_run, tmp_path / "a", "--on_bad_update.policy", "rewind", faults=faults)
+    done = train(stage, two_process_run, tmp_path / "a", *LONG, "--on_bad_update.policy", "rewind", faults=faults)
     assert done.returncode == 0, done.stderr
-    without = train(stage, two_process_run, tmp_path / "b", leave_out=tuple(range(20, 41)))
+    without = train(stage, two_process_run, tmp_path / "b", *LONG, leave_out=tuple(range(20, 41)))
     assert without.returncode == 0, without.stderr
     first, second = seen_by_ranks(tmp_path / "a")
     assert first == second == [[26, 25], [35, 40]]
@@ -141,15 +143,15 @@ def test_a_real_stage_goes_back_to_its_checkpoint_and_past_the_bad_batch(
 def test_a_real_stage_stops_at_a_bad_update_and_can_be_told_to_go_on(
     stage: str, kind: str, two_process_run: Run, tmp_path: Path
 ) -> None:
-    done = train(stage, two_process_run, tmp_path / "a", faults={25: (kind, 1)})
+    done = train(stage, two_process_run, tmp_path / "a", *LONG, faults={25: (kind, 1)})
     assert done.returncode != 0
     outcome = json.loads((tmp_path / "a/run" / STAGES[stage] / "outcome.json").read_bytes())
     assert (outcome["state"], outcome["exit_code"]) == ("failed", 1)
     assert "Update 26 (batch 25) does not count" in done.stderr
     assert list(evidence(tmp_path / "a", stage)) == [25]
-    words = ("--on_bad_update.policy", "skip")
+    words = (*LONG, "--on_bad_update.policy", "skip")
     again = train(stage, two_process_run, tmp_path / "a", *words, leave_out=(25,))
     assert again.returncode == 0, again.stderr
-    without = train(stage, two_process_run, tmp_path / "b", leave_out=(25,))
+    without = train(stage, two_process_run, tmp_path / "b", *LONG, leave_out=(25,))
     assert without.returncode == 0, without.stderr
     check_same(stage, tmp_path)

@@ -433,4 +433,4 @@ def test_a_byte_order_mark_before_an_experiment_is_no_part_of_it(tmp_path: Path)
     path = tmp_path / "experiment.toml"
     path.write_bytes(b"\xef\xbb\xbf" + SMOKE.read_bytes())
     argv = ["--config", str(path)]
-    assert load_config(TrainVAEConfig, table="train_vae", argv=argv).updates == 60
+    assert load_config(TrainVAEConfig, table="train_vae", argv=argv).updates == 24

@@ -199,7 +199,7 @@ def test_a_plan_runs_everything_once_and_says_what_is_stale(
     stages = {one["stage"]: one for one in json.loads(done.stdout)["stages"]}
     assert [stages[name]["state"] for name in ("prepare_corpus", "train_vae")] == ["done", "absent"]
     assert stages["train_vae"]["measured"]
-    assert stages["train_vae"]["images"] == 60 * 16
+    assert stages["train_vae"]["images"] == 24 * 16
     assert stages["train_unet"]["why"] == [f"waits for {root}/latents", f"waits for {root}/vae"]
     assert not stages["train_unet"]["measured"]
     # But for the marks of shards whose content was checked: the next start need not read them again.

@@ -37,7 +37,8 @@ DISCRIMINATOR = (
 def command(stage: str, inputs: Run, root: Path, *, processes: int, more: tuple[str, ...] = ()) -> list[str]:
     names = {"train_vae": ["corpus"], "train_unet": ["latents", "vae"]}[stage]
     words = [word for name in names for word in (f"--inputs.{name}", str(inputs.root / name))]
-    words += ["--run.tracking_uri", "offline", "--checkpoint.every_updates", "3", "--images_per_device", "4"]
+    words += ["--run.tracking_uri", "offline", "--updates", "60", "--checkpoint.every_updates", "3"]
+    words += ["--images_per_device", "4"]
     words += DISCRIMINATOR if stage == "train_vae" else ()
     return stage_command(stage, "--run.root", str(root), *words, *more, processes=processes)
 

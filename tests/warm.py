@@ -5,6 +5,7 @@ forks itself for each process it is asked for: one of its own, with its own sign
 that only has not to import again. Not for tests of what a process imports or finds on its path.
 """
 
+import atexit
 import contextlib
 import gc
 import importlib
@@ -17,9 +18,10 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NoReturn
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 # What may be run as ``__main__``: all that these import stays, they themselves do not.
@@ -132,32 +134,47 @@ def preload() -> None:
 
 
 def requested(channel: socket.socket) -> dict[str, Any] | None:
-    """Fork a process for each request; return the request in that process, None here when all is over."""
-    while True:
-        message, descriptors, _, _ = socket.recv_fds(channel, MAX_REQUEST_BYTES, 3)
-        if not message:
-            return None
-        if os.fork() == 0:
-            channel.close()
-            return attended(json.loads(message), descriptors)
-        for descriptor in descriptors:
-            os.close(descriptor)
-        with contextlib.suppress(ChildProcessError):
-            while os.waitpid(-1, os.WNOHANG) != (0, 0):
-                pass
+    """Fork a process for each request and tell how it ended; return the request in it, None here when all is over."""
+    waited = select.poll()
+    waited.register(channel, select.POLLIN)
+    running: dict[int, tuple[int, int]] = {}  # by a descriptor that says when it has ended: its number, where to tell
+    asking = True
+    while asking or running:
+        for ready, _ in waited.poll():
+            if ready in running:
+                pid, status = running.pop(ready)
+                _, code = os.waitpid(pid, 0)
+                with contextlib.suppress(BrokenPipeError):  # nobody waits for it
+                    os.write(status, b"%d\n" % os.waitstatus_to_exitcode(code))
+                waited.unregister(ready)
+                os.close(ready)
+                os.close(status)
+                continue
+            message, descriptors, _, _ = socket.recv_fds(channel, MAX_REQUEST_BYTES, 3)
+            if not message:
+                waited.unregister(channel)
+                asking = False
+                continue
+            pid = os.fork()
+            if pid == 0:
+                for kept, (_, status) in running.items():
+                    os.close(kept)
+                    os.close(status)
+                channel.close()
+                return attended(json.loads(message), descriptors)
+            status, *streams = descriptors
+            for stream in streams:
+                os.close(stream)
+            os.write(status, b"%d\n" % pid)
+            ended = os.pidfd_open(pid)
+            waited.register(ended, select.POLLIN)
+            running[ended] = pid, status
+    return None
 
 
 def attended(request: dict[str, Any], descriptors: Sequence[int]) -> dict[str, Any]:
-    """Fork once more, so that one process can tell how the other has ended."""
+    """Take the request's files for those of this process, and make it the leader of a session."""
     status, out, err = descriptors
-    pid = os.fork()
-    if pid:
-        os.close(out)
-        os.close(err)
-        os.write(status, b"%d\n" % pid)
-        _, code = os.waitpid(pid, 0)
-        os.write(status, b"%d\n" % os.waitstatus_to_exitcode(code))
-        os._exit(0)
     os.setsid()
     nothing = os.open(os.devnull, os.O_RDONLY)
     for place, descriptor in enumerate((nothing, out, err)):
@@ -188,13 +205,31 @@ def run(request: dict[str, Any]) -> None:
         runpy.run_path(first, run_name="__main__")
 
 
+def run_and_leave(request: dict[str, Any]) -> NoReturn:
+    """Run the words and end as the interpreter does, but leave it to the kernel to free what was imported.
+
+    That takes the interpreter half a second.
+    """
+    code = 0
+    try:
+        run(request)
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+        if code and code is not end.code:
+            print(end.code, file=sys.stderr)
+    except Exception:
+        sys.excepthook(*sys.exc_info())
+        code = 1
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
 if __name__ == "__main__":
     with socket.socket(fileno=int(sys.argv[1])) as end:
         preload()
         asked = requested(end)
     if asked:
-        run(asked)
-    else:
-        with contextlib.suppress(ChildProcessError):
-            while True:
-                os.wait()
+        run_and_leave(asked)
