@@ -187,8 +187,10 @@ def test_every_stage_is_one_finished_run_below_one_parent(two_process_run: Run) 
     from data.manifest import read_manifest
 
     root = two_process_run.root
-    assert run_here("sync", str(root), config=None).returncode == 0
-    client = mlflow.MlflowClient(tracking_uri=f"sqlite:///{root.parent / 'mlflow.db'}")
+    store = f"sqlite:///{root.parent / 'mlflow.db'}"
+    assert json.loads((root / "unet" / "run.json").read_bytes())["mlflow_run_id"], "its own sender has begun it"
+    assert run_here("sync", str(root), "--tracking-uri", store, config=None).returncode == 0
+    client = mlflow.MlflowClient(tracking_uri=store)
     (experiment,) = client.search_experiments(filter_string="name = 'smoke'")
     runs = {run.info.run_name: run for run in client.search_runs([experiment.experiment_id])}
     assert set(runs) == {"run", *(f"run/{folder}" for folder in STAGES.values())}

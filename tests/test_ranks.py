@@ -4,8 +4,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import environment, socket, start_ranks
+from conftest import socket, start_ranks, start_warm, wait_until
 from torch import Tensor
 from warm import WarmProcess
 
@@ -261,23 +259,19 @@ def test_a_frozen_rank_is_named_by_the_others(tmp_path: Path) -> None:
 @pytest.mark.parametrize("launcher_lives", [True, False])
 def test_a_rank_whose_launcher_died_while_it_was_importing_ends_too(launcher_lives: bool) -> None:
     """The kernel tells of a parent's death only who has asked for it before."""
-    rank = (
+    code = (
         "import os, sys, time\n"
-        "while sys.argv[1] == 'False' and os.getppid() == int(sys.argv[2]): time.sleep(0.01)\n"
         "from pipelines.runtime.stage.launch import exit_with_launcher\n"
-        "exit_with_launcher(); print('lives')\n"
+        "launcher = os.getpid()\n"
+        "rank = os.fork()\n"
+        "if rank:\n"
+        "    sys.argv[1] == 'True' and os.waitpid(rank, 0)\n"
+        "    os._exit(0)\n"
+        "while sys.argv[1] == 'False' and os.getppid() == launcher: time.sleep(0.01)\n"
+        "try: exit_with_launcher(); print('lives', flush=True)\n"
+        "except SystemExit as end: print(end, flush=True)\n"
     )
-    launcher = (
-        "import os, subprocess, sys\n"
-        "rank = subprocess.Popen([sys.executable, '-c', *sys.argv[1:], str(os.getpid())])\n"
-        "sys.argv[2] == 'True' and rank.wait()\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", launcher, rank, str(launcher_lives)],
-        env=environment(TORCHELASTIC_RUN_ID="none", LOCAL_RANK="0"),
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
-    assert done.stdout == ("lives\n" if launcher_lives else ""), done.stderr
-    assert ("launcher of this process is gone" in done.stderr) is not launcher_lives
+    launcher = start_warm("-c", code, str(launcher_lives), TORCHELASTIC_RUN_ID="none", LOCAL_RANK="0")
+    assert launcher.wait(timeout=60) == 0
+    wait_until(launcher.printed, seconds=60, what="the rank's answer")
+    assert launcher.printed() == ("lives\n" if launcher_lives else "The launcher of this process is gone.\n")

@@ -88,16 +88,8 @@ def test_a_unet_is_reconstructed_from_its_checkpoints_and_draws(two_process_run:
     root = tmp_path / "run"
     inputs = [f"--inputs.{name}={two_process_run.root / name}" for name in ("latents", "vae")]
     averages = '[{ kind = "power", relative_std = 0.1 }, { kind = "power", relative_std = 0.05 }]'
-    lengths = [
-        "--updates",
-        "40",
-        "--validate_every",
-        "40",
-        "--checkpoint.every_updates",
-        "5",
-        "--checkpoint.keep_every",
-        "5",
-    ]
+    lengths = ["--updates", "24", "--validate_every", "24", "--validate_samples", "0"]
+    lengths += ["--checkpoint.every_updates", "3", "--checkpoint.keep_every", "3"]
     done = run_stage("train_unet", "--run.root", str(root), *inputs, "--averages", averages, *lengths)
     assert done.returncode == 0, done.stderr
 
@@ -112,7 +104,7 @@ def test_a_unet_is_reconstructed_from_its_checkpoints_and_draws(two_process_run:
         torch.testing.assert_close(same[name], tensor, rtol=1e-4, atol=1e-5)
     assert any(not torch.allclose(other[name], tensor, rtol=1e-3) for name, tensor in published.items())
     content = json.loads((tmp_path / "other" / "manifest.json").read_bytes())["content"]
-    assert content["reconstruction"] == {"update": 40, "relative_std": 0.2}
+    assert content["reconstruction"] == {"update": 24, "relative_std": 0.2}
     done = run_here(
         *("sample", f"--inputs.vae={two_process_run.root / 'vae'}", f"--inputs.unet={tmp_path / 'other'}"),
         *("--number", "2", "--sampler.num_steps", "2", "--output", str(tmp_path / "samples")),
@@ -120,7 +112,7 @@ def test_a_unet_is_reconstructed_from_its_checkpoints_and_draws(two_process_run:
     assert done.returncode == 0, done.stderr
 
     # An evaluation takes checkpoints and widths alike: those of the published weights draw the published samples.
-    curve = ("--curve.updates", "[20, 40]", "--curve.relative_stds", "[0.2]")
+    curve = ("--curve.updates", "[12, 24]", "--curve.relative_stds", "[0.2]")
     evaluation = (
         *("evaluate", *words, *inputs, f"--inputs.corpus={two_process_run.root / 'corpus'}", "--run.threads", "1"),
         *("--num_samples", "16", "--sweep", "[]", "--sampler.num_steps", "2", "--probe_images", "0"),
@@ -129,22 +121,22 @@ def test_a_unet_is_reconstructed_from_its_checkpoints_and_draws(two_process_run:
     assert done.returncode == 0, done.stderr
     features = {
         name: load_file(root / "evaluation" / f"features-{name}.safetensors")["features"]
-        for name in ("guidance_2", "update_40", "update_20", "width_0p2")
+        for name in ("guidance_2", "update_24", "update_12", "width_0p2")
     }
-    torch.testing.assert_close(features["update_40"], features["guidance_2"], rtol=0, atol=0)
+    torch.testing.assert_close(features["update_24"], features["guidance_2"], rtol=0, atol=0)
     found = json.loads((root / "evaluation" / "metrics.json").read_bytes())
     assert [set(point) & {"update", "relative_std"} for point in found["curve"]] == [{"update"}] * 2 + [
         {"relative_std"}
     ]
     assert found["curve"][1]["frechet_distance"] == found["sweep"][0]["frechet_distance"]
-    assert len({float(features[name].sum()) for name in ("guidance_2", "update_20", "width_0p2")}) == 3
+    assert len({float(features[name].sum()) for name in ("guidance_2", "update_12", "width_0p2")}) == 3
     for name in ("updates", "updates_curve", "widths", "widths_curve"):
         assert (root / "evaluation" / f"{name}.png").stat().st_size > 1_000
 
     done = run_here(*evaluation, "--name", "other", "--curve.updates", "[7]")
     assert done.returncode == 2
     assert "no checkpoint of update 7" in done.stderr
-    assert "kept are: 5, 10, 15" in done.stderr
+    assert "kept are: 3, 6, 9" in done.stderr
 
 
 def test_a_training_without_power_averages_cannot_be_reconstructed(two_process_run: Run, tmp_path: Path) -> None:
