@@ -82,7 +82,7 @@ def stage_command(stage: str, *words: str, processes: int = 1, config: Path = SM
 @functools.cache
 def warm_python() -> WarmPython:
     """The process that holds the imports, made when it is first wanted."""
-    python = WarmPython()
+    python = WarmPython(os.environ.get("PYTEST_XDIST_TESTRUNUID", str(os.getpid())))
     atexit.register(python.close)
     return python
 

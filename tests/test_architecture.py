@@ -4,14 +4,14 @@ Read from the syntax tree, recursively, so that a lazy import counts too.
 """
 
 import ast
+import functools
 import itertools
 import re
 import sys
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import pytest
 from conftest import REPOSITORY, STAGES
 
 PACKAGES = ("pipelines", "models", "data")
@@ -48,14 +48,21 @@ def name_of(path: Path) -> str:
     return ".".join(path.relative_to(REPOSITORY).with_suffix("").parts).removesuffix(".__init__")
 
 
+@functools.cache
 def tree_of(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"))
 
 
+@functools.cache
+def nodes_of(path: Path) -> Sequence[ast.AST]:
+    return tuple(ast.walk(tree_of(path)))
+
+
+@functools.cache
 def imports_of(path: Path) -> set[str]:
     """Every module that a file imports, anywhere in it, with ``from a import b`` as both ``a`` and ``a.b``."""
     found: set[str] = set()
-    for node in ast.walk(tree_of(path)):
+    for node in nodes_of(path):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -67,7 +74,7 @@ def imports_of(path: Path) -> set[str]:
 def started_by(path: Path) -> set[str]:
     """Every module that a file names right behind "-m" in a list, tuple or call; a placeholder ends the name."""
     found: set[str] = set()
-    for node in ast.walk(tree_of(path)):
+    for node in nodes_of(path):
         items = node.args if isinstance(node, ast.Call) else getattr(node, "elts", [])
         for flag, module in itertools.pairwise(items):
             if isinstance(flag, ast.Constant) and flag.value == "-m":
@@ -81,29 +88,30 @@ def reaches(imports: set[str], module: str) -> bool:
     return any(name == module or name.startswith(f"{module}.") for name in imports)
 
 
+@functools.cache
 def storey_of(module: str) -> int | None:
     """The number of a module's storey; None for what stands above or outside all of them, as ``pipelines`` itself."""
     within = [n for n, rooms in enumerate(STOREYS) if any(reaches({module}, room) for room in rooms)]
     return within[-1] if within else None
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=name_of)
-def test_every_dependency_comes_through_its_door(path: Path) -> None:
-    imports, place = imports_of(path), path.relative_to(REPOSITORY).as_posix()
-    for package, doors in DOORS.items():
-        if reaches(imports, package):
-            assert place.startswith(doors), f"{place} imports {package}; only {', '.join(doors)} may"
+def test_every_dependency_comes_through_its_door() -> None:
+    for path in SOURCES:
+        imports, place = imports_of(path), path.relative_to(REPOSITORY).as_posix()
+        for package, doors in DOORS.items():
+            if reaches(imports, package):
+                assert place.startswith(doors), f"{place} imports {package}; only {', '.join(doors)} may"
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=name_of)
-def test_no_import_and_no_started_module_climbs_a_storey(path: Path) -> None:
-    own = storey_of(name_of(path))
-    for module in imports_of(path) | started_by(path):
-        theirs = storey_of(module)
-        if own is not None and theirs is not None:
-            assert theirs <= own, f"{name_of(path)} reaches up to {module}"
-        if own == 0 and theirs == 0:
-            assert module.split(".")[0] == name_of(path).split(".")[0], f"{name_of(path)} imports {module}"
+def test_no_import_and_no_started_module_climbs_a_storey() -> None:
+    for path in SOURCES:
+        own = storey_of(name_of(path))
+        for module in imports_of(path) | started_by(path):
+            theirs = storey_of(module)
+            if own is not None and theirs is not None:
+                assert theirs <= own, f"{name_of(path)} reaches up to {module}"
+            if own == 0 and theirs == 0:
+                assert module.split(".")[0] == name_of(path).split(".")[0], f"{name_of(path)} imports {module}"
 
 
 def test_no_stage_imports_a_stage() -> None:
@@ -158,7 +166,7 @@ def test_nothing_is_pickled_or_run_through_a_shell() -> None:
     for path in SOURCES:
         imports = imports_of(path)
         assert not reaches(imports, "pickle") or path.name == "perceptual_weights.py", f"{path} imports pickle"
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        for node in nodes_of(path):
             if isinstance(node, ast.keyword) and node.arg == "shell":
                 assert isinstance(node.value, ast.Constant), path
                 assert node.value.value is False, f"{path} starts a shell"
@@ -225,9 +233,9 @@ def definitions_of(tree: ast.Module) -> Iterator[str]:
             yield from (method.name for method in node.body if isinstance(method, ast.FunctionDef))
 
 
-def names_in(tree: ast.AST) -> Iterator[str]:
-    """Yield every name and attribute that is used, imports apart."""
-    for node in ast.walk(tree):
+def names_in(path: Path) -> Iterator[str]:
+    """Yield every name and attribute that is used in a file, imports apart."""
+    for node in nodes_of(path):
         if isinstance(node, ast.Name):
             yield node.id
         elif isinstance(node, ast.Attribute):
@@ -237,8 +245,8 @@ def names_in(tree: ast.AST) -> Iterator[str]:
 
 
 def test_no_public_definition_is_there_for_tests_alone() -> None:
-    used = {name for path in SOURCES for name in names_in(tree_of(path))}
-    named_by_tests = {name for path in TESTS for name in names_in(tree_of(path))}
+    used = {name for path in SOURCES for name in names_in(path)}
+    named_by_tests = {name for path in TESTS for name in names_in(path)}
     for path in SOURCES:
         if not name_of(path).startswith("models.diffusion."):
             idle = {name for name in definitions_of(tree_of(path)) if not name.startswith("_")} - used
@@ -253,7 +261,7 @@ def test_long_functions_of_the_stages_and_of_training_have_paragraph_comments() 
         lines = path.read_text(encoding="utf-8").splitlines()
         comments = {number for number, line in enumerate(lines, start=1) if line.strip().startswith("#")}
         code = {number for number, line in enumerate(lines, start=1) if line.strip()} - comments
-        for node in ast.walk(tree_of(path)):
+        for node in nodes_of(path):
             if isinstance(node, ast.FunctionDef):
                 body = node.body[1:] if ast.get_docstring(node) else node.body
                 inside = range(body[0].lineno if body else 0, (node.end_lineno or 0) + 1)
@@ -272,7 +280,7 @@ def test_only_the_model_object_normalises_latents() -> None:
         images = path.parent.name in ("features", "metrics") or path.name == "perceptual.py"
         if name_of(path) == "models.latent_diffusion" or images:
             continue
-        for node in ast.walk(tree_of(path)):
+        for node in nodes_of(path):
             if isinstance(node, ast.BinOp) and isinstance(node.left, ast.BinOp):
                 names = {named(node.right), named(node.left.right), named(node.left.left)}
                 kinds = (type(node.left.op), type(node.op))

@@ -343,11 +343,11 @@ def shifted(images: Tensor, pixels: int) -> Tensor:
 
 
 DAMAGES = {
-    "blur": (blurred, (0.6, 0.8, 1.1, 1.5, 2.0)),
-    "noise": (noisy, (3, 8, 16, 32, 64)),
-    "jpeg": (compressed, (15, 9, 6, 3, 1)),
-    "shift": (shifted, (1, 2, 3, 4, 5)),
-    "missing classes": (without_classes, (1, 3, 5, 7, 9)),
+    "blur": (blurred, (0.6, 1.1, 2.0)),
+    "noise": (noisy, (3, 16, 64)),
+    "jpeg": (compressed, (15, 6, 1)),
+    "shift": (shifted, (1, 3, 5)),
+    "missing classes": (without_classes, (1, 5, 9)),
 }
 
 

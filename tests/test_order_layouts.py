@@ -49,7 +49,7 @@ def batches_of(make: Callable[[int], np.ndarray], *, start: int, workers: int) -
 
 
 @given(LAYOUTS, st.integers(1, 4), st.integers(0, 3), st.sampled_from([1, 2, 4, 8]))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 def test_ranks_workers_and_stops_change_nothing(layout: dict, ranks: int, workers: int, streams: int) -> None:
     total = sum(layout["shard_sizes"])
     steps = -(-2 * total // BATCH)

@@ -102,7 +102,7 @@ def test_health_is_logged_at_every_look_at_the_losses(one_process_run: Run) -> N
     """In the update's own line: so a rehearsal leaves none, and an update that does not count takes them with it."""
     rows = one_process_run.rows("train_vae")
     looks = {update: row for update, row in rows.items() if "health/active_channels" in row}
-    assert sorted(looks) == [20, 40, 60]
+    assert sorted(looks) == [8, 16, 24]
     for look in looks.values():
         assert look["health/grad_norm_l1"] > 0
         assert all(look[f"health/kl_{channel}"] >= 0 for channel in range(4))

@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, NoReturn
@@ -84,17 +85,27 @@ class WarmProcess:
 
 
 class WarmPython:
-    """The process that forks the others; it ends with the one that made it."""
+    """A connection to the process that forks the others, which ends with the last of those who are connected.
 
-    def __init__(self) -> None:
-        self._channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with theirs:
+    Args:
+        name: Of the process: who comes first makes it, and the other workers of a run of tests share it.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._process: subprocess.Popen[bytes] | None = None
+        address = f"\0latentline tests {name}"  # no file: it goes with the process
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener, contextlib.suppress(OSError):
+            listener.bind(address)
+            listener.listen()
             self._process = subprocess.Popen(
-                [sys.executable, __file__, str(theirs.fileno())],
+                [sys.executable, __file__, str(listener.fileno())],
                 env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)},
-                pass_fds=[theirs.fileno()],
+                pass_fds=[listener.fileno()],
                 start_new_session=True,
             )
+        self._channel = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        while self._channel.connect_ex(address):  # the other worker is between bind and listen
+            time.sleep(0.01)
 
     def start(self, words: Sequence[str], *, env: Mapping[str, str], cwd: str | Path = REPOSITORY) -> WarmProcess:
         """Start ``python words``, the leader of a session of its own.
@@ -115,7 +126,8 @@ class WarmPython:
     def close(self) -> None:
         """End the process that forks; those that it forked go on."""
         self._channel.close()
-        self._process.wait()
+        if self._process:
+            self._process.wait()
 
 
 def preload() -> None:
@@ -133,15 +145,19 @@ def preload() -> None:
     gc.enable()
 
 
-def requested(channel: socket.socket) -> dict[str, Any] | None:
+def requested(listener: socket.socket) -> dict[str, Any] | None:
     """Fork a process for each request and tell how it ended; return the request in it, None here when all is over."""
     waited = select.poll()
-    waited.register(channel, select.POLLIN)
+    waited.register(listener, select.POLLIN)
+    channels: dict[int, socket.socket] = {}
     running: dict[int, tuple[int, int]] = {}  # by a descriptor that says when it has ended: its number, where to tell
-    asking = True
-    while asking or running:
+    while True:
         for ready, _ in waited.poll():
-            if ready in running:
+            if ready == listener.fileno():
+                channel, _ = listener.accept()
+                channels[channel.fileno()] = channel
+                waited.register(channel, select.POLLIN)
+            elif ready in running:
                 pid, status = running.pop(ready)
                 _, code = os.waitpid(pid, 0)
                 with contextlib.suppress(BrokenPipeError):  # nobody waits for it
@@ -149,27 +165,29 @@ def requested(channel: socket.socket) -> dict[str, Any] | None:
                 waited.unregister(ready)
                 os.close(ready)
                 os.close(status)
-                continue
-            message, descriptors, _, _ = socket.recv_fds(channel, MAX_REQUEST_BYTES, 3)
-            if not message:
-                waited.unregister(channel)
-                asking = False
-                continue
-            pid = os.fork()
-            if pid == 0:
-                for kept, (_, status) in running.items():
-                    os.close(kept)
-                    os.close(status)
-                channel.close()
-                return attended(json.loads(message), descriptors)
-            status, *streams = descriptors
-            for stream in streams:
-                os.close(stream)
-            os.write(status, b"%d\n" % pid)
-            ended = os.pidfd_open(pid)
-            waited.register(ended, select.POLLIN)
-            running[ended] = pid, status
-    return None
+            else:
+                message, descriptors, _, _ = socket.recv_fds(channels[ready], MAX_REQUEST_BYTES, 3)
+                if not message:
+                    waited.unregister(ready)
+                    channels.pop(ready).close()
+                    continue
+                pid = os.fork()
+                if pid == 0:
+                    for kept, (_, status) in running.items():
+                        os.close(kept)
+                        os.close(status)
+                    for channel in (listener, *channels.values()):
+                        channel.close()
+                    return attended(json.loads(message), descriptors)
+                status, *streams = descriptors
+                for stream in streams:
+                    os.close(stream)
+                os.write(status, b"%d\n" % pid)
+                ended = os.pidfd_open(pid)
+                waited.register(ended, select.POLLIN)
+                running[ended] = pid, status
+        if not channels and not running:
+            return None
 
 
 def attended(request: dict[str, Any], descriptors: Sequence[int]) -> dict[str, Any]:
