@@ -1,5 +1,6 @@
 """A generator of bad shards, and the law they are held to: a clear error, or an exact count; never silence."""
 
+import functools
 import gzip
 import io
 import json
@@ -50,6 +51,7 @@ def encoded(image: Image.Image, form: str = "PNG", **options: object) -> bytes:
     return buffer.getvalue()
 
 
+@functools.cache
 def picture(number: int) -> bytes:
     pixels = np.random.default_rng(number).integers(0, 256, (9, 8, 3), dtype=np.uint8)
     return encoded(Image.fromarray(pixels))
@@ -65,6 +67,7 @@ def clean_sample(number: int, *, prefix: str = "b") -> list[Entry]:
     ]
 
 
+@functools.lru_cache(maxsize=512)  # most are those of clean samples
 def header_and_payload(entry: Entry, form: int = tarfile.PAX_FORMAT) -> bytes:
     info = tarfile.TarInfo(entry.name)
     info.type = entry.kind

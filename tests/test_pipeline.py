@@ -221,6 +221,7 @@ def start_in_copy(stage: str, run: Run, root: Path, *, processes: int) -> list[W
     """Start a stage on its own in ``root``, with the inputs of a finished run."""
     inputs = {"train_vae": ["corpus"], "encode_latents": ["corpus", "vae"], "train_unet": ["latents", "vae"]}[stage]
     words = [word for name in inputs for word in (f"--inputs.{name}", str(run.root / name))]
+    words += ["--validate_samples", "0"] if stage == "train_unet" else []  # which changes nothing else
     command = stage_command(stage, "--run.root", str(root), *words)[1:]
     # With the launcher the undisturbed run was made.
     return start_ranks(*command, world_size=processes) if processes > 1 else [start_warm(*command)]
