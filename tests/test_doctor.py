@@ -14,13 +14,20 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from conftest import SMOKE, Run, communicated, free_port, rank_environment, start_warm, warm_python
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed._tools.mem_tracker import MemTracker
 
 from data.order.order import BlockedShuffleConfig
+from models.unet import UNet, UNetConfig
 from pipelines.prepare_corpus import PrepareCorpusConfig
 from pipelines.runtime.config.experiment import load_config
+from pipelines.runtime.training.config import TrainingConfig
+from pipelines.runtime.training.flops import flops_of
 from pipelines.tools.doctor_checks import file_operations, mlflow_store, shards, workers
-from pipelines.tools.plan import corpus_size, stage_configs
+from pipelines.tools.plan import StagePlan, add_costs, corpus_size, stage_configs
 
 
 @dataclass(frozen=True)
@@ -211,6 +218,46 @@ def test_a_plan_runs_everything_once_and_says_what_is_stale(
     assert done.code == 0, done.stderr
     assert "prepare_corpus: stale\n    source.num_train: was 192, is now 96" in done.stdout
     assert "its input corpus is stale" in done.stdout
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("global_batch", [1, 32])
+def test_the_planned_memory_is_what_torch_counts(global_batch: int) -> None:
+    """With one image gradients are more than feature maps, with many less."""
+
+    def network() -> UNet:
+        config = UNetConfig(
+            channels=(32, 64),
+            blocks=(1, 1),
+            attention=(False, True),
+            heads=(1, 2),
+            transformer_depth=(1, 1),
+            norm_groups=8,
+        )
+        return UNet(config, in_channels=4, out_channels=4)
+
+    def loss(net: nn.Module, images: int) -> Tensor:
+        return net(torch.ones(images, 4, 8, 8), torch.ones(images)).square().mean()
+
+    with FakeTensorMode():
+        net = network()
+        average = [parameter.detach().clone() for parameter in net.parameters()]
+        optimizer = torch.optim.AdamW(net.parameters(), fused=True)
+        tracker = MemTracker()
+        tracker.track_external(net, optimizer, *average)
+        with tracker:
+            for _ in range(2):  # the first makes the moments
+                loss(net, global_batch).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                tracker.reset_mod_stats()
+    [counted] = tracker.get_tracker_snapshot("peak").values()
+    found = StagePlan(stage="train_unet", state="absent")
+    config = TrainingConfig(updates=1, global_batch=global_batch)
+    with torch.device("meta"):
+        net = network()
+        add_costs(found, config, [net], flops=lambda: flops_of(net, lambda shadow: loss(shadow, 1)), devices=1)
+    assert found.memory_bytes == pytest.approx(counted["Total"], rel=0.1)
 
 
 @pytest.mark.soak

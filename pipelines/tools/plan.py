@@ -88,7 +88,7 @@ class StagePlan:
     parameters: int = 0
     flops_per_image: float = 0.0  # of one training step
     disk_bytes: int = 0
-    memory_bytes: int = 0  # weights, gradients, moments, averages, and float32 activations of one forward pass
+    memory_bytes: int = 0  # at its peak: weights, moments, averages, and float32 activations or gradients
     images: int = 0  # trained on, counting repeats
     images_per_second: float = 0.0  # of one device
     measured: bool = False  # by a trial
@@ -207,7 +207,7 @@ def forecast(configs: StageConfigs, plans: Mapping[str, StagePlan], *, devices: 
         if isinstance(vae_config.objective.adversary, PatchAdversary):
             network = vae_config.objective.adversary.discriminator
             networks.append(Discriminator(network, image_channels=image.channels))
-    _costs(
+    add_costs(
         plans["train_vae"],
         vae_config,
         networks,
@@ -222,7 +222,7 @@ def forecast(configs: StageConfigs, plans: Mapping[str, StagePlan], *, devices: 
     num_classes = len(latents.classes if latents else size.classes)
     with torch.device("meta"):
         denoiser = train_unet.build_denoiser(unet_config, shape, num_classes=num_classes)
-    _costs(
+    add_costs(
         plans["train_unet"],
         unet_config,
         [denoiser],
@@ -300,26 +300,41 @@ def _one_draw(shape: LatentShape, denoiser: DenoiserConfig) -> train_unet.Latent
     )
 
 
-def _costs(plan: StagePlan, config: TrainingConfig, networks: list[nn.Module], *, flops: Any, devices: int) -> None:
+def add_costs(plan: StagePlan, config: TrainingConfig, networks: list[nn.Module], *, flops: Any, devices: int) -> None:
+    """Fill in the costs of a training.
+
+    Args:
+        plan: What is filled in.
+        config: Of the training.
+        networks: All that are trained; averages are kept of the first.
+        flops: Counts the operations of a step for one image.
+        devices: Processes that train.
+    """
     saved: dict[int, Tensor] = {}
 
     def keep(tensor: Tensor) -> Tensor:
-        saved[tensor.untyped_storage()._cdata] = tensor  # held, so that no storage has another's number
+        if not isinstance(tensor if tensor._base is None else tensor._base, nn.Parameter):
+            saved[tensor.untyped_storage()._cdata] = tensor  # held, so that no storage has another's number
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         plan.flops_per_image = flops()
     counts = [sum(parameter.numel() for parameter in network.parameters()) for network in networks]
     plan.parameters = sum(counts)
-    activations = sum(tensor.untyped_storage().nbytes() for tensor in saved.values()) - FLOAT_BYTES * counts[0]
+    feature_maps = [tensor.untyped_storage().nbytes() for tensor in saved.values()]
     num_averages = len(config.averages)
     checkpoint = FLOAT_BYTES * (3 * plan.parameters + num_averages * counts[0])
     # One more than stay is there while the newest is written, and the published weights come on top.
     best = int(config.checkpoint.best.kind != "none")
     plan.disk_bytes = checkpoint * (config.checkpoint.keep_last + 1 + best) + FLOAT_BYTES * counts[0]
     share = config.images_per_device or -(-config.global_batch // devices)
-    elsewhere = 2 * plan.parameters * (devices - 1) // devices if config.shard_optimizer else 0  # moments
-    plan.memory_bytes = checkpoint + FLOAT_BYTES * (plan.parameters - elsewhere) + max(0, activations) * share
+    gradients = FLOAT_BYTES * plan.parameters
+    elsewhere = 2 * gradients * (devices - 1) // devices if config.shard_optimizer else 0  # moments of other ranks
+    buckets = gradients if devices > 1 else 0  # of DDP
+    # Backward frees feature maps and makes gradients, so they are not all there at once; where it begins there are also
+    # an output and its gradient.
+    activations = (sum(feature_maps) + 2 * max(feature_maps)) * share
+    plan.memory_bytes = checkpoint - elsewhere + buckets + max(activations, gradients)
 
 
 def try_out(stage: str, config: TrainingConfig, path: str, *, run: RunConfig, devices: int) -> float:
