@@ -65,16 +65,22 @@ def draw(tracker: Tracker, key: str, folder: Path, *, step: int, grey: int) -> N
 
 def test_a_run_says_what_was_done_with_its_result_picture_and_commands(tmp_path: Path, store: str) -> None:
     root = tmp_path / "demo"
-    tracker = start(root, "unet", tags={"code_version": "12b02b2106e527a3e0"})
-    tracker.log_metrics({"val/loss": 0.25}, step=30)
+    tracker = start(root, "unet", tags={"code_version": "12b02b2106e527a3e0", "world_size": "2"})
+    tracker.log_input("vae", digest="ab" * 32, source="/disk/runs/demo/vae/", context="train_unet")
+    tracker.log_metrics({"val/loss": 0.25, "health/refused_updates": 2.0}, step=30)
+    identity = json.loads((root / "unet" / "run.json").read_text())
+    identity["started"] -= 36_000  # ten hours ago
+    (root / "unet" / "run.json").write_text(json.dumps(identity))
     for step in (10, 20):
         draw(tracker, "val/samples", root / "unet", step=step, grey=step)
     draw(tracker, "final/samples", root / "unet", step=0, grey=30)
     tracker.close("FINISHED")
-    run = send(root, store)["demo/unet"]
+    runs = send(root, store)
+    run = runs["demo/unet"]
+    assert "| stage | state | result | 20 device-hours |" in note(runs["demo"])
     first, result, picture, *commands = note(run).split("\n\n")
-    assert first == "A U-Net trained for 30 updates of 8 latents."
-    assert result == "**loss 0.25**"
+    assert first == f"A U-Net trained for 30 updates of 8 latents. From demo/vae {'ab' * 6}. 20 device-hours."
+    assert result == "**loss 0.25 · refused updates 2**"
     [(path, run_id)] = re.findall(r"get-artifact\?path=(\S+)&run_uuid=(\w+)\)", picture)
     assert run_id == run.info.run_id
     client = MlflowClient(tracking_uri=store)

@@ -213,6 +213,11 @@ class MlflowStore:
             params=data.params,
             metrics=data.metrics,
             tags=data.tags,
+            hours=max(0, (info.end_time or 0) - info.start_time) / 3.6e6,
+            inputs={
+                "/".join(json.loads(given.dataset.source)["uri"].rstrip("/").split("/")[-2:]): given.dataset.digest
+                for given in run.inputs.dataset_inputs
+            },
         )
 
     def _write_note(self, run: RunPage, note: str) -> None:

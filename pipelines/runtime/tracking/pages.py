@@ -43,6 +43,8 @@ class RunPage:
     params: Mapping[str, str] = field(default_factory=dict)
     metrics: Mapping[str, float] = field(default_factory=dict)
     tags: Mapping[str, str] = field(default_factory=dict)
+    hours: float = 0.0  # from the first start to the end; 0 before that
+    inputs: Mapping[str, str] = field(default_factory=dict)  # digest by name, PIPELINE/STAGE
 
     @property
     def stage(self) -> str:
@@ -59,6 +61,11 @@ class RunPage:
         """The result line: the stage's metrics with their errors."""
         found = [name for name in page_of(self.stage)["results"] if name in self.metrics]
         return " · ".join(_shown(name, self.metrics) for name in found)
+
+    @property
+    def device_hours(self) -> float:
+        """Hours of all its processes, each of which has a device; pauses count."""
+        return self.hours * int(self.tags.get("world_size", 1))
 
     @property
     def picture(self) -> str:
@@ -82,7 +89,10 @@ def run_note(run: RunPage) -> str:
     """Return the description of a stage's run; Markdown."""
     state = "" if run.status == "FINISHED" else f" **{run.status.lower()}** ({run.tags.get('outcome', 'at work')})"
     contract = f" · contract {run.tags['contract']}" if "contract" in run.tags else ""
-    lines = [_filled(page_of(run.stage)["sentence"], run.params) + state]
+    given = " · ".join(f"{place} {digest}" for place, digest in run.inputs.items())
+    cost = f" {_hours(run.device_hours)} device-hours." if run.hours else ""
+    made = _filled(page_of(run.stage)["sentence"], run.params) + (f" From {given}." if given else "")
+    lines = [made + cost + state]
     lines += [f"**{run.result}**{contract}"] if run.result else []
     lines += [run.picture] if run.picture else []
     if command := run.tags.get(COMMAND):
@@ -94,10 +104,14 @@ def run_note(run: RunPage) -> str:
 
 def pipeline_note(runs: Sequence[RunPage]) -> str:
     """Return the description of a pipeline's run: the table of its stages and the picture of the last that has one."""
-    # MLflow's tables have no space between columns.
-    rows = [f"| [{run.name}]({run.link}) | \u00a0{run.status.lower()}\u00a0 | {run.result} |" for run in runs]
+    # MLflow's tables have no space between columns, and its pages show the first rows: the result comes first.
+    rows = [
+        f"| [{run.name}]({run.link}) | \u00a0{run.status.lower()}\u00a0 | {run.result} | {_hours(run.device_hours)} |"
+        for run in reversed(runs)
+    ]
+    spent = _hours(sum(run.device_hours for run in runs))
     pictures = [run.picture for run in runs if run.picture]
-    table = "\n".join(["| stage | state | result |", "|---|---|---|", *rows])
+    table = "\n".join([f"| stage | state | result | {spent} device-hours |", "|---|---|---|---|", *rows])
     return "\n\n".join([table, *pictures[-1:]])
 
 
@@ -120,6 +134,10 @@ def changed_note(tags: Mapping[str, str], note: str) -> dict[str, str]:
 
 def _digest(note: str) -> str:
     return hashlib.sha256(note.encode()).hexdigest()[:SHORT_DIGEST]
+
+
+def _hours(hours: float) -> str:
+    return f"{hours:,.0f}" if hours >= 100 else f"{hours:.2g}"
 
 
 def _filled(sentence: str, params: Mapping[str, str]) -> str:

@@ -271,7 +271,8 @@ class Training:
         # The last record also says how fast the updates since the last flush were.
         throughput = self._throughput.metrics()
         images, loss = self.update * self.config.global_batch, records[-1].get("train/loss", math.nan)
-        records[-1] |= {"progress/images": images, **throughput}
+        refused = float(len(self._bad_batches))
+        records[-1] |= {"progress/images": images, "health/refused_updates": refused, **throughput}
         self.stage.tracker.log_records(records)
         self._shown = {"images": images, "loss": loss, "images/s": throughput["perf/images_per_s"]}
         if slow := straggler(throughput):
