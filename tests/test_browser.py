@@ -68,7 +68,8 @@ def train(tracker: Tracker, folder: Path, *, updates: int, rate: float, names: t
             for n in range(first + 1, first + 51)
         ]
         records[-1] |= {"progress/images": (first + 50) * 64, "perf/images_per_s": 90 / rate + 0.01 * first}
-        records[-1] |= {"perf/data_wait_fraction": 0.02} | ({"health/active_channels": 8.0} if vae else {})
+        records[-1] |= {"perf/data_wait_fraction": 0.02, "health/refused_updates": 0.0}
+        records[-1] |= {"health/active_channels": 8.0} if vae else {}
         tracker.log_records(records)
         if (first + 50) % 150 == 0:
             values = {name: 1 / (1 + rate * first) ** 0.3 for name in names if name.startswith("val/")}
