@@ -7,7 +7,6 @@ from typing import NamedTuple, ParamSpec, TypeVar
 
 import numpy as np
 import torch
-from scipy.special import betaln
 from torch import Tensor
 
 Parameters = ParamSpec("Parameters")
@@ -97,6 +96,8 @@ def worst_fraction(successes: Sequence[int], totals: Sequence[int], *, draws: in
     where all of few succeed. The posterior is the beta-binomial one, whose prior has the pooled rate and the weight of
     so many trials as explain the fractions' spread (Kleinman 1973), drawn by its likelihood; at least one trial.
     """
+    from scipy.special import betaln  # half a second, which every stage would pay
+
     right, total = (np.asarray(values, dtype=np.float64) for values in (successes, totals))
     generator = np.random.Generator(np.random.Philox(key=0))
     pooled, grid = (right.sum() + 0.5) / (total.sum() + 1), np.geomspace(1, 1e4, 30)
