@@ -7,7 +7,7 @@ import numpy as np
 from scipy import stats
 
 from data.order.order import FullShuffleConfig, Order
-from data.randomness import SampleDraws, generator
+from data.randomness import SampleDraws, generator, key_of
 from pipelines.model.batches import GlobalBatches
 from pipelines.runtime.training.config import TrainingConfig
 
@@ -34,6 +34,17 @@ def test_drawing_for_one_purpose_does_not_shift_another() -> None:
     before = draws.uniforms("time")
     draws.normals("noise", (100,))
     assert np.array_equal(draws.uniforms("time"), before)
+
+
+def test_a_sample_draws_what_numpy_draws_from_its_own_counter() -> None:
+    """Also where samples before it have left half of a word, or of a buffer, in the generator that they share."""
+    draws = SampleDraws(3, 7, [5, 0, 2**40])
+    fresh = [np.random.Philox(key=key_of(3, "noise"), counter=(0, 0, position, 7)) for position in (5, 0, 2**40)]
+    normals, uniforms = draws.normals("noise", (3, 5)), draws.uniforms("noise", (3,))
+    for row, bits in enumerate(fresh):
+        assert np.array_equal(normals[row], np.random.Generator(bits).standard_normal((3, 5), dtype=np.float32))
+    fresh = [np.random.Philox(key=key_of(3, "noise"), counter=(0, 0, position, 7)) for position in (5, 0, 2**40)]
+    assert np.array_equal(uniforms, [np.random.Generator(bits).random(3) for bits in fresh])
 
 
 def test_draws_of_many_samples_are_standard_normal_and_uniform() -> None:
