@@ -282,11 +282,9 @@ class BatchMaker(GlobalBatches[LatentDraw]):
         # Read the moments, of mirrored images where drawn.
         config, positions = self.config, self.share.positions
         draws = self.draws(index)
-        mirrored = draws.uniforms("flip") < config.flip_probability
+        mirrored = draws.uniforms("flip") < config.flip_probability if config.flip_probability else None
         with config_error_at("inputs.latents"):
-            stored = self.latents.read(
-                self.samples(index, positions), flipped=mirrored if config.flip_probability else None
-            )
+            stored = self.latents.read(self.samples(index, positions), flipped=mirrored)
 
         # Draw latents from the posterior, then noise, times and the condition dropout, sample by sample.
         moments = torch.from_numpy(stored.moments).float()
@@ -313,6 +311,8 @@ def draw_dropped(draws: SampleDraws, denoiser: DenoiserConfig) -> np.ndarray:
     teach it: 0.1 and 0.1 leave 1 % of the samples.
     """
     alone = draws.uniforms("drop", (len(denoiser.conditioners),)) < denoiser.drop_probabilities
+    if not denoiser.joint_drop_probability:
+        return alone
     return alone | (draws.uniforms("joint drop") < denoiser.joint_drop_probability)[:, None]
 
 
