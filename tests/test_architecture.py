@@ -37,9 +37,9 @@ LONG_FUNCTION = 12  # lines of code, from which on a function's paragraphs are h
 DOORS = {
     "mlflow": ("pipelines/runtime/tracking/mlflow_store.py", "pipelines/tools/compare.py"),
     "xformers": ("models/attention.py",),
-    "webdataset": ("data/", "pipelines/tools/benchmark_data.py"),
+    "webdataset": ("data/", "pipelines/tools/benchmarks/"),
     "accelerate": ("pipelines/",),
-    "diffusers": ("pipelines/tools/benchmark.py",),
+    "diffusers": ("pipelines/tools/benchmarks/peers.py",),
     "transformers": ("models/conditioning/",),
 }
 

@@ -1,44 +1,121 @@
-"""The measuring itself: a known ratio is found, a control holds 1, and two sides that differ are not timed."""
+"""The measuring itself: a known ratio is found, a control holds 1, and sides that compute other things are refused."""
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from clocks import quietest_round
 from torch import Tensor
 
 from models.autoencoder.vae import AutoencoderKL
-from pipelines.tools import benchmark_data
-from pipelines.tools.benchmark_data import check_same
-from pipelines.tools.paired_timing import Ratio, compare
+from pipelines.tools import benchmark
+from pipelines.tools.benchmarks import models, paired_timing, peers
+from pipelines.tools.benchmarks.data import check_same
+from pipelines.tools.benchmarks.paired_timing import CONTROL, Comparison, Job, Ratio, compare
+from pipelines.tools.benchmarks.stages import SIZES, Setup
+
+TINY = """
+[prepare_corpus]
+source = { kind = "synthetic", resolution = 16 }
+view = { resolution = 16 }
+[train_vae]
+updates = 1
+global_batch = 4
+network = { latent_channels = 2, channels = [8, 8], blocks_per_level = 1, norm_groups = 4, mid_attention = false }
+[encode_latents]
+batch_size = 4
+[train_unet]
+updates = 1
+global_batch = 4
+[train_unet.denoiser]
+conditioners = [CONDITIONER]
+[train_unet.denoiser.network]
+channels = [8, 16]
+blocks = [1, 1]
+attention = [false, true]
+heads = [1, 1]
+transformer_depth = [1, 1]
+norm_groups = 4
+[evaluate]
+num_samples = 4
+batch_size = 4
+sampler = { kind = "ddim", num_steps = 2 }
+guidance = { scale = 2.0 }
+"""
+ENCODER = '{ kind = "pretrained", folder = "none", max_tokens = 4 }'
+CLASS, TEXT = '{ kind = "class" }', f'{{ kind = "text", width = 12, use = "tokens", encoder = {ENCODER} }}'
+
+
+def setup_of(folder: Path, conditioner: str = CLASS) -> Setup:
+    path = folder / "tiny.toml"
+    path.write_text(TINY.replace("CONDITIONER", conditioner))
+    return Setup(folder=folder, rounds=1, experiment=path, updates=1, tracking_uri="offline")
+
+
+@pytest.fixture
+def seen(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Mapping[str, Job]]]:
+    """The jobs that would be timed: all checks have passed by then."""
+    found: list[Mapping[str, Job]] = []
+    monkeypatch.setattr(models, "compare", lambda jobs, *, rounds: found.append(jobs))
+    threads = torch.get_num_threads()
+    yield found
+    torch.set_num_threads(threads)
 
 
 def test_a_known_ratio_is_found_and_the_control_holds_one() -> None:
+    def sleep(seconds: float, units: float = 1) -> Job:
+        return Job(lambda: time.sleep(seconds), units)
+
     def errors() -> list[float]:
-        found = compare(lambda: time.sleep(0.02), lambda: time.sleep(0.06), units=(1, 1), rounds=7, clock="wall")
-        assert found.faster.low <= found.faster.median <= found.faster.high
-        twice = compare(lambda: time.sleep(0.02), lambda: time.sleep(0.02), units=(2, 1), rounds=7, clock="wall")
-        return [abs(found.faster.median / 3 - 1), abs(found.control.median - 1), abs(twice.faster.median / 2 - 1)]
+        found = compare({"ours": sleep(0.01), "slow": sleep(0.03), "twice": sleep(0.01, units=0.5)}, rounds=5)
+        wall = {name: clocks["wall"] for name, clocks in found.faster.items()}
+        assert wall["slow"].low <= wall["slow"].median <= wall["slow"].high
+        expected = {"slow": 3, "twice": 2, CONTROL: 1}
+        return [abs(wall[name].median / ratio - 1) for name, ratio in expected.items()]
 
     assert max(quietest_round(errors, limit=0.3, rounds=5)) < 0.3
 
 
-def test_sleeping_costs_no_cpu_seconds() -> None:
+def test_sleeping_costs_no_processor_seconds_and_a_child_costs_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     def work() -> None:
         sum(range(200_000))
 
-    found = compare(lambda: (time.sleep(0.05), work()), work, units=(1, 1), rounds=5, clock="cpu")
-    assert found.faster.median > 0.5
+    found = compare({"ours": Job(lambda: (time.sleep(0.03), work()), 1), "work": Job(work, 1)}, rounds=5)
+    assert found.faster["work"]["processor"].median > 0.5
+    seconds = iter(range(100))
+    monkeypatch.setattr(paired_timing, "children_seconds", lambda: float(next(seconds)))
+    found = compare({"ours": Job(work, 1), "parent": Job(work, 1, has_children=True)}, rounds=3)
+    assert found.per_second["parent"]["processor"] == pytest.approx(1, rel=0.2)
 
 
 def test_the_interval_is_narrow_for_steady_ratios_and_wide_for_restless_ones() -> None:
     steady, restless = Ratio.of([2.0] * 9), Ratio.of([1.0, 9.0, 2.0, 5.0, 3.0])
     assert (steady.low, steady.median, steady.high) == (2, 2, 2)
     assert restless.low < restless.median < restless.high
+
+
+def test_a_goal_is_reached_by_the_whole_interval_and_a_steady_control_only() -> None:
+    goal = benchmark.Goal("unet", "demo", "float32", "plain", "wall", 0.9)
+    good, wide, off = Ratio(1.0, 0.95, 1.05), Ratio(1.0, 0.85, 1.2), Ratio(1.2, 1.1, 1.3)
+
+    def reached(ratio: Ratio, control: Ratio) -> bool:
+        return benchmark.reached(goal, Comparison({"plain": {"wall": ratio}, CONTROL: {"wall": control}}, {}))
+
+    assert reached(good, good)
+    assert not reached(wide, good)
+    assert not reached(good, off)
+
+
+def test_every_goal_is_one_of_a_measure_that_there_is() -> None:
+    measures = {measure.__name__ for measures in benchmark.MEASURES.values() for measure in measures}
+    assert {goal.measure for goal in benchmark.GOALS} == measures
+    assert {goal.size for goal in benchmark.GOALS} == {*SIZES, ""}
+    assert {goal.mode for goal in benchmark.GOALS} <= {*benchmark.ON_GPU, ""}
 
 
 def test_sides_that_read_different_samples_are_not_timed() -> None:
@@ -51,8 +128,44 @@ def test_sides_that_read_different_samples_are_not_timed() -> None:
     check_same(one, {**one, "b": np.full(3, 2, dtype=np.uint8)}, within=1.0)
 
 
-def test_the_bare_network_encodes_the_same_batches_in_as_many_threads(
+def test_the_largest_size_is_stable_diffusions(tmp_path: Path) -> None:
+    with torch.device("meta"):
+        setup = Setup(folder=tmp_path, rounds=1, experiment=SIZES["sd"])
+        networks = setup.build_denoiser(), setup.build_vae()
+    millions = [sum(parameter.numel() for parameter in network.parameters()) / 1e6 for network in networks]
+    assert millions == pytest.approx([866, 83.7], rel=0.001)
+
+
+def test_a_training_the_plain_loop_and_diffusers_compute_the_same_losses(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def compare(jobs: Mapping[str, Job], *, rounds: int) -> Any:
+        for job in jobs.values():
+            job.run()  # while the training still waits for its turn
+        return list(jobs)
+
+    monkeypatch.setattr(models, "compare", compare)
+    assert models.unet(setup_of(tmp_path, TEXT)) == ["ours", "plain loop", "diffusers"]
+
+
+def test_sides_that_compute_other_losses_are_not_timed(
+    tmp_path: Path, seen: list[Mapping[str, Job]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    their_loss = peers.vae_loss
+    monkeypatch.setattr(peers, "vae_loss", lambda weight: lambda *given: 1.01 * their_loss(weight)(*given))
+    # By as much as was changed, and no more.
+    with pytest.raises(ValueError, match=r"The loss of diffusers' network differs by 0.01 of the largest value"):
+        models.vae(setup_of(tmp_path))
+    assert not seen
+
+
+def test_our_images_are_those_of_diffusers_loop(tmp_path: Path, seen: list[Mapping[str, Job]]) -> None:
+    models.sampling(setup_of(tmp_path))
+    assert len(seen) == 1
+
+
+def test_the_bare_network_encodes_the_same_batches_in_as_many_threads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seen: list[Mapping[str, Job]]
 ) -> None:
     """Else the whole with reading and writing can be "faster" than the network in it."""
     calls: list[tuple[int, float]] = []
@@ -63,7 +176,7 @@ def test_the_bare_network_encodes_the_same_batches_in_as_many_threads(
         at_once += 1
         most_at_once = max(most_at_once, at_once)
         calls.append((threading.get_ident(), float(images.double().sum())))
-        time.sleep(0.05)  # so that each thread gets its turn
+        time.sleep(0.03)  # so that each thread gets its turn
         posterior = original(network, images)
         at_once -= 1
         return posterior
@@ -74,12 +187,8 @@ def test_the_bare_network_encodes_the_same_batches_in_as_many_threads(
         assert threading.get_ident() not in {thread for thread, _ in calls}
         return len({thread for thread, _ in calls}), sorted(total for _, total in calls)
 
-    def compare(ours: Callable[[], object], theirs: Callable[[], object], **_: object) -> bool:
-        assert called_by(ours) == called_by(theirs)
-        return True
-
     original = AutoencoderKL.encode
     monkeypatch.setattr(AutoencoderKL, "encode", encode)
-    monkeypatch.setattr(benchmark_data, "compare", compare)
-    assert benchmark_data.encoding(tmp_path, rounds=1)
+    models.encoding(setup_of(tmp_path))
+    assert called_by(seen[0]["ours"].run) == called_by(seen[0]["bare network"].run)
     assert most_at_once == 1

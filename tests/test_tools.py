@@ -157,7 +157,7 @@ def test_ctrl_c_while_a_command_is_imported_ends_it_as_later(words: list[str], t
 def test_the_benchmark_takes_its_figures_file_by_its_name(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("pipelines.tools.benchmark.GOALS", {"data": [None]})  # nothing is measured
+    monkeypatch.setattr("pipelines.tools.benchmark.MEASURES", {"data": ()})  # nothing is measured
     code, _, said = call(capfd, "benchmark", "data", "--output", str(tmp_path / "none" / "f.json"))
     assert (code, said) == (2, f"benchmark: benchmark.output: {tmp_path}/none/f.json: No such file or directory\n")
     config = load_config(BenchmarkConfig, table="benchmark", argv=["data", "--rounds", "3", "--output", "f.json"])

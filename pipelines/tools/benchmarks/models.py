@@ -1,0 +1,353 @@
+"""Training, encoding and sampling: our stages, the bare network in a plain loop, and diffusers with the same weights.
+
+A training runs as it is, with its data, guards, records and their sender, in a thread that makes some updates at a
+time. All sides are checked to compute the same before they are timed.
+"""
+
+import itertools
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+import numpy as np
+import torch
+import webdataset
+from torch import Tensor, nn
+
+from data.loading import ImageShards
+from data.transforms import to_unit_range
+from models.diffusion.samplers import DDIMConfig
+from models.latent_diffusion import LatentDiffusion, Normalisation
+from pipelines import train_unet, train_vae
+from pipelines.encode_latents import SHARDS_AT_ONCE, EncodeLatentsConfig, encode_shard
+from pipelines.evaluate import EvaluateConfig
+from pipelines.model.captions import CaptionFeatures, blank_features
+from pipelines.model.decoded import finite_levels
+from pipelines.model.device import Device
+from pipelines.model.noise import noise_of
+from pipelines.runtime.stage.launch import start_accelerator
+from pipelines.runtime.stage.stage import Stage
+from pipelines.runtime.stage.work_items import make_items
+from pipelines.runtime.tracking.spool import METRICS
+from pipelines.runtime.training.config import TrainingConfig
+from pipelines.runtime.training.ema import decay_at
+from pipelines.runtime.training.optim import learning_rate
+from pipelines.tools.benchmarks import peers
+from pipelines.tools.benchmarks.paired_timing import Comparison, Job, compare
+from pipelines.tools.benchmarks.shards import CLASSES, NUM_SHARDS, write_images, write_latents
+from pipelines.tools.benchmarks.stages import Setup, Turns, stage_of, without_zeros
+from pipelines.tools.export import arguments_in_diffusers
+
+NEVER = "1000000000"
+
+# ----------------------------------------------------------------------------------------------------------- training
+
+
+def unet(setup: Setup) -> Comparison:
+    """Update of the U-Net."""
+    # Latents, with features of captions where the model reads them, and an autoencoder to show a sample.
+    words = ("--grid.rows", "1", "--grid.max_columns", "1", "--grid.sampler.num_steps", "1")
+    config = setup.config(train_unet.TrainUNetConfig, "train_unet", *_words(setup), *words)
+    network = setup.build_denoiser()
+    features = {name: tuple(field.shape[1:]) for name, field in blank_features(config.denoiser).items()}
+    write_latents(
+        setup.folder / "latents",
+        shape=network.latent_shape,
+        per_shard=max(1, config.global_batch // NUM_SHARDS) * 8,
+        features=features,
+    )
+    peers.theirs(setup.build_vae(), setup.image.resolution).save_pretrained(config.inputs.vae)
+    stage = stage_of(setup, config, "train_unet", in_turns=True)
+    captions = CaptionFeatures(
+        config.captions, config.denoiser, latents=stage.parents.latents, device=torch.device("cpu")
+    )
+    maker = train_unet.BatchMaker(config, stage, network, captions)
+    batches = [maker.make(index) for index in range(setup.updates)]
+
+    def of_theirs(draw: train_unet.LatentDraw) -> dict[str, Tensor]:
+        arguments = arguments_in_diffusers(network, draw.conditions, draw.dropped[:, 0])
+        return {"x0": draw.x0, "noise": draw.noise, "times": draw.times, **arguments}
+
+    def loss_of(bare: nn.Module, draw: train_unet.LatentDraw) -> Tensor:
+        return bare(draw.x0, draw.noise, draw.times, draw.conditions, draw.dropped).loss.mean()
+
+    with torch.no_grad():
+        theirs = [of_theirs(draw) for draw in batches]
+    train = partial(train_unet.train, config, stage)
+    return _trainings(setup, stage, train, network, batches, loss_of, theirs, peers.unet_loss(network))
+
+
+def vae(setup: Setup) -> Comparison:
+    """Update of the VAE."""
+    config = setup.config(train_vae.TrainVAEConfig, "train_vae", *_words(setup))
+    write_images(setup.folder / "corpus", setup.image, per_shard=max(1, config.global_batch // NUM_SHARDS) * 8)
+    stage, network = stage_of(setup, config, "train_vae", in_turns=True), setup.build_vae()
+    maker, kl_weight = train_vae.BatchMaker(config, stage), config.objective.kl_weight
+    batches = [maker.make(index) for index in range(setup.updates)]
+
+    def loss_of(bare: nn.Module, batch: train_vae.VAEBatch) -> Tensor:
+        reconstruction, posterior = bare(batch.images, batch.noise)
+        kl = posterior.kl().mean() / batch.images[0].numel()
+        return (batch.images - reconstruction).abs().mean() + kl_weight * kl
+
+    theirs = [vars(batch) for batch in batches]
+    train = partial(train_vae.train, config, stage)
+    return _trainings(setup, stage, train, network, batches, loss_of, theirs, peers.vae_loss(kl_weight))
+
+
+def _words(setup: Setup) -> tuple[str, ...]:
+    """Return the options of both trainings: no checkpoint, and no validation but the first."""
+    never = tuple(f"--{key}={NEVER}" for key in ("updates", "validate_every", "checkpoint.every_updates"))
+    return (*never, f"--log_every={setup.updates}", f"--compile={str(setup.compiled).lower()}")
+
+
+def _trainings(
+    setup: Setup,
+    stage: Stage,
+    train: Callable[[], None],
+    network: nn.Module,
+    batches: Sequence[Any],
+    loss_of: Callable[[nn.Module, Any], Tensor],
+    their_batches: Sequence[Mapping[str, Tensor]],
+    their_loss: peers.LossOf,
+) -> Comparison:
+    """Check that all three compute the same losses, then time them."""
+    config, turns, accelerator = stage.config, stage.stop, stage.accelerator
+    assert isinstance(config, TrainingConfig)
+    assert isinstance(turns, Turns)
+    network = Device(accelerator.device).place(network)
+    if setup.compiled:
+        network.compile()
+
+    def loss_in_precision(bare: nn.Module, batch: Any) -> Tensor:
+        with accelerator.autocast():
+            return loss_of(bare, batch)
+
+    plain = PlainLoop(network, loss_in_precision, [_placed(batch, accelerator.device) for batch in batches], config)
+    turns.begin(train)
+    try:
+        # The stage's losses are the plain loop's.
+        turns.make(setup.updates)
+        plain.make(setup.updates)
+        stage.tracker.flush()
+        records = [json.loads(line) for line in (stage.folder / METRICS).read_text().splitlines()]
+        losses = torch.tensor([record["train/loss"] for record in records if "update" in record])
+        check_close(losses, torch.stack(plain.losses).cpu(), within=setup.rounding, what="The stage's loss")
+
+        # So is that of diffusers' network with the weights that this loop has now.
+        theirs = peers.theirs(network, setup.image.resolution)
+        with torch.no_grad(), accelerator.autocast():
+            found = their_loss(theirs, _placed(dict(their_batches[0]), accelerator.device))
+            expected = loss_of(network, _placed(batches[0], accelerator.device))
+        check_close(found, expected, within=setup.rounding, what="The loss of diffusers' network")
+
+        # Theirs then goes its own way.
+        if setup.compiled:
+            peers.compile_parts(theirs)
+        samples = [
+            {name: field[row] for name, field in each.items() if name not in peers.DRAWN}
+            for each in their_batches
+            for row in range(config.global_batch)
+        ]
+        loop = peers.TheirTraining(theirs, their_loss, samples, config, accelerator)
+        jobs = {"ours": turns.make, "plain loop": plain.make, "diffusers": loop.make}
+        units = setup.updates * config.global_batch
+        return compare(
+            {
+                name: Job(partial(make, setup.updates), units, has_children=name == "ours")
+                for name, make in jobs.items()
+            },
+            rounds=setup.rounds,
+        )
+    finally:
+        turns.end()
+        stage.tracker.close("KILLED")
+
+
+class PlainLoop:
+    """The same updates by the bare network: batches on the device, used in turn; fused AdamW, one average."""
+
+    def __init__(
+        self,
+        network: nn.Module,
+        loss_of: Callable[[nn.Module, Any], Tensor],
+        batches: Sequence[Any],
+        config: TrainingConfig,
+    ) -> None:
+        self._network, self._loss_of, self._batches, self._config = network, loss_of, batches, config
+        self._parameters, self.losses = list[Tensor](network.parameters()), list[Tensor]()
+        self._average = [parameter.detach().clone() for parameter in self._parameters]
+        optim = config.optim
+        betas, decay = (optim.beta1, optim.beta2), optim.weight_decay
+        self._adamw = torch.optim.AdamW(
+            self._parameters, betas=betas, eps=optim.epsilon, weight_decay=decay, fused=True
+        )
+
+    def make(self, updates: int) -> None:
+        """Make so many updates."""
+        config = self._config
+        for _ in range(updates):
+            loss = self._loss_of(self._network, self._batches[len(self.losses) % len(self._batches)])
+            self.losses.append(loss.detach())
+            loss.backward()
+            nn.utils.clip_grad_norm_(self._parameters, config.optim.max_grad_norm, foreach=True)
+            update = len(self.losses)
+            for group in self._adamw.param_groups:
+                group["lr"] = learning_rate(config.optim, update=update, total_updates=config.updates)
+            self._adamw.step()
+            self._adamw.zero_grad(set_to_none=True)
+            with torch.no_grad():
+                torch._foreach_lerp_(self._average, self._parameters, 1 - decay_at(config.averages[0], update=update))
+
+
+def _placed(value: Any, device: torch.device) -> Any:
+    """Return a batch with its tensors on the device, images channels last."""
+    if isinstance(value, dict):
+        return {name: _placed(field, device) for name, field in value.items()}
+    if isinstance(value, Tensor):
+        return value.to(device, memory_format=torch.channels_last if value.ndim == 4 else torch.preserve_format)
+    return replace(value, **_placed(vars(value), device))
+
+
+# ----------------------------------------------------------------------------------------------- encoding and sampling
+
+
+def encoding(setup: Setup) -> Comparison:
+    """Encoding, shards to shards.
+
+    The bare encoder has the same batches in memory and as many threads as the stage has, one at a time: in the main
+    thread alone it takes longer.
+    """
+    # Shards, the stage, and one autoencoder on both sides.
+    config = setup.config(EncodeLatentsConfig, "encode_latents", "--dtype", "float32")
+    size, corpus = config.batch_size, setup.folder / "corpus"
+    write_images(corpus, setup.image, per_shard=2 * size)
+    images = ImageShards(corpus, split="train", cache_bytes=0)
+    without_zeros(network := setup.build_vae())
+    peers.theirs(network, setup.image.resolution).save_pretrained(config.inputs.vae)
+    stage = stage_of(setup, config, "encode_latents", in_turns=False)
+    device, autocast = stage.accelerator.device, stage.accelerator.autocast
+    network = Device(device).place(network)
+    theirs = peers.theirs(network, setup.image.resolution)
+    if setup.compiled:
+        peers.compile_parts(network, theirs)
+    shards, turn, runs = {part.entry.name: part for part in images.shards}, Lock(), itertools.count()
+    starts = range(0, len(images), size)
+    tensors = [to_unit_range(images.read(np.arange(at, at + size)).images).to(device) for at in starts]
+
+    def ours() -> None:
+        make_items(
+            stage,
+            list(shards),
+            lambda name: encode_shard(config, stage, network, None, images, shards[name], turn),
+            folder=setup.folder / f"records-{next(runs)}",
+            at_once=SHARDS_AT_ONCE,
+        )
+
+    @torch.no_grad()
+    def encode(tensor: Tensor) -> None:
+        with turn, autocast():
+            network.encode(tensor)
+
+    def bare() -> None:
+        with ThreadPoolExecutor(SHARDS_AT_ONCE) as pool:
+            list(pool.map(encode, tensors))
+
+    @torch.no_grad()
+    def loop() -> None:
+        stream = webdataset.WebDataset(sorted(map(str, corpus.glob("*.tar"))), shardshuffle=False).decode("rgb8")
+        with webdataset.TarWriter(str(setup.folder / "theirs.tar")) as writer:
+            for keys, pixels in stream.to_tuple("__key__", "png").batched(size):
+                batch = torch.from_numpy(np.stack(pixels)[..., : setup.image.channels]).permute(0, 3, 1, 2)
+                with autocast():
+                    posterior = theirs.encode(batch.float().div(127.5).sub(1).to(device)).latent_dist
+                rows = torch.stack([posterior.mean, posterior.logvar], dim=1).float().cpu().numpy()
+                for key, row in zip(keys, rows, strict=True):
+                    writer.write({"__key__": key, "latent.npy": row})
+
+    # Equal latents.
+    ours()
+    loop()
+    stored, expected = (_latents(paths) for paths in (stage.folder.glob("*.tar"), [setup.folder / "theirs.tar"]))
+    check_close(stored, expected, within=setup.rounding, what="The latents of diffusers' encoder")
+    jobs = {"ours": ours, "bare network": bare, "diffusers": loop}
+    return compare({name: Job(run, len(images)) for name, run in jobs.items()}, rounds=setup.rounds)
+
+
+def _latents(paths: Iterable[Path]) -> Tensor:
+    """Return the latents of shards in the order of their keys."""
+    stream = webdataset.WebDataset(sorted(map(str, paths)), shardshuffle=False).decode()
+    rows = dict(stream.to_tuple("__key__", "latent.npy"))
+    return torch.from_numpy(np.stack([rows[key] for key in sorted(rows)]))
+
+
+def sampling(setup: Setup) -> Comparison:
+    """Sampling by DDIM with guidance, from noise to pixels."""
+    # One model on both sides.
+    config = setup.config(EvaluateConfig, "evaluate")
+    assert isinstance(config.sampler, DDIMConfig)
+    rows, steps, scale = range(config.batch_size), config.sampler.num_steps, config.guidance.scale
+    accelerator = start_accelerator(config.run, precision=setup.precision, tf32=setup.tf32)
+    device, autocast = accelerator.device, accelerator.autocast
+    for network in (denoiser := setup.build_denoiser().eval(), decoder := setup.build_vae().eval()):
+        without_zeros(network)
+    blank = blank_features(denoiser.config).items()
+    conditions = {name: torch.randn(len(rows), *field.shape[1:]) for name, field in blank}
+    conditions["labels"] = torch.arange(len(rows)) % len(CLASSES)
+    nothing = torch.zeros(len(rows), dtype=torch.bool)
+    branches = [arguments_in_diffusers(denoiser, conditions, dropped) for dropped in (~nothing, nothing)]
+    arguments = _placed({name: torch.cat([branch[name] for branch in branches]) for name in branches[0]}, device)
+    model = LatentDiffusion(
+        autoencoder=Device(device).place(decoder),
+        denoiser=Device(device).place(denoiser),
+        normalisation=Normalisation([0.0], [1.0]).to(device),
+    )
+    unet, vae = (peers.theirs(network, setup.image.resolution) for network in (denoiser, decoder))
+    if setup.compiled:
+        peers.compile_parts(denoiser.network, decoder.decoder, unet, vae)
+    scheduler = peers.scheduler_of(denoiser, config.sampler)
+
+    def noise() -> Tensor:
+        return noise_of(0, rows, shape=denoiser.latent_shape, device=device)("sample")
+
+    def ours() -> np.ndarray:
+        with autocast():
+            images = model.sample(
+                noise(), conditions, sampler=config.sampler, guidance=config.guidance, fresh_noise=lambda step: noise()
+            )
+        return finite_levels(images, names=rows, stage="benchmark", precision=setup.precision)
+
+    latents = noise()
+    twice, times = torch.cat([latents] * 2), torch.full((2 * len(rows),), 500.0, device=device)
+    both = _placed({name: torch.cat([field] * 2) for name, field in conditions.items()}, device)
+    dropped = torch.cat([nothing, ~nothing]).to(device)[:, None].expand(-1, len(denoiser.conditioners))
+
+    @torch.no_grad()
+    def bare() -> None:
+        with autocast():
+            for _ in range(steps):
+                denoiser.output(twice, times, both, dropped)
+            decoder.decode(latents)
+
+    def loop() -> Tensor:
+        with autocast():
+            return peers.samples(unet, vae, scheduler, latents, arguments, scale=scale, steps=steps)
+
+    # Equal pixels, but for a rounding that is carried through all steps.
+    within = max(setup.rounding, 0.02)
+    check_close(torch.from_numpy(ours()), loop(), within=within, what="An image of diffusers' loop")
+    jobs = {"ours": ours, "bare network": bare, "diffusers": loop}
+    return compare({name: Job(run, len(rows)) for name, run in jobs.items()}, rounds=setup.rounds)
+
+
+def check_close(found: Tensor, expected: Tensor, *, within: float, what: str) -> None:
+    """Refuse to time two sides whose outputs differ by more than ``within`` of the largest value."""
+    found, expected = found.float(), expected.float()
+    apart = float((found - expected).abs().max() / expected.abs().max().clamp(min=1e-12))
+    if not apart <= within:
+        raise ValueError(f"{what} differs by {apart:.2g} of the largest value, at most {within:g} is allowed.")

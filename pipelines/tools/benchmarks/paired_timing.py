@@ -1,0 +1,104 @@
+"""Paired timing: several ways to do one piece of work, run in turns, so that what the machine does meanwhile hits all.
+
+Each round runs every side once and ours once more, in an order that changes from round to round. The figure is the
+median over the rounds of the ratio within a round, with a bootstrap interval (Efron 1979). Ours against ours is the
+control: its interval must hold 1, else the machine was too restless and the figure says nothing.
+
+Both clocks run at once. Processor seconds, those of all threads together, are hardly disturbed by what else the machine
+does; wall seconds show where one thread waits for another, and are what counts on a GPU.
+"""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import psutil
+import torch
+
+RESAMPLES = 2_000
+CONTROL = "ours again"
+Clock = Literal["processor", "wall"]
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """A median ratio with its 95 % bootstrap interval."""
+
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, ratios: Sequence[float]) -> "Ratio":
+        """Summarise the ratios of all rounds."""
+        values = np.asarray(ratios)
+        draws = np.random.default_rng(0).integers(0, len(values), (RESAMPLES, len(values)))
+        low, high = np.quantile(np.median(values[draws], axis=1), [0.025, 0.975])
+        return cls(float(np.median(values)), float(low), float(high))
+
+    def __str__(self) -> str:
+        return f"{self.median:.2f} [{self.low:.2f}, {self.high:.2f}]"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One way to do a piece of work."""
+
+    run: Callable[[], object]
+    units: float  # of work that one call does
+    has_children: bool = False  # it has child processes, whose processor seconds are its own whenever they fall
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Times that ours is faster than each other side, and than itself, by clock; work units a second of each side."""
+
+    faster: Mapping[str, Mapping[Clock, Ratio]]
+    per_second: Mapping[str, Mapping[Clock, float]]
+
+
+def compare(jobs: Mapping[str, Job], *, rounds: int) -> Comparison:
+    """Time all jobs in turns, after one run of each that is not counted; the first is ours."""
+    ours = next(iter(jobs))
+    for job in jobs.values():
+        job.run()
+    jobs = {**jobs, CONTROL: jobs[ours]}
+    order, of_children = np.random.default_rng(0), children_seconds()
+    rates: dict[Clock, dict[str, list[float]]] = {"processor": {}, "wall": {}}
+    for _ in range(rounds):
+        for name in order.permutation(list(jobs)).tolist():
+            job, wall, processor = jobs[name], time.perf_counter(), time.process_time()
+            job.run()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            spent: dict[Clock, float] = {
+                "processor": time.process_time() - processor,
+                "wall": time.perf_counter() - wall,
+            }
+            if job.has_children:
+                before, of_children = of_children, children_seconds()
+                spent["processor"] += of_children - before
+            for clock, seconds in spent.items():
+                rates[clock].setdefault(name, []).append(job.units / max(seconds, 1e-9))
+
+    def faster(name: str, clock: Clock) -> Ratio:
+        return Ratio.of([a / b for a, b in zip(rates[clock][ours], rates[clock][name], strict=True)])
+
+    return Comparison(
+        {name: {clock: faster(name, clock) for clock in rates} for name in jobs if name != ours},
+        {name: {clock: float(np.median(found[name])) for clock, found in rates.items()} for name in jobs},
+    )
+
+
+def children_seconds() -> float:
+    """Return the processor seconds of all child processes so far: those that run, and those that have ended."""
+    times = psutil.Process().cpu_times()
+    seconds = times.children_user + times.children_system
+    for child in psutil.Process().children(recursive=True):
+        try:
+            seconds += sum(child.cpu_times()[:2])
+        except psutil.NoSuchProcess:  # it has ended just now, and is among those that have from the next time on
+            continue
+    return float(seconds)
