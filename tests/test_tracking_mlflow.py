@@ -30,7 +30,7 @@ from pipelines.runtime.tracking.mlflow_store import CLIENT_SETTINGS, MlflowStore
 from pipelines.runtime.tracking.spool import METRICS, SENT_FILE
 from pipelines.runtime.tracking.tracker import Tracker, open_tracker
 from pipelines.tools import sync
-from pipelines.tools.paired_timing import Ratio
+from pipelines.tools.benchmarks.paired_timing import Ratio
 
 FAULTS = ("refuse", "blackhole", "slow", "503")
 TURNS, TURN_STEPS = 320, 20
