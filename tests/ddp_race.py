@@ -34,7 +34,7 @@ from pipelines.runtime.training.ema import Averages
 from pipelines.runtime.training.loop import Training
 from pipelines.runtime.training.optim import learning_rate
 from pipelines.runtime.training.trainable import Trainable, joined
-from pipelines.tools.paired_timing import compare
+from pipelines.tools.benchmarks.paired_timing import CONTROL, Job, compare
 from pipelines.train_unet import LatentDraw, TrainUNetConfig, build_denoiser, one_update
 
 CHANNELS, SIZE, CLASSES = 4, 16, 10
@@ -164,12 +164,13 @@ def main() -> None:
     ours = Ours(config, stage, networks[0], batches)
     plain = Plain(config, joined(networks[1], accelerator, compiles=False), networks[1], batches)
     asked = [calls_of_a_turn(job) for _ in range(2) for job in (ours.turn, plain.turn)][-2:]  # the first ones warm up
-    found = compare(ours.turn, plain.turn, units=(UPDATES_A_TURN, UPDATES_A_TURN), rounds=rounds, clock="wall")
+    jobs = {"ours": Job(ours.turn, UPDATES_A_TURN), "plain": Job(plain.turn, UPDATES_A_TURN)}
+    found = compare(jobs, rounds=rounds)
     if accelerator.is_main_process:
         metrics = {
-            "ours/plain": asdict(found.faster),
-            "control": asdict(found.control),
-            "updates per second": [found.ours_per_second, found.theirs_per_second],
+            "ours/plain": asdict(found.faster["plain"]["wall"]),
+            "control": asdict(found.faster[CONTROL]["wall"]),
+            "updates per second": [found.per_second[name]["wall"] for name in jobs],
             "collectives an update beside DDP": [(calls - 1) / UPDATES_A_TURN for calls in asked],
             "parameters": sum(parameter.numel() for parameter in networks[0].parameters()),
         }

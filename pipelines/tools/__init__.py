@@ -2,5 +2,5 @@
 
 Before a run ``doctor`` (with ``doctor_checks``) and ``plan``; with a trained model ``sample``, ``export`` (with
 ``model_card``) and ``reconstruct``; with records ``compare``, ``report``, ``trace`` and ``sync``; and ``benchmark``
-(with ``benchmark_data`` and ``paired_timing``). The top storey: tools may import everything, and nothing imports them.
+(with ``benchmarks``). The top storey: tools may import everything, and nothing imports them.
 """
