@@ -145,7 +145,7 @@ def run_here(name: str, *words: str, config: Path | None = SMOKE) -> subprocess.
     signals matter get one by ``run_stage``.
     """
     if config is not None:
-        words = ("--config", str(config), "--run.tracking_uri", "offline", *words)
+        words = ("--config", str(config), "--run.tracking_uri", "offline", "--run.threads", "1", *words)
     module = f"pipelines.{name}" if name in STAGES else f"pipelines.tools.{name}"
     out, err = io.StringIO(), io.StringIO()
     threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
