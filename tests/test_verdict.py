@@ -132,6 +132,10 @@ def test_without_replicates_no_number_of_seeds_is_named_and_with_them_images_may
     assert found.more_seeds is None
     assert found.more_samples == pytest.approx(((1.96 + 0.8416) / 0.1) ** 2 * 2, rel=1e-3)
 
+    equal = difference(*[[Measured(value=1.0, error=0) for _ in range(3)]] * 2)
+    assert not equal.decided
+    assert (equal.more_seeds, equal.more_samples) == (None, None)
+
 
 def test_trainings_that_agree_by_chance_are_no_certainty() -> None:
     rng = np.random.default_rng(5)

@@ -114,7 +114,7 @@ def difference(first: Sequence[Measured], second: Sequence[Measured], *, tests: 
         low=value - bound(0, covered),
         high=value + bound(0, covered),
         lucks=lucks,
-        more_seeds=more if replicated and more <= MOST_SEEDS else None,
+        more_seeds=more if replicated and value and more <= MOST_SEEDS else None,
         more_samples=(needed / value) ** 2 if value else None,
     )
 

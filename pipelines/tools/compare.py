@@ -201,13 +201,15 @@ class Verdict:
 
 def _remedy(found: Difference) -> str:
     """What would decide a difference, if it is as large as it looks."""
-    many = found.more_samples is None or found.more_samples > MOST_TIMES
+    if found.more_samples is None:
+        return "the values are equal"
+    many = found.more_samples > MOST_TIMES
     times = f"{f'more than {MOST_TIMES}' if many else f'about {found.more_samples:.2g}'} times as many images"
     if all(luck.training is None for luck in found.lucks):
         return f"{times} would decide"
     if found.more_seeds is not None:
         return f"about {found.more_seeds} more seed{'s' * (found.more_seeds > 1)} a side would decide"
-    images = found.more_samples is None or found.more_samples > 1  # are too few, however many seeds there are
+    images = found.more_samples > 1  # are too few, however many seeds there are
     return f"{times if images else f'more than {MOST_SEEDS} more seeds a side'} would decide"
 
 
