@@ -34,7 +34,9 @@ class TimeEmbedding(nn.Module):
         """``num_sinusoids`` (even) sinusoids in, ``width`` features out."""
         super().__init__()
         half = num_sinusoids // 2
-        frequencies = torch.exp(-math.log(10_000) * torch.arange(half, dtype=torch.float32) / half)
+        # On the meta device, where networks are built to be checked, arange would import torch's compiler: two seconds.
+        exponents = torch.arange(half, dtype=torch.float32, device="cpu")
+        frequencies = torch.exp(-math.log(10_000) * exponents / half)
         self.register_buffer("frequencies", frequencies, persistent=False)
         self.linear_1 = nn.Linear(num_sinusoids, width)
         self.linear_2 = nn.Linear(width, width)
