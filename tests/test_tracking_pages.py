@@ -330,6 +330,11 @@ def test_each_kept_checkpoint_is_a_model_with_what_was_measured_at_its_update(tm
     assert given == {models["demo-unet"].model_id, first.model_id}
     assert not any(client.list_logged_model_artifacts(model.model_id) for model in models.values())
 
+    client.delete_logged_model_tag(models["demo-unet"].model_id, "update")  # as an older version left it
+    (root / "unet" / "tracking" / "sent.json").unlink()
+    send(root, store)
+    assert {model.model_id for model in models_of(root, store)} == {model.model_id for model in models.values()}
+
 
 def test_a_model_with_an_alias_becomes_one_registered_version(tmp_path: Path, store: str) -> None:
     root, client = tmp_path / "demo", MlflowClient(tracking_uri=store)

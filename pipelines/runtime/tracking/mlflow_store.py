@@ -319,6 +319,8 @@ class MlflowStore:
 
         # Models that are not there yet.
         run, models = self._client.get_run(self._run_id), self._models_of(self._run_id)
+        if 0 in models:  # of an older version, which logged the final one without its update
+            models[final] = models.pop(0)
         for update, (place, digest) in weights.items():
             models[update] = models.get(update) or self._client.create_logged_model(
                 self._experiment,
