@@ -13,7 +13,7 @@ import tomllib
 from collections.abc import Sequence
 from functools import reduce
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args, get_origin
 
 import tomli_w
 from pydantic import ValidationError
@@ -239,9 +239,12 @@ def _override(
 
 
 def _value_of(raw: str, annotation: Any) -> Any:
-    """Read a command-line word as TOML, unless the field wants text."""
+    """Read a command-line word as TOML, unless the field wants text; a list may come as ``a,b`` without brackets."""
     if annotation is str:
         return raw
+    if get_origin(annotation) is tuple and not raw.lstrip().startswith("["):
+        element = get_args(annotation)[0]
+        return [_value_of(part.strip(), element) for part in raw.split(",")] if not variants_of(element) else raw
     text = raw.lower() if raw.lower() in ("true", "false") else raw
     try:
         return _parsed(f"value = {text}")["value"]
