@@ -194,6 +194,7 @@ class VAEManifest(Manifest):
     latent_channels: int
     view: Mapping[str, Any] | None = None  # how its images became squares; unknown of older ones
     start: str | None = None  # sha256 of the weights that it started from
+    encoder: str | None = None  # sha256 of the weights that its encoder is from, where the decoder alone was trained
 
 
 class DiffusersVAEManifest(Manifest):
@@ -233,7 +234,7 @@ class LatentsManifest(Manifest):
     stage: Literal["encode_latents"] = "encode_latents"
     counts: Counts
     splits: Mapping[Split, int]  # samples of each
-    vae: str  # sha256 of the weights that encoded them
+    vae: str  # sha256 of the weights that their encoder is from
     latent: LatentShape
     statistics: LatentStatistics
     text: CaptionsInfo = None

@@ -47,7 +47,7 @@ from pipelines.model.device import device_of
 from pipelines.model.experiment import CorpusFacts, check_later_stages
 from pipelines.model.inputs import verify_shards
 from pipelines.model.latent_statistics import alarms, statistics_plot
-from pipelines.model.weights import load_vae
+from pipelines.model.weights import encoder_of, load_vae
 from pipelines.runtime.config.command_line import config_from_command_line
 from pipelines.runtime.config.errors import ConfigError, config_error_at
 from pipelines.runtime.config.stage_config import StageConfig
@@ -159,7 +159,7 @@ def encode(config: EncodeLatentsConfig, stage: Stage) -> None:
         counts=counts,
         splits=samples_by_split(files),
         classes=corpus.classes,
-        vae=stage.parents.vae.weights,
+        vae=encoder_of(stage.parents.vae),
         latent={"channels": statistics.num_channels, "size": corpus.image.resolution // vae.factor},
         statistics=latent_statistics(statistics, stage.parents.vae),
         text=captions.about if captions else None,

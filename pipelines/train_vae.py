@@ -9,10 +9,10 @@ Shapes: b images of a process's micro-batch, C channels, H and W pixels; c chann
 """
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Self
 
 import torch
-from pydantic import BaseModel, Field, PositiveInt
+from pydantic import BaseModel, Field, PositiveInt, model_validator
 from torch import Tensor, nn
 
 from data.loading import ImageShards
@@ -28,11 +28,11 @@ from pipelines.model.batches import GlobalBatches
 from pipelines.model.device import device_of
 from pipelines.model.experiment import CorpusFacts, check_later_stages, check_levels
 from pipelines.model.inputs import verify_shards
-from pipelines.model.start import RandomStart, StartConfig, check_start, load_start
+from pipelines.model.start import RandomStart, StartConfig, check_start, encoder_at, load_start
 from pipelines.model.validation import VAEValidation
 from pipelines.model.weights import publish
 from pipelines.runtime.config.command_line import config_from_command_line
-from pipelines.runtime.config.errors import config_error_at
+from pipelines.runtime.config.errors import ConfigError, config_error_at
 from pipelines.runtime.stage.launch import launched_world_size
 from pipelines.runtime.stage.stage import Stage, running_stage
 from pipelines.runtime.training.checkpoint import Stateful
@@ -62,10 +62,17 @@ class TrainVAEConfig(TrainingConfig):
     inputs: TrainVAEInputs  # where the stage reads
     network: VAEConfig = VAEConfig()  # the autoencoder
     start: StartConfig = RandomStart()  # weights to start from; those of a discriminator are random
+    freeze_encoder: bool = False  # train the decoder alone; latents of the VAE that it starts from stay valid
     objective: VAEObjectiveConfig = VAEObjectiveConfig()  # what it minimises
     order: OrderConfig = FullShuffleConfig()  # order of the training images
     flip_probability: Annotated[float, Field(ge=0, le=1)] = 0.5  # of mirroring a training image
     decode_threads: PositiveInt = 2  # batches decoded at once, each in a thread; images are decoded without a lock
+
+    @model_validator(mode="after")
+    def _frozen_encoder_is_trained(self) -> Self:
+        if self.freeze_encoder and isinstance(self.start, RandomStart):
+            raise ValueError("freeze_encoder = true needs an encoder that is trained: give its VAE as train_vae.start")
+        return self
 
 
 @dataclass(frozen=True)
@@ -122,7 +129,13 @@ def train(config: TrainVAEConfig, stage: Stage) -> None:
     network = AutoencoderKL(config.network, image_channels=channels)
     with config_error_at("train_vae.start"):
         start = load_start(config.start, network)
+        encoder = encoder_at(config.start) if config.freeze_encoder else None
     network = device.place(network)
+    if encoder is not None:
+        network.encoder.requires_grad_(False)
+        network.quant_conv.requires_grad_(False)
+    frozen = [parameter for parameter in network.parameters() if not parameter.requires_grad]
+    before = [parameter.clone() for parameter in frozen]
     vae = Trainable(network, config, stage.accelerator)
     adversary: Adversary | None = None
     if isinstance(patchgan := config.objective.adversary, PatchAdversary):
@@ -157,6 +170,10 @@ def train(config: TrainVAEConfig, stage: Stage) -> None:
 
     # Where we stopped last time.
     training.resume()
+    if any(not found.equal(expected) for found, expected in zip(frozen, before, strict=True)):
+        raise ConfigError(
+            "train_vae.start holds another encoder than this training began with. Restore its folder, or train anew."
+        )
     if training.update == 0:  # what cannot be validated fails now, not after hours
         training.report(validation.validate(averages.first, update=0))
 
@@ -181,6 +198,7 @@ def train(config: TrainVAEConfig, stage: Stage) -> None:
         latent_channels=config.network.latent_channels,
         view=corpus.config["view"],
         start=start,
+        **({"encoder": encoder} if encoder is not None else {}),
     )
 
 
@@ -213,7 +231,9 @@ def one_update(
         loss = objective(images, reconstruction, posterior, last_layer=last_layer, discriminator=critic)
         if training.is_due(training.config.log_every) and not reconstructions:
             log_health(training, loss, posterior, last_layer=last_layer)
-        training.backward(loss.total, terms={k: v for k, v in loss.terms.items() if k != "adaptive_weight"})
+        # Nothing is learned from the divergence of a frozen encoder.
+        unlearned = {"adaptive_weight"} | (set() if posterior.mean.requires_grad else {"kl"})
+        training.backward(loss.total, terms={k: v for k, v in loss.terms.items() if k not in unlearned})
 
         # Its metrics.
         training.log({"train/loss": loss.total} | {f"train/{name}": value for name, value in loss.terms.items()})

@@ -25,7 +25,9 @@ from models.conditioning.text_encoder import PretrainedConfig
 from models.denoiser import Denoiser, DenoiserConfig
 from models.unet import UNetConfig
 from pipelines.model.captions import CaptionEncoder, as_tensors
-from pipelines.model.start import DiffusersStart, RandomStart, RunStart, check_start, load_start
+from pipelines.model.device import Device
+from pipelines.model.start import DiffusersStart, RandomStart, RunStart, check_start, encoder_at, load_start
+from pipelines.model.weights import check_same_vae, load_vae
 
 MADE_BEFORE = Path(__file__).with_name("made_by_0_1")
 NETWORK = UNetConfig(
@@ -220,6 +222,71 @@ def test_a_published_vae_is_a_start_for_the_network_that_it_is(tmp_path: Path) -
     wider = AutoencoderKL(config.model_copy(update={"channels": (8, 32)}), image_channels=3)
     with pytest.raises(ValueError, match=r"has channels = \[8, 16\], not \[8, 32\]"):
         check_start(start, wider)
+
+
+def test_a_decoder_trained_alone_has_the_latents_of_the_published_vae(
+    latents: tuple[Path, Path], two_process_run: Run, tmp_path: Path
+) -> None:
+    """However often it is stopped and on however many ranks: with average, discriminator and all."""
+    run, published = latents
+    start = Path(shutil.copytree(published, tmp_path / "published"))
+    words = [
+        *("--inputs.corpus", str(two_process_run.root / "corpus"), "--freeze_encoder", "true"),
+        *("--start", f'{{ kind = "diffusers", folder = "{start}" }}'),
+        *("--network", "{ channels = [8, 16], latent_channels = 3, blocks_per_level = 1, norm_groups = 4 }"),
+        *("--network.quant_convs", "true", "--optim.rate", '{ kind = "constant" }'),
+        *("--objective.adversary", '{ kind = "patchgan", start = { kind = "update", update = 2 } }'),
+        *("--objective.adversary.discriminator.downsamplings", "1"),
+    ]
+
+    def train(name: str, *more: str, processes: int = 1) -> str:
+        per_device = str(16 // processes)
+        done = run_stage(
+            *("train_vae", "--run.root", str(tmp_path / name), *words, "--images_per_device", per_device, *more),
+            processes=processes,
+        )
+        return done.stderr if done.returncode else ""
+
+    assert train("straight", "--updates", "6") == ""
+    assert train("stopped", "--updates", "3") == ""
+    assert train("stopped", "--updates", "6", "--allow-changed", "updates") == ""
+    assert train("ranks", "--updates", "6", processes=2) == ""
+    straight, stopped, ranks = (tmp_path / name / "vae" for name in ("straight", "stopped", "ranks"))
+    assert (stopped / "vae.safetensors").read_bytes() == (straight / "vae.safetensors").read_bytes()
+    theirs, weights, others = (
+        load_vae(folder, read_input("vae", folder), device=Device(torch.device("cpu"))).state_dict()
+        for folder in (start, straight, ranks)
+    )
+    moved = [name for name in weights if name.startswith(("decoder.", "post_quant_conv."))]
+    assert all(torch.equal(weights[name], theirs[name]) for name in weights.keys() - set(moved))
+    assert all(torch.equal(others[name], theirs[name]) for name in weights.keys() - set(moved))
+    assert all(not torch.equal(weights[name], theirs[name]) for name in moved)
+    there, here, beside = (torch.cat([of[name].flatten() for name in moved]) for of in (theirs, weights, others))
+    assert (beside - here).norm() < 0.01 * (here - there).norm()  # a discriminator amplifies rounding
+
+    # Latents of either are those of the other, also for a decoder that was trained from this one.
+    made_by = read_input("latents", run / "latents").vae
+    manifest = read_input("vae", straight)
+    assert manifest.encoder == made_by == sha256_of(start / "diffusion_pytorch_model.safetensors") != manifest.weights
+    check_same_vae(made_by, given=manifest, given_at="vae", user="latents")
+    assert encoder_at(RunStart(folder=straight)) == made_by
+    done = run_stage(
+        *("encode_latents", "--run.root", str(tmp_path / "again"), "--inputs.vae", str(straight)),
+        *("--inputs.corpus", str(two_process_run.root / "corpus")),
+    )
+    assert done.returncode == 0, done.stderr
+    again = read_input("latents", tmp_path / "again" / "latents")
+    assert again.vae == made_by
+    assert again.files == read_input("latents", run / "latents").files
+
+    # Without its start, or with another one in its place, it is not trained on.
+    changed = load_file(start / "diffusion_pytorch_model.safetensors")
+    changed["encoder.conv_in.bias"] += 1
+    save_file(changed, start / "diffusion_pytorch_model.safetensors")
+    refusal = train("stopped", "--updates", "9", "--allow-changed", "updates")
+    assert "train_vae.start holds another encoder than this training began with" in refusal
+    words[words.index("--start") + 1] = '{ kind = "random" }'
+    assert "freeze_encoder = true needs an encoder that is trained" in train("none", "--updates", "6")
 
 
 @pytest.mark.parametrize("name", ["vae", "unet"])

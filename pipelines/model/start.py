@@ -13,13 +13,13 @@ from safetensors.torch import load_file
 
 from data.diffusers_folder import config_of, weights_of
 from data.files import sha256_of, verify_file
-from data.manifest import UNetManifest, VAEManifest, read_manifest
+from data.manifest import AnyVAEManifest, UNetManifest, VAEManifest, read_input, read_manifest
 from models.autoencoder.vae import AutoencoderKL, VAEConfig
 from models.denoiser import Denoiser, DenoiserConfig
 from models.diffusers.config import unet_config_from_diffusers, vae_config_from_diffusers
 from models.diffusers.weights import denoiser_from_diffusers, vae_from_diffusers
 from models.unet import UNetConfig
-from pipelines.model.weights import network_config
+from pipelines.model.weights import encoder_of, network_config
 
 MOST_NAMED = 5  # tensors in a message
 
@@ -126,6 +126,14 @@ def load_start(start: AnyStart, network: Network) -> str | None:
     if lost := [name for name in missing if not (lacks and name.startswith("conditioners."))]:
         raise ValueError(f"{path} lacks {lost[:MOST_NAMED]}.")
     return sha256
+
+
+def encoder_at(start: AnyStart) -> str:
+    """Return the sha256 of the weights that the encoder of a VAE to start from is from."""
+    assert not isinstance(start, RandomStart)
+    manifest = read_input("vae", start.folder)
+    assert isinstance(manifest, AnyVAEManifest)
+    return encoder_of(manifest)
 
 
 def _weights_of_run(folder: Path, network: Network) -> tuple[Path, str]:

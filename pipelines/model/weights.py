@@ -160,8 +160,13 @@ def check_sampler_suits(sampler: SamplerConfig, denoiser: DenoiserConfig) -> Non
     check_sampler(sampler, denoiser.schedule.build(), variance_is_learned=learned)
 
 
+def encoder_of(vae: AnyVAEManifest) -> str:
+    """Return the sha256 of the weights that a VAE's encoder is from: VAEs that share it have the same latents."""
+    return (isinstance(vae, VAEManifest) and vae.encoder) or vae.weights
+
+
 def check_same_vae(used: str, *, given: AnyVAEManifest, given_at: str, user: str) -> None:
-    """Refuse a VAE that is not the one which made the latents.
+    """Refuse a VAE that has another encoder than the one which made the latents.
 
     Args:
         used: sha256 of the weights that made the latents.
@@ -172,7 +177,7 @@ def check_same_vae(used: str, *, given: AnyVAEManifest, given_at: str, user: str
     Raises:
         ValueError: They differ.
     """
-    found = given.weights
+    found = encoder_of(given)
     if used != found:
         raise ValueError(
             f"{given_at!r} holds the VAE {found[:12]}, but {user} was made with the VAE {used[:12]}. A latent means "
