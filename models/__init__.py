@@ -29,6 +29,7 @@ whole trajectories of samplers and whole calls of networks are compared, with th
     SelfAttention, CrossAttention  torch's MultiheadAttention              1e-5            networks_attention
     TextEncoder (MiniLM)           torch's TransformerEncoderLayer         1e-5            text_encoders
     TextEncoder (CLIP), its U-Net  StableDiffusionPipeline                 1e-5            foreign
+    guidance by a negative prompt  StableDiffusionPipeline                 1e-3            foreign
     Perceptual (LPIPS)             a second implementation of the paper    1e-5 relative   networks_perceptual
     averages of weights            the plain recurrence, float64           1e-12           ema
 """

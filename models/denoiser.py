@@ -160,14 +160,28 @@ class Denoiser(nn.Module):
         )
         return self.network(x, times, condition.embedding, condition.tokens, condition.token_mask).to(x.dtype)
 
-    def denoise(self, conditions: Mapping[str, Tensor], guidance: GuidanceConfig) -> Denoise:
-        """The model with its conditions and guidance, as the samplers and the variational bound take it."""
+    def denoise(
+        self, conditions: Mapping[str, Tensor], guidance: GuidanceConfig, uncond: Mapping[str, Tensor] | None = None
+    ) -> Denoise:
+        """The model with its conditions and guidance, as the samplers and the variational bound take it.
+
+        ``uncond`` holds fields (b ...) or (1 ...) of the unconditional branch, such as those of a negative prompt;
+        conditioners that read none of them have their null there.
+        """
+        uncond = uncond or {}
+        reads = [any(field in uncond for field in conditioner.fields) for conditioner in self.config.conditioners]
+        has_null = ~torch.tensor(reads, dtype=torch.bool)  # (k,)
 
         def predict(x: Tensor, moment: Moment, is_null: Tensor) -> Tensor:
             # Guidance in one call brings every sample twice.
-            repeated = {name: torch.cat([field] * (len(x) // len(field))) for name, field in conditions.items()}
+            repeated, others = (
+                {name: torch.cat([field] * (len(x) // len(field))) for name, field in fields.items()}
+                for fields in (conditions, uncond)
+            )
+            for name, other in others.items():
+                repeated[name] = torch.where(is_null.view(-1, *[1] * (other.dim() - 1)), other, repeated[name])
             times = torch.full((len(x),), moment.time, device=x.device)
-            return self.output(x, times, repeated, is_null[:, None].expand(-1, len(self.conditioners)))
+            return self.output(x, times, repeated, is_null[:, None] & has_null.to(x.device))
 
         def denoise(x: Tensor, moment: Moment) -> Estimate:
             output = guided_output(predict, x, moment, guidance)
@@ -184,12 +198,15 @@ class Denoiser(nn.Module):
         sampler: SamplerConfig,
         guidance: GuidanceConfig,
         fresh_noise: NoiseSource,
+        uncond: Mapping[str, Tensor] | None = None,
     ) -> Tensor:
         """Turn noise (b c h w), float32, into normalised latents of the same shape.
 
         ``fresh_noise`` gives the noise of a step by its index, (b c h w); deterministic samplers never call it.
+        ``uncond`` is as in ``denoise``.
         """
-        return sample(sampler, self.process, self.denoise(conditions, guidance), noise, fresh_noise=fresh_noise)
+        denoise = self.denoise(conditions, guidance, uncond)
+        return sample(sampler, self.process, denoise, noise, fresh_noise=fresh_noise)
 
     @torch.no_grad()
     def condition_gap(self, x0: Tensor, noise: Tensor, times: Tensor, conditions: Mapping[str, Tensor]) -> Tensor:

@@ -88,6 +88,7 @@ class LatentDiffusion:
         sampler: SamplerConfig,
         guidance: GuidanceConfig,
         fresh_noise: NoiseSource,
+        uncond: Mapping[str, Tensor] | None = None,
         tile: int = 0,
     ) -> Tensor:
         """Turn noise into images (b C H W), about in [-1, 1] and not clamped.
@@ -98,10 +99,15 @@ class LatentDiffusion:
             sampler: Steps from noise to data.
             guidance: Weight of the conditions.
             fresh_noise: Noise (b c h w) of a step by its index; deterministic samplers never call it.
+            uncond: Fields of the unconditional branch in place of the null conditions; see ``Denoiser.denoise``.
             tile: As in ``decode``.
         """
-        on_device = {name: field.to(self.device) for name, field in conditions.items()}
-        latents = self.denoiser.sample(noise, on_device, sampler=sampler, guidance=guidance, fresh_noise=fresh_noise)
+        on_device, uncond = (
+            {name: field.to(self.device) for name, field in fields.items()} for fields in (conditions, uncond or {})
+        )
+        latents = self.denoiser.sample(
+            noise, on_device, sampler=sampler, guidance=guidance, fresh_noise=fresh_noise, uncond=uncond
+        )
         return self.decode(latents, tile=tile)
 
     @torch.no_grad()

@@ -23,6 +23,9 @@ from models.conditioning.class_label import ClassConditionerConfig
 from models.conditioning.text import TextConditionerConfig
 from models.conditioning.text_encoder import PretrainedConfig
 from models.denoiser import Denoiser, DenoiserConfig
+from models.diffusers.config import scheduler_config_to_diffusers
+from models.diffusion.guidance import GuidanceConfig
+from models.diffusion.samplers import DDIMConfig
 from models.unet import UNetConfig
 from pipelines.model.captions import CaptionEncoder, as_tensors
 from pipelines.model.device import Device
@@ -155,8 +158,8 @@ def test_a_start_computes_what_the_published_unet_computes(with_tokens: bool, tm
     assert load_start(RandomStart(), ours) is None
 
 
-def test_conditions_and_outputs_are_those_of_a_published_text_to_image_pipeline(tmp_path: Path) -> None:
-    """Stable Diffusion's: padding is attended to, in prompts and in the empty caption that stands for none."""
+def build_text_to_image(folder: Path) -> tuple[diffusers.StableDiffusionPipeline, Denoiser, PretrainedConfig]:
+    """A pipeline of diffusers, and our denoiser and text encoder of its weights."""
     torch.manual_seed(0)
     words = [*"abcdefghijklmnopqrstuvwxyz", *(f"{letter}</w>" for letter in "abcdefghijklmnopqrstuvwxyz")]
     vocabulary = {word: number for number, word in enumerate([*words, "<|startoftext|>", "<|endoftext|>"])}
@@ -176,17 +179,23 @@ def test_conditions_and_outputs_are_those_of_a_published_text_to_image_pipeline(
         feature_extractor=None,
         requires_safety_checker=False,
     )
-    pipeline.text_encoder.save_pretrained(tmp_path / "text")
-    pipeline.tokenizer.save_pretrained(tmp_path / "text")
-    pipeline.unet.save_pretrained(tmp_path / "unet")
+    pipeline.text_encoder.save_pretrained(folder / "text")
+    pipeline.tokenizer.save_pretrained(folder / "text")
+    pipeline.unet.save_pretrained(folder / "unet")
 
     # Ours, as training and prompts meet it.
-    encoder = PretrainedConfig(folder=tmp_path / "text", max_tokens=9)
+    encoder = PretrainedConfig(folder=folder / "text", max_tokens=9)
     text = TextConditionerConfig(width=12, use="tokens", null="empty_caption", encoder=encoder)
     network = NETWORK.model_copy(update={"time_injection": "shift"})
     config = DenoiserConfig(network=network, conditioners=(text,))
     ours = Denoiser(config, latent_channels=3, latent_size=8, num_classes=0).eval()
-    load_start(DiffusersStart(folder=tmp_path / "unet"), ours)
+    load_start(DiffusersStart(folder=folder / "unet"), ours)
+    return pipeline, ours, encoder
+
+
+def test_conditions_and_outputs_are_those_of_a_published_text_to_image_pipeline(tmp_path: Path) -> None:
+    """Stable Diffusion's: padding is attended to, in prompts and in the empty caption that stands for none."""
+    pipeline, ours, encoder = build_text_to_image(tmp_path)
     captions = ["a cat", "dog", ""]
     features = as_tensors(CaptionEncoder(encoder, device=torch.device("cpu"))(captions))
 
@@ -198,6 +207,27 @@ def test_conditions_and_outputs_are_those_of_a_published_text_to_image_pipeline(
             expected = pipeline.unet(x, times, encoder_hidden_states=states).sample
             found = ours.output(x, times, features, torch.full((3, 1), dropped))
             assert (found - expected).norm() / expected.norm() < 1e-5
+
+
+@pytest.mark.parametrize("negative", ["a dog", ""])
+def test_a_negative_prompt_leads_where_that_of_a_published_pipeline_leads(negative: str, tmp_path: Path) -> None:
+    pipeline, ours, encoder = build_text_to_image(tmp_path)
+    sampler = DDIMConfig(num_steps=5)
+    pipeline.scheduler = diffusers.DDIMScheduler.from_config(scheduler_config_to_diffusers(ours.config, sampler))
+    pipeline.set_progress_bar_config(disable=True)
+    captions, noise = ["cat", "a pig"], torch.randn(2, 3, 8, 8)
+    expected = pipeline(
+        prompt=captions,
+        negative_prompt=[negative] * 2,
+        **{"latents": noise, "guidance_scale": 3.0, "num_inference_steps": 5, "output_type": "latent"},
+        **{"height": 16, "width": 16},
+    ).images
+    features = CaptionEncoder(encoder, device=torch.device("cpu"))
+    options = {"sampler": sampler, "guidance": GuidanceConfig(scale=3.0), "fresh_noise": torch.zeros_like}
+    conditions, uncond = as_tensors(features(captions)), as_tensors(features([negative]))
+    found = ours.sample(noise, conditions, uncond=uncond, **options)
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3 * expected.std().item())
+    assert torch.allclose(ours.sample(noise, conditions, **options), found) == (negative == "")
 
 
 def test_a_start_of_another_shape_is_refused_with_every_difference(tmp_path: Path) -> None:

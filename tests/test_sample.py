@@ -144,6 +144,15 @@ def test_images_drawn_before_a_disk_was_full_or_ctrl_c_was_pressed_are_there(
         assert [path.name[:6] for path in sorted(folder.iterdir())] == ["000000", "000001", "000002"]
 
 
+def test_a_negative_prompt_is_refused_where_it_would_do_nothing(
+    trained: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert drawn(tmp_path, negative_prompt="blurry", guidance={"scale": 2.0}) == 2
+    assert "negative_prompt = 'blurry', but u was not trained on captions." in capsys.readouterr().err
+    with pytest.raises(ValueError, match=r"negative_prompt does nothing at guidance.scale = 1"):
+        config(negative_prompt="blurry")
+
+
 def test_a_second_draw_leaves_the_first_as_it_is(
     trained: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

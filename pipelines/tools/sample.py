@@ -2,7 +2,7 @@
 
     python -m pipelines.tools.sample --config pipelines/configs/demo.toml --class_name sneaker --guidance.scale 3
     python -m pipelines.tools.sample --config pipelines/configs/demo.toml --class_name bag --interpolate true --number 8
-    python -m pipelines.tools.sample --config pipelines/configs/emoji.toml --prompt "grinning cat face"
+    python -m pipelines.tools.sample --config pipelines/configs/emoji.toml --prompt "cat face" --negative_prompt crying
 
 Reads: ``runs/NAME/vae/``, ``runs/NAME/unet/``. Writes: ``OUTPUT/KEY.png`` for each image as soon as it is drawn, and
 ``OUTPUT/grid.png``. Other images of these names stay: the new ones are ``KEY-2.png`` and ``grid-2.png`` then.
@@ -15,10 +15,11 @@ import sys
 import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 import torch
-from pydantic import NonNegativeInt, PositiveInt
+from pydantic import NonNegativeInt, PositiveInt, model_validator
 from torch import Tensor
 
 from data.files import make_folder, write_beside
@@ -49,6 +50,7 @@ class SampleConfig(StageConfig):
 
     inputs: ModelInputs  # where the weights are
     prompt: str = ""  # what to draw, in words, for a model with a text condition; empty for anything
+    negative_prompt: str = ""  # what not to draw: guidance leads away from it, not from no caption
     class_name: str = "all"  # a class of the corpus by name or number, "all" in turn, or "none" for any
     number: PositiveInt = 16  # images
     seed: NonNegativeInt = 0  # image i depends on (seed, i) only
@@ -58,6 +60,12 @@ class SampleConfig(StageConfig):
     batch_size: PositiveInt = 50  # images drawn at once
     tile: NonNegativeInt = 0  # decode in tiles of so many latent pixels a side, for large images; 0 decodes at once
     output: Name = "samples"  # folder to write to
+
+    @model_validator(mode="after")
+    def _negative_prompt_has_an_effect(self) -> Self:
+        if self.negative_prompt and self.guidance.scale == 1:
+            raise ValueError("negative_prompt does nothing at guidance.scale = 1, which draws by the prompt alone")
+        return self
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -82,20 +90,24 @@ def draw(config: SampleConfig) -> Answer:
     labels = labels_of(config, classes if "labels" in model.denoiser.config.fields else ())
     with config_error_at("inputs.unet"):
         encoder = prompt_encoder(model)
-    if config.prompt and encoder is None:
-        raise ConfigError(f"prompt = {config.prompt!r}, but {config.inputs.unet} was not trained on captions.")
-    prompt = as_tensors(encoder([config.prompt])) if encoder is not None else {}
+    for key, text in (("prompt", config.prompt), ("negative_prompt", config.negative_prompt)):
+        if text and encoder is None:
+            raise ConfigError(f"{key} = {text!r}, but {config.inputs.unet} was not trained on captions.")
+    prompt, uncond = (
+        as_tensors(encoder([text])) if encoder is not None else {} for text in (config.prompt, config.negative_prompt)
+    )
 
     # Batch by batch.
     names = [classes[label] if label >= 0 else "" for label in labels]
     origin = {"prompt": config.prompt, "unet": parents.unet.weights, "vae": parents.vae.weights}
+    origin |= {"negative_prompt": config.negative_prompt} if config.negative_prompt else {}
     images, paths = list[np.ndarray](), list[Path]()
     with progress_line("sample", total=config.number, unit="images") as line:
         for first in range(0, config.number, config.batch_size):
             indices = range(first, min(first + config.batch_size, config.number))
             conditions = {"labels": torch.tensor([labels[index] for index in indices])}
             conditions |= {name: torch.cat([field] * len(indices)) for name, field in prompt.items()}
-            for index, image in zip(indices, draw_batch(config, model, indices, conditions), strict=True):
+            for index, image in zip(indices, draw_batch(config, model, indices, conditions, uncond), strict=True):
                 images.append(image)
                 about = {"seed": config.seed, "index": index, "guidance": config.guidance.scale, **origin}
                 content = encode_png(image, texts={PNG_KEYWORD: json.dumps(about)})
@@ -107,7 +119,11 @@ def draw(config: SampleConfig) -> Answer:
 
 
 def draw_batch(
-    config: SampleConfig, model: LatentDiffusion, indices: Sequence[int], conditions: Mapping[str, Tensor]
+    config: SampleConfig,
+    model: LatentDiffusion,
+    indices: Sequence[int],
+    conditions: Mapping[str, Tensor],
+    uncond: Mapping[str, Tensor] | None = None,
 ) -> np.ndarray:
     """Draw the images ``indices``; uint8 (n h w C)."""
     noise = noise_of(config.seed, indices, shape=model.denoiser.latent_shape, device=model.device)
@@ -117,6 +133,7 @@ def draw_batch(
         sampler=config.sampler,
         guidance=config.guidance,
         fresh_noise=lambda step: noise(f"sample/{step}"),
+        uncond=uncond,
         tile=config.tile,
     )
     return finite_levels(images, names=indices, stage="sample", precision="float32")
@@ -145,7 +162,8 @@ def grid_of(config: SampleConfig, images: Sequence[np.ndarray], names: Sequence[
     columns = min(len(heads) or GRID_COLUMNS, len(images), 12)
     rows = max(1, len(images) // columns)
     shown = np.stack(images[: rows * columns]).reshape(rows, columns, *images[0].shape)
-    what = ", ".join(part for part in (config.prompt, config.class_name if any(names) else "") if part) or "any"
+    parts = [config.prompt, f"not {config.negative_prompt}" if config.negative_prompt else ""]
+    what = ", ".join(part for part in (*parts, config.class_name if any(names) else "") if part) or "any"
     title = f"{what}, guidance {config.guidance.scale:g}, {config.sampler.num_steps} steps, seed {config.seed}"
     return grid_png(shown, column_labels=heads[:columns], title=title)
 
