@@ -25,6 +25,7 @@ whole trajectories of samplers and whole calls of networks are compared, with th
     AutoencoderKL                  AutoencoderKL                           1e-5            diffusers_format
     numbers of parameters          the same                                equal           diffusers_format
     samples of an exported model   their networks and DDIMScheduler        1e-3            export
+    a single file of both          from_single_file of their networks      1e-5            diffusers_format
     attend                         the formula; backends with each other   1e-5            networks_attention
     SelfAttention, CrossAttention  torch's MultiheadAttention              1e-5            networks_attention
     TextEncoder (MiniLM)           torch's TransformerEncoderLayer         1e-5            text_encoders

@@ -1,8 +1,12 @@
 """Our networks against diffusers' with the same weights, and the conversion of weights and configs both ways."""
 
+import json
+from pathlib import Path
+
 import diffusers
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from models.autoencoder.vae import AutoencoderKL, VAEConfig
@@ -16,9 +20,11 @@ from models.diffusers.config import (
     vae_config_from_diffusers,
     vae_config_to_diffusers,
 )
+from models.diffusers.single_file import to_single_file
 from models.diffusers.weights import (
     denoiser_from_diffusers,
     denoiser_to_diffusers,
+    scaled_vae,
     vae_from_diffusers,
     vae_to_diffusers,
 )
@@ -31,6 +37,7 @@ from models.diffusion.schedule import (
     LinearScheduleConfig,
     ScaledLinearScheduleConfig,
 )
+from models.latent_diffusion import Normalisation
 from models.unet import UNet, UNetConfig
 
 NETWORK = UNetConfig(
@@ -218,6 +225,160 @@ def test_their_scheduler_and_unet_make_our_samples(name: str, spacing: str) -> N
             untold = theirs(latents, step, class_labels=torch.full_like(labels, NUM_CLASSES)).sample
             latents = scheduler.step(untold + scale * (told - untold), step, latents).prev_sample
     torch.testing.assert_close(latents, expected, rtol=1e-3, atol=1e-3 * expected.std().item())
+
+
+@pytest.mark.parametrize("mean", [(0.0,) * 3, (0.3, -0.2, 0.0)], ids=["factor", "channels"])
+@pytest.mark.parametrize("quant_convs", [False, True])
+def test_one_number_scales_the_latents_of_an_exported_vae(quant_convs: bool, mean: tuple[float, ...]) -> None:
+    config = VAES["plain"].model_copy(update={"quant_convs": quant_convs})
+    ours = AutoencoderKL(config, image_channels=1)
+    randomise(ours)
+    std = (2.0, 2.0, 2.0) if not any(mean) else (2.0, 0.5, 1.3)
+    weights, scaled, factor = scaled_vae(ours.state_dict(), config, mean=torch.tensor(mean), std=torch.tensor(std))
+    described = vae_config_to_diffusers(scaled, image_channels=1, sample_size=16, scaling_factor=factor)
+    theirs = diffusers.AutoencoderKL.from_config(described)
+    theirs.load_state_dict(vae_to_diffusers(weights, scaled))
+    assert (factor, scaled == config) == ((0.18215, quant_convs) if any(mean) else (0.5, True))
+    images, latents, normalisation = torch.rand(2, 1, 16, 16) * 2 - 1, torch.randn(2, 3, 4, 4), Normalisation(mean, std)
+    with torch.no_grad():
+        here, there = ours.encode(images), theirs.encode(images).latent_dist
+        pairs = [(normalisation.draw_normalised(here), there.mean * factor)]
+        noise = torch.randn_like(here.mean)
+        pairs += [(normalisation.draw_normalised(here, noise), (there.mean + there.std * noise) * factor)]
+        pairs += [
+            (ours.decode(normalisation.restore(latents)), theirs.decode(latents / theirs.config.scaling_factor).sample)
+        ]
+    for expected, found in pairs:
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 * expected.abs().max().item())
+
+
+# --------------------------------------------------------------------------------------- one file of Stable Diffusion's
+
+SD_NETWORK = UNetConfig(
+    channels=(64, 128, 128),
+    blocks=(2, 2, 2),
+    attention=(False, True, False),
+    heads=(8, 8, 8),
+    transformer_depth=(1, 1, 1),
+    time_injection="shift",
+)
+SD_MODEL = DenoiserConfig(
+    network=SD_NETWORK,
+    conditioners=(TOKENS,),
+    schedule=ScaledLinearScheduleConfig(),
+    objective=ObjectiveConfig(prediction="eps"),
+)
+SD_VAE = VAEConfig(latent_channels=4, channels=(32, 32, 64), blocks_per_level=1, quant_convs=True)
+
+
+def described_for_one_file(config: DenoiserConfig, vae: VAEConfig, scaling_factor: float = 0.18215) -> dict:
+    return {
+        "unet": unet_config_to_diffusers(config, latent_channels=4, latent_size=8, num_classes=NUM_CLASSES),
+        "vae": vae_config_to_diffusers(vae, image_channels=3, sample_size=32, scaling_factor=scaling_factor),
+        "scheduler": scheduler_config_to_diffusers(config, DDIMConfig()),
+    }
+
+
+@pytest.mark.parametrize("heads", [(8, 8, 8), (1, 2, 2)], ids=["sd1", "sd2"])
+def test_diffusers_reads_our_single_file_as_the_same_networks(heads: tuple[int, ...], tmp_path: Path) -> None:
+    """By our own configs and offline; the projections of version 1 are convolutions, those of 2 linear maps."""
+    config = SD_MODEL.model_copy(update={"network": SD_NETWORK.model_copy(update={"heads": heads})})
+    ours = Denoiser(config, latent_channels=4, latent_size=8, num_classes=0).eval()
+    vae = AutoencoderKL(SD_VAE, image_channels=3)
+    randomise(ours)
+    randomise(vae)
+    configs = described_for_one_file(config, SD_VAE)
+    weights = {
+        "unet": denoiser_to_diffusers(ours.state_dict(), config),
+        "vae": vae_to_diffusers(vae.state_dict(), SD_VAE),
+    }
+    path, read = tmp_path / "model.safetensors", {}
+    save_file({name: tensor.contiguous() for name, tensor in to_single_file(configs, weights).items()}, path)
+    for name, kind in (("unet", diffusers.UNet2DConditionModel), ("vae", diffusers.AutoencoderKL)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps(configs[name]))
+        read[name] = kind.from_single_file(str(path), config=str(tmp_path), subfolder=name, local_files_only=True)
+    projection = load_file(path)["model.diffusion_model.input_blocks.4.1.proj_in.weight"]
+    assert projection.dim() == (4 if heads[0] == 8 else 2)
+
+    x, time, given = torch.randn(3, 4, 8, 8), torch.tensor([0, 37, 999]), conditions()
+    images = torch.rand(2, 3, 32, 32) * 2 - 1
+    with torch.no_grad():
+        expected = ours.output(x, time, given, torch.zeros(3, 1, dtype=torch.bool))
+        mask = (given["text_tokens"] != 0).any(dim=-1)
+        found = read["unet"](x, time, given["text_tokens"], encoder_attention_mask=mask).sample
+        pairs = [(expected, found), (vae.encode(images).mean, read["vae"].encode(images).latent_dist.mean)]
+        pairs += [(vae.decode(x), read["vae"].decode(x).sample)]
+    for expected, found in pairs:
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 * expected.abs().max().item())
+
+
+def test_a_single_file_of_the_size_of_sd15_has_its_names() -> None:
+    read, (vae_config, channels) = unet_config_from_diffusers(SD15_UNET), vae_config_from_diffusers(SD15_VAE)
+    text = TextConditionerConfig(width=read.token_width, use="tokens")
+    config = SD_MODEL.model_copy(update={"network": read.network, "conditioners": (text,)})
+    with torch.device("meta"):
+        ours = Denoiser(config, latent_channels=4, latent_size=64, num_classes=0)
+        vae = AutoencoderKL(vae_config, image_channels=channels)
+    weights = {
+        "unet": denoiser_to_diffusers(ours.state_dict(), config),
+        "vae": vae_to_diffusers(vae.state_dict(), vae_config),
+    }
+    shapes = {
+        name: tuple(t.shape) for name, t in to_single_file(described_for_one_file(config, vae_config), weights).items()
+    }
+    # Of v1-5-pruned-emaonly.safetensors, less its text encoder and the tables of its schedule.
+    assert sum(name.startswith("model.diffusion_model.") for name in shapes) == 686
+    assert sum(name.startswith("first_stage_model.") for name in shapes) == 248
+    for name, shape in (
+        ("model.diffusion_model.time_embed.0.weight", (1280, 320)),
+        ("model.diffusion_model.input_blocks.1.1.proj_in.weight", (320, 320, 1, 1)),
+        ("model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight", (320, 768)),
+        ("model.diffusion_model.input_blocks.3.0.op.weight", (320, 320, 3, 3)),
+        ("model.diffusion_model.input_blocks.4.0.skip_connection.weight", (640, 320, 1, 1)),
+        ("model.diffusion_model.middle_block.1.norm.weight", (1280,)),
+        ("model.diffusion_model.middle_block.2.out_layers.3.weight", (1280, 1280, 3, 3)),
+        ("model.diffusion_model.output_blocks.2.1.conv.weight", (1280, 1280, 3, 3)),
+        ("model.diffusion_model.output_blocks.5.2.conv.weight", (1280, 1280, 3, 3)),
+        ("model.diffusion_model.output_blocks.8.0.emb_layers.1.weight", (640, 1280)),
+        ("model.diffusion_model.output_blocks.11.1.proj_out.bias", (320,)),
+        ("model.diffusion_model.out.2.weight", (4, 320, 3, 3)),
+        ("first_stage_model.encoder.down.1.block.0.nin_shortcut.weight", (256, 128, 1, 1)),
+        ("first_stage_model.encoder.down.2.downsample.conv.weight", (512, 512, 3, 3)),
+        ("first_stage_model.encoder.mid.attn_1.q.weight", (512, 512, 1, 1)),
+        ("first_stage_model.decoder.mid.attn_1.proj_out.weight", (512, 512, 1, 1)),
+        ("first_stage_model.decoder.mid.block_2.norm1.weight", (512,)),
+        ("first_stage_model.decoder.up.3.upsample.conv.weight", (512, 512, 3, 3)),
+        ("first_stage_model.decoder.up.0.block.2.conv2.weight", (128, 128, 3, 3)),
+        ("first_stage_model.decoder.norm_out.weight", (128,)),
+        ("first_stage_model.quant_conv.weight", (8, 8, 1, 1)),
+    ):
+        assert shapes[name] == shape, name
+
+
+@pytest.mark.parametrize(
+    ("model", "vae", "factor", "reason"),
+    [
+        ({"conditioners": ()}, {}, 0.18215, r"unet._class_name = 'UNet2DModel' \(only 'UNet2DConditionModel'\)"),
+        ({"conditioners": (TOKENS, CLASS)}, {}, 0.18215, r"unet.num_class_embeds = 6 \(only None\)"),
+        ({"schedule": CosineScheduleConfig()}, {}, 0.18215, r"scheduler.beta_schedule = 'squaredcos_cap_v2'"),
+        ({}, {"norm_groups": 16}, 0.18215, r"vae.norm_num_groups = 16 \(only 32\)"),
+        ({}, {"mid_attention": False}, 0.18215, r"vae.mid_block_add_attention = False"),
+        ({}, {}, 0.13025, r"vae.scaling_factor = 0.13025 \(only 0.18215\)"),
+        ({"heads": (8, 4, 8)}, {}, 0.18215, r"unet.attention_head_dim = \[8, 4, 8\] \(only 8 heads each, or"),
+        ({"blocks": (2, 1, 2)}, {}, 0.18215, r"unet.layers_per_block = \[2, 1, 2\] \(only one number"),
+        ({"norm_groups": 16}, {}, 0.18215, r"unet.norm_num_groups = 16"),
+    ],
+)
+def test_what_a_single_file_does_not_say_must_be_stable_diffusions(
+    model: dict, vae: dict, factor: float, reason: str
+) -> None:
+    of_network = {key: value for key, value in model.items() if key in UNetConfig.model_fields}
+    of_model = {key: value for key, value in model.items() if key not in of_network}
+    config = SD_MODEL.model_copy(update={**of_model, "network": SD_NETWORK.model_copy(update=of_network)})
+    described = described_for_one_file(config, SD_VAE.model_copy(update=vae), factor)
+    with pytest.raises(ValueError, match=f"does not fit into a file of Stable Diffusion's: .*{reason}"):
+        to_single_file(described, {"unet": {}, "vae": {}})
 
 
 # ------------------------------------------------------------------------------------- published configs, on no device

@@ -6,12 +6,13 @@ import json
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import diffusers
 import pytest
 import torch
-from conftest import Run, run_here
+from conftest import SMOKE, Run, run_here
 from safetensors.torch import load_file
 
 from data.manifest import FileEntry, Parents, read_input, read_manifest, write_manifest
@@ -20,11 +21,14 @@ from models.conditioning.class_label import ClassConditionerConfig
 from models.conditioning.text import TextConditionerConfig
 from models.conditioning.text_encoder import MiniLMConfig
 from models.denoiser import Denoiser, DenoiserConfig
+from models.diffusers.config import scheduler_config_to_diffusers
 from models.diffusion.samplers import DDIMConfig
+from models.diffusion.schedule import ScaledLinearScheduleConfig
 from models.latent_diffusion import LatentDiffusion, Normalisation
 from models.unet import UNetConfig
 from pipelines.model.device import Device
 from pipelines.model.weights import ModelInputs, load_latent_diffusion
+from pipelines.tools import export
 from pipelines.tools.export import ExportConfig, compute_example
 from pipelines.tools.model_card import model_card
 
@@ -75,14 +79,12 @@ def test_each_call_of_the_exported_networks_is_ours(exported: Path, two_process_
             found = unet(example["noise"], times, class_labels=labels).sample
             assert (found - expected).norm() / expected.norm() < 1e-5
         restored = ours.normalisation.restore(example["latents"])
-        mean, std = (torch.tensor(vae.config[name])[:, None, None] for name in ("latents_mean", "latents_std"))
-        assert torch.equal(example["latents"] * std + mean, restored)
-        found, expected = vae.decode(restored).sample, ours.autoencoder.decode(restored)
+        scaling_factor = vae.config.scaling_factor
+        found, expected = vae.decode(example["latents"] / scaling_factor).sample, ours.autoencoder.decode(restored)
         assert (found - expected).norm() / expected.norm() < 1e-5
         posterior = vae.encode(expected.clamp(-1, 1)).latent_dist
-        ours_posterior = ours.autoencoder.encode(expected.clamp(-1, 1))
-        assert (posterior.mean - ours_posterior.mean).norm() / ours_posterior.mean.norm() < 1e-5
-    assert vae.config.scaling_factor == 1
+        encoded = ours.encode(expected.clamp(-1, 1))
+        assert (posterior.mean * scaling_factor - encoded).norm() / encoded.norm() < 1e-5
 
 
 def test_an_export_holds_what_others_need_to_check_it(exported: Path) -> None:
@@ -117,6 +119,48 @@ def test_exporting_again_gives_the_same_bytes_and_other_folders_are_left_alone(
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 
 
+def test_a_model_of_another_architecture_is_no_single_file(two_process_run: Run, tmp_path: Path) -> None:
+    words = ["--run.root", str(two_process_run.root), "--output", str(tmp_path / "export")]
+    refused = run_here("export", *words, "--format", "single_file")
+    assert refused.returncode == 2
+    assert "does not fit into a file of Stable Diffusion's: unet._class_name = 'UNet2DModel'" in refused.stderr
+    assert not list(tmp_path.glob("export/*"))
+
+
+def test_a_single_file_holds_what_the_folders_beside_it_hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = TextConditionerConfig(width=12, use="tokens", encoder=MiniLMConfig(max_tokens=5))
+    network = UNetConfig(
+        channels=(32, 32), blocks=(1, 1), attention=(False, True), heads=(8, 8), transformer_depth=(1, 1)
+    ).model_copy(update={"time_injection": "shift"})
+    described = DenoiserConfig(network=network, conditioners=(text,), schedule=ScaledLinearScheduleConfig())
+    model = LatentDiffusion(
+        autoencoder=AutoencoderKL(VAEConfig(latent_channels=4, channels=(32, 32)), image_channels=3).eval(),
+        denoiser=Denoiser(described, latent_channels=4, latent_size=4, num_classes=0).eval(),
+        normalisation=Normalisation(mean=(0.1, 0.2, 0.3, 0.4), std=(1.0, 2.0, 3.0, 4.0)),
+    )
+    model.autoencoder.to(memory_format=torch.channels_last)
+    parents = SimpleNamespace(unet=SimpleNamespace(classes=(), weights=""), vae=SimpleNamespace(weights=""))
+    tokens = {"text_tokens": torch.randn(4, 5, 12), "labels": torch.full((4,), -1)}
+    for name, found in (
+        ("read_parents", parents),
+        ("check_latent_diffusion", None),
+        ("denoiser_config", described),
+        ("load_latent_diffusion", model),
+        ("example_conditions", tokens),
+    ):
+        monkeypatch.setattr(export, name, lambda *_, found=found, **__: found)
+    words = ["--config", str(SMOKE), "--num_inference_steps", "2", "--output", str(tmp_path)]
+    assert export.main([*words, "--format", "single_file"]) == 0
+    for name, kind in (("vae", diffusers.AutoencoderKL), ("unet", diffusers.UNet2DConditionModel)):
+        options = {"config": str(tmp_path), "subfolder": name, "local_files_only": True}
+        read = kind.from_single_file(str(tmp_path / "model.safetensors"), **options).state_dict()
+        expected = kind.from_pretrained(tmp_path / name).state_dict()
+        assert read.keys() == expected.keys()
+        assert all(torch.equal(tensor, expected[key]) for key, tensor in read.items())
+    assert export.main(words) == 0
+    assert not (tmp_path / "model.safetensors").exists()
+
+
 def test_what_diffusers_cannot_hold_is_refused_before_anything_is_written(two_process_run: Run, tmp_path: Path) -> None:
     words = ["--run.root", str(two_process_run.root), "--output", str(tmp_path / "export")]
     refused = run_here("export", *words, "--num_inference_steps", "30")
@@ -143,8 +187,6 @@ def test_what_diffusers_cannot_hold_is_refused_before_anything_is_written(two_pr
 
 @pytest.mark.parametrize("kind", ["text", "text_and_class", "unconditional"])
 def test_cards_of_other_conditions_reproduce_their_samples_too(kind: str, tmp_path: Path) -> None:
-    from pipelines.tools import export
-
     torch.manual_seed(0)
     text = TextConditionerConfig(width=12, encoder=MiniLMConfig(max_tokens=5))
     conditioners = {
@@ -155,9 +197,8 @@ def test_cards_of_other_conditions_reproduce_their_samples_too(kind: str, tmp_pa
     network = UNetConfig(
         channels=(16, 32), blocks=(1, 1), attention=(False, True), heads=(1, 4), transformer_depth=(1, 1), norm_groups=8
     )
-    denoiser = Denoiser(
-        DenoiserConfig(network=network, conditioners=conditioners), latent_channels=3, latent_size=4, num_classes=3
-    ).eval()
+    described = DenoiserConfig(network=network, conditioners=conditioners)
+    denoiser = Denoiser(described, latent_channels=3, latent_size=4, num_classes=3).eval()
     for parameter in denoiser.parameters():
         if parameter.dim() > 1:
             torch.nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5)
@@ -176,16 +217,12 @@ def test_cards_of_other_conditions_reproduce_their_samples_too(kind: str, tmp_pa
     if kind == "unconditional":
         config = config.model_copy(update={"guidance_scale": 1.0})
     example = compute_example(config, model, sampler=sampler, conditions=conditions)
-    configs = export.network_configs(model, num_classes=3)
-    export.write_export(
-        tmp_path,
-        model,
-        configs=configs,
-        scheduler=export.scheduler_config_to_diffusers(denoiser.config, sampler),
-        example=example,
-    )
+    scheduler = scheduler_config_to_diffusers(denoiser.config, sampler)
+    configs, weights = export.in_diffusers(model, scheduler, num_classes=3)
+    export.write_export(tmp_path, configs, weights, example)
     card = model_card(
-        unet_class=configs["unet"]["_class_name"], example=example, classes=("a", "b", "c"), digests={}, experiment="x"
+        unet_class=configs["unet"]["_class_name"],
+        **{"example": example, "classes": ("a", "b", "c"), "digests": {}, "experiment": "x"},
     )
     (tmp_path / "README.md").write_text(card)
     assert example["latents"].std() > 0.1

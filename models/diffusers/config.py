@@ -78,17 +78,15 @@ def vae_config_to_diffusers(
     *,
     image_channels: int,
     sample_size: int,
-    latents_mean: list[float] | None = None,
-    latents_std: list[float] | None = None,
+    scaling_factor: float = 1.0,
 ) -> JSON:
-    """``config.json`` of the ``AutoencoderKL``, with scaling factor 1.
+    """``config.json`` of the ``AutoencoderKL``.
 
     Args:
         config: The VAE.
         image_channels: Channels of the images.
         sample_size: Side of the images, pixels.
-        latents_mean: Mean of each channel's latents, by which they are normalised; None when they are not.
-        latents_std: The same of their standard deviation.
+        scaling_factor: Times a latent is a normalised one.
     """
     if config.norm_eps != 1e-6:
         raise ValueError(
@@ -99,9 +97,7 @@ def vae_config_to_diffusers(
         "block_out_channels": list(config.channels),
         "latent_channels": config.latent_channels,
         "sample_size": sample_size,
-        "scaling_factor": 1.0,
-        "latents_mean": latents_mean,
-        "latents_std": latents_std,
+        "scaling_factor": scaling_factor,
         **{name: getattr(config, ours) for ours, (name, _) in _VAE_FIELDS.items()},
     }
     return theirs | _vae_settings(theirs)
@@ -172,13 +168,21 @@ def unet_config_to_diffusers(
     if pooled := _pooled_conditioners(config):
         theirs |= {"class_embed_type": "simple_projection", "projection_class_embeddings_input_dim": pooled[0].width}
     return theirs | {
-        "layers_per_block": list(network.blocks),
+        "layers_per_block": network.blocks[0] if len(set(network.blocks)) == 1 else list(network.blocks),
         # Their name for the number of heads, by an old mistake that published configs made permanent.
         "attention_head_dim": list(network.heads),
         "transformer_layers_per_block": list(network.transformer_depth),
         "cross_attention_dim": config.token_width,
-        "use_linear_projection": True,
+        "use_linear_projection": has_linear_projections(network),
     }
+
+
+def has_linear_projections(network: UNetConfig) -> bool:
+    """Whether transformers are entered and left by linear maps, not by 1x1 convolutions as Stable Diffusion 1's are.
+
+    Both compute the same. The 8 heads of every level tell its U-Nets from those of version 2, whose heads are 64 wide.
+    """
+    return {heads for heads, attends in zip(network.heads, network.attends, strict=True) if attends} != {8}
 
 
 def _refuse_unexportable(config: DenoiserConfig) -> None:

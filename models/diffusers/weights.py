@@ -18,7 +18,10 @@ from models.autoencoder.vae import VAEConfig
 from models.conditioning.class_label import ClassConditionerConfig
 from models.conditioning.text import TextConditionerConfig
 from models.denoiser import DenoiserConfig
+from models.diffusers.config import has_linear_projections
 from models.unet import UNetConfig
+
+SCALING_FACTOR = 0.18215  # Stable Diffusion's, which programs that read its files take for granted
 
 Renames = dict[str, str]
 """Our modules and theirs; several of theirs, with spaces between, are stacked in ours along the first dimension."""
@@ -52,10 +55,39 @@ _ENDS: Renames = {"conv_in": "conv_in", "norm_out": "conv_norm_out", "conv_out":
 
 # Parts that some networks have and others lack, and those without a bias; all else is missing when it is not there.
 _OPTIONAL = (".shortcut", ".time.linear", ".table", ".project")
+_PROJECTIONS = (".proj_in.weight", ".proj_out.weight")
 _WITHOUT_BIAS = ("self_attention.qkv", "cross_attention.q", "cross_attention.kv")
 
 
 # ------------------------------------------------------------------------------------------------------------ VAE
+
+
+def scaled_vae(
+    weights: Mapping[str, Tensor], config: VAEConfig, *, mean: Tensor, std: Tensor
+) -> tuple[dict[str, Tensor], VAEConfig, float]:
+    """Bring the normalisation by ``mean`` and ``std`` (c) down to one number, the only one that diffusers reads.
+
+    What is more than a factor goes into the 1x1 convolutions on both sides of the latent, with the same images.
+
+    Returns:
+        Our weights and config of the autoencoder, and the factor that makes its latents normalised ones.
+    """
+    if not mean.any() and (std == std[0]).all():
+        return dict(weights), config, float(f"{1 / float(std[0]):.7g}")
+    c, gain = len(mean), SCALING_FACTOR * std
+    before = {"quant_conv.weight": torch.eye(2 * c)[..., None, None], "quant_conv.bias": torch.zeros(2 * c)}
+    before |= {"post_quant_conv.weight": torch.eye(c)[..., None, None], "post_quant_conv.bias": torch.zeros(c)}
+    before |= weights
+    factor = torch.cat([1 / gain, torch.ones(c)])  # of mean and log-variance
+    shift = torch.cat([-mean / gain, -2 * gain.log()])
+    decode = before["post_quant_conv.weight"]
+    folded = {
+        "quant_conv.weight": before["quant_conv.weight"] * factor[:, None, None, None],
+        "quant_conv.bias": before["quant_conv.bias"] * factor + shift,
+        "post_quant_conv.weight": decode * gain[:, None, None],
+        "post_quant_conv.bias": before["post_quant_conv.bias"] + decode[:, :, 0, 0] @ mean,
+    }
+    return before | folded, config.model_copy(update={"quant_convs": True}), SCALING_FACTOR
 
 
 def vae_to_diffusers(weights: Mapping[str, Tensor], config: VAEConfig) -> dict[str, Tensor]:
@@ -111,7 +143,10 @@ def denoiser_to_diffusers(weights: Mapping[str, Tensor], config: DenoiserConfig)
     A learned null caption has no place there: it is what their caller passes as the features of the empty caption.
     """
     placed = {name: tensor for name, tensor in weights.items() if ".null_" not in name}
-    return _rename(placed, _denoiser_renames(config))
+    renamed = _rename(placed, _denoiser_renames(config))
+    if not has_linear_projections(config.network):
+        renamed |= {key: value[..., None, None] for key, value in renamed.items() if key.endswith(_PROJECTIONS)}
+    return renamed
 
 
 def denoiser_from_diffusers(weights: Mapping[str, Tensor], config: DenoiserConfig) -> dict[str, Tensor]:

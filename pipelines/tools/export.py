@@ -4,8 +4,8 @@
 
 Reads: ``runs/NAME/vae/``, ``runs/NAME/unet/``, and ``runs/NAME/evaluation/samples.png`` where it is there. Writes to
 ``OUTPUT``: ``vae/``, ``unet/`` and ``scheduler/`` as diffusers loads them, ``example.safetensors``, ``grid.png`` and a
-model card ``README.md``, whose few lines reproduce the example. There is no ``model_index.json``: no stock pipeline
-normalises latents channel by channel, so none would draw our images.
+model card ``README.md``, whose few lines reproduce the example. ``--format single_file`` writes the networks once more,
+into ``model.safetensors`` under the names of Stable Diffusion, if they are of its architecture.
 """
 
 import sys
@@ -24,7 +24,8 @@ from models.conditioning.class_label import ClassConditioner
 from models.conditioning.text import TextConditioner
 from models.denoiser import Denoiser
 from models.diffusers.config import scheduler_config_to_diffusers, unet_config_to_diffusers, vae_config_to_diffusers
-from models.diffusers.weights import denoiser_to_diffusers, vae_to_diffusers
+from models.diffusers.single_file import to_single_file
+from models.diffusers.weights import denoiser_to_diffusers, scaled_vae, vae_to_diffusers
 from models.diffusion.guidance import GuidanceConfig, GuidanceScale
 from models.diffusion.samplers import DDIMConfig
 from models.latent_diffusion import LatentDiffusion
@@ -47,7 +48,7 @@ class ExportConfig(StageConfig):
     """Export of a trained model: its format, its folder, and an example."""
 
     inputs: ModelInputs  # where the weights are
-    format: Literal["diffusers"] = "diffusers"  # whose files are written
+    format: Literal["diffusers", "single_file"] = "diffusers"  # single_file adds one file of Stable Diffusion's names
     output: Name = "export"  # folder to write to
     prompts: tuple[str, ...] = ()  # captions of the example's samples, for a model that reads text; none: class names
     guidance_scale: GuidanceScale = 2.0  # of the example
@@ -76,14 +77,19 @@ def export(config: ExportConfig) -> Answer:
         scheduler = scheduler_config_to_diffusers(denoiser_config(config.inputs.unet, parents.unet), sampler)
     model = load_latent_diffusion(config.inputs, parents, device=ON_CPU)
     with config_error_at("inputs"):
-        configs = network_configs(model, num_classes=len(classes))
+        configs, weights = in_diffusers(model, scheduler, num_classes=len(classes))
+        single_file = to_single_file(configs, weights) if config.format == "single_file" else None
         conditions = example_conditions(config, model, classes)
     example = compute_example(config, model, sampler=sampler, conditions=conditions)
 
-    write_export(output, model, configs=configs, scheduler=scheduler, example=example)
+    (output / "model.safetensors").unlink(missing_ok=True)  # of an earlier export to this folder
+    write_export(output, configs, weights, example)
+    if single_file is not None:
+        write_weights(output / "model.safetensors", single_file)
     write_atomically(output / "grid.png", grid_of(config, example))
+    unet_class = configs["unet"]["_class_name"]
     card = model_card(
-        unet_class=configs["unet"]["_class_name"],
+        unet_class=unet_class,
         example=example,
         classes=classes,
         digests={"VAE": parents.vae.weights, "U-Net": parents.unet.weights},
@@ -91,51 +97,50 @@ def export(config: ExportConfig) -> Answer:
     )
     write_atomically(output / "README.md", card.encode())
     text = f"export: {output} holds vae/, unet/, scheduler/, example.safetensors and README.md, which shows its use"
-    return Answer({"output": str(output), "format": config.format, "unet_class": configs["unet"]["_class_name"]}, text)
+    return Answer({"output": str(output), "format": config.format, "unet_class": unet_class}, text)
+
+
+def write_weights(path: Path, weights: Mapping[str, Tensor]) -> None:
+    write_atomically(path, save({key: tensor.contiguous() for key, tensor in weights.items()}, {"format": "pt"}))
 
 
 def write_export(
-    output: Path,
-    model: LatentDiffusion,
-    *,
-    configs: Mapping[str, Any],
-    scheduler: Mapping[str, Any],
-    example: Mapping[str, Tensor],
+    output: Path, configs: Mapping[str, Any], weights: Mapping[str, Mapping[str, Tensor]], example: Mapping[str, Tensor]
 ) -> None:
     """Write the folders that diffusers loads, and the example."""
-    weights = {
-        "vae": vae_to_diffusers(model.autoencoder.state_dict(), model.autoencoder.config),
-        "unet": denoiser_to_diffusers(model.denoiser.state_dict(), model.denoiser.config),
-    }
     for name, renamed in weights.items():
         (output / name).mkdir(parents=True, exist_ok=True)
-        contiguous = {key: tensor.contiguous() for key, tensor in renamed.items()}
-        write_atomically(output / name / "diffusion_pytorch_model.safetensors", save(contiguous, {"format": "pt"}))
+        write_weights(output / name / "diffusion_pytorch_model.safetensors", renamed)
         write_json(output / name / "config.json", configs[name])
     (output / "scheduler").mkdir(exist_ok=True)
-    write_json(output / "scheduler" / "scheduler_config.json", scheduler)
+    write_json(output / "scheduler" / "scheduler_config.json", configs["scheduler"])
     write_atomically(output / "example.safetensors", save(dict(example)))
 
 
-def network_configs(model: LatentDiffusion, *, num_classes: int) -> dict[str, Any]:
-    """Return ``config.json`` of both networks.
+def in_diffusers(
+    model: LatentDiffusion, scheduler: dict[str, Any], *, num_classes: int
+) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, Tensor]]]:
+    """Return the configs of U-Net, VAE and scheduler by folder, and the weights of the networks.
 
     Raises:
         ValueError: The model has parts that diffusers lacks.
     """
-    vae, normalisation = model.autoencoder, model.normalisation
-    channels, latent_size, _ = model.denoiser.latent_shape
-    return {
+    denoiser, vae, normalisation = model.denoiser, model.autoencoder, model.normalisation
+    channels, latent_size, _ = denoiser.latent_shape
+    mean, std = normalisation.mean.flatten(), normalisation.std.flatten()
+    scaled, vae_config, factor = scaled_vae(vae.state_dict(), vae.config, mean=mean, std=std)
+    configs = {
         "unet": unet_config_to_diffusers(
-            model.denoiser.config, latent_channels=channels, latent_size=latent_size, num_classes=num_classes
+            denoiser.config, latent_channels=channels, latent_size=latent_size, num_classes=num_classes
         ),
         "vae": vae_config_to_diffusers(
-            vae.config,
-            image_channels=vae.image_channels,
-            sample_size=latent_size * vae.factor,
-            latents_mean=normalisation.mean.flatten().tolist(),
-            latents_std=normalisation.std.flatten().tolist(),
+            vae_config, image_channels=vae.image_channels, sample_size=latent_size * vae.factor, scaling_factor=factor
         ),
+        "scheduler": scheduler,
+    }
+    return configs, {
+        "unet": denoiser_to_diffusers(denoiser.state_dict(), denoiser.config),
+        "vae": vae_to_diffusers(scaled, vae_config),
     }
 
 

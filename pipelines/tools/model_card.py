@@ -17,9 +17,8 @@ A latent diffusion model trained with Latentline, in the format of diffusers: an
 
 ![Samples](grid.png)
 
-Latents are normalised channel by channel: `vae.config.latents_mean` and `latents_std` take the U-Net's latents back to
-the VAE's, and `scaling_factor` is 1. No stock pipeline of diffusers does this, so there is no `model_index.json`; these
-lines draw the example, run in this folder:
+Latents are scaled by `vae.config.scaling_factor` alone, as everywhere in diffusers: what normalises them channel by
+channel is in the VAE's `quant_conv` and `post_quant_conv`. These lines draw the example, run in this folder:
 
 ```python
 {code}
@@ -49,8 +48,7 @@ with torch.no_grad():
     for t in scheduler.timesteps:
 {step}
         latents = scheduler.step(output, t, latents).prev_sample
-    mean, std = (torch.tensor(vae.config[name]).view(1, -1, 1, 1) for name in ("latents_mean", "latents_std"))
-    images = vae.decode(latents * std + mean).sample
+    images = vae.decode(latents / vae.config.scaling_factor).sample
 for found, name in ((latents, "latents"), (images, "images")):
     print(name, ((found - example[name]).abs().max() / example[name].std()).item())"""
 
