@@ -24,7 +24,7 @@ whole trajectories of samplers and whole calls of networks are compared, with th
     UNet                           UNet2DModel, UNet2DConditionModel       1e-5            diffusers_format
     AutoencoderKL                  AutoencoderKL                           1e-5            diffusers_format
     numbers of parameters          the same                                equal           diffusers_format
-    samples of an exported model   their networks and DDIMScheduler        1e-3            export
+    samples of an exported model   their networks and schedulers           1e-3            export
     a single file of both          from_single_file of their networks      1e-5            diffusers_format
     attend                         the formula; backends with each other   1e-5            networks_attention
     SelfAttention, CrossAttention  torch's MultiheadAttention              1e-5            networks_attention

@@ -22,8 +22,9 @@ from models.conditioning.text import TextConditionerConfig
 from models.conditioning.text_encoder import MiniLMConfig
 from models.denoiser import Denoiser, DenoiserConfig
 from models.diffusers.config import scheduler_config_to_diffusers
+from models.diffusion.objective import ObjectiveConfig
 from models.diffusion.samplers import DDIMConfig
-from models.diffusion.schedule import ScaledLinearScheduleConfig
+from models.diffusion.schedule import FlowMatchingConfig, ScaledLinearScheduleConfig
 from models.latent_diffusion import LatentDiffusion, Normalisation
 from models.unet import UNetConfig
 from pipelines.model.device import Device
@@ -173,7 +174,7 @@ def test_what_diffusers_cannot_hold_is_refused_before_anything_is_written(two_pr
     config = json.loads((unet / "config.json").read_bytes())
     config["denoiser"] |= {
         "schedule": {"kind": "flow_matching"},
-        "objective": config["denoiser"]["objective"] | {"prediction": "velocity"},
+        "objective": config["denoiser"]["objective"] | {"prediction": "x0"},
     }
     (unet / "config.json").write_text(json.dumps(config))
     manifest = read_manifest(unet)
@@ -181,11 +182,11 @@ def test_what_diffusers_cannot_hold_is_refused_before_anything_is_written(two_pr
     write_manifest(unet, manifest.model_copy(update={"files": (*kept, FileEntry.of(unet / "config.json"))}))
     refused = run_here("export", *words, "--inputs.unet", str(unet))
     assert refused.returncode == 2
-    assert "cannot be exported to diffusers: its schedulers hold no flow of this form" in refused.stderr
+    assert "cannot be exported to diffusers: its flow matching cannot read a prediction of 'x0'" in refused.stderr
     assert not list(tmp_path.glob("export/*"))
 
 
-@pytest.mark.parametrize("kind", ["text", "text_and_class", "unconditional"])
+@pytest.mark.parametrize("kind", ["text", "text_and_class", "unconditional", "flow"])
 def test_cards_of_other_conditions_reproduce_their_samples_too(kind: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     text = TextConditionerConfig(width=12, encoder=MiniLMConfig(max_tokens=5))
@@ -193,11 +194,15 @@ def test_cards_of_other_conditions_reproduce_their_samples_too(kind: str, tmp_pa
         "text": (text,),
         "text_and_class": (text.model_copy(update={"use": "tokens"}), ClassConditionerConfig()),
         "unconditional": (),
+        "flow": (ClassConditionerConfig(),),
     }[kind]
     network = UNetConfig(
         channels=(16, 32), blocks=(1, 1), attention=(False, True), heads=(1, 4), transformer_depth=(1, 1), norm_groups=8
     )
     described = DenoiserConfig(network=network, conditioners=conditioners)
+    if kind == "flow":
+        changes = {"schedule": FlowMatchingConfig(), "objective": ObjectiveConfig(prediction="velocity")}
+        described = described.model_copy(update=changes)
     denoiser = Denoiser(described, latent_channels=3, latent_size=4, num_classes=3).eval()
     for parameter in denoiser.parameters():
         if parameter.dim() > 1:
@@ -222,6 +227,7 @@ def test_cards_of_other_conditions_reproduce_their_samples_too(kind: str, tmp_pa
     export.write_export(tmp_path, configs, weights, example)
     card = model_card(
         unet_class=configs["unet"]["_class_name"],
+        scheduler_class=scheduler["_class_name"],
         **{"example": example, "classes": ("a", "b", "c"), "digests": {}, "experiment": "x"},
     )
     (tmp_path / "README.md").write_text(card)

@@ -26,11 +26,20 @@ from models.denoiser import Denoiser, DenoiserConfig
 from models.diffusers.config import scheduler_config_to_diffusers
 from models.diffusion.guidance import GuidanceConfig
 from models.diffusion.samplers import DDIMConfig
+from models.latent_diffusion import LatentDiffusion, Normalisation
 from models.unet import UNetConfig
 from pipelines.model.captions import CaptionEncoder, as_tensors
 from pipelines.model.device import Device
 from pipelines.model.start import DiffusersStart, RandomStart, RunStart, check_start, encoder_at, load_start
-from pipelines.model.weights import check_same_vae, load_vae
+from pipelines.model.weights import ModelInputs, check_same_vae, load_vae
+from pipelines.tools.export import (
+    ExportConfig,
+    compute_example,
+    example_conditions,
+    in_diffusers,
+    write_export,
+    write_pipeline,
+)
 
 MADE_BEFORE = Path(__file__).with_name("made_by_0_1")
 NETWORK = UNetConfig(
@@ -228,6 +237,38 @@ def test_a_negative_prompt_leads_where_that_of_a_published_pipeline_leads(negati
     found = ours.sample(noise, conditions, uncond=uncond, **options)
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3 * expected.std().item())
     assert torch.allclose(ours.sample(noise, conditions, **options), found) == (negative == "")
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"spacing": "leading"}, {"guidance_scale": 0.5}], ids=["", "leading", "below 1"]
+)
+def test_an_export_is_a_stock_pipeline_where_that_draws_its_example(changes: dict[str, Any], tmp_path: Path) -> None:
+    _, denoiser, encoder = build_text_to_image(tmp_path)
+    torch.manual_seed(0)
+    model = LatentDiffusion(
+        autoencoder=AutoencoderKL(
+            VAEConfig(latent_channels=3, channels=(8, 8), norm_groups=4), image_channels=3
+        ).eval(),
+        denoiser=denoiser,
+        normalisation=Normalisation(mean=(0.1, -0.2, 0.3), std=(1.5, 0.7, 1.1)),
+        caption_features=CaptionEncoder(encoder, device=torch.device("cpu")).about,
+    )
+    given = {"guidance_scale": 2.5, "prompts": ("a cat", "dog"), "output": str(tmp_path / "export"), **changes}
+    config = ExportConfig(inputs=ModelInputs(vae="", unet=""), num_inference_steps=10, **given)
+    sampler = DDIMConfig(num_steps=10, spacing=config.spacing)
+    configs, weights = in_diffusers(model, scheduler_config_to_diffusers(denoiser.config, sampler), num_classes=0)
+    example = compute_example(config, model, sampler=sampler, conditions=example_conditions(config, model, ()))
+    write_export(tmp_path / "export", configs, weights, example)
+    write_pipeline(config, model, configs)
+    assert (tmp_path / "export" / "model_index.json").is_file() == (not changes)
+    if changes:
+        return
+    stock = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "export", local_files_only=True)
+    stock.set_progress_bar_config(disable=True)
+    options = {"latents": example["noise"], "guidance_scale": 2.5, "num_inference_steps": 10, "output_type": "pt"}
+    images = stock(prompt=["a cat", "dog", "a cat", "dog"], **options).images
+    assert images.std() > 0.01
+    torch.testing.assert_close(images, (example["images"] / 2 + 0.5).clamp(0, 1), rtol=0, atol=1e-4)
 
 
 def test_a_start_of_another_shape_is_refused_with_every_difference(tmp_path: Path) -> None:

@@ -198,6 +198,14 @@ class TextEncoder(nn.Module):
             list(captions), padding="max_length", truncation=True, max_length=self.max_tokens, return_tensors="pt"
         )
 
+    def save(self, folder: Path) -> dict[str, tuple[str, str]]:
+        """Write model and tokenizer as a pipeline of diffusers has them; return library and class by subfolder."""
+        self._tokenizer.model_max_length = self.max_tokens
+        parts = {"text_encoder": self.model, "tokenizer": self._tokenizer}
+        for name, part in parts.items():
+            part.save_pretrained(folder / name)
+        return {name: ("transformers", type(part).__name__) for name, part in parts.items()}
+
     @torch.no_grad()
     def encode(self, captions: Sequence[str]) -> TextFeatures:
         """Features of captions of any length, on the device of the weights."""

@@ -1,4 +1,4 @@
-"""Configs in the format of diffusers, both ways: AutoencoderKL, UNet2DModel, UNet2DConditionModel, DDIMScheduler.
+"""Configs in the format of diffusers, both ways: AutoencoderKL, UNet2DModel, UNet2DConditionModel, schedulers.
 
 They go with the weights of ``models/diffusers/weights.py``. What one side has and the other lacks is refused with the
 reason, in both directions: a network that loads and computes something else would be worse than none.
@@ -194,12 +194,14 @@ def _refuse_unexportable(config: DenoiserConfig) -> None:
     embeddings = conditions.count(ClassConditionerConfig) + len(pooled)
     sequences = conditions.count(TextConditionerConfig) - sum(c.use == "pooled" for c in pooled)
     flow = isinstance(config.schedule, FlowMatchingConfig)
+    scheduler, readable = ("flow matching", ["velocity"]) if flow else ("DDIM", sorted(_PREDICTIONS))
     reasons = {
-        "its schedulers hold no flow of this form (schedule.kind = 'flow_matching')": flow,
-        f"its DDIM cannot read a prediction of {objective.prediction!r}, only {sorted(_PREDICTIONS)}": (
-            objective.prediction not in _PREDICTIONS
+        f"its {scheduler} cannot read a prediction of {objective.prediction!r}, only {readable}": (
+            objective.prediction not in readable
         ),
-        "its DDIM cannot read a learned variance (objective.variance = 'learned')": objective.variance == "learned",
+        f"its {scheduler} cannot read a learned variance (objective.variance = 'learned')": (
+            objective.variance == "learned"
+        ),
         "it has no ConvNeXt blocks (network.block = 'convnext')": network.block == "convnext",
         "its U-Nets add one embedding to the time embedding, and these conditioners give several": embeddings > 1,
         "its U-Nets take one sequence of tokens, and these conditioners give several": sequences > 1,
@@ -306,16 +308,18 @@ def _refuse_others(theirs: Mapping[str, Any], expected: Mapping[str, Any]) -> No
 
 
 def scheduler_config_to_diffusers(config: DenoiserConfig, sampler: DDIMConfig) -> JSON:
-    """``scheduler_config.json`` of the ``DDIMScheduler`` that samples as ``sampler`` does.
+    """``scheduler_config.json`` of the scheduler that samples as ``sampler`` does.
 
-    Theirs steps by whole strides of num_train_timesteps // num_inference_steps, which is ours where that divides.
+    A ``DDIMScheduler`` steps by whole strides of num_train_timesteps // num_inference_steps, which is ours where that
+    divides; a ``FlowMatchEulerDiscreteScheduler`` through the sigmas that it is given.
 
     Raises:
         ValueError: The model cannot be exported, or the sampler's steps are not the scheduler's.
     """
     _refuse_unexportable(config)
     schedule = config.schedule
-    assert not isinstance(schedule, FlowMatchingConfig)
+    if isinstance(schedule, FlowMatchingConfig):
+        return {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": schedule.num_steps}
     if sampler.spacing not in ("leading", "trailing") or schedule.num_steps % sampler.num_steps:
         raise ValueError(
             f"diffusers' DDIMScheduler cannot follow {sampler.num_steps} steps of spacing {sampler.spacing!r} through "

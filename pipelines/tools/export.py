@@ -4,8 +4,9 @@
 
 Reads: ``runs/NAME/vae/``, ``runs/NAME/unet/``, and ``runs/NAME/evaluation/samples.png`` where it is there. Writes to
 ``OUTPUT``: ``vae/``, ``unet/`` and ``scheduler/`` as diffusers loads them, ``example.safetensors``, ``grid.png`` and a
-model card ``README.md``, whose few lines reproduce the example. ``--format single_file`` writes the networks once more,
-into ``model.safetensors`` under the names of Stable Diffusion, if they are of its architecture.
+model card ``README.md``, whose few lines reproduce the example; and ``model_index.json``, ``text_encoder/`` and
+``tokenizer/`` where a stock pipeline does. ``--format single_file`` writes the networks once more, into
+``model.safetensors`` under the names of Stable Diffusion, if they are of its architecture.
 """
 
 import sys
@@ -19,15 +20,18 @@ from safetensors.torch import save
 from torch import Tensor
 
 from data.files import make_folder, write_atomically, write_json
+from data.manifest import captions_by_name
 from data.transforms import to_levels
 from models.conditioning.class_label import ClassConditioner
-from models.conditioning.text import TextConditioner
+from models.conditioning.text import TextConditioner, TextConditionerConfig
+from models.conditioning.text_encoder import PretrainedConfig
 from models.denoiser import Denoiser
 from models.diffusers.config import scheduler_config_to_diffusers, unet_config_to_diffusers, vae_config_to_diffusers
 from models.diffusers.single_file import to_single_file
 from models.diffusers.weights import denoiser_to_diffusers, scaled_vae, vae_to_diffusers
 from models.diffusion.guidance import GuidanceConfig, GuidanceScale
 from models.diffusion.samplers import DDIMConfig
+from models.diffusion.spacing import sampling_moments
 from models.latent_diffusion import LatentDiffusion
 from pipelines.model.captions import as_tensors, prompt_encoder
 from pipelines.model.device import Device
@@ -82,14 +86,17 @@ def export(config: ExportConfig) -> Answer:
         conditions = example_conditions(config, model, classes)
     example = compute_example(config, model, sampler=sampler, conditions=conditions)
 
-    (output / "model.safetensors").unlink(missing_ok=True)  # of an earlier export to this folder
+    for name in ("model_index.json", "model.safetensors"):  # of an earlier export to this folder
+        (output / name).unlink(missing_ok=True)
     write_export(output, configs, weights, example)
+    write_pipeline(config, model, configs)
     if single_file is not None:
         write_weights(output / "model.safetensors", single_file)
     write_atomically(output / "grid.png", grid_of(config, example))
     unet_class = configs["unet"]["_class_name"]
     card = model_card(
         unet_class=unet_class,
+        scheduler_class=scheduler["_class_name"],
         example=example,
         classes=classes,
         digests={"VAE": parents.vae.weights, "U-Net": parents.unet.weights},
@@ -115,6 +122,26 @@ def write_export(
     (output / "scheduler").mkdir(exist_ok=True)
     write_json(output / "scheduler" / "scheduler_config.json", configs["scheduler"])
     write_atomically(output / "example.safetensors", save(dict(example)))
+
+
+def write_pipeline(config: ExportConfig, model: LatentDiffusion, configs: Mapping[str, Any]) -> None:
+    """Write what else ``StableDiffusionPipeline`` needs, where it draws the example: for the tokens of a CLIP alone.
+
+    It attends to padding, takes the empty caption for none, steps from the last time on, and draws multiples of 8.
+    """
+    match model.denoiser.config.conditioners:
+        case (TextConditionerConfig(use="tokens", null="empty_caption", encoder=PretrainedConfig()) as conditioner,):
+            encoder = conditioner.encoder.build()
+        case _:
+            return
+    attends = captions_by_name(model.caption_features)[conditioner.name].padding == "attended"
+    steps = config.spacing == "trailing" and configs["scheduler"]["_class_name"] == "DDIMScheduler"
+    fits = attends and steps and config.guidance_scale >= 1 and configs["vae"]["sample_size"] % 8 == 0
+    if fits and type(encoder.model).__name__ == "CLIPTextModel":
+        index: dict[str, Any] = {"_class_name": "StableDiffusionPipeline", "requires_safety_checker": False}
+        index |= dict.fromkeys(("safety_checker", "feature_extractor", "image_encoder"), (None, None))
+        index |= {name: ("diffusers", part["_class_name"]) for name, part in configs.items()}
+        write_json(Path(config.output) / "model_index.json", index | encoder.save(Path(config.output)))
 
 
 def in_diffusers(
@@ -171,6 +198,7 @@ def compute_example(
         guidance=GuidanceConfig(scale=config.guidance_scale),
         fresh_noise=lambda step: torch.zeros_like(noise),
     )
+    moments = sampling_moments(denoiser.process, num_steps=sampler.num_steps, spacing=sampler.spacing)
     nothing = torch.zeros(EXAMPLE_SAMPLES, dtype=torch.bool)
     cond, uncond = (arguments_in_diffusers(denoiser, conditions, dropped) for dropped in (nothing, ~nothing))
     example = {
@@ -179,6 +207,7 @@ def compute_example(
         **{f"null_{name}": argument for name, argument in uncond.items()},
         "guidance_scale": torch.tensor(config.guidance_scale),
         "num_inference_steps": torch.tensor(config.num_inference_steps),
+        **({"sigmas": torch.stack([moment.level.sigma for moment in moments])} if denoiser.process.straight else {}),
         "latents": latents,
         "images": model.decode(latents),
     }

@@ -13,7 +13,7 @@ tags: [latent-diffusion, {unet_class}]
 # {experiment}
 
 A latent diffusion model trained with Latentline, in the format of diffusers: an `AutoencoderKL`, a `{unet_class}` and a
-`DDIMScheduler`.
+`{scheduler_class}`.
 
 ![Samples](grid.png)
 
@@ -37,12 +37,12 @@ Both metrics are rounding: below 1e-3 of the latents' and the images' deviation.
 
 CODE = """\
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, {unet_class}
+from diffusers import AutoencoderKL, {scheduler_class}, {unet_class}
 from safetensors.torch import load_file
 
 unet, vae = {unet_class}.from_pretrained("unet"), AutoencoderKL.from_pretrained("vae")
-scheduler, example = DDIMScheduler.from_pretrained("scheduler"), load_file("example.safetensors")
-scheduler.set_timesteps(int(example["num_inference_steps"]))
+scheduler, example = {scheduler_class}.from_pretrained("scheduler"), load_file("example.safetensors")
+scheduler.set_timesteps({steps})
 latents, scale = example["noise"], example["guidance_scale"]
 with torch.no_grad():
     for t in scheduler.timesteps:
@@ -58,6 +58,7 @@ ARGUMENTS = ("class_labels", "encoder_hidden_states", "encoder_attention_mask")
 def model_card(
     *,
     unet_class: str,
+    scheduler_class: str,
     example: Mapping[str, Tensor],
     classes: tuple[str, ...],
     digests: Mapping[str, str],
@@ -67,15 +68,18 @@ def model_card(
 
     Args:
         unet_class: Its class in diffusers.
+        scheduler_class: The same of the scheduler.
         example: What ``example.safetensors`` holds.
         classes: Class names by label.
         digests: sha256 of the weights by network.
         experiment: The experiment's name.
     """
+    steps = 'sigmas=example["sigmas"].tolist()' if "sigmas" in example else 'int(example["num_inference_steps"])'
+    classes_of = {"unet_class": unet_class, "scheduler_class": scheduler_class}
     return CARD.format(
-        unet_class=unet_class,
+        **classes_of,
         experiment=experiment,
-        code=CODE.format(unet_class=unet_class, step=_step(example)),
+        code=CODE.format(**classes_of, steps=steps, step=_step(example)),
         conditions=_conditions(example, classes),
         num_samples=len(example["noise"]),
         names=", ".join(f"`{name}` {tuple(tensor.shape)}" for name, tensor in example.items()),
