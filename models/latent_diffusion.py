@@ -15,7 +15,7 @@ from models.autoencoder.vae import AutoencoderKL, Posterior
 from models.denoiser import Denoiser
 from models.diffusion.guidance import GuidanceConfig
 from models.diffusion.likelihood import VariationalBoundConfig, variational_bound
-from models.diffusion.samplers import NoiseSource, SamplerConfig
+from models.diffusion.samplers import NoiseSource, SamplerConfig, ddim_inversion
 from models.diffusion.spacing import sampling_moments
 
 
@@ -109,6 +109,21 @@ class LatentDiffusion:
             noise, on_device, sampler=sampler, guidance=guidance, fresh_noise=fresh_noise, uncond=uncond
         )
         return self.decode(latents, tile=tile)
+
+    @torch.no_grad()
+    def invert(self, images: Tensor, conditions: Mapping[str, Tensor], *, sampler: SamplerConfig) -> Tensor:
+        """Turn images (b C H W) in [-1, 1] into the noise (b c h w) that DDIM turns into them without guidance.
+
+        ``conditions`` are as for ``sample``; of the sampler only its moments count.
+
+        Raises:
+            ValueError: The denoiser predicts x0, which tells nothing of the noise in clean data.
+        """
+        on_device = {name: field.to(self.device) for name, field in conditions.items()}
+        denoise = self.denoiser.denoise(on_device, GuidanceConfig(scale=1.0))
+        moments = sampling_moments(self.denoiser.process, num_steps=sampler.num_steps, spacing=sampler.spacing)
+        *_, last = ddim_inversion(denoise, self.encode(images), moments)
+        return last.x
 
     @torch.no_grad()
     def bound(

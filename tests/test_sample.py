@@ -1,7 +1,10 @@
 """Drawing images: the noise that samples start from, and the decoding of large ones."""
 
 import errno
+import json
 import os
+import re
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -10,11 +13,15 @@ import numpy as np
 import pytest
 import torch
 from conftest import SMOKE, run_here
+from PIL import Image
 from torch import Tensor
 
+from data.samples import PNG_KEYWORD, encode_png
 from models.autoencoder.vae import AutoencoderKL, VAEConfig
+from models.conditioning.class_label import ClassConditionerConfig
 from models.denoiser import Denoiser, DenoiserConfig
-from models.diffusion.samplers import slerp
+from models.diffusion.guidance import GuidanceConfig
+from models.diffusion.samplers import DDIMConfig, slerp
 from models.latent_diffusion import LatentDiffusion, Normalisation
 from models.unet import UNetConfig
 from pipelines.model.noise import noise_of
@@ -151,6 +158,56 @@ def test_a_negative_prompt_is_refused_where_it_would_do_nothing(
     assert "negative_prompt = 'blurry', but u was not trained on captions." in capsys.readouterr().err
     with pytest.raises(ValueError, match=r"negative_prompt does nothing at guidance.scale = 1"):
         config(negative_prompt="blurry")
+
+
+def with_classes() -> LatentDiffusion:
+    """A model of two classes whose weights are random, small enough for an inversion to come back."""
+    given = model()
+    config = given.denoiser.config.model_copy(update={"conditioners": (ClassConditionerConfig(),)})
+    denoiser = Denoiser(config, latent_channels=2, latent_size=SIZE, num_classes=2)
+    for parameter in denoiser.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.5 * parameter[0].numel() ** -0.5)
+    return replace(given, denoiser=denoiser.eval())
+
+
+def test_a_picture_comes_back_from_its_noise_the_closer_the_finer_the_steps() -> None:
+    given, images = with_classes(), torch.rand(1, 3, 16, 16) * 2 - 1
+    latents, source, errors = given.encode(images), {"labels": torch.tensor([1])}, []
+    for num_steps in (10, 40, 160):
+        sampler = DDIMConfig(num_steps=num_steps)
+        noise = given.invert(images, source, sampler=sampler)
+        options = {"sampler": sampler, "guidance": GuidanceConfig(), "fresh_noise": torch.zeros_like}
+        errors.append(float((given.denoiser.sample(noise, source, **options) - latents).norm() / latents.norm()))
+        other = given.denoiser.sample(noise, {"labels": torch.tensor([0])}, **options)
+    assert errors[1] < errors[0] / 2
+    assert errors[2] < errors[1] / 2
+    assert errors[2] < 0.05
+    assert (other - latents).norm() / latents.norm() > 4 * errors[2]
+
+
+def test_an_inverted_picture_is_drawn_once_for_each_condition(
+    trained: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sample, "load_latent_diffusion", lambda *_, device: with_classes())
+    parents = SimpleNamespace(unet=SimpleNamespace(classes=("a", "b"), weights=""), vae=SimpleNamespace(weights=""))
+    monkeypatch.setattr(sample, "read_parents", lambda config: parents)
+    picture = tmp_path / "picture.png"
+    picture.write_bytes(encode_png(np.random.default_rng(0).integers(0, 256, (20, 24, 3), dtype=np.uint8)))
+    options = {"invert": picture, "invert_as": "b", "sampler": {"kind": "ddim", "num_steps": 50}}
+    assert drawn(tmp_path / "drawn", **options) == 0
+    (said,) = re.findall(r"(\S+) dB from its noise back to the picture, (\S+) dB by", capsys.readouterr().out)
+    assert float(said[0]) == pytest.approx(float(said[1]), abs=0.5)
+    images = sorted((tmp_path / "drawn").glob("0*.png"))
+    assert [path.name[:8] for path in images] == ["000000-a", "000001-b"]
+    with Image.open(images[0]) as image:
+        assert json.loads(image.info[PNG_KEYWORD])["invert"] == str(picture)
+    assert drawn(tmp_path / "drawn", invert=tmp_path / "none.png") == 2
+    assert "sample.invert" in capsys.readouterr().err
+    assert drawn(tmp_path / "drawn", **{**options, "invert_as": "c"}) == 2
+    assert "'c' is no class" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="interpolate needs the noise of two images"):
+        config(invert=picture, interpolate=True)
 
 
 def test_a_second_draw_leaves_the_first_as_it_is(

@@ -23,10 +23,13 @@ from pydantic import NonNegativeInt, PositiveInt, model_validator
 from torch import Tensor
 
 from data.files import make_folder, write_beside
+from data.manifest import AnyVAEManifest, VAEManifest
 from data.samples import PNG_KEYWORD, encode_png
+from data.transforms import ImageViewConfig, to_unit_range, view_image
 from models.diffusion.guidance import GuidanceConfig
 from models.diffusion.samplers import DDIMConfig, SamplerConfig, slerp
 from models.latent_diffusion import LatentDiffusion
+from models.metrics.fidelity import psnr
 from pipelines.model.captions import as_tensors, prompt_encoder
 from pipelines.model.decoded import finite_levels
 from pipelines.model.device import Device, attention_on
@@ -56,15 +59,19 @@ class SampleConfig(StageConfig):
     seed: NonNegativeInt = 0  # image i depends on (seed, i) only
     sampler: SamplerConfig = DDIMConfig(num_steps=50)  # from noise to latents; --sampler.num_steps N
     guidance: GuidanceConfig = GuidanceConfig(scale=2.0)  # weight of class and prompt; --guidance.scale S
+    invert: Path | None = None  # picture whose noise, by DDIM inversion, all images start from; one a condition
+    invert_as: str = ""  # that picture's prompt, or its class where the model reads no text; empty for none
     interpolate: bool = False  # images on the arc from the first one's noise to the last one's, both included
     batch_size: PositiveInt = 50  # images drawn at once
     tile: NonNegativeInt = 0  # decode in tiles of so many latent pixels a side, for large images; 0 decodes at once
     output: Name = "samples"  # folder to write to
 
     @model_validator(mode="after")
-    def _negative_prompt_has_an_effect(self) -> Self:
+    def _settings_have_an_effect(self) -> Self:
         if self.negative_prompt and self.guidance.scale == 1:
             raise ValueError("negative_prompt does nothing at guidance.scale = 1, which draws by the prompt alone")
+        if self.interpolate and self.invert is not None:
+            raise ValueError("interpolate needs the noise of two images, and invert gives one: choose one of them")
         return self
 
 
@@ -85,37 +92,70 @@ def draw(config: SampleConfig) -> Answer:
     log.info(f"on {device}, attention by {attention.name}: {attention.reason}")
     model = load_latent_diffusion(config.inputs, parents, device=Device(device, attention.name))
 
-    # The conditions: a caption is encoded once, since all images have the same.
+    # The conditions.
     classes = parents.unet.classes
-    labels = labels_of(config, classes if "labels" in model.denoiser.config.fields else ())
+    known = classes if "labels" in model.denoiser.config.fields else ()
+    labels = labels_of(config, known)
     with config_error_at("inputs.unet"):
         encoder = prompt_encoder(model)
     for key, text in (("prompt", config.prompt), ("negative_prompt", config.negative_prompt)):
         if text and encoder is None:
             raise ConfigError(f"{key} = {text!r}, but {config.inputs.unet} was not trained on captions.")
-    prompt, uncond = (
-        as_tensors(encoder([text])) if encoder is not None else {} for text in (config.prompt, config.negative_prompt)
-    )
+
+    def fields_of(caption: str, labels: Sequence[int]) -> dict[str, Tensor]:
+        text = as_tensors(encoder([caption] * len(labels))) if encoder is not None else {}
+        return {"labels": torch.tensor(labels), **text}
+
+    # The noise of a picture, from which there is one image a condition.
+    start, errors, said = None, dict[str, float](), ""
+    if config.invert is not None:
+        labels = list(dict.fromkeys(labels))
+        config = config.model_copy(update={"number": len(labels)})
+        described = config.model_copy(update={"class_name": config.invert_as or "none", "number": 1})
+        source = fields_of(config.invert_as, labels_of(described, () if encoder is not None else known))
+        start, errors = inverted(config, model, source, parents.vae)
+        said = ", {psnr:.1f} dB from its noise back to the picture, {vae_psnr:.1f} dB by the VAE alone".format(**errors)
 
     # Batch by batch.
     names = [classes[label] if label >= 0 else "" for label in labels]
     origin = {"prompt": config.prompt, "unet": parents.unet.weights, "vae": parents.vae.weights}
-    origin |= {"negative_prompt": config.negative_prompt} if config.negative_prompt else {}
+    origin |= {key: str(value) for key in ("negative_prompt", "invert", "invert_as") if (value := getattr(config, key))}
     images, paths = list[np.ndarray](), list[Path]()
     with progress_line("sample", total=config.number, unit="images") as line:
         for first in range(0, config.number, config.batch_size):
             indices = range(first, min(first + config.batch_size, config.number))
-            conditions = {"labels": torch.tensor([labels[index] for index in indices])}
-            conditions |= {name: torch.cat([field] * len(indices)) for name, field in prompt.items()}
-            for index, image in zip(indices, draw_batch(config, model, indices, conditions, uncond), strict=True):
+            conditions = fields_of(config.prompt, [labels[index] for index in indices])
+            drawn = draw_batch(config, model, indices, conditions, fields_of(config.negative_prompt, [-1]), start)
+            for index, image in zip(indices, drawn, strict=True):
                 images.append(image)
                 about = {"seed": config.seed, "index": index, "guidance": config.guidance.scale, **origin}
                 content = encode_png(image, texts={PNG_KEYWORD: json.dumps(about)})
                 paths.append(write_beside(output / image_name(config, index, names[index]), content))
             line.advance_to(len(images))
     grid = write_beside(output / "grid.png", grid_of(config, images, names))
-    found = {"grid": str(grid), "images": list(map(str, paths)), "classes": names}
-    return Answer(found, f"sample: {len(images)} images and {grid.name} in {output}")
+    found = {"grid": str(grid), "images": list(map(str, paths)), "classes": names, **errors}
+    return Answer(found, f"sample: {len(images)} images and {grid.name} in {output}{said}")
+
+
+def inverted(
+    config: SampleConfig, model: LatentDiffusion, source: Mapping[str, Tensor], vae: AnyVAEManifest
+) -> tuple[Tensor, dict[str, float]]:
+    """Return the noise (1 c h w) of ``config.invert`` under the conditions ``source``, and the PSNR of the way back."""
+    # The picture as the training would see it.
+    assert config.invert is not None
+    view = (vae.view if isinstance(vae, VAEManifest) else None) or {}
+    size, channels = model.denoiser.latent_shape[1] * model.autoencoder.factor, model.autoencoder.image_channels
+    with config_error_at("sample.invert"):
+        shown = ImageViewConfig.model_validate({**view, "resolution": size, "channels": channels})
+        image = to_unit_range(np.stack([view_image(config.invert.read_bytes(), shown)]))
+        noise = model.invert(image, source, sampler=config.sampler)
+
+    # The way back, and that through the autoencoder alone.
+    redrawn = model.sample(
+        noise, source, sampler=config.sampler, guidance=GuidanceConfig(), fresh_noise=lambda step: noise * 0
+    )
+    found = {"psnr": redrawn, "vae_psnr": model.decode(model.encode(image))}
+    return noise, {name: float(psnr(back.cpu().clamp(-1, 1), image)) for name, back in found.items()}
 
 
 def draw_batch(
@@ -124,11 +164,12 @@ def draw_batch(
     indices: Sequence[int],
     conditions: Mapping[str, Tensor],
     uncond: Mapping[str, Tensor] | None = None,
+    start: Tensor | None = None,
 ) -> np.ndarray:
-    """Draw the images ``indices``; uint8 (n h w C)."""
+    """Draw the images ``indices``, all from the noise ``start`` (1 c h w) where it is given; uint8 (n h w C)."""
     noise = noise_of(config.seed, indices, shape=model.denoiser.latent_shape, device=model.device)
     images = model.sample(
-        start_of(config, model, indices),
+        start_of(config, model, indices) if start is None else torch.cat([start] * len(indices)),
         conditions,
         sampler=config.sampler,
         guidance=config.guidance,
