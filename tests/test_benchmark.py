@@ -1,14 +1,17 @@
 """The measuring itself: a known ratio is found, a control holds 1, and sides that compute other things are refused."""
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, get_args
 
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from clocks import quietest_round
 from torch import Tensor
 
@@ -17,7 +20,7 @@ from models.diffusers.config import unet_config_from_diffusers
 from pipelines.tools import benchmark
 from pipelines.tools.benchmarks import models, paired_timing, peers
 from pipelines.tools.benchmarks.data import check_same
-from pipelines.tools.benchmarks.paired_timing import CONTROL, Comparison, Job, Ratio, compare
+from pipelines.tools.benchmarks.paired_timing import CONTROL, PEAK, Comparison, Job, Ratio, compare
 from pipelines.tools.benchmarks.stages import SIZES, Setup
 from pipelines.train_unet import TrainUNetConfig
 
@@ -59,11 +62,17 @@ def setup_of(folder: Path, conditioner: str = CLASS) -> Setup:
     return Setup(folder=folder, rounds=1, experiment=path, updates=1, tracking_uri="offline")
 
 
+@pytest.fixture(autouse=True)
+def fresh_accelerator() -> Iterator[None]:
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
 @pytest.fixture
 def seen(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Mapping[str, Job]]]:
     """The jobs that would be timed: all checks have passed by then."""
     found: list[Mapping[str, Job]] = []
-    monkeypatch.setattr(models, "compare", lambda jobs, *, rounds: found.append(jobs))
+    monkeypatch.setattr(models, "compare", lambda jobs, **_: found.append(jobs))
     threads = torch.get_num_threads()
     yield found
     torch.set_num_threads(threads)
@@ -106,18 +115,122 @@ def test_a_goal_is_reached_by_the_whole_interval_and_a_steady_control_only() -> 
     good, wide, off = Ratio(1.0, 0.95, 1.05), Ratio(1.0, 0.85, 1.2), Ratio(1.2, 1.1, 1.3)
 
     def reached(ratio: Ratio, control: Ratio) -> bool:
-        return benchmark.reached(goal, Comparison({"plain": {"wall": ratio}, CONTROL: {"wall": control}}, {}))
+        return benchmark.reached(goal, {"plain": {"wall": ratio}, CONTROL: {"wall": control}})
 
     assert reached(good, good)
     assert not reached(wide, good)
     assert not reached(good, off)
+    assert not benchmark.reached(goal, {CONTROL: {"wall": good}}), "a device of which no peak is known"
 
 
 def test_every_goal_is_one_of_a_measure_that_there_is() -> None:
     measures = {measure.__name__ for measures in benchmark.MEASURES.values() for measure in measures}
     assert {goal.measure for goal in benchmark.GOALS} == measures
     assert {goal.size for goal in benchmark.GOALS} == {*SIZES, ""}
-    assert {goal.mode for goal in benchmark.GOALS} <= {*benchmark.ON_GPU, ""}
+    assert {goal.mode for goal in benchmark.GOALS} <= {*get_args(benchmark.ModeName), ""}
+
+
+def test_ours_against_the_peak_is_its_share_of_it() -> None:
+    found = compare({"ours": Job(lambda: time.sleep(0.01), 2)}, rounds=3, peak=1000.0)
+    assert found.faster[PEAK]["wall"].median == pytest.approx(found.per_second["ours"]["wall"] / 1000)
+    assert PEAK not in compare({"ours": Job(lambda: None, 2)}, rounds=3).faster
+
+
+def test_all_of_a_gpu_begins_with_the_goals_of_the_largest_model_and_of_a_cpu_leaves_it_out(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config = benchmark.BenchmarkConfig(subjects=("all",))
+    measures = {measure.__name__ for measures in benchmark.MEASURES.values() for measure in measures}
+    data = {measure.__name__ for measure in benchmark.MEASURES["data"]}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    pieces = benchmark.pieces_of(config)
+    assert pieces[:2] == [("unet", "sd", "bf16-compiled"), ("sampling", "sd", "bf16-compiled")]
+    assert {goal[:3] for goal in benchmark.GOALS} <= set(pieces)
+    assert {piece[:2] for piece in pieces} == {
+        *((name, size) for name in measures - data for size in SIZES),
+        *((name, "") for name in data),
+    }
+    assert len(pieces) == len(set(pieces))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert {piece[1:] for piece in benchmark.pieces_of(config)} == {("small", "float32"), ("demo", "float32"), ("", "")}
+    asked = benchmark.BenchmarkConfig(subjects=("encode",), sizes=("sd",), modes=("bf16",))
+    assert benchmark.pieces_of(asked) == [("encoding", "sd", "bf16")]
+
+
+@pytest.fixture
+def fake_pieces(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The measures that were made, each of 100 seconds by the tool's clock; ``vae`` fails."""
+    made, seconds = list[str](), 0.0
+
+    def unet(setup: Setup) -> Comparison:
+        """Update."""
+        nonlocal seconds
+        made.append("vae" if setup.precision == "bf16" else "unet")
+        seconds += 100
+        if made[-1] == "vae":
+            raise torch.OutOfMemoryError("too large")
+        one = Ratio(1.0, 0.9, 1.1)
+        faster = {name: {"processor": one, "wall": one} for name in ("plain loop", "diffusers", CONTROL)}
+        return Comparison(faster, {"ours": {"processor": 2.0, "wall": 3.0}})  # type: ignore[arg-type]
+
+    monkeypatch.setattr(models, "unet", unet)
+    monkeypatch.setattr(benchmark, "MEASURES", {"train": (unet,)})
+    monkeypatch.setattr(benchmark, "time", SimpleNamespace(monotonic=lambda: seconds))
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
+    return made
+
+
+def benchmarked(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
+    level = logging.getLogger("latentline").level
+    try:
+        code = benchmark.main(words)
+    finally:
+        logging.getLogger("latentline").setLevel(level)
+    return code, *capsys.readouterr()
+
+
+def test_a_benchmark_goes_on_with_the_pieces_that_its_file_lacks(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], fake_pieces: list[str]
+) -> None:
+    words = ("train", "--sizes", "demo,small,sd", "--output", str(tmp_path / "f.json"), "--minutes", "3.4")
+    for left in (1, 0, 0):
+        code, out, _ = benchmarked(capsys, *words)
+        assert code == (75 if left else 0)
+        assert (f"{left} pieces are left" in out) == bool(left)
+    assert len(fake_pieces) == 3
+    head, line, *rows = out.splitlines()
+    assert {row.count("|") for row in (head, line, *rows)} == {len(benchmark.HEAD) + 1}, "a table in Markdown"
+    assert [row.split(" | ")[1] for row in rows] == ["demo float32", "small float32", "sd float32"]
+    assert rows[0].split(" | ")[2:6] == ["2", "1.00 [0.90, 1.10]", "1.00 [0.90, 1.10]", ""]
+
+    code, _, said = benchmarked(capsys, *words, "--rounds", "3")
+    assert code == 2
+    assert said.startswith(f"benchmark: benchmark.output: {tmp_path}/f.json has figures of ")
+    assert ", 11 rounds, not of " in said
+    assert said.endswith(f", torch {torch.__version__}, 3 rounds: give another file\n")
+
+
+def test_a_piece_that_fails_is_named_costs_no_other_and_is_tried_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], fake_pieces: list[str]
+) -> None:
+    words = ("train", "--modes", "bf16,float32", "--output", str(tmp_path / "f.json"), "--goals", "true")
+    for _ in range(2):
+        code, out, said = benchmarked(capsys, *words)
+        assert code == 1
+        assert "unet demo bf16 failed" in said
+        assert "OutOfMemoryError: too large" in said
+        assert "MISSED: 0.952 of plain loop (processor)" in out
+    assert fake_pieces == ["vae", "unet", "vae"]
+
+
+def test_modes_are_measured_one_after_the_other_in_one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """accelerate refuses a second arithmetic in one process."""
+    (experiment := tmp_path / "tiny.toml").write_text(TINY.replace("CONDITIONER", CLASS))
+    monkeypatch.setattr(benchmark, "SIZES", {"demo": experiment})
+    config = benchmark.BenchmarkConfig(subjects=("sample",), rounds=1, threads=1)
+    figures = [benchmark.measured(("sampling", "demo", mode), config) for mode in ("float32", "bf16")]
+    assert [figure.piece[2] for figure in figures] == ["float32", "bf16"]
+    assert all(figure.faster["bare network"]["wall"].median > 0 for figure in figures)
 
 
 def test_sides_that_read_different_samples_are_not_timed() -> None:
@@ -153,7 +266,7 @@ def test_the_largest_size_is_stable_diffusion_2(tmp_path: Path) -> None:
 def test_a_training_the_plain_loop_and_diffusers_compute_the_same_losses(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def compare(jobs: Mapping[str, Job], *, rounds: int) -> Any:
+    def compare(jobs: Mapping[str, Job], **_: Any) -> Any:
         for job in jobs.values():
             job.run()  # while the training still waits for its turn
         return list(jobs)
@@ -168,7 +281,7 @@ def test_sides_that_compute_other_losses_are_not_timed(
     their_loss = peers.vae_loss
     monkeypatch.setattr(peers, "vae_loss", lambda weight: lambda *given: 1.01 * their_loss(weight)(*given))
     # By as much as was changed, and no more.
-    with pytest.raises(ValueError, match=r"The loss of diffusers' network differs by 0.01 of the largest value"):
+    with pytest.raises(ValueError, match=r"The loss of diffusers' network differs by 0.01 of its size"):
         models.vae(setup_of(tmp_path))
     assert not seen
 

@@ -8,6 +8,7 @@ import itertools
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -30,12 +31,13 @@ from pipelines.model.captions import CaptionFeatures, blank_features
 from pipelines.model.decoded import finite_levels
 from pipelines.model.device import Device
 from pipelines.model.noise import noise_of
-from pipelines.runtime.stage.launch import start_accelerator
+from pipelines.runtime.stage.launch import set_float32, start_accelerator
 from pipelines.runtime.stage.stage import Stage
 from pipelines.runtime.stage.work_items import make_items
 from pipelines.runtime.tracking.spool import METRICS
 from pipelines.runtime.training.config import TrainingConfig
 from pipelines.runtime.training.ema import decay_at
+from pipelines.runtime.training.flops import known_peak_flops
 from pipelines.runtime.training.optim import learning_rate
 from pipelines.tools.benchmarks import peers
 from pipelines.tools.benchmarks.paired_timing import Comparison, Job, compare
@@ -44,6 +46,7 @@ from pipelines.tools.benchmarks.stages import Setup, Turns, stage_of, without_ze
 from pipelines.tools.export import arguments_in_diffusers
 
 NEVER = "1000000000"
+EAGER = "diffusers eager"  # beside the compiled one
 
 # ----------------------------------------------------------------------------------------------------------- training
 
@@ -79,13 +82,14 @@ def unet(setup: Setup) -> Comparison:
     with torch.no_grad():
         theirs = [of_theirs(draw) for draw in batches]
     train = partial(train_unet.train, config, stage)
-    return _trainings(setup, stage, train, network, batches, loss_of, theirs, peers.unet_loss(network))
+    flops = train_unet.flops_per_image(network, batches[0])
+    return _trainings(setup, stage, train, network, batches, loss_of, theirs, peers.unet_loss(network), flops)
 
 
 def vae(setup: Setup) -> Comparison:
     """Update of the VAE."""
-    config = setup.config(train_vae.TrainVAEConfig, "train_vae", *_words(setup))
-    write_images(setup.folder / "corpus", setup.image, per_shard=max(1, config.global_batch // NUM_SHARDS) * 8)
+    config, image = setup.config(train_vae.TrainVAEConfig, "train_vae", *_words(setup)), setup.autoencoder_image
+    write_images(setup.folder / "corpus", image, per_shard=max(1, config.global_batch // NUM_SHARDS) * 8)
     stage, network = stage_of(setup, config, "train_vae", in_turns=True), setup.build_vae()
     maker, kl_weight = train_vae.BatchMaker(config, stage), config.objective.kl_weight
     batches = [maker.make(index) for index in range(setup.updates)]
@@ -97,7 +101,8 @@ def vae(setup: Setup) -> Comparison:
 
     theirs = [vars(batch) for batch in batches]
     train = partial(train_vae.train, config, stage)
-    return _trainings(setup, stage, train, network, batches, loss_of, theirs, peers.vae_loss(kl_weight))
+    flops = train_vae.flops_per_image(network, resolution=image.resolution)
+    return _trainings(setup, stage, train, network, batches, loss_of, theirs, peers.vae_loss(kl_weight), flops)
 
 
 def _words(setup: Setup) -> tuple[str, ...]:
@@ -115,8 +120,9 @@ def _trainings(
     loss_of: Callable[[nn.Module, Any], Tensor],
     their_batches: Sequence[Mapping[str, Tensor]],
     their_loss: peers.LossOf,
+    flops: float,
 ) -> Comparison:
-    """Check that all three compute the same losses, then time them."""
+    """Check that all three compute the same losses, then time them; ``flops`` are those of an image."""
     config, turns, accelerator = stage.config, stage.stop, stage.accelerator
     assert isinstance(config, TrainingConfig)
     assert isinstance(turns, Turns)
@@ -146,16 +152,19 @@ def _trainings(
             expected = loss_of(network, _placed(batches[0], accelerator.device))
         check_close(found, expected, within=setup.rounding, what="The loss of diffusers' network")
 
-        # Theirs then goes its own way.
+        # Theirs then goes its own way, as it is too where it is compiled.
+        others = {"diffusers": theirs}
         if setup.compiled:
+            others[EAGER] = peers.theirs(network, setup.image.resolution)
             peers.compile_parts(theirs)
         samples = [
             {name: field[row] for name, field in each.items() if name not in peers.DRAWN}
             for each in their_batches
             for row in range(config.global_batch)
         ]
-        loop = peers.TheirTraining(theirs, their_loss, samples, config, accelerator)
-        jobs = {"ours": turns.make, "plain loop": plain.make, "diffusers": loop.make}
+        jobs = {"ours": turns.make, "plain loop": plain.make}
+        for name, other in others.items():
+            jobs[name] = peers.TheirTraining(other, their_loss, samples, config, accelerator).make
         units = setup.updates * config.global_batch
         return compare(
             {
@@ -163,6 +172,7 @@ def _trainings(
                 for name, make in jobs.items()
             },
             rounds=setup.rounds,
+            peak=known_peak_flops(str(accelerator.device), setup.precision, tf32=setup.tf32) / flops,
         )
     finally:
         turns.end()
@@ -225,15 +235,16 @@ def encoding(setup: Setup) -> Comparison:
     """
     # Shards, the stage, and one autoencoder on both sides.
     config = setup.config(EncodeLatentsConfig, "encode_latents", "--dtype", "float32")
-    size, corpus = config.batch_size, setup.folder / "corpus"
-    write_images(corpus, setup.image, per_shard=2 * size)
+    size, corpus, image = config.batch_size, setup.folder / "corpus", setup.autoencoder_image
+    # A GPU is not to be done before it has begun.
+    write_images(corpus, image, per_shard=(16 if torch.cuda.is_available() else 2) * size)
     images = ImageShards(corpus, split="train", cache_bytes=0)
     without_zeros(network := setup.build_vae())
-    peers.theirs(network, setup.image.resolution).save_pretrained(config.inputs.vae)
+    peers.theirs(network, image.resolution).save_pretrained(config.inputs.vae)
     stage = stage_of(setup, config, "encode_latents", in_turns=False)
     device, autocast = stage.accelerator.device, stage.accelerator.autocast
     network = Device(device).place(network)
-    theirs = peers.theirs(network, setup.image.resolution)
+    theirs = peers.theirs(network, image.resolution)
     if setup.compiled:
         peers.compile_parts(network, theirs)
     shards, turn, runs = {part.entry.name: part for part in images.shards}, Lock(), itertools.count()
@@ -263,7 +274,7 @@ def encoding(setup: Setup) -> Comparison:
         stream = webdataset.WebDataset(sorted(map(str, corpus.glob("*.tar"))), shardshuffle=False).decode("rgb8")
         with webdataset.TarWriter(str(setup.folder / "theirs.tar")) as writer:
             for keys, pixels in stream.to_tuple("__key__", "png").batched(size):
-                batch = torch.from_numpy(np.stack(pixels)[..., : setup.image.channels]).permute(0, 3, 1, 2)
+                batch = torch.from_numpy(np.stack(pixels)[..., : image.channels]).permute(0, 3, 1, 2)
                 with autocast():
                     posterior = theirs.encode(batch.float().div(127.5).sub(1).to(device)).latent_dist
                 rows = torch.stack([posterior.mean, posterior.logvar], dim=1).float().cpu().numpy()
@@ -307,16 +318,19 @@ def sampling(setup: Setup) -> Comparison:
         denoiser=Device(device).place(denoiser),
         normalisation=Normalisation([0.0], [1.0]).to(device),
     )
-    unet, vae = (peers.theirs(network, setup.image.resolution) for network in (denoiser, decoder))
-    if setup.compiled:
-        peers.compile_parts(denoiser.network, decoder.decoder, unet, vae)
+    # A second copy stays as it is where the first is compiled.
+    copies = [
+        [peers.theirs(network, setup.image.resolution) for network in (denoiser, decoder)]
+        for _ in range(2 if setup.compiled else 1)
+    ]
+    unet, vae = copies[0]
     scheduler = peers.scheduler_of(denoiser, config.sampler)
 
     def noise() -> Tensor:
         return noise_of(0, rows, shape=denoiser.latent_shape, device=device)("sample")
 
-    def ours() -> np.ndarray:
-        with autocast():
+    def ours(arithmetic: Any = autocast) -> np.ndarray:
+        with arithmetic():
             images = model.sample(
                 noise(), conditions, sampler=config.sampler, guidance=config.guidance, fresh_noise=lambda step: noise()
             )
@@ -334,20 +348,30 @@ def sampling(setup: Setup) -> Comparison:
                 denoiser.output(twice, times, both, dropped)
             decoder.decode(latents)
 
-    def loop() -> Tensor:
-        with autocast():
+    def loop(unet: Any, vae: Any, arithmetic: Any = autocast) -> Tensor:
+        with arithmetic():
             return peers.samples(unet, vae, scheduler, latents, arguments, scale=scale, steps=steps)
 
-    # Equal pixels, but for a rounding that is carried through all steps.
-    within = max(setup.rounding, 0.02)
-    check_close(torch.from_numpy(ours()), loop(), within=within, what="An image of diffusers' loop")
-    jobs = {"ours": ours, "bare network": bare, "diffusers": loop}
+    # Equal pixels in float32; and in fewer bits, whose rounding drifts apart over the steps, an equal step.
+    set_float32(tf32=False)
+    images = torch.from_numpy(ours(nullcontext))
+    check_close(images, loop(unet, vae, nullcontext), within=0.02, what="An image of diffusers' loop")
+    set_float32(tf32=setup.tf32)
+    if setup.compiled:
+        peers.compile_parts(denoiser.network, decoder.decoder, unet, vae)
+    with torch.no_grad(), autocast():
+        time = torch.tensor(500, device=device)  # as their loop passes it: another shape would be compiled for itself
+        uncond, cond = unet(twice, time, **arguments, return_dict=False)[0].chunk(2)
+        step = denoiser.output(twice, times, both, dropped)
+    check_close(step, torch.cat([cond, uncond]), within=setup.rounding, what="A step of diffusers' network")
+    jobs: dict[str, Callable[[], object]] = {"ours": ours, "bare network": bare}
+    jobs |= {name: partial(loop, *copy) for name, copy in zip(("diffusers", EAGER), copies, strict=False)}
     return compare({name: Job(run, len(rows)) for name, run in jobs.items()}, rounds=setup.rounds)
 
 
 def check_close(found: Tensor, expected: Tensor, *, within: float, what: str) -> None:
-    """Refuse to time two sides whose outputs differ by more than ``within`` of the largest value."""
+    """Refuse to time two sides whose outputs differ by more than ``within`` of their size (L2)."""
     found, expected = found.float(), expected.float()
-    apart = float((found - expected).abs().max() / expected.abs().max().clamp(min=1e-12))
+    apart = float((found - expected).norm() / expected.norm().clamp(min=1e-12))
     if not apart <= within:
-        raise ValueError(f"{what} differs by {apart:.2g} of the largest value, at most {within:g} is allowed.")
+        raise ValueError(f"{what} differs by {apart:.2g} of its size, at most {within:g} is allowed.")

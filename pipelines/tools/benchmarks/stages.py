@@ -62,8 +62,13 @@ class Setup:
         return ImageShape(resolution=view.resolution, channels=view.channels)
 
     @property
+    def autoencoder_image(self) -> ImageShape:
+        """Shape of the images that the autoencoder is trained on, and measured with: 256 pixels at most."""
+        return self.image.model_copy(update={"resolution": min(self.image.resolution, 256)})
+
+    @property
     def rounding(self) -> float:
-        """Difference that two ways to compute one thing may have, as a fraction of the largest value."""
+        """Difference that two ways to compute one thing may have, as a fraction of its size."""
         return 1e-4 if self.precision == "float32" and not self.tf32 else 5e-2
 
     def build_vae(self) -> AutoencoderKL:
