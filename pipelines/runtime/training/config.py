@@ -2,9 +2,9 @@
 
 import math
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import Field, NonNegativeInt, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
 from pipelines.runtime.config.errors import ConfigError
 from pipelines.runtime.config.stage_config import StageConfig
@@ -38,7 +38,8 @@ class TrainingConfig(StageConfig):
     precision: Precision = "float32"  # what the network computes in; weights stay float32
     # As torch has always computed convolutions, at 8 times the speed; bf16, which most train in, has 3 bits less.
     tf32: bool = True  # float32 products and convolutions by TF32 on GPUs that have it: 10 bits of fraction, not 23
-    compile: bool = False  # by torch.compile: slow to start, faster updates; on a CPU it needs a C++ compiler
+    # A CPU needs a C++ compiler. "reduce-overhead" replays CUDA graphs: a small network waits for launches of kernels.
+    compile: bool | Literal["reduce-overhead"] = False  # slow start, faster updates; the latter for small ones on a GPU
     optim: OptimConfig = OptimConfig()  # how the weights move
     shard_optimizer: bool = False  # AdamW's moments dealt over the ranks (ZeRO stage 1): less memory, the same bits
     averages: tuple[AverageConfig, ...] = Field(default=(ExponentialAverage(),), min_length=1)  # the first is published
@@ -49,6 +50,12 @@ class TrainingConfig(StageConfig):
     on_bad_update: BadUpdateConfig = BadUpdateConfig()  # what happens to NaN, infinity and spikes
     replica_check_every: NonNegativeInt = 1_000  # updates between two comparisons of the ranks; 0 only when starting
     hang_seconds: Annotated[float, Field(gt=0, le=1e9)] = 1_200.0  # without an update, until a process reports and ends
+
+    @model_validator(mode="after")
+    def _graphs_keep_no_gradients(self) -> Self:
+        if self.compile == "reduce-overhead" and self.images_per_device:
+            raise ValueError('compile = "reduce-overhead" needs images_per_device = 0: passes overwrite gradients')
+        return self
 
 
 @dataclass(frozen=True, kw_only=True)

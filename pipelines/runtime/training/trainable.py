@@ -28,12 +28,12 @@ class Trainable(Generic[Network]):
         return {name: Weights(self.network), f"{name}_optimizer": self.optimizer}
 
 
-def joined(network: nn.Module, accelerator: Accelerator, *, compiles: bool) -> nn.Module:
+def joined(network: nn.Module, accelerator: Accelerator, *, compiles: bool | str) -> nn.Module:
     """Wrap a network so that its gradients are averaged over the ranks; compile it first, in place, when asked to."""
     if compiles:
         # The loss's terms are differentiated one by one, which needs their buffers more than once.
         torch._functorch.config.donated_buffer = False
-        network.compile()
+        network.compile(mode=None if compiles is True else compiles)
     with warnings.catch_warnings():
         # torch 2.13 has a new name for it, which neither accelerate 1.15 nor torch 2.10 knows.
         warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
