@@ -4,7 +4,7 @@ Shapes: b batch, c latent channels, h and w latent size, k number of conditioner
 mean and unit variance in every channel.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, Self
 
 import torch
@@ -120,6 +120,12 @@ class Denoiser(nn.Module):
             out_channels=2 * latent_channels if learned_variance else latent_channels,
             token_width=config.token_width,
         )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Move the process's tables with the weights: moved by the first forward pass, they would compile it twice."""
+        moved = super()._apply(fn, recurse)
+        self.process.level(torch.zeros(1, dtype=torch.int64, device=next(self.parameters()).device), like=torch.ones(1))
+        return moved
 
     def forward(
         self, x0: Tensor, noise: Tensor, times: Tensor, conditions: Mapping[str, Tensor], dropped: Tensor
