@@ -225,6 +225,12 @@ def log_lines() -> None:
     set_up_logging("tests")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Hide the GPUs from all tests but those that are for them, and from the processes that they start."""
+    if "gpu" not in config.option.markexpr.replace("not gpu", ""):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Begin with the longest files; workers take whole files, so that what a file's tests share is made once."""
     order = {name: place for place, name in enumerate(LONG_FILES)}

@@ -453,6 +453,7 @@ def test_metrics_are_the_same_bits_under_any_number_of_threads() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU here")
 def test_metrics_on_a_gpu_are_those_on_the_processor() -> None:
     features, reference = normals(600, 40), normals(500, 40, seed=1) * 1.1
     labels = torch.arange(500) % 3

@@ -18,7 +18,7 @@ from models.unet import UNet, UNetConfig
 from pipelines.model.device import Device, attention_on, device_of
 from pipelines.runtime.config.errors import ConfigError
 from pipelines.runtime.config.stage_config import RunConfig
-from pipelines.runtime.stage.launch import set_float32, start_accelerator
+from pipelines.runtime.stage.launch import start_accelerator
 from pipelines.runtime.training.flops import known_peak_flops
 from pipelines.tools import sample
 
@@ -140,19 +140,6 @@ def test_the_peak_is_that_of_what_float32_is_computed_in(monkeypatch: pytest.Mon
     peaks = [known_peak_flops("cuda:0", precision, tf32=tf32) / 1e12 for precision, tf32 in
              (("float32", False), ("float32", True), ("bf16", False), ("bf16", True))]  # fmt: skip
     assert peaks == [19.5, 156, 312, 312]  # the data sheet's
-
-
-@pytest.mark.gpu
-@pytest.mark.usefixtures("float32_kept")
-def test_a_convolution_in_float32_has_its_precision_on_a_gpu() -> None:
-    images, kernel = torch.randn(4, 64, 32, 32), torch.randn(64, 64, 3, 3)
-    exact = torch.nn.functional.conv2d(images.double(), kernel.double())
-    errors = []
-    for tf32 in (False, True):
-        set_float32(tf32=tf32)
-        found = torch.nn.functional.conv2d(images.cuda(), kernel.cuda()).cpu().double()
-        errors.append(float((found - exact).norm() / exact.norm()))
-    assert errors[0] < 1e-6 < 1e-5 < errors[1]
 
 
 def test_another_backend_is_no_other_request(two_process_run: Run) -> None:

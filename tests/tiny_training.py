@@ -156,6 +156,7 @@ class Tiny:
 
     def one_update(self, x: Tensor) -> None:
         training, seen = self.training, []
+        x = x.to(self.accelerator.device)
         if self.fault("data"):
             x[0, 0] = math.nan
         if self.fault("weights"):
