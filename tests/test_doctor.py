@@ -1,9 +1,11 @@
 """Laws of the tools that look before anything costs: the doctor finds what is wrong, the plan runs everything once."""
 
 import importlib
+import itertools
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -13,21 +15,22 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from conftest import SMOKE, Run, communicated, free_port, rank_environment, start_warm, warm_python
-from torch import Tensor, nn
+from conftest import REPOSITORY, SMOKE, Run, communicated, free_port, rank_environment, start_warm, warm_python
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
 
+from data.manifest import ImageShape, LatentShape
 from data.order.order import BlockedShuffleConfig
-from models.unet import UNet, UNetConfig
 from pipelines.prepare_corpus import PrepareCorpusConfig
 from pipelines.runtime.config.experiment import load_config
-from pipelines.runtime.training.config import TrainingConfig
-from pipelines.runtime.training.flops import flops_of
-from pipelines.tools.doctor_checks import file_operations, mlflow_store, shards, workers
-from pipelines.tools.plan import StagePlan, add_costs, corpus_size, stage_configs
+from pipelines.tools.doctor_checks import file_operations, free_space, mlflow_store, shards, workers
+from pipelines.tools.plan import StagePlan, corpus_size, memory_lines, stage_configs, unet_sketch, vae_sketch
+from pipelines.tools.plan_memory import Settings, Sketch, gib
+from pipelines.train_unet import TrainUNetConfig
+from pipelines.train_vae import TrainVAEConfig
 
 
 @dataclass(frozen=True)
@@ -220,44 +223,129 @@ def test_a_plan_runs_everything_once_and_says_what_is_stale(
     assert "its input corpus is stale" in done.stdout
 
 
+def sketch_of(experiment: str, stage: str, **changes: Any) -> Sketch:
+    """The networks of an experiment's training, with other settings, for ImageNet's classes."""
+    configs = stage_configs(str(REPOSITORY / "pipelines" / experiment), root="-")
+    view = configs.prepare_corpus.view
+    if stage == "train_vae":
+        image = ImageShape(resolution=view.resolution, channels=view.channels)
+        return vae_sketch(configs.train_vae.model_copy(update=changes), image)
+    vae = configs.train_vae.network
+    shape = LatentShape(channels=vae.latent_channels, size=view.resolution // vae.factor)
+    return unet_sketch(configs.train_unet.model_copy(update=changes), shape, num_classes=1000)
+
+
+class Totals(MemTracker):
+    """MemTracker without its figures of each module: it walks through all of them at every operation."""
+
+    def _nothing(self, *_: object) -> None:
+        pass
+
+    _pre_fw_hook = _post_fw_hook = _pre_bw_hook = _post_bw_hook = _nothing
+
+
 @pytest.mark.soak
-@pytest.mark.parametrize("global_batch", [1, 32])
-def test_the_planned_memory_is_what_torch_counts(global_batch: int) -> None:
-    """With one image gradients are more than feature maps, with many less."""
-
-    def network() -> UNet:
-        config = UNetConfig(
-            channels=(32, 64),
-            blocks=(1, 1),
-            attention=(False, True),
-            heads=(1, 2),
-            transformer_depth=(1, 1),
-            norm_groups=8,
-        )
-        return UNet(config, in_channels=4, out_channels=4)
-
-    def loss(net: nn.Module, images: int) -> Tensor:
-        return net(torch.ones(images, 4, 8, 8), torch.ones(images)).square().mean()
-
+@pytest.mark.parametrize(
+    ("experiment", "stage", "images", "parameters", "changes"),
+    [
+        ("configs/demo.toml", "train_unet", 1, 2.28, {}),  # gradients are more than feature maps
+        ("configs/demo.toml", "train_unet", 64, 2.28, {}),
+        ("configs/imagenet256.toml", "train_vae", 3, 83.7, {}),
+        ("configs/imagenet256.toml", "train_vae", 3, 83.7, {"freeze_encoder": True}),
+        ("configs/imagenet256.toml", "train_unet", 8, 374.0, {}),
+        ("tools/benchmarks/sd.toml", "train_unet", 2, 866.0, {}),
+    ],
+)
+@pytest.mark.parametrize(("levels", "parts"), [((), 1), ((0,), 2)])
+def test_the_planned_memory_is_what_torch_counts(
+    experiment: str,
+    stage: str,
+    images: int,
+    parameters: float,
+    changes: dict[str, bool],
+    levels: tuple[int, ...],
+    parts: int,
+) -> None:
+    """On one device, by updates of one micro-batch, and of two with the widest level checkpointed."""
+    sketch = sketch_of(experiment, stage, precision="float32", global_batch=parts * images, **changes)
+    assert sketch.weights / 4e6 == pytest.approx(parameters, rel=0.01)
     with FakeTensorMode():
-        net = network()
-        average = [parameter.detach().clone() for parameter in net.parameters()]
-        optimizer = torch.optim.AdamW(net.parameters(), fused=True)
-        tracker = MemTracker()
-        tracker.track_external(net, optimizer, *average)
+        networks = sketch.build(levels)
+        averages = [weight.detach().clone() for _ in sketch.config.averages for weight in networks[0].parameters()]
+        optimizer = torch.optim.AdamW((one for one in networks.parameters() if one.requires_grad), fused=True)
+        tracker = Totals()
+        tracker.track_external(networks, optimizer, *averages)
         with tracker:
             for _ in range(2):  # the first makes the moments
-                loss(net, global_batch).backward()
+                for _ in range(parts):
+                    sketch.run(networks, images).backward()
                 optimizer.step()
                 optimizer.zero_grad()
                 tracker.reset_mod_stats()
     [counted] = tracker.get_tracker_snapshot("peak").values()
-    found = StagePlan(stage="train_unet", state="absent")
-    config = TrainingConfig(updates=1, global_batch=global_batch)
-    with torch.device("meta"):
-        net = network()
-        add_costs(found, config, [net], flops=lambda: flops_of(net, lambda shadow: loss(shadow, 1)), devices=1)
-    assert found.memory_bytes == pytest.approx(counted["Total"], rel=0.1)
+    found = sketch.peak(Settings(images, False, levels), devices=1)
+    print(f"{experiment} {stage} {levels}: {found / 2**30:.2f} GiB, {found / counted['Total']:.3f} of MemTracker's")
+    assert found == pytest.approx(counted["Total"], rel=0.1)
+
+
+def test_settings_are_chosen_by_their_cost() -> None:
+    """For any card the chosen settings fit, and no cheaper ones do."""
+    config = stage_configs(str(SMOKE), root="-").train_unet
+    network = config.denoiser.network.model_copy(update={"attention": (False, False), "mid_attention": False})
+    denoiser = config.denoiser.model_copy(update={"network": network})
+    config = config.model_copy(update={"denoiser": denoiser, "global_batch": 24})
+    sketch, devices = unet_sketch(config, LatentShape(channels=4, size=32), num_classes=3), 2
+    by_cost = sketch.candidates(devices=devices)
+    kinds = set(itertools.product((False, True), [(), (0,), (0, 1)]))
+    assert set(by_cost) == {Settings(images, *kind) for kind in kinds for images in (12, 6, 4, 3, 2, 1)}
+    costs = [sketch.cost(settings, devices=devices) for settings in by_cost]
+    assert costs == sorted(costs)
+    peaks = {settings: sketch.peak(settings, devices=devices) for settings in by_cost}
+    chosen = set()
+    for limit in np.linspace(min(peaks.values()) / 2, 1.1 * max(peaks.values()), 100):
+        *cheaper, (last, needed) = sketch.choose(devices=devices, limit=limit).items()
+        assert all(peaks[settings] == peak > limit for settings, peak in cheaper)
+        fit = [settings for settings in by_cost if peaks[settings] <= limit]
+        assert last == (fit or by_cost[-1:])[0]
+        assert needed == peaks[last]
+        chosen.add(last)
+    assert len({settings[1:] for settings in chosen}) > 2, "cards of several kinds"
+
+
+def test_a_plan_names_settings_that_fit_and_warns_beyond_the_memory(
+    tmp_path: Path, tool: Callable[..., Answer]
+) -> None:
+    words = ("--run.root", str(tmp_path), "--trial", "false", "--devices", "2")
+    card = 0.007  # GiB
+    done = tool("plan", *words, "--memory_gb", str(card), "--json")
+    assert done.code == 0, done.stderr
+    stages = {one["stage"]: one for one in json.loads(done.stdout)["stages"]}
+    for stage, model in (("train_vae", TrainVAEConfig), ("train_unet", TrainUNetConfig)):
+        plan = stages[stage]
+        assert plan["memory_bytes"] > card * 2**30
+        assert plan["notes"] == [f"warning: it needs {gib(plan['memory_bytes'])} on a device, which has 0.007 GiB"]
+        *too_large, (options, peak) = plan["settings"].items()
+        assert peak <= 0.9 * card * 2**30 < min(peak for _, peak in too_large)
+        pasted = load_config(model, table=stage, argv=["--config", str(SMOKE), *shlex.split(options)])
+        assert options.startswith(f"--images_per_device {pasted.images_per_device} --shard_optimizer ")
+        assert pasted.shard_optimizer == ("--shard_optimizer true" in options)
+
+    nothing = StagePlan(stage="train_vae", state="absent", device_bytes=2**30, settings={"--settings": 2**30})
+    assert [line.split(":")[0].strip() for line in memory_lines(nothing)] == ["too large", "nothing fits"]
+
+
+def test_the_doctor_warns_of_a_training_that_needs_more_than_a_gpu_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stages, found = stage_configs(str(SMOKE), root=str(tmp_path)), []
+    for memory in (0, 2**20, 2**30):
+        monkeypatch.setattr("pipelines.tools.doctor_checks.device_memory", lambda memory=memory: memory)
+        found.append(list(free_space(stages, tmp_path, world_size=2))[1:])
+    none, beyond, within = found
+    assert none == []
+    assert [level for level, _ in beyond] == ["warning"] * 2
+    assert re.fullmatch(r"train_vae: 0.00\d+ GiB expected of a GPU's 0.000977 GiB; `latentline plan` .*", beyond[0][1])
+    assert [level for level, _ in within] == ["ok"] * 2
 
 
 @pytest.mark.soak

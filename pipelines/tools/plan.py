@@ -1,28 +1,29 @@
 """Forecast of an experiment: what of it is done, parameters, FLOPs, bytes, memory, device-hours, end time.
 
-    python -m pipelines.tools.plan --config pipelines/configs/demo.toml [--devices 8] [--json]
+    python -m pipelines.tools.plan --config pipelines/configs/demo.toml [--devices 8] [--memory_gb 80] [--json]
 
-Reads: the experiment, and what of it lies under ``run.root``. Writes nothing there. For each training stage whose
-inputs are finished it also trains five updates in a temporary folder, on one device: the first is saved, a second
-process loads it, goes on and draws a sample. So a plan that ends well has run everything once. ``--trial false`` leaves
-that out.
+Reads: the experiment, and what of it lies under ``run.root``. Writes nothing there. For devices of a given memory it
+chooses micro-batch, sharding and checkpointed levels of each training. For each training stage whose inputs are
+finished it also trains five updates in a temporary folder, on one device: the first is saved, a second process loads
+it, goes on and draws a sample. So a plan that ends well has run everything once. ``--trial false`` leaves that out.
 Exit code 0, or 2 when the experiment cannot run.
 """
 
 import json
+import math
 import os
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple, get_type_hints
+from typing import Annotated, NamedTuple, get_type_hints
 
 import torch
-from pydantic import Field, PositiveInt
+from pydantic import Field, NonNegativeFloat, PositiveInt
 from torch import Tensor, nn
 
 from data.manifest import (
@@ -39,7 +40,7 @@ from data.manifest import (
 from models.autoencoder.discriminator import Discriminator
 from models.autoencoder.objective import PatchAdversary
 from models.autoencoder.vae import AutoencoderKL
-from models.denoiser import DenoiserConfig
+from models.denoiser import Denoiser
 from pipelines import encode_latents, evaluate, prepare_corpus, train_unet, train_vae
 from pipelines.model.captions import NoTextConfig, blank_features
 from pipelines.model.experiment import CorpusFacts, misfits
@@ -51,11 +52,11 @@ from pipelines.runtime.stage.fingerprint import begun_with, differing_keys, fing
 from pipelines.runtime.stage.progress import duration
 from pipelines.runtime.training.config import TrainingConfig
 from pipelines.runtime.training.flops import peak_flops
+from pipelines.tools.plan_memory import FLOAT_BYTES, HEADROOM, Sketch, device_memory, gib
 
 MAKERS = {folder: stage for stage, folder in STAGE_FOLDERS.items()}
 TRIAL_UPDATES = 5
 TRIAL_SECONDS = 1_800.0
-FLOAT_BYTES = 4
 # At most four tar members a sample (array, class, caption and origin), each with a header and padded to 512 bytes.
 BYTES_BESIDE_THE_ARRAYS = 4 * 1024
 
@@ -74,6 +75,7 @@ class PlanConfig(StageConfig):
     """Devices to plan for, and the source of their speed."""
 
     devices: PositiveInt = 1  # processes that will train
+    memory_gb: NonNegativeFloat = 0.0  # of a device, times 2^30 bytes; 0 is that of the GPU here, if there is one
     utilisation: Annotated[float, Field(gt=0, le=1)] = 0.35  # of a device's peak, where no trial measures it
     trial: bool = True  # run five updates, a save, a load and a sample of each training stage
 
@@ -88,7 +90,10 @@ class StagePlan:
     parameters: int = 0
     flops_per_image: float = 0.0  # of one training step
     disk_bytes: int = 0
-    memory_bytes: int = 0  # at its peak: weights, moments, averages, and float32 activations or gradients
+    memory_bytes: int = 0  # at its peak, with the present settings
+    averages_bytes: int = 0  # of it
+    device_bytes: int = 0  # that there are; 0 if it is not known
+    settings: dict[str, int] = field(default_factory=dict)  # and their peaks, cheapest first; the last may fit
     images: int = 0  # trained on, counting repeats
     images_per_second: float = 0.0  # of one device
     measured: bool = False  # by a trial
@@ -134,11 +139,14 @@ def plan(config: PlanConfig, path: str) -> list[StagePlan]:
     plans: dict[str, StagePlan] = {}
     for stage, one in configs._asdict().items():
         plans[stage] = state_of(stage, one, plans)
-    forecast(configs, plans, devices=config.devices)
+    sketches = forecast(configs, plans)
+    memory = round(2**30 * config.memory_gb) or device_memory()
     for stage, training in (("train_vae", configs.train_vae), ("train_unet", configs.train_unet)):
         found = plans[stage]
         found.images = training.updates * training.global_batch if found.state != "done" else 0
-        if config.trial and not any(why.startswith("waits for") for why in found.why):
+        add_memory(found, sketches[stage], devices=config.devices, memory=memory)
+        too_large = found.memory_bytes > (device_memory() or math.inf)
+        if config.trial and not too_large and not any(why.startswith("waits for") for why in found.why):
             found.images_per_second = try_out(stage, training, path, run=config.run, devices=config.devices)
             found.measured = True
         else:
@@ -183,8 +191,12 @@ def state_of(stage: str, config: StageConfig, before: Mapping[str, StagePlan]) -
     return StagePlan(stage=stage, state="stale" if why else "done" if finished else "begun", why=why)
 
 
-def forecast(configs: StageConfigs, plans: Mapping[str, StagePlan], *, devices: int) -> None:
-    """Fill in parameters, FLOPs, memory and bytes: of what is there as it is, of what is not as its inputs promise."""
+def forecast(configs: StageConfigs, plans: Mapping[str, StagePlan]) -> dict[str, Sketch]:
+    """Fill in parameters, FLOPs and bytes: of what is there as it is, of what is not as its inputs promise.
+
+    Returns:
+        The networks of the trainings, by which their memory is known.
+    """
     vae_config, unet_config = configs.train_vae, configs.train_unet
     encoding, evaluation = configs.encode_latents, configs.evaluate
     view = configs.prepare_corpus.view
@@ -200,35 +212,17 @@ def forecast(configs: StageConfigs, plans: Mapping[str, StagePlan], *, devices: 
     plans["prepare_corpus"].disk_bytes = size.disk_bytes
     image = corpus.image if corpus else ImageShape(resolution=view.resolution, channels=view.channels)
 
-    # Networks are built without numbers, and run once for the operations and activations of a step.
-    with torch.device("meta"):
-        vae = AutoencoderKL(vae_config.network, image_channels=image.channels)
-        networks: list[nn.Module] = [vae]
-        if isinstance(vae_config.objective.adversary, PatchAdversary):
-            network = vae_config.objective.adversary.discriminator
-            networks.append(Discriminator(network, image_channels=image.channels))
-    add_costs(
-        plans["train_vae"],
-        vae_config,
-        networks,
-        flops=lambda: train_vae.flops_per_image(vae, resolution=image.resolution),
-        devices=devices,
-    )
+    # The networks.
+    sketches = {"train_vae": vae_sketch(vae_config, image)}
     promised_shape = LatentShape(
         channels=vae_config.network.latent_channels, size=image.resolution // vae_config.network.factor
     )
     latents = manifest_or_none(inputs_of(unet_config)["latents"], LatentsManifest)
     shape = latents.latent if latents else promised_shape
     num_classes = len(latents.classes if latents else size.classes)
-    with torch.device("meta"):
-        denoiser = train_unet.build_denoiser(unet_config, shape, num_classes=num_classes)
-    add_costs(
-        plans["train_unet"],
-        unet_config,
-        [denoiser],
-        flops=lambda: train_unet.flops_per_image(denoiser, _one_draw(shape, unet_config.denoiser)),
-        devices=devices,
-    )
+    sketches["train_unet"] = unet_sketch(unet_config, shape, num_classes=num_classes)
+    for stage, sketch in sketches.items():
+        add_costs(plans[stage], sketch)
 
     # Bytes of the stages that only write samples.
     numbers = 2 * promised_shape.channels * promised_shape.size**2 * (2 if encoding.flipped else 1)
@@ -239,6 +233,7 @@ def forecast(configs: StageConfigs, plans: Mapping[str, StagePlan], *, devices: 
     plans["encode_latents"].disk_bytes = size.samples * (numbers * width + BYTES_BESIDE_THE_ARRAYS)
     drawn = len(evaluation.scales) * evaluation.num_samples
     plans["evaluate"].disk_bytes = drawn * (image.resolution**2 * image.channels + BYTES_BESIDE_THE_ARRAYS)
+    return sketches
 
 
 def facts_of(configs: StageConfigs) -> CorpusFacts:
@@ -289,52 +284,71 @@ def manifest_or_none(folder: str, kind: type[AnyManifest]) -> AnyManifest | None
     return found if isinstance(found, kind) else None
 
 
-def _one_draw(shape: LatentShape, denoiser: DenoiserConfig) -> train_unet.LatentDraw:
-    x0 = torch.zeros(1, shape.channels, shape.size, shape.size)
-    return train_unet.LatentDraw(
-        x0=x0,
-        noise=x0,
-        times=torch.full((1,), 0.5),
-        conditions={"labels": torch.zeros(1, dtype=torch.int64), **blank_features(denoiser)},
-        dropped=torch.zeros(1, len(denoiser.conditioners), dtype=torch.bool),
-    )
+def vae_sketch(config: train_vae.TrainVAEConfig, image: ImageShape) -> Sketch:
+    """Return the networks of a VAE's training, without a perceptual one."""
+    present, adversary = config.network, config.objective.adversary
+
+    def build(levels: tuple[int, ...]) -> nn.ModuleList:
+        network = present.model_copy(update={"checkpointed": bool(levels)})
+        vae = AutoencoderKL(network, image_channels=image.channels)
+        vae.encoder.requires_grad_(not config.freeze_encoder)
+        vae.quant_conv.requires_grad_(not config.freeze_encoder)
+        networks = nn.ModuleList([vae])
+        if isinstance(adversary, PatchAdversary):
+            networks.append(Discriminator(adversary.discriminator, image_channels=image.channels))
+        return networks
+
+    def run(networks: nn.ModuleList, images: int) -> Tensor:
+        side = image.resolution // present.factor
+        noise = torch.zeros(images, present.latent_channels, side, side)
+        found, _ = networks[0](torch.zeros(images, image.channels, image.resolution, image.resolution), noise)
+        return sum([network(found).sum() for network in networks[1:]], start=found.sum())
+
+    return Sketch(config, build, run, checkpointed=("network.checkpointed", (0,) * present.checkpointed, 1))
 
 
-def add_costs(plan: StagePlan, config: TrainingConfig, networks: list[nn.Module], *, flops: Any, devices: int) -> None:
-    """Fill in the costs of a training.
+def unet_sketch(config: train_unet.TrainUNetConfig, shape: LatentShape, *, num_classes: int) -> Sketch:
+    """Return the network of a denoiser's training."""
+    denoiser, present = config.denoiser, config.denoiser.network
 
-    Args:
-        plan: What is filled in.
-        config: Of the training.
-        networks: All that are trained; averages are kept of the first.
-        flops: Counts the operations of a step for one image.
-        devices: Processes that train.
-    """
-    saved: dict[int, Tensor] = {}
+    def build(levels: tuple[int, ...]) -> nn.ModuleList:
+        network = present.model_copy(update={"checkpointed_levels": levels})
+        changed = config.model_copy(update={"denoiser": denoiser.model_copy(update={"network": network})})
+        return nn.ModuleList([train_unet.build_denoiser(changed, shape, num_classes=num_classes)])
 
-    def keep(tensor: Tensor) -> Tensor:
-        if not isinstance(tensor if tensor._base is None else tensor._base, nn.Parameter):
-            saved[tensor.untyped_storage()._cdata] = tensor  # held, so that no storage has another's number
-        return tensor
+    def run(networks: nn.ModuleList, images: int) -> Tensor:
+        [network] = networks
+        assert isinstance(network, Denoiser)
+        features = {name: field.expand(images, *field.shape[1:]) for name, field in blank_features(denoiser).items()}
+        conditions = {"labels": torch.zeros(images, dtype=torch.int64), **features}
+        dropped = torch.zeros(images, len(denoiser.conditioners), dtype=torch.bool)
+        x0 = torch.zeros(images, shape.channels, shape.size, shape.size)
+        return network.output(x0, torch.full((images,), 0.5), conditions, dropped).sum()
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        plan.flops_per_image = flops()
-    counts = [sum(parameter.numel() for parameter in network.parameters()) for network in networks]
-    plan.parameters = sum(counts)
-    feature_maps = [tensor.untyped_storage().nbytes() for tensor in saved.values()]
-    num_averages = len(config.averages)
-    checkpoint = FLOAT_BYTES * (3 * plan.parameters + num_averages * counts[0])
+    key = "denoiser.network.checkpointed_levels"
+    return Sketch(config, build, run, checkpointed=(key, present.checkpointed_levels, len(present.channels)))
+
+
+def add_costs(plan: StagePlan, sketch: Sketch) -> None:
+    """Fill in the costs of a training but its memory."""
+    plan.flops_per_image, plan.parameters = sketch.flops(sketch.levels), sketch.weights // FLOAT_BYTES
     # One more than stay is there while the newest is written, and the published weights come on top.
-    best = int(config.checkpoint.best.kind != "none")
-    plan.disk_bytes = checkpoint * (config.checkpoint.keep_last + 1 + best) + FLOAT_BYTES * counts[0]
-    share = config.images_per_device or -(-config.global_batch // devices)
-    gradients = FLOAT_BYTES * plan.parameters
-    elsewhere = 2 * gradients * (devices - 1) // devices if config.shard_optimizer else 0  # moments of other ranks
-    buckets = gradients if devices > 1 else 0  # of DDP
-    # Backward frees feature maps and makes gradients, so they are not all there at once; where it begins there are also
-    # an output and its gradient.
-    activations = (sum(feature_maps) + 2 * max(feature_maps)) * share
-    plan.memory_bytes = checkpoint - elsewhere + buckets + max(activations, gradients)
+    kept = sketch.config.checkpoint.keep_last + 1 + int(sketch.config.checkpoint.best.kind != "none")
+    checkpoint = sketch.weights + 2 * sketch.gradients + sketch.averages
+    plan.disk_bytes = kept * checkpoint + sketch.averages // len(sketch.config.averages)
+
+
+def add_memory(plan: StagePlan, sketch: Sketch, *, devices: int, memory: int) -> None:
+    """Fill in the memory of a training, and the settings for devices of ``memory`` bytes, where that is not 0."""
+    plan.memory_bytes = sketch.peak(sketch.present(devices=devices), devices=devices)
+    plan.averages_bytes, plan.device_bytes = sketch.averages, memory
+    if plan.memory_bytes > memory > 0:
+        plan.notes.append(f"warning: it needs {gib(plan.memory_bytes)} on a device, which has {gib(memory)}")
+    if sketch.config.global_batch % devices:
+        plan.notes.append(f"global_batch = {sketch.config.global_batch} does not split over {devices} devices")
+    elif memory:
+        found = sketch.choose(devices=devices, limit=(1 - HEADROOM) * memory)
+        plan.settings = {sketch.options(settings): peak for settings, peak in found.items()}
 
 
 def try_out(stage: str, config: TrainingConfig, path: str, *, run: RunConfig, devices: int) -> float:
@@ -372,6 +386,15 @@ def try_out(stage: str, config: TrainingConfig, path: str, *, run: RunConfig, de
     return float(speeds[TRIAL_UPDATES - 1])  # the first ones warm up, the last draws a sample
 
 
+def memory_lines(plan: StagePlan) -> Iterator[str]:
+    """Yield the cheapest settings that fit the device, and the next cheaper ones, which do not."""
+    limit = (1 - HEADROOM) * plan.device_bytes
+    for options, peak in [*plan.settings.items()][-4:]:
+        yield f"    {'fits' if peak <= limit else 'too large'}: {options} ({gib(peak)} of {gib(limit)})"
+    if min(plan.settings.values(), default=0) > limit:
+        yield "    nothing fits: take more or larger devices, or a smaller network"
+
+
 def as_text(plan: StagePlan) -> str:
     """Return a stage's plan for people."""
     lines = [f"{plan.stage}: {plan.state}", *(f"    {why}" for why in plan.why), *(f"    {n}" for n in plan.notes)]
@@ -379,7 +402,8 @@ def as_text(plan: StagePlan) -> str:
         how = "measured" if plan.measured else "estimated"
         lines += [
             f"    {plan.parameters / 1e6:.2f} M parameters, {plan.flops_per_image / 1e9:.3g} GFLOP an image and step",
-            f"    {plan.memory_bytes / 2**30:.2f} GiB on a device",
+            f"    {gib(plan.memory_bytes)} on a device, of which averages {gib(plan.averages_bytes)}",
+            *memory_lines(plan),
             f"    {plan.images:,} images at {plan.images_per_second:.4g}/s a device ({how}): "
             f"{plan.device_hours:.3g} device-hours",
         ]
