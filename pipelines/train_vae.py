@@ -66,6 +66,7 @@ class TrainVAEConfig(TrainingConfig):
     objective: VAEObjectiveConfig = VAEObjectiveConfig()  # what it minimises
     order: OrderConfig = FullShuffleConfig()  # order of the training images
     flip_probability: Annotated[float, Field(ge=0, le=1)] = 0.5  # of mirroring a training image
+    compile: bool = False  # slow start, faster updates; no CUDA graphs, whose images the discriminator sees too late
     decode_threads: PositiveInt = 2  # batches decoded at once, each in a thread; images are decoded without a lock
 
     @model_validator(mode="after")

@@ -20,7 +20,6 @@ from accelerate.state import AcceleratorState
 from conftest import TIMEOUT_SECONDS, environment, free_port, rank_environment, run_here, stage_command
 from test_benchmark import CLASS, TEXT, setup_of
 from test_ranks import PROGRAM
-from tiny_training import Recipe, Tiny
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -40,6 +39,7 @@ from pipelines.tools.benchmarks import models, peers
 from pipelines.tools.benchmarks.paired_timing import Job
 from pipelines.tools.benchmarks.shards import write_latents
 from pipelines.tools.benchmarks.stages import SIZES, Setup, Turns, stage_of
+from pipelines.train_vae import TrainVAEConfig
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda:0" if ON_GPU else "cpu")
@@ -67,17 +67,15 @@ def fresh_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = tf32
 
 
-def batch_of(
-    network: Any, count: int, device: torch.device
-) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor], Tensor]:
-    """Latents, noise, times, conditions and drops, as a training passes them."""
-    x0 = torch.randn(count, *network.latent_shape, device=device).to(memory_format=torch.channels_last)
+def batch_of(network: Any, count: int, to: torch.device) -> tuple[Any, ...]:
+    """Latents, noise, times, conditions and drops, drawn on the host and passed as in a training."""
+    x0 = torch.randn(count, *network.latent_shape)
     blank = blank_features(network.config).items()
-    conditions = {name: torch.randn(count, *field.shape[1:], device=device) for name, field in blank}
-    conditions["labels"] = torch.arange(count, device=device) % 10
-    times = torch.randint(0, 1000, (count,), device=device)
-    dropped = torch.zeros(count, len(network.conditioners), dtype=torch.bool, device=device)
-    return x0, torch.randn_like(x0), times, conditions, dropped
+    conditions = {name: torch.randn(count, *field.shape[1:]).to(to) for name, field in blank}
+    conditions["labels"] = (torch.arange(count) % 10).to(to)
+    times, dropped = torch.randint(0, 1000, (count,)), torch.zeros(count, len(network.conditioners), dtype=torch.bool)
+    latents = (each.to(to, memory_format=torch.channels_last) for each in (x0, torch.randn_like(x0)))
+    return *latents, times.to(to), conditions, dropped.to(to)
 
 
 # -------------------------------------------------------------------------------------------------- on any machine
@@ -191,7 +189,7 @@ def test_an_overflow_in_fp16_changes_nothing_but_the_scale_which_a_restart_keeps
         accelerator.scaler.update()
         return norm
 
-    assert torch.isfinite(step(1.0))
+    assert torch.isfinite(step(0.1))
     before = [tensor.clone() for tensor in (*network.parameters(), *optimizer.tensors().values())]
     scale = accelerator.scaler.get_scale()
     assert not torch.isfinite(step(1e30))
@@ -199,7 +197,7 @@ def test_an_overflow_in_fp16_changes_nothing_but_the_scale_which_a_restart_keeps
     assert accelerator.scaler.get_scale() == scale / 2
     LossScale(twin := torch.amp.GradScaler(DEVICE.type)).load(LossScale(accelerator.scaler).tensors())
     assert twin.get_scale() == scale / 2
-    assert torch.isfinite(step(1.0))
+    assert torch.isfinite(step(0.1))
     assert not any(map(torch.equal, before, network.parameters()))
 
 
@@ -222,7 +220,7 @@ def test_each_kernel_of_sdpa_is_the_formula_in_values_and_gradients(
             except RuntimeError as error:
                 pytest.skip(f"{kernel} does not take {dtype}, mask {masked} here: {error}")
             results.append((out, *torch.autograd.grad(out.float().square().sum(), inputs)))
-    tolerance = 1e-4 if dtype == torch.float32 else 4e-2
+    tolerance = 1e-3 if dtype == torch.float32 else 4e-2
     for one, other in zip(*results, strict=True):
         torch.testing.assert_close(one, other, atol=tolerance, rtol=tolerance)
 
@@ -297,18 +295,31 @@ def test_no_update_between_two_flushes_waits_for_the_gpu(
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("how", [True, "reduce-overhead"])
-def test_a_compiled_training_is_the_plain_one(how: object, tmp_path: Path) -> None:
-    """With the second CUDA graphs are replayed: neither gradients nor metrics may be written over."""
-    config = {"updates": 12, "replica_check_every": 2, "images_per_device": 0}
-    plain, compiled = (
-        Tiny(tmp_path / name, Recipe(config={**config, "compile": value}, dropout=0.0)).run()
-        for name, value in (("plain", False), ("compiled", how))
-    )
-    for ours, theirs in zip(compiled.tracker.rows, plain.tracker.rows, strict=True):
-        assert ours["train/loss"] == pytest.approx(theirs["train/loss"], rel=1e-4)
-    for name, tensor in plain.tensors().items():
-        torch.testing.assert_close(compiled.tensors()[name], tensor, rtol=1e-3, atol=1e-4)
+def test_updates_of_a_compiled_model_and_by_cuda_graphs_are_the_plain_ones(tmp_path: Path) -> None:
+    """Neither gradients nor metrics of an update may be written over, nor those of a term differentiated by itself."""
+    found = []
+    for how in ("false", "true", "reduce-overhead"):
+        torch.manual_seed(0)
+        accelerator = start_accelerator(RunConfig(threads=1))
+        setup = setup_of(tmp_path)
+        config = setup.config(train_unet.TrainUNetConfig, "train_unet", "--compile", how, "--optim.warmup_updates", "0")
+        unet = Trainable(setup.build_denoiser().to(DEVICE), config, accelerator)
+        averages, refused, losses = Averages(unet.network, config.averages), torch.zeros((), device=DEVICE), []
+        torch.manual_seed(1)
+        for update in range(1, 11):
+            loss = unet.wrapped(*batch_of(unet.network, 4, DEVICE)).loss.mean()
+            if update in (1, 6):  # as the replica check does
+                gradients = torch.autograd.grad(loss, unet.optimizer.parameters, retain_graph=True, allow_unused=True)
+                assert any(gradient is not None and bool(gradient.any()) for gradient in gradients)
+            accelerator.backward(loss)
+            losses.append(loss.detach() * 1)
+            unet.optimizer.clip()
+            unet.optimizer.apply(update=update, total_updates=10, refused=refused)
+            averages.update(unet.network, update=update, refused=refused)
+        found.append([torch.stack(losses), *(tensor.clone() for tensor in averages.tensors().values())])
+    for plain, compiled, graphs in zip(*found, strict=True):
+        torch.testing.assert_close(compiled, plain, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(graphs, plain, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.gpu
@@ -334,6 +345,7 @@ def test_the_memory_of_a_training_is_the_one_that_was_planned(tmp_path: Path) ->
         peak = torch.cuda.max_memory_allocated()
     finally:
         turns.end()
+        stage.tracker.close("KILLED")
     assert expected == pytest.approx(peak, rel=0.15)
 
 
@@ -342,6 +354,8 @@ def test_graphs_that_would_write_over_gradients_are_refused() -> None:
     assert TrainingConfig.model_validate(fields).compile == "reduce-overhead"
     with pytest.raises(ValueError, match="needs images_per_device = 0: passes overwrite gradients"):
         TrainingConfig.model_validate({**fields, "images_per_device": 2})
+    with pytest.raises(ValueError, match="compile\n.*valid boolean"):  # the discriminator comes after the next pass
+        TrainVAEConfig.model_validate(fields)
 
 
 # ------------------------------------------------------------------------------------------------- whole processes

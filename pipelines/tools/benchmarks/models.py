@@ -360,8 +360,8 @@ def sampling(setup: Setup) -> Comparison:
     if setup.compiled:
         peers.compile_parts(denoiser.network, decoder.decoder, unet, vae)
     with torch.no_grad(), autocast():
-        time = torch.tensor(500, device=device)  # as their loop passes it: another shape would be compiled for itself
-        uncond, cond = unet(twice, time, **arguments, return_dict=False)[0].chunk(2)
+        # The time as their loop passes it: another shape would be compiled for itself.
+        uncond, cond = unet(twice, torch.tensor(500, device=device), **arguments, return_dict=False)[0].chunk(2)
         step = denoiser.output(twice, times, both, dropped)
     check_close(step, torch.cat([cond, uncond]), within=setup.rounding, what="A step of diffusers' network")
     jobs: dict[str, Callable[[], object]] = {"ours": ours, "bare network": bare}
