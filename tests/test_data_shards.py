@@ -12,7 +12,7 @@ from data.files import sha256_of
 from data.manifest import FileEntry
 from data.samples import BadSample, encode_npy, image_members
 from data.shards.index import ShardIndex, index_path
-from data.shards.writer import ShardWriter
+from data.shards.writer import ShardWriter, _header
 
 
 def image_of(number: int) -> np.ndarray:
@@ -77,6 +77,14 @@ def test_a_shard_has_the_bytes_of_a_plain_tar(tmp_path: Path) -> None:
             shard.add(key, members)
     assert (tmp_path / "one.tar").read_bytes() == expected.getvalue()
     assert shard.entry == FileEntry.of(tmp_path / "one.tar", samples=6)
+
+
+def test_headers_are_those_of_tarfile_for_any_name_and_size() -> None:
+    for name in ("k.cls", "k" * 80 + ".text_pooled_019.npy", "k" * 80 + ".a_longer_name_019.npy", "k.\u00e9.npy"):
+        for size in (0, 1, 511, 512, 10**7, 8**11 - 1, 8**11):
+            info = tarfile.TarInfo(name)
+            info.size = size
+            assert _header(name, size) == info.tobuf(), (name, size)
 
 
 def test_plain_webdataset_reads_what_we_write(tmp_path: Path) -> None:

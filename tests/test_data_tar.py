@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from data.samples import BadSample
 from data.shards.scan import scan_shard, split_name
-from data.shards.tar import Fault, Member, scan_tar
+from data.shards.tar import BLOCK, Fault, Member, scan_tar, sum_of_bytes
 
 FORMATS = {"ustar": tarfile.USTAR_FORMAT, "gnu": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT}
 NAMES = st.text(st.characters(codec="utf-8", categories=("L", "N")), min_size=1, max_size=150)
@@ -41,6 +41,12 @@ def test_members_lie_where_tarfile_finds_them(members: list[tuple[str, bytes]], 
     found = list(scan_tar(raw))
     assert [(m.name, m.offset, m.size) for m in found if isinstance(m, Member)] == as_tarfile_sees(raw)
     assert not [item for item in found if isinstance(item, Fault)]
+
+
+@pytest.mark.parametrize("most", [0, 1, 127, 128, 255])
+def test_the_sum_of_a_header_is_exact_for_letters_and_for_other_bytes(most: int) -> None:
+    block = bytes([most]) * (BLOCK - 1) + b"\1"
+    assert sum_of_bytes(block) == most * (BLOCK - 1) + 1
 
 
 def as_v7(raw: bytes) -> bytes:
