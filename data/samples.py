@@ -15,7 +15,7 @@ from codecs import BOM_UTF8
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 from io import BytesIO
 from typing import Any, Literal
 
@@ -177,15 +177,14 @@ def latent_members(
 
 def narrow(values: np.ndarray, dtype: str, *, key: str, suffix: str) -> np.ndarray:
     """Cast to ``dtype``, refusing NaN, infinity and what overflows; any shape."""
-    member = f"{key}.{suffix}"
-    if not np.isfinite(values).all():
-        detail = f"{np.count_nonzero(~np.isfinite(values))} values are NaN or infinite"
-        raise BadSample("latent_not_finite", detail, key=key, member=member)
-    largest = float(np.abs(values).max(initial=0.0))
-    if largest > float(np.finfo(dtype).max):
-        detail = f"a value of {largest:.6g} does not fit {dtype}; store float32"
-        raise BadSample("latent_overflow", detail, key=key, member=member)
-    return np.ascontiguousarray(values, dtype=dtype)
+    largest = float(np.abs(values).max(initial=0.0))  # NaN where there is one
+    if largest <= float(np.finfo(dtype).max):
+        return np.ascontiguousarray(values, dtype=dtype)
+    if number := np.count_nonzero(~np.isfinite(values)):
+        reason, detail = "latent_not_finite", f"{number} values are NaN or infinite"
+    else:
+        reason, detail = "latent_overflow", f"a value of {largest:.6g} does not fit {dtype}; store float32"
+    raise BadSample(reason, detail, key=key, member=f"{key}.{suffix}")
 
 
 def encode_png(image: np.ndarray, *, texts: Mapping[str, str] | None = None) -> bytes:
@@ -275,9 +274,15 @@ class NpyLayout:
 def encode_npy(array: np.ndarray) -> bytes:
     """Return ``array`` in npy format 1.0, little-endian and C-ordered; equal arrays give equal bytes."""
     array = np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("<"))
-    buffer = BytesIO()
-    np.lib.format.write_array(buffer, array, version=(1, 0), allow_pickle=False)
-    return buffer.getvalue()
+    return _npy_header(array.dtype, array.shape) + array.tobytes()
+
+
+@lru_cache(maxsize=64)
+def _npy_header(dtype: np.dtype, shape: tuple[int, ...]) -> bytes:
+    """Return what stands before the values; making it takes longer than copying them."""
+    buffer, like = BytesIO(), np.empty(shape, dtype)
+    np.lib.format.write_array(buffer, like, version=(1, 0), allow_pickle=False)
+    return buffer.getvalue()[: buffer.tell() - like.nbytes]
 
 
 def parse_npy_layout(head: bytes | memoryview, *, size: int) -> NpyLayout:

@@ -55,6 +55,7 @@ def test_npy_is_read_as_numpy_reads_it(array: np.ndarray, version: tuple[int, in
     assert found.dtype == array.dtype
     np.testing.assert_array_equal(found, array)
     np.testing.assert_array_equal(np.load(io.BytesIO(encode_npy(array)), allow_pickle=False), array)
+    assert encode_npy(array) == npy(np.atleast_1d(array), version=(1, 0))
 
 
 HUGE = "{'descr': '<f2', 'fortran_order': False, 'shape': (4294967296, 4294967296, 4294967296), }"
