@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 import numpy as np
@@ -30,18 +31,16 @@ class ChannelSums:
         return cls(count=0, mean=zero, mean_square=zero, variance=zero, low=infinite, high=-infinite)
 
     def add(self, moments: np.ndarray) -> None:
-        """Take in one sample's moments as stored: mean and log-variance (2 c h w)."""
-        mean, log_variance = moments.astype(np.float64).reshape(2, moments.shape[1], -1)
-        self._merge(
-            ChannelSums(
-                count=mean.shape[1],
-                mean=mean.sum(axis=1),
-                mean_square=np.square(mean).sum(axis=1),
-                variance=np.exp(log_variance).sum(axis=1),
-                low=mean.min(axis=1),
-                high=mean.max(axis=1),
-            )
-        )
+        """Take in moments as stored, mean and log-variance (... 2 c h w), of one or more samples, one by one."""
+        c, h, w = moments.shape[-3:]
+        mean, log_variance = moments.astype(np.float64).reshape(-1, 2, c, h * w).swapaxes(0, 1)
+        # Of each sample by itself, then over the samples in order: their grouping to batches leaves every bit as it is.
+        self.count += len(mean) * h * w
+        self.mean = reduce(np.add, mean.sum(axis=-1), self.mean)
+        self.mean_square = reduce(np.add, np.square(mean).sum(axis=-1), self.mean_square)
+        self.variance = reduce(np.add, np.exp(log_variance).sum(axis=-1), self.variance)
+        self.low = reduce(np.minimum, mean.min(axis=-1), self.low)
+        self.high = reduce(np.maximum, mean.max(axis=-1), self.high)
 
     @classmethod
     def merged(cls, parts: Iterable["ChannelSums"]) -> "ChannelSums":

@@ -325,6 +325,7 @@ def encode_shard(
             moments, mirrored = encode_batch(config, stage, vae, batch, turn)
             with turn:
                 features = captions(batch.captions) if captions is not None else {}
+            sound: list[int] = []
             for row, key in enumerate(batch.keys):
                 try:
                     members = latent_members(
@@ -339,9 +340,10 @@ def encode_shard(
                     set_aside(error.at(key=key))
                     continue
                 writer.add(key, members)
-                # Training draws mirrored latents, too, so the statistics are those of both.
-                for stored in (moments,) if mirrored is None else (moments, mirrored):
-                    sums.add(stored[row].astype(config.dtype))
+                sound.append(row)
+            # Training draws mirrored latents, too, so the statistics are those of both.
+            stored = moments if mirrored is None else np.stack([moments, mirrored], axis=1)
+            sums.add(stored[sound].astype(config.dtype))
     assert writer.entry is not None
     entry = replace(writer.entry, corpus=part.entry.corpus)
     return {"entry": entry.as_json(), "quarantined": quarantined, "sums": sums.to_json()}

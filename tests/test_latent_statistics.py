@@ -55,6 +55,26 @@ def test_parts_merge_to_the_whole_and_survive_json_to_the_bit() -> None:
     np.testing.assert_array_equal(merged.high, values[:, 0].max(axis=(0, 2, 3)))
 
 
+@pytest.mark.parametrize("shape", [(3, 4, 4), (1, 5, 7), (4, 1, 1), (16, 32, 32), (1, 1, 1)])
+def test_batches_of_any_size_give_the_sums_of_their_samples_to_the_bit(shape: tuple[int, int, int]) -> None:
+    values = np.random.default_rng(0).normal(scale=7, size=(30, 2, *shape)).astype(np.float16)
+    values[values > 9] = 0.0
+    one_by_one, in_batches = ChannelSums.empty(shape[0]), ChannelSums.empty(shape[0])
+    for each in values:
+        mean, log_variance = each.astype(np.float64).reshape(2, shape[0], -1)
+        one_by_one.count += mean.shape[1]
+        one_by_one.mean = one_by_one.mean + mean.sum(axis=1)
+        one_by_one.mean_square = one_by_one.mean_square + np.square(mean).sum(axis=1)
+        one_by_one.variance = one_by_one.variance + np.exp(log_variance).sum(axis=1)
+        one_by_one.low = np.minimum(one_by_one.low, mean.min(axis=1))
+        one_by_one.high = np.maximum(one_by_one.high, mean.max(axis=1))
+    in_batches.add(values[0])
+    in_batches.add(values[:0])
+    in_batches.add(values[1:18])
+    in_batches.add(values[18:].reshape(6, 2, 2, *shape))
+    assert json.dumps(in_batches.to_json()) == json.dumps(one_by_one.to_json())
+
+
 def test_a_channel_that_is_only_prior_is_not_active() -> None:
     assert sums_of(moments(50)).active.tolist() == [True, True, False]
 
