@@ -9,6 +9,7 @@ import mmap
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 BLOCK = 512
 MAX_NAME_BYTES = 1024
@@ -30,8 +31,7 @@ _ODD_KINDS = {
 Buffer = bytes | mmap.mmap
 
 
-@dataclass(frozen=True, slots=True)
-class Member:
+class Member(NamedTuple):
     """A regular file in a tar: ``size`` bytes at ``offset``."""
 
     name: str
@@ -228,7 +228,7 @@ def _number(raw: bytes) -> int | None:
 def _own_name(header: bytes) -> bytes:
     name = header[:100].partition(b"\0")[0]
     # Only POSIX headers have a prefix; GNU keeps times there.
-    prefix = header[345:500].partition(b"\0")[0] if header[257:263] == b"ustar\0" else b""
+    prefix = header[345:500].partition(b"\0")[0] if header[345] and header[257:263] == b"ustar\0" else b""
     return prefix + b"/" + name if prefix else name
 
 
