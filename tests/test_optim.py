@@ -16,6 +16,7 @@ from pipelines.runtime.training.optim import (
     Optimizer,
     deal,
     learning_rate,
+    orthogonalised,
 )
 
 
@@ -28,9 +29,13 @@ class FakeAccelerator:
     scaler: None = None
 
 
+KINDS = ("adamw", "muon")
+
+
 def network() -> nn.Module:
     torch.manual_seed(0)
-    return nn.Sequential(nn.Conv2d(2, 8, 3), nn.SiLU(), nn.Conv2d(8, 2, 3)).to(memory_format=torch.channels_last)
+    layers = [nn.Conv2d(2, 8, 3, padding=1), nn.SiLU(), nn.Conv2d(8, 8, 3), nn.SiLU(), nn.Conv2d(8, 2, 3)]
+    return nn.Sequential(*layers).to(memory_format=torch.channels_last)
 
 
 def one_step(net: nn.Module, optimizer: Optimizer, update: int, *, poison: bool = False) -> torch.Tensor:
@@ -88,9 +93,10 @@ def test_a_step_is_that_of_plain_adamw_with_clipping() -> None:
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
 
 
-def test_a_gradient_that_is_not_finite_changes_nothing() -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_gradient_that_is_not_finite_changes_nothing(kind: str) -> None:
     net = network()
-    optimizer = Optimizer(net, OptimConfig(warmup_updates=0), accelerator=FakeAccelerator())
+    optimizer = Optimizer(net, OptimConfig(kind=kind, warmup_updates=0), accelerator=FakeAccelerator())
     one_step(net, optimizer, 1)
     before = copy.deepcopy({**net.state_dict(), **optimizer.tensors()})
     norm = one_step(net, optimizer, 2, poison=True)
@@ -101,8 +107,9 @@ def test_a_gradient_that_is_not_finite_changes_nothing() -> None:
     assert any(not torch.equal(before[name], value) for name, value in net.state_dict().items())
 
 
-def test_the_state_survives_a_round_trip_to_the_bit() -> None:
-    config = OptimConfig(warmup_updates=0)
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_state_survives_a_round_trip_to_the_bit(kind: str) -> None:
+    config = OptimConfig(kind=kind, warmup_updates=0)
     net = network()
     optimizer = Optimizer(net, config, accelerator=FakeAccelerator())
     for update in range(1, 4):
@@ -120,18 +127,52 @@ def test_the_state_survives_a_round_trip_to_the_bit() -> None:
     assert all(torch.equal(a, b) for a, b in zip(net.parameters(), twin.parameters(), strict=True))
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("num_ranks", [1, 2, 4])
-def test_a_checkpoint_is_dealt_over_any_number_of_ranks(num_ranks: int) -> None:
+def test_a_checkpoint_is_dealt_over_any_number_of_ranks(num_ranks: int, kind: str) -> None:
     net = network()
-    whole = Optimizer(net, OptimConfig(warmup_updates=0), accelerator=FakeAccelerator())
+    whole = Optimizer(net, OptimConfig(kind=kind, warmup_updates=0), accelerator=FakeAccelerator())
     one_step(net, whole, 1)
     dealt = []
     for rank in range(num_ranks):
-        held = Optimizer(network(), OptimConfig(), accelerator=FakeAccelerator(rank, num_ranks), shards=True)
+        held = Optimizer(network(), OptimConfig(kind=kind), accelerator=FakeAccelerator(rank, num_ranks), shards=True)
         held.load(whole.tensors())
         dealt.append(held.tensors())
     assert sum(map(len, dealt)) == len(whole.tensors())
     assert all(torch.equal(tensor, whole.tensors()[name]) for held in dealt for name, tensor in held.items())
+
+
+def test_muon_is_the_published_recurrence() -> None:
+    """Momentum, Nesterov's look ahead, the quintic on singular values, and a scale; on kernels as matrices."""
+    net = network()
+    config = OptimConfig(kind="muon", peak_lr=0.1, warmup_updates=0, weight_decay=0.01, max_grad_norm=1e9)
+    optimizer = Optimizer(net, config, accelerator=FakeAccelerator())
+    weight, momentum = net[2].weight.detach().double().flatten(1), torch.zeros(8, 72, dtype=torch.float64)
+    for update in range(1, 4):
+        twin = copy.deepcopy(net)
+        x = torch.randn(4, 2, 8, 8, generator=torch.Generator().manual_seed(update))
+        (gradient,) = torch.autograd.grad(twin(x).square().mean(), twin[2].weight)
+        gradient = gradient.double().flatten(1)
+        momentum = 0.95 * momentum + 0.05 * gradient
+        left, values, right = torch.linalg.svd(0.05 * gradient + 0.95 * momentum, full_matrices=False)
+        values = values / values.square().sum().sqrt()
+        for _ in range(5):
+            values = 3.4445 * values - 4.7750 * values**3 + 2.0315 * values**5
+        direction = left @ values.diag() @ right
+        weight = weight - 0.1 * (0.2 * 72**0.5 * direction + 0.01 * weight)
+        one_step(net, optimizer, update)
+        torch.testing.assert_close(net[2].weight.detach().double().flatten(1), weight, rtol=1e-4, atol=1e-5)
+    assert set(optimizer.tensors()) >= {"2.weight/momentum", "2.bias/exp_avg"}
+
+
+@pytest.mark.parametrize("shape", [(5, 40), (40, 5), (7, 7)])
+def test_orthogonalised_matrices_keep_their_directions(shape: tuple[int, int]) -> None:
+    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    found = orthogonalised(matrix)
+    left, _, right = torch.linalg.svd(matrix, full_matrices=False)
+    inner = left.T @ found @ right.T
+    assert 0.6 < inner.diag().min() <= inner.diag().max() < 1.25
+    assert (inner - inner.diag().diag()).abs().max() < 1e-4
 
 
 def test_parameters_are_dealt_evenly() -> None:
@@ -146,5 +187,5 @@ def test_parameters_are_dealt_evenly() -> None:
 def test_the_state_of_another_network_is_refused() -> None:
     net = network()
     optimizer = Optimizer(net, OptimConfig(), accelerator=FakeAccelerator())
-    with pytest.raises(ValueError, match="of another network: .*'stranger'"):
+    with pytest.raises(ValueError, match="of another network or kind: stranger/step"):
         optimizer.load({"stranger/step": torch.zeros(1)})

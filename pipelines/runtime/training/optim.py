@@ -1,4 +1,4 @@
-"""AdamW, its learning rate as a function of the update, and a step that can be refused on the device.
+"""AdamW and Muon, their learning rate as a function of the update, and a step that can be refused on the device.
 
 Its moments can be dealt over the ranks (ZeRO stage 1: Rajbhandari et al. 2020, arXiv:1910.02054, section 5.1). A rank
 then steps the parameters that are dealt to it and broadcasts them: the same bits, and the same checkpoint.
@@ -39,8 +39,9 @@ RateSchedule = Annotated[ConstantRate | CosineRate | InverseSquareRootRate, Fiel
 
 
 class OptimConfig(BaseModel, frozen=True, extra="forbid"):
-    """AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101) with linear warm-up. Counts are optimizer updates."""
+    """AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101), or Muon for matrices. Counts are optimizer updates."""
 
+    kind: Literal["adamw", "muon"] = "adamw"  # muon: that of inner matrices and kernels; AdamW has the others'
     peak_lr: PositiveFloat = 1e-4  # per update; not scaled by world size
     warmup_updates: NonNegativeInt = 1_000  # linear from 0 to the peak
     rate: RateSchedule = ConstantRate()  # what the rate does after the warm-up
@@ -67,6 +68,53 @@ def learning_rate(config: OptimConfig, *, update: int, total_updates: int) -> fl
     return config.peak_lr * warmup * decay
 
 
+def is_inner(name: str, parameter: nn.Parameter) -> bool:
+    """Return whether Muon is for this parameter: a matrix or kernel between the first and the last layer."""
+    ends = ("conv_in", "conv_out", "embedding", "conditioners")
+    return parameter.ndim > 1 and not any(part in ends for part in name.split("."))
+
+
+class Muon:
+    """Momentum whose singular values are brought to 1: every direction of a matrix learns equally fast.
+
+    Jordan et al. 2024 (https://kellerjordan.github.io/posts/muon), with Nesterov's momentum; scaled to the size of
+    AdamW's steps, so that one rate suits both (Liu et al. 2025, arXiv:2502.16982, eq. 4). All in float32: torch's own
+    takes no kernels, computes in bf16 and cannot refuse a step.
+    """
+
+    momentum = 0.95
+
+    def __init__(self, parameters: Sequence[nn.Parameter], *, weight_decay: float) -> None:
+        self.weight_decay = weight_decay
+        self.state = {parameter: torch.zeros_like(parameter) for parameter in parameters}
+
+    @torch.no_grad()
+    def step(self, *, rate: float, refused: Tensor) -> None:
+        """Apply the gradients of those parameters that have one, and forget them; where ``refused`` is 1, only that."""
+        refuses = refused > 0
+        for parameter, momentum in self.state.items():
+            if parameter.grad is None:
+                continue
+            after = momentum.lerp(parameter.grad, 1 - self.momentum)
+            direction = orthogonalised(parameter.grad.lerp(after, self.momentum).flatten(1)).view_as(parameter)
+            scale = 0.2 * math.sqrt(max(len(parameter), parameter[0].numel()))
+            step = rate * (scale * direction + self.weight_decay * parameter)
+            momentum.copy_(torch.where(refuses, momentum, after))
+            parameter.sub_(torch.where(refuses, 0.0, step))
+            parameter.grad = None
+
+
+def orthogonalised(matrix: Tensor) -> Tensor:
+    """Bring all singular values of a matrix (r c) near 1, by five Newton-Schulz steps of Jordan et al. 2024."""
+    is_tall = matrix.shape[0] > matrix.shape[1]
+    x = matrix.T if is_tall else matrix
+    x = x / torch.linalg.matrix_norm(x).clamp(min=1e-7)
+    for _ in range(5):
+        square = x @ x.T
+        x = 3.4445 * x + (2.0315 * square @ square - 4.7750 * square) @ x
+    return x.T if is_tall else x
+
+
 def deal(sizes: Sequence[int], num_ranks: int) -> list[int]:
     """Return the rank that gets each parameter: the largest is dealt first, always to the rank that has least."""
     dealt, ranks = [0] * num_ranks, [0] * len(sizes)
@@ -77,7 +125,7 @@ def deal(sizes: Sequence[int], num_ranks: int) -> list[int]:
 
 
 class Optimizer:
-    """Clipped, fused AdamW over the parameters of one network.
+    """Clipped, fused AdamW over the parameters of one network, or Muon for those that suit it.
 
     A refused step changes nothing: the kernel reads the refusal on the device (``found_inf``), so that no bad number
     reaches the weights, and the host need not wait for it.
@@ -99,6 +147,13 @@ class Optimizer:
         self.parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
         sizes = [parameter.numel() for parameter in self.parameters]
         self._ranks = deal(sizes, accelerator.num_processes) if self.is_sharded else [self._rank] * len(sizes)
+
+        # Muon's parameters are AdamW's, too, so that one scaler sees them all; but not with a gradient, nor moments.
+        named = zip(self.names, self.parameters, strict=True)
+        self._inner = {parameter for name, parameter in named if config.kind == "muon" and is_inner(name, parameter)}
+        own = [parameter for parameter, rank in zip(self.parameters, self._ranks, strict=True) if rank == self._rank]
+        inner = [parameter for parameter in own if parameter in self._inner]
+        self.muon = Muon(inner, weight_decay=config.weight_decay)
 
         # Weight decay is for matrices and kernels, not for biases and norms.
         decayed = [parameter for parameter in self.parameters if parameter.ndim > 1]
@@ -135,6 +190,7 @@ class Optimizer:
         for parameter, rank in zip(self.parameters, self._ranks, strict=True):
             if rank != self._rank:
                 parameter.grad = None
+        self.muon.step(rate=rate, refused=refused)
         self.adamw.step()
         self.adamw.zero_grad(set_to_none=True)
         if self.is_sharded:
@@ -148,9 +204,8 @@ class Optimizer:
             return self.tensors()
         state: dict[str, Tensor] = {}
         for name, parameter, rank in zip(self.names, self.parameters, self._ranks, strict=True):
-            blank = {"step": torch.zeros((), device=parameter.device), "exp_avg": parameter, "exp_avg_sq": parameter}
-            for key, like in blank.items():
-                value = self.adamw.state[parameter][key] if rank == self._rank else torch.empty_like(like)
+            for key, like in self._blank(parameter).items():
+                value = self._state(parameter)[key] if rank == self._rank else torch.empty_like(like)
                 dist.broadcast(_flat(value), src=rank)
                 if self._rank == 0:
                     state[f"{name}/{key}"] = value.detach().cpu()
@@ -160,9 +215,21 @@ class Optimizer:
         """Return the state that this rank holds, by parameter name."""
         state: dict[str, Tensor] = {}
         for name, parameter in zip(self.names, self.parameters, strict=True):
-            for key, value in self.adamw.state.get(parameter, {}).items():
+            for key, value in self._state(parameter).items():
                 state[f"{name}/{key}"] = value
         return state
+
+    def _state(self, parameter: nn.Parameter) -> dict[str, Tensor]:
+        """Return what is remembered of a parameter, by the names of ``_blank``."""
+        if parameter in self._inner:
+            return {"momentum": self.muon.state[parameter]} if parameter in self.muon.state else {}
+        return self.adamw.state.get(parameter, {})
+
+    def _blank(self, parameter: nn.Parameter) -> dict[str, Tensor]:
+        """Return tensors of the shapes and layouts of what is remembered of a parameter."""
+        if parameter in self._inner:
+            return {"momentum": parameter}
+        return {"step": torch.zeros((), device=parameter.device), "exp_avg": parameter, "exp_avg_sq": parameter}
 
     def load(self, tensors: dict[str, Tensor]) -> None:
         """Restore what ``gathered`` returned, on any number of ranks.
@@ -170,20 +237,21 @@ class Optimizer:
         Raises:
             ValueError: The state belongs to another network.
         """
-        strangers = sorted({key.rsplit("/", 1)[0] for key in tensors} - set(self.names))
-        if strangers or len(tensors) != 3 * len(self.names):
-            raise ValueError(
-                f"The optimizer's state is of another network: {strangers[:3] or 'parameters are missing'}."
-            )
+        blanks = zip(self.names, map(self._blank, self.parameters), strict=True)
+        known = {f"{name}/{key}" for name, blank in blanks for key in blank}
+        if strangers := sorted(tensors.keys() - known) or sorted(known - tensors.keys()):
+            raise ValueError(f"The optimizer's state is of another network or kind: {', '.join(strangers[:3])}.")
 
         # The fused kernel walks parameter and moments side by side: they must have one memory layout.
         for name, parameter, rank in zip(self.names, self.parameters, self._ranks, strict=True):
             if rank != self._rank:
                 continue
-            moments = {
-                key: torch.empty_like(parameter).copy_(tensors[f"{name}/{key}"]) for key in ("exp_avg", "exp_avg_sq")
-            }
-            self.adamw.state[parameter] = {"step": tensors[f"{name}/step"].to(parameter.device), **moments}
+            blank = self._blank(parameter)
+            state = {key: torch.empty_like(like).copy_(tensors[f"{name}/{key}"]) for key, like in blank.items()}
+            if parameter in self._inner:
+                self.muon.state[parameter] = state["momentum"]
+            else:
+                self.adamw.state[parameter] = state
 
 
 def _flat(tensor: Tensor) -> Tensor:
