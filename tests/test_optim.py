@@ -29,7 +29,7 @@ class FakeAccelerator:
     scaler: None = None
 
 
-KINDS = ("adamw", "muon")
+ALGORITHMS = ("adamw", "muon")
 
 
 def network() -> nn.Module:
@@ -93,10 +93,10 @@ def test_a_step_is_that_of_plain_adamw_with_clipping() -> None:
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_gradient_that_is_not_finite_changes_nothing(kind: str) -> None:
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_a_gradient_that_is_not_finite_changes_nothing(algorithm: str) -> None:
     net = network()
-    optimizer = Optimizer(net, OptimConfig(kind=kind, warmup_updates=0), accelerator=FakeAccelerator())
+    optimizer = Optimizer(net, OptimConfig(algorithm=algorithm, warmup_updates=0), accelerator=FakeAccelerator())
     one_step(net, optimizer, 1)
     before = copy.deepcopy({**net.state_dict(), **optimizer.tensors()})
     norm = one_step(net, optimizer, 2, poison=True)
@@ -107,9 +107,9 @@ def test_a_gradient_that_is_not_finite_changes_nothing(kind: str) -> None:
     assert any(not torch.equal(before[name], value) for name, value in net.state_dict().items())
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_state_survives_a_round_trip_to_the_bit(kind: str) -> None:
-    config = OptimConfig(kind=kind, warmup_updates=0)
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_the_state_survives_a_round_trip_to_the_bit(algorithm: str) -> None:
+    config = OptimConfig(algorithm=algorithm, warmup_updates=0)
     net = network()
     optimizer = Optimizer(net, config, accelerator=FakeAccelerator())
     for update in range(1, 4):
@@ -127,15 +127,17 @@ def test_the_state_survives_a_round_trip_to_the_bit(kind: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(net.parameters(), twin.parameters(), strict=True))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
 @pytest.mark.parametrize("num_ranks", [1, 2, 4])
-def test_a_checkpoint_is_dealt_over_any_number_of_ranks(num_ranks: int, kind: str) -> None:
+def test_a_checkpoint_is_dealt_over_any_number_of_ranks(num_ranks: int, algorithm: str) -> None:
     net = network()
-    whole = Optimizer(net, OptimConfig(kind=kind, warmup_updates=0), accelerator=FakeAccelerator())
+    whole = Optimizer(net, OptimConfig(algorithm=algorithm, warmup_updates=0), accelerator=FakeAccelerator())
     one_step(net, whole, 1)
     dealt = []
     for rank in range(num_ranks):
-        held = Optimizer(network(), OptimConfig(kind=kind), accelerator=FakeAccelerator(rank, num_ranks), shards=True)
+        held = Optimizer(
+            network(), OptimConfig(algorithm=algorithm), accelerator=FakeAccelerator(rank, num_ranks), shards=True
+        )
         held.load(whole.tensors())
         dealt.append(held.tensors())
     assert sum(map(len, dealt)) == len(whole.tensors())
@@ -145,7 +147,7 @@ def test_a_checkpoint_is_dealt_over_any_number_of_ranks(num_ranks: int, kind: st
 def test_muon_is_the_published_recurrence() -> None:
     """Momentum, Nesterov's look ahead, the quintic on singular values, and a scale; on kernels as matrices."""
     net = network()
-    config = OptimConfig(kind="muon", peak_lr=0.1, warmup_updates=0, weight_decay=0.01, max_grad_norm=1e9)
+    config = OptimConfig(algorithm="muon", peak_lr=0.1, warmup_updates=0, weight_decay=0.01, max_grad_norm=1e9)
     optimizer = Optimizer(net, config, accelerator=FakeAccelerator())
     weight, momentum = net[2].weight.detach().double().flatten(1), torch.zeros(8, 72, dtype=torch.float64)
     for update in range(1, 4):

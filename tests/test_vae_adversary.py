@@ -13,7 +13,8 @@ from data.files import sha256_of
 UPDATES, EVERY, WINDOW, MIN_IMPROVEMENT = 16, 2, 2, 0.15
 WORDS = (
     *("--updates", str(UPDATES), "--checkpoint.every_updates", "3", "--checkpoint.keep_every", "3"),
-    *("--log_every", "7", "--validate_every", "16", "--optim.peak_lr", "5e-3", "--images_per_device", "0"),
+    *("--optim.algorithm", "adamw", "--log_every", "7", "--validate_every", "16"),
+    *("--optim.peak_lr", "5e-3", "--images_per_device", "0"),
     *("--objective.adversary.kind", "patchgan", "--objective.adversary.start.kind", "plateau"),
     *("--objective.adversary.start.every", str(EVERY), "--objective.adversary.start.window", str(WINDOW)),
     *("--objective.adversary.start.min_improvement", str(MIN_IMPROVEMENT)),

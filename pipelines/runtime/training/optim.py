@@ -41,7 +41,7 @@ RateSchedule = Annotated[ConstantRate | CosineRate | InverseSquareRootRate, Fiel
 class OptimConfig(BaseModel, frozen=True, extra="forbid"):
     """AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101), or Muon for matrices. Counts are optimizer updates."""
 
-    kind: Literal["adamw", "muon"] = "adamw"  # muon: that of inner matrices and kernels; AdamW has the others'
+    algorithm: Literal["adamw", "muon"] = "adamw"  # of inner matrices and kernels; the others have AdamW
     peak_lr: PositiveFloat = 1e-4  # per update; not scaled by world size
     warmup_updates: NonNegativeInt = 1_000  # linear from 0 to the peak
     rate: RateSchedule = ConstantRate()  # what the rate does after the warm-up
@@ -150,7 +150,9 @@ class Optimizer:
 
         # Muon's parameters are AdamW's, too, so that one scaler sees them all; but not with a gradient, nor moments.
         named = zip(self.names, self.parameters, strict=True)
-        self._inner = {parameter for name, parameter in named if config.kind == "muon" and is_inner(name, parameter)}
+        self._inner = {
+            parameter for name, parameter in named if config.algorithm == "muon" and is_inner(name, parameter)
+        }
         own = [parameter for parameter, rank in zip(self.parameters, self._ranks, strict=True) if rank == self._rank]
         inner = [parameter for parameter in own if parameter in self._inner]
         self.muon = Muon(inner, weight_decay=config.weight_decay)

@@ -108,7 +108,12 @@ def vae(setup: Setup) -> Comparison:
 def _words(setup: Setup) -> tuple[str, ...]:
     """Return the options of both trainings: no checkpoint, no validation but the first, and AdamW as all have it."""
     never = tuple(f"--{key}={NEVER}" for key in ("updates", "validate_every", "checkpoint.every_updates"))
-    return (*never, "--optim.kind=adamw", f"--log_every={setup.updates}", f"--compile={str(setup.compiled).lower()}")
+    return (
+        *never,
+        "--optim.algorithm=adamw",
+        f"--log_every={setup.updates}",
+        f"--compile={str(setup.compiled).lower()}",
+    )
 
 
 def _trainings(
