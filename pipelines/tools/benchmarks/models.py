@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from data.loading import ImageShards
 from data.transforms import to_unit_range
+from models.diffusion.guidance import GuidanceConfig
 from models.diffusion.samplers import DDIMConfig
 from models.latent_diffusion import LatentDiffusion, Normalisation
 from pipelines import train_unet, train_vae
@@ -307,6 +308,7 @@ def sampling(setup: Setup) -> Comparison:
     # One model on both sides.
     config = setup.config(EvaluateConfig, "evaluate")
     assert isinstance(config.sampler, DDIMConfig)
+    guidance = GuidanceConfig(scale=config.guidance.scale)  # at all steps, as in diffusers' loop
     rows, steps, scale = range(config.batch_size), config.sampler.num_steps, config.guidance.scale
     accelerator = start_accelerator(config.run, precision=setup.precision, tf32=setup.tf32)
     device, autocast = accelerator.device, accelerator.autocast
@@ -337,7 +339,7 @@ def sampling(setup: Setup) -> Comparison:
     def ours(arithmetic: Any = autocast) -> np.ndarray:
         with arithmetic():
             images = model.sample(
-                noise(), conditions, sampler=config.sampler, guidance=config.guidance, fresh_noise=lambda step: noise()
+                noise(), conditions, sampler=config.sampler, guidance=guidance, fresh_noise=lambda step: noise()
             )
         return finite_levels(images, names=rows, stage="benchmark", precision=setup.precision)
 

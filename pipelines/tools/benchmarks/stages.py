@@ -30,6 +30,12 @@ SIZES = {
     "small": Path(__file__).with_name("small.toml"),
     "sd": Path(__file__).with_name("sd.toml"),
 }
+# Diffusers' training recipe and loop are those of the chain; what is computed for an image is the same on any path.
+CHAIN = (
+    "--denoiser.schedule.kind=cosine",
+    "--denoiser.objective.prediction=v",
+    "--denoiser.objective.times.kind=uniform",
+)
 Config = TypeVar("Config", bound=StageConfig)
 
 
@@ -52,6 +58,7 @@ class Setup:
         uri = self.tracking_uri or f"sqlite:///{self.folder}/mlflow.db"
         run = ["--run.root", str(self.folder), "--run.threads", str(self.threads), "--run.tracking_uri", uri]
         words = ("--precision", self.precision, *words) if "precision" in model.model_fields else words
+        words = (*CHAIN, *words) if model is TrainUNetConfig else words
         words = ("--tf32", str(self.tf32).lower(), *words) if "tf32" in model.model_fields else words
         return load_config(model, table=table, argv=["--config", str(self.experiment), *run, *words])
 
