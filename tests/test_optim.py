@@ -189,5 +189,5 @@ def test_parameters_are_dealt_evenly() -> None:
 def test_the_state_of_another_network_is_refused() -> None:
     net = network()
     optimizer = Optimizer(net, OptimConfig(), accelerator=FakeAccelerator())
-    with pytest.raises(ValueError, match="of another network or kind: stranger/step"):
+    with pytest.raises(ValueError, match="of another network or algorithm: stranger/step"):
         optimizer.load({"stranger/step": torch.zeros(1)})

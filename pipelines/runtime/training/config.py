@@ -41,7 +41,7 @@ class TrainingConfig(StageConfig):
     # A CPU needs a C++ compiler. "reduce-overhead" replays CUDA graphs: a small network waits for launches of kernels.
     compile: bool | Literal["reduce-overhead"] = False  # slow start, faster updates; the latter for small ones on a GPU
     optim: OptimConfig = OptimConfig()  # how the weights move
-    shard_optimizer: bool = False  # AdamW's moments dealt over the ranks (ZeRO stage 1): less memory, the same bits
+    shard_optimizer: bool = False  # the optimizer's state dealt over the ranks (ZeRO 1): less memory, same bits
     averages: tuple[AverageConfig, ...] = Field(default=(ExponentialAverage(),), min_length=1)  # the first is published
     checkpoint: CheckpointConfig = CheckpointConfig()  # when and how many
     log_every: PositiveInt = 50  # updates between two flushes of metrics; each waits for the device

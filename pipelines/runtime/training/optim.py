@@ -39,7 +39,10 @@ RateSchedule = Annotated[ConstantRate | CosineRate | InverseSquareRootRate, Fiel
 
 
 class OptimConfig(BaseModel, frozen=True, extra="forbid"):
-    """AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101), or Muon for matrices. Counts are optimizer updates."""
+    """AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101), or Muon for matrices, with linear warm-up.
+
+    Counts are optimizer updates.
+    """
 
     algorithm: Literal["adamw", "muon"] = "adamw"  # of inner matrices and kernels; the others have AdamW
     peak_lr: PositiveFloat = 1e-4  # per update; not scaled by world size
@@ -69,7 +72,10 @@ def learning_rate(config: OptimConfig, *, update: int, total_updates: int) -> fl
 
 
 def is_inner(name: str, parameter: nn.Parameter) -> bool:
-    """Return whether Muon is for this parameter: a matrix or kernel between the first and the last layer."""
+    """Return whether Muon is for this parameter: a matrix or kernel of no first or last layer or embedding.
+
+    Those of the discriminator are not told apart by their names; it is moved by Muon as a whole.
+    """
     ends = ("conv_in", "conv_out", "embedding", "conditioners")
     return parameter.ndim > 1 and not any(part in ends for part in name.split("."))
 
@@ -105,14 +111,22 @@ class Muon:
 
 
 def orthogonalised(matrix: Tensor) -> Tensor:
-    """Bring all singular values of a matrix (r c) near 1, by five Newton-Schulz steps of Jordan et al. 2024."""
+    """Bring all singular values of a matrix (r c) near 1, by five Newton-Schulz steps of Jordan et al. 2024.
+
+    Each step multiplies the matrix by a polynomial of its Gram matrix. The polynomials are gathered in the smaller
+    dimension and multiplied to the matrix once, which for a 3 x 3 kernel takes 0.4 of the time of five products.
+    """
     is_tall = matrix.shape[0] > matrix.shape[1]
-    x = matrix.T if is_tall else matrix
-    x = x / torch.linalg.matrix_norm(x).clamp(min=1e-7)
+    wide = matrix.T if is_tall else matrix
+    wide = wide / torch.linalg.matrix_norm(wide).clamp(min=1e-7)
+    gram = wide @ wide.T
+    identity = product = torch.eye(len(wide), dtype=wide.dtype, device=wide.device)
     for _ in range(5):
-        square = x @ x.T
-        x = 3.4445 * x + (2.0315 * square @ square - 4.7750 * square) @ x
-    return x.T if is_tall else x
+        polynomial = 3.4445 * identity - 4.7750 * gram + 2.0315 * (gram @ gram)
+        product = polynomial @ product
+        gram = polynomial @ gram @ polynomial
+    result = product @ wide
+    return result.T if is_tall else result
 
 
 def deal(sizes: Sequence[int], num_ranks: int) -> list[int]:
@@ -237,12 +251,12 @@ class Optimizer:
         """Restore what ``gathered`` returned, on any number of ranks.
 
         Raises:
-            ValueError: The state belongs to another network.
+            ValueError: The state belongs to another network or algorithm.
         """
         blanks = zip(self.names, map(self._blank, self.parameters), strict=True)
         known = {f"{name}/{key}" for name, blank in blanks for key in blank}
         if strangers := sorted(tensors.keys() - known) or sorted(known - tensors.keys()):
-            raise ValueError(f"The optimizer's state is of another network or kind: {', '.join(strangers[:3])}.")
+            raise ValueError(f"The optimizer's state is of another network or algorithm: {', '.join(strangers[:3])}.")
 
         # The fused kernel walks parameter and moments side by side: they must have one memory layout.
         for name, parameter, rank in zip(self.names, self.parameters, self._ranks, strict=True):
