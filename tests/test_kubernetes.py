@@ -40,9 +40,10 @@ TRAINING = (
     *("--validate_every", "2", *FLOAT32),
 )
 UNET = {"channels": "[64, 64, 64, 64]", "blocks": "[1, 1, 1, 1]", "heads": "[1, 1, 1, 1]"}
+PIXELS_ALONE = ("--objective.perceptual.kind", "none", "--objective.adversary.kind", "none")
 SIZES = {
     "prepare_corpus": ("--source.val_fraction", "0.3", "--view.resolution", "32", "--samples_per_shard", "16"),
-    "train_vae": (*TRAINING, "--network.channels", "[32, 32]", "--network.blocks_per_level", "1"),
+    "train_vae": (*TRAINING, "--network.channels", "[32, 32]", "--network.blocks_per_level", "1", *PIXELS_ALONE),
     "encode_latents": ("--batch_size", "4"),
     "train_unet": (*TRAINING, *(word for k, v in UNET.items() for word in (f"--denoiser.network.{k}", v))),
     "evaluate": ("--num_samples", "8", "--batch_size", "4", "--sweep", "[2.0]", "--sampler.num_steps", "2", *FLOAT32),

