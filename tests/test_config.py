@@ -54,6 +54,8 @@ class Config(StageConfig):
     global_batch: PositiveInt = 64  # images an update
     peak_lr: PositiveFloat = 1e-4  # per update
     name: str = "x"  # any text
+    names: tuple[str, ...] = ()  # any texts
+    interval: tuple[float, float] = (0.0, 1.0)  # from and to
     exact: bool = False  # slower
 
     @model_validator(mode="after")
@@ -88,6 +90,17 @@ def test_the_command_line_wins_over_the_file_and_the_file_over_defaults(tmp_path
         "7",
         True,
     )
+
+
+def test_a_list_of_plain_values_may_come_without_brackets_on_the_command_line(tmp_path: Path) -> None:
+    words = ("--interval", "0.1, 0.85", "--names", "a b,7")
+    assert (config := load(tmp_path, "", *words)).interval == (0.1, 0.85)
+    assert config.names == ("a b", "7")
+    assert load(tmp_path, "", "--names", "a").names == ("a",)
+    assert load(tmp_path, "", "--names", '["a,b"]', "--interval", "[0.1, 0.85]").names == ("a,b",)
+    # A file has lists of its own, and tables have commas within.
+    assert "train_vae.interval = '0.1,0.85' (" in mistakes(tmp_path, '[train_vae]\ninterval = "0.1,0.85"')
+    assert "train_vae.shapes = 'circle,circle' (command line)" in mistakes(tmp_path, "", "--shapes", "circle,circle")
 
 
 def test_inputs_lie_below_the_root_unless_they_are_given(tmp_path: Path) -> None:
