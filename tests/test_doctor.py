@@ -26,9 +26,9 @@ from data.manifest import ImageShape, LatentShape
 from data.order.order import BlockedShuffleConfig
 from pipelines.prepare_corpus import PrepareCorpusConfig
 from pipelines.runtime.config.experiment import load_config
-from pipelines.tools.doctor_checks import file_operations, free_space, mlflow_store, shards, workers
+from pipelines.runtime.training.memory import Settings, Sketch, gib
+from pipelines.tools.doctor_checks import file_operations, gpu_memory, mlflow_store, shards, workers
 from pipelines.tools.plan import StagePlan, corpus_size, memory_lines, stage_configs, unet_sketch, vae_sketch
-from pipelines.tools.plan_memory import Settings, Sketch, gib
 from pipelines.train_unet import TrainUNetConfig
 from pipelines.train_vae import TrainVAEConfig
 
@@ -340,7 +340,7 @@ def test_the_doctor_warns_of_a_training_that_needs_more_than_a_gpu_has(
     stages, found = stage_configs(str(SMOKE), root=str(tmp_path)), []
     for memory in (0, 2**20, 2**30):
         monkeypatch.setattr("pipelines.tools.doctor_checks.device_memory", lambda memory=memory: memory)
-        found.append(list(free_space(stages, tmp_path, world_size=2))[1:])
+        found.append(list(gpu_memory(stages, world_size=2)))
     none, beyond, within = found
     assert none == []
     assert [level for level, _ in beyond] == ["warning"] * 2

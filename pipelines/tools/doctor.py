@@ -34,6 +34,7 @@ from pipelines.tools.doctor_checks import (
     experiment_digests,
     file_operations,
     free_space,
+    gpu_memory,
     limits,
     mlflow_store,
     shards,
@@ -91,7 +92,8 @@ def own_findings(config: DoctorConfig, stages: StageConfigs, accelerator: Accele
     if rank == 0:  # the folder is one for all, which is looked at as well
         checks |= {
             "experiment": lambda: experiment(stages),
-            "free space": lambda: free_space(stages, root, world_size=accelerator.num_processes),
+            "free space": lambda: free_space(stages, root),
+            "GPU memory": lambda: gpu_memory(stages, world_size=accelerator.num_processes),
             "MLflow": lambda: mlflow_store(config.run.tracking_uri, root, experiment=config.run.experiment),
             "shards": lambda: shards(stages, world_size=accelerator.num_processes),
         }

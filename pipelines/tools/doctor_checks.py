@@ -27,8 +27,8 @@ from pipelines.runtime.stage.fingerprint import inputs_of
 from pipelines.runtime.stage.provenance import REPOSITORY
 from pipelines.runtime.tracking.identity import OFFLINE, sqlite_file, store_uri
 from pipelines.runtime.tracking.mlflow_store import MlflowStore
+from pipelines.runtime.training.memory import device_memory, gib
 from pipelines.tools.plan import StageConfigs, StagePlan, facts_of, forecast, manifest_or_none
-from pipelines.tools.plan_memory import device_memory, gib
 
 Level = Literal["ok", "warning", "failed"]
 Findings = Iterator[tuple[Level, str]]
@@ -133,17 +133,22 @@ def nearest_folder(root: Path) -> Path:
     return next(place for place in (root, *root.absolute().parents) if place.is_symlink() or place.exists())
 
 
-def free_space(stages: StageConfigs, root: Path, *, world_size: int) -> Findings:
-    """Space under ``run.root`` and on a GPU, against what the stages that are not finished will take."""
+def free_space(stages: StageConfigs, root: Path) -> Findings:
+    """Space under ``run.root`` against what the stages that are not finished will write."""
     plans = {stage: StagePlan(stage=stage, state="") for stage in stages._fields}
-    sketches = forecast(stages, plans)
+    forecast(stages, plans)
     there = nearest_folder(root)
     free = shutil.disk_usage(there).free
     needed = sum(plan.disk_bytes for plan in plans.values())
     text = f"{free / 2**30:.1f} GiB free in {there}, {needed / 2**30:.2f} GiB expected"
     yield "failed" if free < needed else "warning" if free < 2 * needed else "ok", text
+
+
+def gpu_memory(stages: StageConfigs, *, world_size: int) -> Findings:
+    """Memory of a GPU, where there is one, against what each training will take of it."""
     if memory := device_memory():
-        for stage, sketch in sketches.items():
+        plans = {stage: StagePlan(stage=stage, state="") for stage in stages._fields}
+        for stage, sketch in forecast(stages, plans).items():
             peak = sketch.peak(sketch.present(devices=world_size), devices=world_size)
             advice = "; `latentline plan` finds settings that fit" if peak > memory else ""
             yield "warning" if advice else "ok", f"{stage}: {gib(peak)} expected of a GPU's {gib(memory)}{advice}"

@@ -52,7 +52,7 @@ from pipelines.runtime.stage.fingerprint import begun_with, differing_keys, fing
 from pipelines.runtime.stage.progress import duration
 from pipelines.runtime.training.config import TrainingConfig
 from pipelines.runtime.training.flops import peak_flops
-from pipelines.tools.plan_memory import FLOAT_BYTES, HEADROOM, Sketch, device_memory, gib
+from pipelines.runtime.training.memory import FLOAT_BYTES, HEADROOM, Sketch, device_memory, gib
 
 MAKERS = {folder: stage for stage, folder in STAGE_FOLDERS.items()}
 TRIAL_UPDATES = 5
