@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -24,11 +25,14 @@ from torch.distributed._tools.mem_tracker import MemTracker
 
 from data.manifest import ImageShape, LatentShape
 from data.order.order import BlockedShuffleConfig
+from models.autoencoder.discriminator import DiscriminatorConfig
+from models.autoencoder.objective import PatchAdversary, VAEObjectiveConfig
 from pipelines.prepare_corpus import PrepareCorpusConfig
 from pipelines.runtime.config.experiment import load_config
 from pipelines.runtime.training.memory import Settings, Sketch, gib
+from pipelines.runtime.training.optim import OptimConfig, Optimizer
 from pipelines.tools.doctor_checks import file_operations, gpu_memory, mlflow_store, shards, workers
-from pipelines.tools.plan import StagePlan, corpus_size, memory_lines, stage_configs, unet_sketch, vae_sketch
+from pipelines.tools.plan import StagePlan, add_costs, corpus_size, memory_lines, stage_configs, unet_sketch, vae_sketch
 from pipelines.train_unet import TrainUNetConfig
 from pipelines.train_vae import TrainVAEConfig
 
@@ -286,6 +290,38 @@ def test_the_planned_memory_is_what_torch_counts(
     found = sketch.peak(Settings(images, False, levels), devices=1)
     print(f"{experiment} {stage} {levels}: {found / 2**30:.2f} GiB, {found / counted['Total']:.3f} of MemTracker's")
     assert found == pytest.approx(counted["Total"], rel=0.1)
+
+
+def state_after_a_step(sketch: Sketch, rank: int, num_ranks: int) -> int:
+    """Bytes that the optimizers of a training's networks hold on one rank."""
+    total, accelerator = 0, Mock(process_index=rank, num_processes=num_ranks, scaler=None)
+    for network in sketch.build(()):
+        optimizer = Optimizer(network, sketch.config.optim, accelerator=accelerator, shards=True)
+        for parameter in optimizer.parameters:
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.apply(update=1, total_updates=1, refused=torch.zeros(()))
+        total += sum(tensor.nbytes for tensor in optimizer.tensors().values())
+    return total
+
+
+def test_the_planned_state_of_the_optimizers_is_what_they_hold_after_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of an autoencoder whose encoder is frozen, and of a discriminator."""
+    monkeypatch.setattr("torch.distributed.broadcast", Mock())
+    monkeypatch.setattr(Sketch, "_traced", Mock(return_value=np.zeros((1, 2))))
+    small = PatchAdversary(discriminator=DiscriminatorConfig(channels=16))
+    objective, peaks, held, disk = VAEObjectiveConfig(adversary=small), [], [], []
+    for algorithm in ("adamw", "muon"):
+        changes = {"optim": OptimConfig(algorithm=algorithm), "objective": objective, "freeze_encoder": True}
+        sketch = sketch_of("configs/demo.toml", "train_vae", **changes)
+        whole, *parts = (state_after_a_step(sketch, rank, of) for rank, of in ((0, 1), (0, 3), (1, 3), (2, 3)))
+        assert (sketch.optimizer(1), sketch.optimizer(3)) == (whole, max(parts))
+        add_costs(plan := StagePlan(stage="train_vae", state="absent"), sketch)
+        peaks += [sketch.peak(Settings(2, shards, ()), devices=3) for shards in (False, True)]
+        held += [whole, max(parts)]
+        disk.append(plan.disk_bytes)
+    kept = sketch.config.checkpoint.keep_last + 1
+    assert disk[0] - disk[1] == kept * (held[0] - held[2]) > 0
+    assert np.array_equal(np.diff(peaks), np.diff(held))
 
 
 def test_settings_are_chosen_by_their_cost() -> None:

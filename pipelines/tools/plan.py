@@ -334,7 +334,7 @@ def add_costs(plan: StagePlan, sketch: Sketch) -> None:
     plan.flops_per_image, plan.parameters = sketch.flops(sketch.levels), sketch.weights // FLOAT_BYTES
     # One more than stay is there while the newest is written, and the published weights come on top.
     kept = sketch.config.checkpoint.keep_last + 1 + int(sketch.config.checkpoint.best.kind != "none")
-    checkpoint = sketch.weights + 2 * sketch.gradients + sketch.averages
+    checkpoint = sketch.weights + sketch.optimizer(1) + sketch.averages
     plan.disk_bytes = kept * checkpoint + sketch.averages // len(sketch.config.averages)
 
 

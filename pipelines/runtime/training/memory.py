@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 from pipelines.runtime.training.config import TrainingConfig
 from pipelines.runtime.training.flops import flops_of
+from pipelines.runtime.training.optim import deal, is_inner
 
 FLOAT_BYTES = 4
 HEADROOM = 0.1  # of a device: CUDA's context, cuDNN's workspaces, fragmentation, and the error of the forecast
@@ -56,12 +57,12 @@ class Sketch:
         self.config, self.build, self.run = config, build, run
         self.key, self.levels, self.num_levels = checkpointed
         with torch.device("meta"):
-            networks = build(self.levels)
+            self._networks = networks = build(self.levels)
         counts = [sum(parameter.numel() for parameter in network.parameters()) for network in networks]
         self.weights, self.averages = FLOAT_BYTES * sum(counts), FLOAT_BYTES * counts[0] * len(config.averages)
         trained = sum(parameter.numel() for parameter in networks.parameters() if parameter.requires_grad)
         self.gradients = FLOAT_BYTES * trained
-        self.flops, self._trace = cache(self._flops), cache(self._traced)
+        self.flops, self._trace, self.optimizer = cache(self._flops), cache(self._traced), cache(self._optimizer)
 
     def present(self, *, devices: int) -> Settings:
         """Return the settings of the configuration."""
@@ -77,9 +78,8 @@ class Sketch:
         # The gradients of earlier micro-batches are there from the start.
         is_whole = settings.images >= -(-self.config.global_batch // devices)
         during = int((tensors + gradients).max() if is_whole else tensors.max() + self.gradients)
-        moments = 2 * self.gradients // (devices if settings.shards else 1)
         buckets = self.gradients if devices > 1 else 0  # of DDP
-        return during + moments + self.averages + buckets
+        return during + self.optimizer(devices if settings.shards else 1) + self.averages + buckets
 
     def cost(self, settings: Settings, *, devices: int) -> float:
         """Return what an update costs each device, in FLOP: of its passes, their launches and what sharding sends."""
@@ -113,6 +113,18 @@ class Sketch:
         levels = json.dumps(settings.levels if self.num_levels > 1 else bool(settings.levels)).replace(" ", "")
         shards = json.dumps(settings.shards)
         return f"--images_per_device {settings.images} --shard_optimizer {shards} --{self.key} '{levels}'"
+
+    def _optimizer(self, num_ranks: int) -> int:
+        """Count the bytes of the optimizers' state on that of some ranks which holds most."""
+        held, is_muon = [0] * num_ranks, self.config.optim.algorithm == "muon"
+        for network in self._networks:
+            trained = [(name, parameter) for name, parameter in network.named_parameters() if parameter.requires_grad]
+            ranks = deal([parameter.numel() for _, parameter in trained], num_ranks)
+            for (name, parameter), rank in zip(trained, ranks, strict=True):
+                # Muon keeps a momentum; AdamW a count of its steps and two moments.
+                size = parameter.numel()
+                held[rank] += size if is_muon and is_inner(name, parameter) else 2 * size + 1
+        return FLOAT_BYTES * max(held)
 
     def _flops(self, levels: tuple[int, ...]) -> float:
         """Count a forward and backward pass of the first network for one image."""
