@@ -1,5 +1,7 @@
 """From image shards to a KL autoencoder: L1 + KL, with optional perceptual and adversarial terms; averaged weights.
 
+Latents may be transformed or made noisy before they are decoded (``models/autoencoder/augmentation.py``).
+
     accelerate launch -m pipelines.train_vae --config pipelines/configs/demo.toml
 
 Reads: ``runs/NAME/corpus/``. Writes: ``runs/NAME/vae/`` with ``vae.safetensors`` (averaged weights), ``config.json``,
@@ -19,6 +21,7 @@ from data.loading import ImageShards
 from data.manifest import Parents, VAEManifest
 from data.order.order import FullShuffleConfig, OrderConfig
 from data.transforms import VIEW_REVISIONS, to_unit_range
+from models.autoencoder.augmentation import LatentAugmentation, Transformation
 from models.autoencoder.discriminator import Discriminator
 from models.autoencoder.discriminator_start import AdversaryStart
 from models.autoencoder.health import gradient_norms, latent_metrics
@@ -82,6 +85,8 @@ class VAEBatch:
 
     images: Tensor  # (b C H W), in [-1, 1]
     noise: Tensor  # of the posterior draw; (b c h w)
+    transformation: Transformation | None = None  # of the whole global batch
+    latent_noise: tuple[Tensor, ...] = ()  # its level (b 1 1 1) and itself (b c h w), where latents are decoded noisy
 
 
 @dataclass(kw_only=True)
@@ -113,7 +118,9 @@ def check(config: TrainVAEConfig, parents: Parents) -> None:
     """
     BatchShare.of(config, table="train_vae", rank=0, world_size=launched_world_size())
     with config_error_at("train_vae.network.channels"):
-        check_levels(config.network, parents.corpus.image.resolution)
+        check_levels(config.network, resolution := parents.corpus.image.resolution)
+    with config_error_at("train_vae.objective"):
+        config.objective.check_sizes(resolution=resolution, latent_size=resolution // config.network.factor)
     with config_error_at("train_vae.start"), torch.device("meta"):
         check_start(config.start, AutoencoderKL(config.network, image_channels=parents.corpus.image.channels))
     check_later_stages(config, stage="train_vae", corpus=CorpusFacts.of(parents.corpus))
@@ -221,15 +228,24 @@ def one_update(
         critic = adversary.discriminator.network if adversary.start.has_started(training.update) else None
     for part in training.micro_batches(vae.wrapped):
         # A micro-batch to the device.
-        images, noise = (
+        images, noise, *latent_noise = (
             field[part].to(device, non_blocking=True, memory_format=torch.channels_last)
-            for field in (batch.images, batch.noise)
+            for field in (batch.images, batch.noise, *batch.latent_noise)
         )
 
-        # Its loss and gradients.
+        # Its loss and gradients; what is transformed is compared with images that are.
         last_layer = vae.network.last_layer
-        reconstruction, posterior = vae.wrapped(images, noise)
-        loss = objective(images, reconstruction, posterior, last_layer=last_layer, discriminator=critic)
+        reconstruction, posterior = vae.wrapped(images, noise, LatentAugmentation(batch.transformation, *latent_noise))
+        if batch.transformation is not None:
+            images = batch.transformation(images)
+        loss = objective(
+            images,
+            reconstruction,
+            posterior,
+            elements=batch.images[0].numel(),
+            last_layer=last_layer,
+            discriminator=critic,
+        )
         if training.is_due(training.config.log_every) and not reconstructions:
             log_health(training, loss, posterior, last_layer=last_layer)
         # Nothing is learned from the divergence of a frozen encoder.
@@ -292,11 +308,20 @@ class BatchMaker(GlobalBatches[VAEBatch]):
             images = to_unit_range(self.images.read(self.samples(index, self.share.positions)).images)
         mirrored = torch.from_numpy(draws.uniforms("flip") < self.config.flip_probability)
         images = torch.where(mirrored[:, None, None, None], images.flip(-1), images)
-        return VAEBatch(images=images, noise=torch.from_numpy(draws.normals("posterior", self.latent_shape)))
+        noise = torch.from_numpy(draws.normals("posterior", self.latent_shape))
+
+        # How latents are augmented: one transformation for all, noise for each.
+        uniforms = self.shared_draws(index).uniforms("equivariance", (3,))[0]
+        transformation = Transformation.drawn(self.config.objective.equivariance, uniforms)
+        latent_noise: tuple[Tensor, ...] = ()
+        if gamma := self.config.objective.latent_noise:
+            level, eps = draws.uniforms("latent noise level", (1, 1, 1)), draws.normals("latent noise", noise.shape[1:])
+            latent_noise = (torch.from_numpy(level).float(), gamma * torch.from_numpy(eps))
+        return VAEBatch(images, noise, transformation, latent_noise)
 
 
 def flops_per_image(network: nn.Module, *, resolution: int) -> float:
-    """Count the FLOPs of the autoencoder's forward and backward pass for one image."""
+    """Count the FLOPs of the autoencoder's forward and backward pass for one image, whose latent is not downscaled."""
     assert isinstance(network, AutoencoderKL)
     side = resolution // network.factor
 

@@ -1,6 +1,7 @@
 """A VAE with LPIPS whose discriminator joins on a plateau, through real launches: at the same update whatever happens.
 
-So its first updates are those of a VAE with LPIPS alone. VGG16 has eight channels a layer here.
+So its first updates are those of a VAE with LPIPS alone. VGG16 has eight channels a layer here, and for its sake the
+latents are turned and made noisy, but not downscaled.
 """
 
 import json
@@ -35,6 +36,8 @@ WORDS = (
     *("--objective.adversary.start.min_improvement", str(MIN_IMPROVEMENT)),
     *("--objective.adversary.discriminator.channels", "8", "--objective.adversary.discriminator.downsamplings", "1"),
     *("--objective.adversary.discriminator.norm_groups", "8"),
+    *("--objective.equivariance.probability", "0.5", "--objective.equivariance.factors", "[1]"),
+    *("--objective.latent_noise", "0.1"),
 )
 
 
@@ -114,11 +117,10 @@ def test_two_processes_train_as_one_with_lpips_alone_and_with_the_discriminator(
     two = trained(tmp_path, inputs, processes=2, says="the discriminator joins in")
     assert json.loads((two / "manifest.json").read_bytes())["provenance"]["world_size"] == 2
     rows, of_two = training_rows(whole), training_rows(two)
-    joins = first_with_discriminator(rows)
-    assert first_with_discriminator(of_two) == joins
+    assert first_with_discriminator(of_two) == first_with_discriminator(rows) > 4
     for update, row in rows.items():
-        for term in ("l1", "perceptual", "kl"):
-            expected = pytest.approx(row[f"train/{term}"], rel=1e-5 if update < joins else 2e-3)
+        for term in ("l1", "perceptual", "kl"):  # rounding grows from update to update
+            expected = pytest.approx(row[f"train/{term}"], rel=1e-5 if update <= 4 else 5e-3)
             assert of_two[update][f"train/{term}"] == expected, (update, term)
     found = load_file(two / "vae.safetensors")
     for name, tensor in load_file(whole / "vae.safetensors").items():

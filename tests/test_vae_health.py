@@ -53,6 +53,7 @@ def judged(objective: VAEObjective) -> tuple[VAELoss, torch.Tensor]:
         images,
         reconstruction,
         posterior,
+        elements=images[0].numel(),
         last_layer=vae.last_layer,
         discriminator=discriminator,
     )

@@ -17,6 +17,11 @@ class DiscriminatorConfig(BaseModel, frozen=True, extra="forbid"):
     downsamplings: PositiveInt = 3  # halvings of the image; 3 give patches of 70 pixels
     norm_groups: PositiveInt = 32  # groups of every GroupNorm; divides channels times 2
 
+    @property
+    def smallest_image(self) -> int:
+        """Pixels a side from which on there is a patch: the last two convolutions take one pixel each."""
+        return 3 * 2**self.downsamplings
+
 
 class Discriminator(nn.Module):
     """Images to one logit a patch, high where it looks real."""

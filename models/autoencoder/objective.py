@@ -13,6 +13,7 @@ import torch.distributed as dist
 from pydantic import BaseModel, Field, NonNegativeFloat, PositiveFloat
 from torch import Tensor, nn
 
+from models.autoencoder.augmentation import EquivarianceConfig
 from models.autoencoder.discriminator import (
     Discriminator,
     DiscriminatorConfig,
@@ -21,7 +22,7 @@ from models.autoencoder.discriminator import (
     generator_hinge_loss,
 )
 from models.autoencoder.discriminator_start import AdversaryStartConfig, StartAtUpdate
-from models.autoencoder.perceptual import Perceptual
+from models.autoencoder.perceptual import SMALLEST_IMAGE, Perceptual
 from models.autoencoder.vae import Posterior
 
 
@@ -64,6 +65,30 @@ class VAEObjectiveConfig(BaseModel, frozen=True, extra="forbid"):
     kl_weight: NonNegativeFloat = 1e-6  # of the KL divergence in nats, per image element
     perceptual: PerceptualTerm = NoPerceptualTerm()  # distance of deep features
     adversary: Adversary = NoAdversary()  # discriminator
+    equivariance: EquivarianceConfig = EquivarianceConfig()  # of latents that are transformed as images are (EQ-VAE)
+    latent_noise: NonNegativeFloat = 0.0  # gamma of l-DeTok, in units of the latent; 0 is off, 3 the authors'
+
+    def check_sizes(self, *, resolution: int, latent_size: int) -> None:
+        """Refuse images and latents whose sides are too small for a term, or not divisible by a factor.
+
+        Raises:
+            ValueError: Naming the term.
+        """
+        factors = self.equivariance.factors if self.equivariance.probability else (1,)
+        for factor in factors:
+            if latent_size % factor:
+                raise ValueError(
+                    f"equivariance.factors: {factor} does not divide {latent_size}, the latents' side. Leave it out."
+                )
+        needed = {"perceptual": SMALLEST_IMAGE} if isinstance(self.perceptual, LPIPSTerm) else {}
+        if isinstance(self.adversary, PatchAdversary):
+            needed["adversary"] = self.adversary.discriminator.smallest_image
+        for term, least in needed.items():
+            if (found := resolution // max(factors)) < least:
+                raise ValueError(
+                    f"{term} needs images of {least} pixels a side or more; here the smallest have {found}, with the "
+                    "largest of equivariance.factors where that is on. Leave that factor out, or the term."
+                )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,6 +117,7 @@ class VAEObjective(nn.Module):
         reconstruction: Tensor,
         posterior: Posterior,
         *,
+        elements: int,
         last_layer: Tensor,
         discriminator: Discriminator | None,
     ) -> VAELoss:
@@ -101,11 +127,11 @@ class VAEObjective(nn.Module):
             images: In [-1, 1]; (b C H W).
             reconstruction: Same shape.
             posterior: Of the latents.
+            elements: C H W of the images that were encoded; those that are compared may be smaller.
             last_layer: Weight of the decoder's last layer, where gradients are compared.
             discriminator: The bare network, or None before the adversarial term starts; the same on every rank. Its
                 weights get no gradient here.
         """
-        elements = images[0].numel()
         terms = {"l1": (images - reconstruction).abs().mean(), "kl": posterior.kl().mean() / elements}
         pulls = {"l1": terms["l1"]}
         if self.perceptual is not None:

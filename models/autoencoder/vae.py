@@ -8,6 +8,7 @@ Kingma & Welling 2013 (arXiv:1312.6114) with the convolutional encoder and decod
 """
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple, Self
 
 import torch
@@ -113,10 +114,16 @@ class AutoencoderKL(nn.Module):
         """Latents (b c h w) to images (b C H W), about in [-1, 1] and not clamped."""
         return self.decoder(self.post_quant_conv(latents))
 
-    def forward(self, images: Tensor, noise: Tensor) -> tuple[Tensor, Posterior]:
-        """Encode images (b C H W), draw a latent by ``noise`` (b c h w), decode it: reconstruction and posterior."""
+    def forward(
+        self, images: Tensor, noise: Tensor, augmentation: Callable[[Tensor], Tensor] | None = None
+    ) -> tuple[Tensor, Posterior]:
+        """Encode images (b C H W), draw a latent by ``noise`` (b c h w), decode it: reconstruction and posterior.
+
+        ``augmentation`` changes the latents before they are decoded.
+        """
         posterior = self.encode(images)
-        return self.decode(posterior.sample(noise)), posterior
+        latents = posterior.sample(noise)
+        return self.decode(latents if augmentation is None else augmentation(latents)), posterior
 
     def decode_tiled(self, latents: Tensor, *, tile: int, overlap: int) -> Tensor:
         """Decode large latents in square tiles that blend into each other, in the memory that one tile takes.

@@ -57,6 +57,10 @@ class GlobalBatches(ABC, Generic[Batch]):
         """Return the random draws of this rank's share of global batch ``index``."""
         return SampleDraws(self._seed, index, self.share.positions)
 
+    def shared_draws(self, index: int) -> SampleDraws:
+        """Return random draws that all samples of global batch ``index`` share, on every rank."""
+        return SampleDraws(self._seed, index, [0])
+
     def keys(self, index: int, positions: range) -> list[str]:
         """Return the keys of the samples at ``positions`` of global batch ``index``."""
         return self._shards.keys(self.samples(index, positions))

@@ -100,7 +100,7 @@ def vae(setup: Setup) -> Comparison:
         kl = posterior.kl().mean() / batch.images[0].numel()
         return (batch.images - reconstruction).abs().mean() + kl_weight * kl
 
-    theirs = [vars(batch) for batch in batches]
+    theirs = [{"images": batch.images, "noise": batch.noise} for batch in batches]
     train = partial(train_vae.train, config, stage)
     flops = train_vae.flops_per_image(network, resolution=image.resolution)
     return _trainings(setup, stage, train, network, batches, loss_of, theirs, peers.vae_loss(kl_weight), flops)
@@ -227,6 +227,8 @@ def _placed(value: Any, device: torch.device) -> Any:
         return {name: _placed(field, device) for name, field in value.items()}
     if isinstance(value, Tensor):
         return value.to(device, memory_format=torch.channels_last if value.ndim == 4 else torch.preserve_format)
+    if not value:  # a VAE's latents are not augmented here
+        return value
     return replace(value, **_placed(vars(value), device))
 
 
