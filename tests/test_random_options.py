@@ -51,6 +51,8 @@ OF_STAGE: dict[str, dict[str, list[Any]]] = {
         "network.quant_convs": [False, True],
         "network.checkpointed": [False, True],
         "objective.kl_weight": [0.0, 1e-4],
+        "objective.equivariance": [{"probability": 0.0}, {"probability": 0.5, "factors": [1, 2]}],
+        "objective.latent_noise": [0.0, 1.0],
         "decode_threads": [1, 3],
     },
     "train_unet": {
