@@ -5,6 +5,7 @@ import copy
 import errno
 import json
 import os
+import platform
 import shutil
 import signal
 import subprocess
@@ -534,6 +535,28 @@ def test_a_stop_reaches_a_rank_that_is_still_at_a_long_part(tmp_path: Path) -> N
     outcome = json.loads((folder / "outcome.json").read_bytes())
     assert (outcome["state"], outcome["exit_code"]) == ("stopped", 75)
     assert not (folder / "stop").exists()
+
+
+PAGE_FAULTS = """
+import resource
+import torch
+from pipelines.runtime.config.stage_config import RunConfig
+from pipelines.runtime.stage.launch import start_accelerator
+
+start_accelerator(RunConfig())
+for _ in range(3):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    activations = [torch.ones(size << 18) for size in (1, 2, 4) for _ in range(16)]  # size in MiB; 112 in all
+    del activations
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library has other rules")
+def test_memory_that_an_update_frees_is_there_for_the_next_one() -> None:
+    script = [sys.executable, "-c", PAGE_FAULTS]
+    found = subprocess.run(script, check=True, capture_output=True, text=True, cwd=REPOSITORY, env=environment())
+    assert int(found.stdout) < 100, "of 28,672 pages"
 
 
 def test_a_second_signal_ends_at_once_and_what_one_ctrl_c_sends_twice_does_not() -> None:

@@ -25,6 +25,7 @@ from pipelines.runtime.config.stage_config import RunConfig
 Precision = Literal["float32", "bf16", "fp16"]
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 PR_SET_PDEATHSIG = 1
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 SECOND_SIGNAL_SECONDS = 0.5  # one Ctrl-C can come twice: from the terminal, and from a launcher that passes it on
 
 
@@ -48,6 +49,7 @@ def start_accelerator(run: RunConfig, *, precision: Precision = "float32", tf32:
             "ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes 2, or change run.num_processes."
         )
     torch.set_num_threads(threads_per_process(run))
+    keep_freed_memory()
     set_float32(tf32=tf32)
     if run.deterministic != torch.are_deterministic_algorithms_enabled():  # torch imports its compiler to set it: 2 s
         torch.use_deterministic_algorithms(run.deterministic)
@@ -69,6 +71,17 @@ def start_accelerator(run: RunConfig, *, precision: Precision = "float32", tf32:
     if accelerator.num_processes != world_size:
         raise ConfigError(f"{world_size} processes were launched, but only {accelerator.num_processes} joined.")
     return accelerator
+
+
+def keep_freed_memory() -> None:
+    """Let the C library keep the memory that is freed, for its next use.
+
+    glibc gives back what lies free at the end of its heap: all activations, once a backward pass is over. The next
+    update then takes each of their pages anew from the kernel, which zeroes it: up to a tenth of an update's time.
+    """
+    if sys.platform == "linux" and hasattr(library := ctypes.CDLL(None), "mallopt"):
+        library.mallopt(M_TRIM_THRESHOLD, -1)  # gives nothing back
+        library.mallopt(M_MMAP_THRESHOLD, 32 << 20)  # bytes, the most that it takes: what is larger is given back
 
 
 def set_float32(*, tf32: bool) -> None:
