@@ -4,6 +4,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, get_args
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from models.autoencoder.vae import AutoencoderKL
 from models.diffusers.config import unet_config_from_diffusers
+from pipelines.runtime.tracking.tracker import Tracker
 from pipelines.tools import benchmark
 from pipelines.tools.benchmarks import models, paired_timing, peers
 from pipelines.tools.benchmarks.data import check_same
@@ -128,6 +130,18 @@ def test_every_goal_is_one_of_a_measure_that_there_is() -> None:
     assert {goal.measure for goal in benchmark.GOALS} == measures
     assert {goal.size for goal in benchmark.GOALS} == {*SIZES, ""}
     assert {goal.mode for goal in benchmark.GOALS} <= {*get_args(benchmark.ModeName), ""}
+
+
+def test_the_start_of_the_sender_is_not_timed(
+    tmp_path: Path, seen: list[Mapping[str, Job]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    records_left = iter((7, 2, 0))
+    monkeypatch.setattr(models, "unsent", lambda folder, sent: next(records_left), raising=False)
+    monkeypatch.setattr(models, "POLL_SECONDS", 0.0, raising=False)
+    monkeypatch.setattr(Tracker, "start_sending", lambda self: None)
+    models.unet(replace(setup_of(tmp_path), tracking_uri=f"sqlite:///{tmp_path}/mlflow.db"))
+    assert seen
+    assert next(records_left, None) is None, "timed before all was sent"
 
 
 def test_ours_against_the_peak_is_its_share_of_it() -> None:

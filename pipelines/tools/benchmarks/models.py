@@ -2,10 +2,16 @@
 
 A training runs as it is, with its data, guards, records and their sender, in a thread that makes some updates at a
 time. All sides are checked to compute the same before they are timed.
+
+The plain loop has the stage's optimizer, clipping, learning rate and average, and batches in memory with all that is
+drawn for them; so what the stage costs beside the network is reading and drawing these, guards, records and their
+sender. The start of the sender, seconds of a run, is left out. All share a process, and with it the allocator that the
+stage sets up.
 """
 
 import itertools
 import json
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
@@ -35,7 +41,9 @@ from pipelines.model.noise import noise_of
 from pipelines.runtime.stage.launch import set_float32, start_accelerator
 from pipelines.runtime.stage.stage import Stage
 from pipelines.runtime.stage.work_items import make_items
-from pipelines.runtime.tracking.spool import METRICS
+from pipelines.runtime.tracking.identity import OFFLINE
+from pipelines.runtime.tracking.sender import POLL_SECONDS
+from pipelines.runtime.tracking.spool import METRICS, Sent, unsent
 from pipelines.runtime.training.config import TrainingConfig
 from pipelines.runtime.training.ema import decay_at
 from pipelines.runtime.training.flops import known_peak_flops
@@ -172,6 +180,10 @@ def _trainings(
         for name, other in others.items():
             jobs[name] = peers.TheirTraining(other, their_loss, samples, config, accelerator).make
         units = setup.updates * config.global_batch
+
+        # The sender's start is no part of an update: it imports MLflow and makes the database, for some seconds.
+        while config.run.tracking_uri != OFFLINE and unsent(stage.folder, Sent.read(stage.folder)):
+            time.sleep(POLL_SECONDS)
         return compare(
             {
                 name: Job(partial(make, setup.updates), units, has_children=name == "ours")
