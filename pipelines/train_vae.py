@@ -27,6 +27,8 @@ from models.autoencoder.discriminator_start import AdversaryStart
 from models.autoencoder.health import gradient_norms, latent_metrics
 from models.autoencoder.objective import PatchAdversary, VAELoss, VAEObjective, VAEObjectiveConfig, discriminator_loss
 from models.autoencoder.vae import AutoencoderKL, Posterior, VAEConfig
+from models.features import FeatureExtractorConfig
+from models.features.scattering import ScatteringConfig
 from pipelines.model.batches import GlobalBatches
 from pipelines.model.device import device_of
 from pipelines.model.experiment import CorpusFacts, check_later_stages, check_levels
@@ -55,7 +57,7 @@ class TrainVAEInputs(BaseModel, frozen=True, extra="forbid"):
 class TrainVAEConfig(TrainingConfig):
     """Configuration of the autoencoder, its objective and its training."""
 
-    fingerprint_ignores = TrainingConfig.fingerprint_ignores | {"decode_threads"}
+    fingerprint_ignores = TrainingConfig.fingerprint_ignores | {"decode_threads", "extractor"}
     revisions = (
         *TrainingConfig.revisions,
         *VIEW_REVISIONS,  # shards in place are viewed as they are read
@@ -71,6 +73,7 @@ class TrainVAEConfig(TrainingConfig):
     flip_probability: Annotated[float, Field(ge=0, le=1)] = 0.5  # of mirroring a training image
     compile: bool = False  # slow start, faster updates; no CUDA graphs, whose images the discriminator sees too late
     decode_threads: PositiveInt = 2  # batches decoded at once, each in a thread; images are decoded without a lock
+    extractor: FeatureExtractorConfig = ScatteringConfig()  # features of the distances that end it
 
     @model_validator(mode="after")
     def _frozen_encoder_is_trained(self) -> Self:
@@ -121,6 +124,8 @@ def check(config: TrainVAEConfig, parents: Parents) -> None:
         check_levels(config.network, resolution := parents.corpus.image.resolution)
     with config_error_at("train_vae.objective"):
         config.objective.check_sizes(resolution=resolution, latent_size=resolution // config.network.factor)
+    with config_error_at("train_vae.extractor"):
+        config.extractor.check()
     with config_error_at("train_vae.start"), torch.device("meta"):
         check_start(config.start, AutoencoderKL(config.network, image_channels=parents.corpus.image.channels))
     check_later_stages(config, stage="train_vae", corpus=CorpusFacts.of(parents.corpus))
@@ -174,6 +179,7 @@ def train(config: TrainVAEConfig, stage: Stage) -> None:
             stage,
             corpus_folder=config.inputs.corpus,
             images_per_pass=config.images_per_device or config.global_batch,
+            extractor=config.extractor,
         )
 
     # Where we stopped last time.

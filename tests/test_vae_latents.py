@@ -1,5 +1,6 @@
-"""Augmentation of a VAE's latents in training: against the papers' formulas, and as a pure function of the batch."""
+"""A VAE's latents: augmentation by the papers' formulas and as a pure function of the batch; spectrum, distances."""
 
+import json
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from data.manifest import Parents, read_input
 from models.autoencoder.augmentation import EquivarianceConfig, Transformation
+from models.autoencoder.health import high_frequency_share
 from models.autoencoder.objective import LPIPSTerm, PatchAdversary, VAEObjective, VAEObjectiveConfig
 from models.autoencoder.vae import AutoencoderKL, VAEConfig
 from pipelines.runtime.config.experiment import load_config
@@ -106,6 +108,27 @@ def test_augmentation_is_drawn_as_configured_and_changes_no_other_draw(corpus: P
         assert (plain.transformation, plain.latent_noise) == (None, ())
         assert torch.equal(plain.images, batches[index].images)
         assert torch.equal(plain.noise, batches[index].noise)
+
+
+@pytest.mark.parametrize("side", [7, 8])
+def test_waves_that_half_the_size_cannot_hold_are_the_high_frequencies(side: int) -> None:
+    """Whatever a channel's scale and mean; every frequency is tried along both sides."""
+    row = torch.arange(side).double()
+    for cycles in range(1, side // 2 + 1):
+        wave = torch.cos(2 * torch.pi * cycles * row / side)
+        for x in (wave[:, None].expand(side, side), wave.expand(side, side)):
+            latents = torch.stack([torch.stack([x, 5 + 100 * x]), torch.stack([-x, 5 - 100 * x])])
+            assert high_frequency_share(latents) == pytest.approx(float(cycles / side > 0.25), abs=1e-9)
+    noise = torch.randn(500, 2, side, side, generator=torch.Generator().manual_seed(0))
+    low = 2 * (side // 4) + 1
+    assert high_frequency_share(noise) == pytest.approx(1 - (low / side) ** 2, abs=0.01)
+
+
+def test_the_last_validation_alone_has_the_distances(one_process_run: Run) -> None:
+    lines = (one_process_run.folder("train_vae") / "metrics.jsonl").read_text().splitlines()
+    validations = [row for row in map(json.loads, lines) if "val/psnr" in row]
+    assert ["val/interpolation_distance" in row for row in validations] == [False] * (len(validations) - 1) + [True]
+    assert validations[-1]["val/interpolation_distance"] > validations[-1]["val/reconstruction_distance"] > 0
 
 
 def test_sides_that_a_term_cannot_take_are_refused_before_any_work() -> None:

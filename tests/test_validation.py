@@ -102,8 +102,13 @@ def unet_validation(stage: Any, *, images_per_pass: int, num_samples: int = 0) -
     return validation, denoiser
 
 
+def vae_validation(stage: Any, *, images_per_pass: int) -> VAEValidation:
+    folder, extractor = str(stage.folder / "corpus"), ScatteringConfig()
+    return VAEValidation(stage, corpus_folder=folder, images_per_pass=images_per_pass, extractor=extractor)
+
+
 def test_both_trainings_validate_on_all_classes_of_a_sorted_corpus(stage: Any) -> None:
-    of_vae = VAEValidation(stage, corpus_folder=str(stage.folder / "corpus"), images_per_pass=64)
+    of_vae = vae_validation(stage, images_per_pass=64)
     assert of_vae.images is not None
     assert set(of_vae.images.labels) == set(range(20))
     of_unet, _ = unet_validation(stage, images_per_pass=64)
@@ -112,11 +117,31 @@ def test_both_trainings_validate_on_all_classes_of_a_sorted_corpus(stage: Any) -
     # The same samples, and the scale of all of them: not the mean of what each pass has.
     assert of_unet.validation[1]["labels"].tolist() == of_vae.images.labels.tolist()
     vae = load_vae(stage.folder / "vae", stage.parents.vae, device=CPU)
-    found = [
-        VAEValidation(stage, corpus_folder=str(stage.folder / "corpus"), images_per_pass=size).validate(vae, update=1)
-        for size in (256, 7)
-    ]
+    found = [vae_validation(stage, images_per_pass=size).validate(vae, update=1) for size in (256, 7)]
     assert found[0] == pytest.approx(found[1], rel=1e-4)
+    assert found[0].keys() == {"val/psnr", "val/latent_std", "val/high_frequency_share"}
+
+
+def test_a_vae_ends_with_the_distances_of_what_it_decodes_at_its_latents_and_between_them(stage: Any) -> None:
+    vae = load_vae(stage.folder / "vae", stage.parents.vae, device=CPU)
+    validation = vae_validation(stage, images_per_pass=64)
+    assert validation.images is not None
+    stored = torch.from_numpy(validation.images.images).movedim(-1, 1)
+    with torch.no_grad():
+        latents = vae.encode(stored / 127.5 - 1).mean
+    seen = latents.numpy().astype(np.float64)
+    seen = (seen - seen.mean(axis=(0, 2, 3), keepdims=True)) / seen.std(axis=(0, 2, 3), ddof=1, keepdims=True)
+    flat = seen.reshape(len(seen), -1)
+    apart = np.square(flat[:, None] - flat[None]).sum(axis=2) + np.diag([np.inf] * len(flat))
+    between = (latents + latents[apart.argmin(axis=1)]) / 2
+    features = ScatteringConfig().build()
+    expected = {}
+    for name, decoded in (("reconstruction", latents), ("interpolation", between)):
+        with torch.no_grad():
+            distance = frechet_distance(features(vae.decode(decoded)), features(stored))
+        expected |= {f"val/{name}_distance": distance.value, f"val/{name}_distance_error": distance.error}
+    found = validation.validate(vae, update=11)
+    assert {name: found[name] for name in expected} == pytest.approx(expected, rel=1e-3)
 
 
 def test_validation_takes_no_more_images_at_once_than_training(stage: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
-"""The health of an autoencoder in training: gradient of each loss term, and activity of each latent channel.
+"""The health of an autoencoder: gradients of its loss's terms, activity of its channels, spectrum of its latents.
 
-Metrics are of one micro-batch on each rank, averaged over the ranks: all ranks get the same, and all must call.
+Metrics of a training are of one micro-batch on each rank, averaged over the ranks: all ranks get the same, and all must
+call. Those of given latents (b c h w) are for one process.
 """
 
 import torch
@@ -53,3 +54,26 @@ def latent_metrics(posterior: Posterior) -> dict[str, Tensor]:
     of_means = (second_moment - first_moment.square()).clamp(min=0)
     active = of_means.sqrt() > ACTIVE_FRACTION * (of_means + variance).sqrt()
     return {"active_channels": active.sum(), **{f"kl_{channel}": value for channel, value in enumerate(kl)}}
+
+
+def normalised(latents: Tensor) -> Tensor:
+    """Latents as a diffusion model gets them: every channel with mean 0 and standard deviation 1, a dead one 0."""
+    deviation, mean = torch.std_mean(latents, dim=(0, 2, 3), keepdim=True)
+    return (latents - mean) / deviation.clamp(min=1e-6)
+
+
+def high_frequency_share(latents: Tensor) -> float:
+    """Share of the power of normalised latents at frequencies that latents of half the size could not hold.
+
+    Those above a quarter of a cycle a pixel, along either side. White noise has about three quarters there.
+    """
+    power = torch.fft.fft2(normalised(latents)).abs().square().mean(dim=(0, 1))
+    high_rows, high_columns = (torch.fft.fftfreq(side, device=power.device).abs() > 1 / 4 for side in power.shape)
+    return float(power[high_rows[:, None] | high_columns].sum() / power.sum())
+
+
+def midpoints(latents: Tensor) -> Tensor:
+    """Return the point half-way between each latent and its nearest neighbour, both seen as normalised latents."""
+    points = normalised(latents).flatten(1)
+    # The nearest of all is the point itself, or one that is equal.
+    return (latents + latents[torch.cdist(points, points).topk(2, largest=False).indices[:, 1]]) / 2

@@ -57,6 +57,7 @@ class TrainVAETable(StageTable):
     start: StartConfig = RandomStart()
     objective: VAEObjectiveConfig = VAEObjectiveConfig()
     order: OrderConfig = FullShuffleConfig()
+    extractor: FeatureExtractorConfig = ScatteringConfig()
 
 
 class EncodeLatentsTable(StageTable):
@@ -173,6 +174,7 @@ def _checks(tables: Mapping[str, Any], corpus: CorpusFacts | None) -> Iterator[t
         if image is not None:
             yield "train_vae.network.channels", lambda: check_levels(vae.network, image.resolution)
             yield "train_vae.start", lambda: check_start(vae.start, _autoencoder(vae.network, image))
+        yield "train_vae.extractor", vae.extractor.check
         yield "train_vae.order", lambda: _check_order(vae.order, corpus)
         if isinstance(vae.objective.perceptual, LPIPSTerm):
             yield "train_vae.objective.perceptual", lambda: check_weights_file(vae.objective.perceptual.weights)

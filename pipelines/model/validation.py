@@ -1,8 +1,10 @@
 """Validation of averaged weights during training: a metric on validation data and a grid of pictures.
 
-A VAE is validated by the PSNR of reconstructions, a U-Net by its loss with fixed noise, by samples and, where asked
-for, by the distance of a few hundred of them to real images; all on a fixed sample that is spread over the whole
-validation split, in the precision of the training.
+A VAE is validated by the PSNR of reconstructions and, after its last update, by two distances to the real images: that
+of the reconstructions, and that of what it decodes half-way between latents (iFID; Xu et al. 2026, arXiv:2603.05630,
+found it to forecast the distance of a diffusion model's samples). A U-Net is validated by its loss with fixed noise, by
+samples and, where asked for, by the distance of a few hundred of them to real images; all on a fixed sample that is
+spread over the whole validation split, in the precision of the training.
 """
 
 from collections.abc import Callable, Mapping
@@ -18,6 +20,7 @@ from data.loading import ImageBatch, ImageShards, LatentBatch, LatentShards
 from data.order.order import spread_sample
 from data.samples import Split
 from data.transforms import to_unit_range
+from models.autoencoder.health import high_frequency_share, midpoints
 from models.autoencoder.vae import AutoencoderKL, Posterior
 from models.denoiser import Denoiser
 from models.diffusion.guidance import GuidanceConfig
@@ -66,13 +69,16 @@ class VAEValidation:
         stage: The running training.
         corpus_folder: Images that it trains on; those of the validation split are reconstructed.
         images_per_pass: Images that are encoded and decoded at once.
+        extractor: Features that distances are measured by.
 
     Raises:
         ValueError: The folder does not hold the files of its manifest.
     """
 
-    def __init__(self, stage: Stage, *, corpus_folder: str, images_per_pass: int) -> None:
-        self.stage, self.images_per_pass = stage, images_per_pass
+    def __init__(
+        self, stage: Stage, *, corpus_folder: str, images_per_pass: int, extractor: FeatureExtractorConfig
+    ) -> None:
+        self.stage, self.images_per_pass, self.extractor = stage, images_per_pass, extractor
         self.corpus = stage.parents.corpus
         self.images: ImageBatch | None = None
         if stage.is_main and self.corpus.splits["val"]:
@@ -81,26 +87,38 @@ class VAEValidation:
 
     @torch.no_grad()
     def validate(self, network: nn.Module, *, update: int) -> dict[str, float]:
-        """Return PSNR and the latents' standard deviation, and draw the grid; nothing without a validation split."""
+        """Return PSNR, scale and spectrum of the latents, and draw the grid; nothing without a validation split.
+
+        After the last update also the distances to the real images.
+        """
         if self.images is None:
             return {}
         assert isinstance(network, AutoencoderKL)
+        assert isinstance(self.stage.config, TrainingConfig)
 
         # Reconstruct the posteriors' modes, and compare them as stored pixels.
-        outputs, means = [], []
+        stored = torch.from_numpy(self.images.images)
         with self.stage.accelerator.autocast():
-            for part in torch.from_numpy(self.images.images).split(self.images_per_pass):
-                posterior = network.encode(to_unit_range(part).to(self.stage.accelerator.device))
-                outputs.append(network.decode(posterior.mode()).float().cpu())
-                means.append(posterior.mean.float())
-        restored = finite_levels(
-            torch.cat(outputs),
-            names=self.images.keys,
-            stage=self.stage.name,
-            precision=self.stage.accelerator.mixed_precision,
-        )
-        decibels = psnr(torch.from_numpy(restored).movedim(-1, 1), torch.from_numpy(self.images.images).movedim(-1, 1))
-        metrics = {"val/psnr": float(decibels.mean()), "val/latent_std": float(torch.cat(means).std())}
+            inputs = (
+                to_unit_range(part).to(self.stage.accelerator.device) for part in stored.split(self.images_per_pass)
+            )
+            means = torch.cat([network.encode(part).mode().float() for part in inputs])
+        restored = self._decoded(network, means)
+        levels, restored_levels = (each.movedim(-1, 1).contiguous() for each in (stored, torch.from_numpy(restored)))
+        metrics = {
+            "val/psnr": float(psnr(restored_levels, levels).mean()),
+            "val/latent_std": float(means.std()),
+            "val/high_frequency_share": high_frequency_share(means),
+        }
+
+        # Forecast what a diffusion model can make of the latents.
+        if update == self.stage.config.updates and len(means) >= MIN_COMPARED:
+            extractor = self.extractor.build().to(self.stage.accelerator.device)
+            between = torch.from_numpy(self._decoded(network, midpoints(means))).movedim(-1, 1).contiguous()
+            real = extractor(levels)
+            for name, images in (("reconstruction", restored_levels), ("interpolation", between)):
+                distance = frechet_distance(extractor(images), real)
+                metrics |= {f"val/{name}_distance": distance.value, f"val/{name}_distance_error": distance.error}
 
         # Draw some below their originals.
         shown = spread_sample(len(restored), NUM_RECONSTRUCTIONS)
@@ -112,8 +130,17 @@ class VAEValidation:
             title=f"update {update}: {metrics['val/psnr']:.2f} dB on {len(restored)} validation images",
             folds=True,
         )
-        show_grid(self.stage, "reconstructions", grid, update=update, shown=f"PSNR {metrics['val/psnr']:.2f} dB")
+        found = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
+        show_grid(self.stage, "reconstructions", grid, update=update, shown=found)
         return metrics
+
+    def _decoded(self, network: AutoencoderKL, latents: Tensor) -> np.ndarray:
+        """Decode the latents of the sample, or between them, to stored pixels."""
+        assert self.images is not None
+        with self.stage.accelerator.autocast():
+            images = torch.cat([network.decode(part).float().cpu() for part in latents.split(self.images_per_pass)])
+        precision = self.stage.accelerator.mixed_precision
+        return finite_levels(images, names=self.images.keys, stage=self.stage.name, precision=precision)
 
 
 class GridConfig(BaseModel, frozen=True, extra="forbid"):
