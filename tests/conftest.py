@@ -231,6 +231,12 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """Return one worker more than cores, for ``-n logical``: each waits much, for servers, disks and watchdogs."""
+    return len(os.sched_getaffinity(0)) + 1
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Begin with the longest files; workers take whole files, so that what a file's tests share is made once."""
     order = {name: place for place, name in enumerate(LONG_FILES)}

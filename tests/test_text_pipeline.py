@@ -30,12 +30,14 @@ from pipelines.model.captions import (
     CaptionFeatures,
     ComputedFeaturesConfig,
     NamedEncodersConfig,
+    NoTextConfig,
     StoredFeaturesConfig,
     check_features,
     encoders_of,
     prompt_encoder,
 )
 from pipelines.runtime.config.errors import ConfigError
+from pipelines.tools.plan import StagePlan, corpus_size, forecast, stage_configs
 
 EMOJI = REPOSITORY / "pipelines" / "configs" / "emoji.toml"
 NUM_DRAWINGS, MAX_TOKENS = 96, 12
@@ -388,10 +390,15 @@ def test_prompts_are_encoded_as_the_features_of_the_training(tmp_path: Path) -> 
 
 
 def test_a_plan_counts_the_captions_too(emoji: tuple[Path, Path], tmp_path: Path) -> None:
-    done = run_here("plan", "--run.root", str(tmp_path), "--trial", "false", "--json", config=emoji[1])
-    assert done.returncode == 0, done.stderr
-    stages = {one["stage"]: one for one in json.loads(done.stdout)["stages"]}
-    assert stages["train_unet"]["flops_per_image"] > 1e6
+    configs, disk_bytes = stage_configs(str(emoji[1]), root=str(tmp_path)), []
+    for captions in (NoTextConfig(), configs.encode_latents.captions):
+        encoding = configs.encode_latents.model_copy(update={"captions": captions})
+        plans = {stage: StagePlan(stage=stage, state="") for stage in STAGES}
+        forecast(configs._replace(encode_latents=encoding), plans)
+        disk_bytes.append(plans["encode_latents"].disk_bytes)
+        assert plans["train_unet"].flops_per_image > 1e6
+    samples = corpus_size(configs.prepare_corpus).samples
+    assert disk_bytes[1] - disk_bytes[0] == samples * 2 * (MAX_TOKENS + 1) * WIDTH  # tokens and pooled, in half precision
 
 
 def test_a_text_condition_needs_features(two_process_run: Run, tmp_path: Path) -> None:
