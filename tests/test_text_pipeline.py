@@ -398,7 +398,9 @@ def test_a_plan_counts_the_captions_too(emoji: tuple[Path, Path], tmp_path: Path
         disk_bytes.append(plans["encode_latents"].disk_bytes)
         assert plans["train_unet"].flops_per_image > 1e6
     samples = corpus_size(configs.prepare_corpus).samples
-    assert disk_bytes[1] - disk_bytes[0] == samples * 2 * (MAX_TOKENS + 1) * WIDTH  # tokens and pooled, in half precision
+    assert (
+        disk_bytes[1] - disk_bytes[0] == samples * 2 * (MAX_TOKENS + 1) * WIDTH
+    )  # tokens and pooled, in half precision
 
 
 def test_a_text_condition_needs_features(two_process_run: Run, tmp_path: Path) -> None:
