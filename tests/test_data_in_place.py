@@ -64,7 +64,7 @@ def write_foreign(folder: Path) -> dict[str, bytes]:
     return shards
 
 
-def experiment(folder: Path, source: str, *, resolution: int = 32) -> Path:
+def experiment(folder: Path, source: str, *, resolution: int = 16) -> Path:
     path = folder / "mine.toml"
     path.write_text(
         f'[run]\nroot = "{folder}/run"\ntracking_uri = "sqlite:///{folder}/mlflow.db"\n'
@@ -79,7 +79,7 @@ def experiment(folder: Path, source: str, *, resolution: int = 32) -> Path:
     return path
 
 
-def check_corpus(folder: Path, *, prefix: str, resolution: int = 32) -> None:
+def check_corpus(folder: Path, *, prefix: str, resolution: int = 16) -> None:
     """Every good sample is there, seen through the view, and the failed ones are counted."""
     manifest = read_manifest(folder)
     assert manifest.content["counts"] == {"in": 80, "out": 72, "quarantined": {"missing_image": 8}}

@@ -120,7 +120,8 @@ def test_a_unet_is_trained_and_evaluated_on_a_published_vae_from_a_published_une
     done = run_stage("train_unet", *words, *start, *network)
     assert done.returncode == 0, done.stderr
     corpus = ["--inputs.corpus", str(two_process_run.root / "corpus")]
-    done = run_stage("evaluate", *words, *corpus, "--num_samples", "16", "--sweep", "[]")
+    short = ["--num_samples", "16", "--sweep", "[]", "--sampler.num_steps", "2", "--probe_images", "0"]
+    done = run_stage("evaluate", *words, *corpus, *short)
     assert done.returncode == 0, done.stderr
     # The start is in the weights: after two updates of warm-up they have hardly moved.
     weights = load_file(run / "unet" / "unet.safetensors")
@@ -298,7 +299,7 @@ def test_a_published_vae_is_a_start_for_the_network_that_it_is(tmp_path: Path) -
 def test_a_decoder_trained_alone_has_the_latents_of_the_published_vae(
     latents: tuple[Path, Path], two_process_run: Run, tmp_path: Path
 ) -> None:
-    """However often it is stopped and on however many ranks: with average, discriminator and all."""
+    """Also where it is stopped and goes on with another number of ranks: with average, discriminator and all."""
     run, published = latents
     start = Path(shutil.copytree(published, tmp_path / "published"))
     words = [
@@ -306,27 +307,22 @@ def test_a_decoder_trained_alone_has_the_latents_of_the_published_vae(
         *("--start", f'{{ kind = "diffusers", folder = "{start}" }}'),
         *("--network", "{ channels = [8, 16], latent_channels = 3, blocks_per_level = 1, norm_groups = 4 }"),
         *("--network.quant_convs", "true", "--optim.rate", '{ kind = "constant" }'),
-        *("--objective.adversary", '{ kind = "patchgan", start = { kind = "update", update = 2 } }'),
+        *("--objective.adversary", '{ kind = "patchgan", start = { kind = "update", update = 1 } }'),
         *("--objective.adversary.discriminator.downsamplings", "1"),
     ]
 
     def train(name: str, *more: str, processes: int = 1) -> str:
-        per_device = str(16 // processes)
-        done = run_stage(
-            *("train_vae", "--run.root", str(tmp_path / name), *words, "--images_per_device", per_device, *more),
-            processes=processes,
-        )
+        place = ("--run.root", str(tmp_path / name))
+        done = run_stage("train_vae", *place, *words, *more, processes=processes)
         return done.stderr if done.returncode else ""
 
-    assert train("straight", "--updates", "6") == ""
-    assert train("stopped", "--updates", "3") == ""
-    assert train("stopped", "--updates", "6", "--allow-changed", "updates") == ""
-    assert train("ranks", "--updates", "6", processes=2) == ""
-    straight, stopped, ranks = (tmp_path / name / "vae" for name in ("straight", "stopped", "ranks"))
-    assert (stopped / "vae.safetensors").read_bytes() == (straight / "vae.safetensors").read_bytes()
+    assert train("straight", "--updates", "4") == ""
+    assert train("stopped", "--updates", "2") == ""
+    assert train("stopped", "--updates", "4", "--allow-changed", "updates", processes=2) == ""
+    straight, stopped = (tmp_path / name / "vae" for name in ("straight", "stopped"))
     theirs, weights, others = (
         load_vae(folder, read_input("vae", folder), device=Device(torch.device("cpu"))).state_dict()
-        for folder in (start, straight, ranks)
+        for folder in (start, straight, stopped)
     )
     moved = [name for name in weights if name.startswith(("decoder.", "post_quant_conv."))]
     assert all(torch.equal(weights[name], theirs[name]) for name in weights.keys() - set(moved))

@@ -341,7 +341,8 @@ def test_a_flat_folder_of_images_goes_through_all_stages_at_the_first_try(tmp_pa
     del experiment["train_unet"]["denoiser"]["conditioners"]
     for training in ("train_vae", "train_unet"):
         experiment[training] |= {"updates": 2, "validate_every": 2}
-    experiment["evaluate"] |= {"num_samples": 16, "sweep": []}
+    experiment["evaluate"] |= {"num_samples": 16, "sweep": [], "probe_images": 0}
+    experiment["evaluate"]["sampler"]["num_steps"] = 2
     (tmp_path / "flat.toml").write_text(tomli_w.dumps(experiment))
     for stage in STAGES:
         done = run_stage(stage, "--run.root", str(tmp_path / "run"), config=tmp_path / "flat.toml")
