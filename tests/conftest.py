@@ -165,6 +165,11 @@ def run_here(name: str, *words: str, config: Path | None = SMOKE) -> subprocess.
     return subprocess.CompletedProcess(words, code, out.getvalue(), err.getvalue())
 
 
+def unrendered() -> contextlib.AbstractContextManager[Any]:
+    """Let charts be made in this process and not rendered, which is half of a small evaluation, and matplotlib's."""
+    return mock.patch("matplotlib.figure.Figure.savefig")
+
+
 def kill_tree(*processes: subprocess.Popen[Any] | WarmProcess) -> None:
     """SIGKILL processes that lead sessions of their own, and all that they started."""
     for process in processes:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
-from conftest import run_here
+from conftest import run_here, unrendered
 from manifests import commit_corpus
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -89,7 +89,8 @@ def write_model(root: Path, classes: Sequence[str], *, poisoned: bool = False) -
 
 def evaluated(root: Path, *words: str) -> tuple[int, str]:
     sampler = ("--sampler.num_steps", "2", "--sweep", "[]", "--num_samples", "8", "--batch_size", "8")
-    done = run_here("evaluate", "--run.root", str(root), "--run.threads", "1", *sampler, *words)
+    with unrendered():
+        done = run_here("evaluate", "--run.root", str(root), "--run.threads", "1", *sampler, *words)
     return done.returncode, done.stdout + done.stderr
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Run, run_here, run_stage
+from conftest import Run, run_here, unrendered
 from torch import Tensor
 
 from models.autoencoder.vae import AutoencoderKL, Posterior, VAEConfig
@@ -67,9 +67,10 @@ def test_draws_depend_on_the_image_alone() -> None:
 
 def test_an_evaluation_reports_bits_per_dimension(two_process_run: Run, tmp_path: Path) -> None:
     inputs = [f"--inputs.{name}={two_process_run.root / name}" for name in ("corpus", "vae", "unet")]
-    short = ["--num_samples", "16", "--sweep", "[]", "--sampler.num_steps", "2"]
+    short = ["--num_samples", "16", "--sweep", "[]", "--sampler.num_steps", "2", "--probe_images", "0"]
     likelihood = '{ kind = "variational_bound", num_images = 20, num_steps = 4 }'
-    done = run_stage("evaluate", "--run.root", str(tmp_path), *inputs, *short, "--likelihood", likelihood)
+    with unrendered():
+        done = run_here("evaluate", "--run.root", str(tmp_path), *inputs, *short, "--likelihood", likelihood)
     assert done.returncode == 0, done.stderr
     metrics = json.loads((tmp_path / "evaluation" / "metrics.json").read_bytes())
     assert set(metrics["likelihood"]) == {"bits_per_dimension", "prior", "moves", "reconstruction"}
