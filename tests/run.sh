@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Set up .venv with the extras test and browser (whose chromium is the system's), then lint, check types and run the tests.
 #
-#   bash tests/run.sh                  everything but the soak and gpu tests, in one worker a core
+#   bash tests/run.sh                  everything but the soak and gpu tests, in one worker more than cores
 #   bash tests/run.sh -m soak          arguments go to pytest, in one worker; lint and types are then left out
 set -euo pipefail
 
