@@ -376,12 +376,12 @@ def test_every_experiment_is_valid_for_every_stage(path: Path) -> None:
         load_config(model, table=stage, argv=["--config", str(path)])
 
 
-def test_help_is_quick_and_loads_no_tracking_attention_or_diffusers() -> None:
+def test_help_is_quick_and_loads_no_tracking_attention_diffusers_or_compiler() -> None:
     code = (
         "import sys, runpy\nsys.argv = ['x', '--help']\n"
         "try: runpy.run_module('pipelines.train_unet', run_name='__main__', alter_sys=True)\n"
         "except SystemExit as end: assert end.code == 0\n"
-        "print('LOADED', sorted({'mlflow', 'xformers', 'diffusers'} & set(sys.modules)))\n"
+        "print('LOADED', sorted({'mlflow', 'xformers', 'diffusers', 'torch._dynamo'} & set(sys.modules)))\n"
     )
     ratio, here = 99.0, {"env": environment(), "cwd": REPOSITORY}
     for _ in range(3):

@@ -45,9 +45,12 @@ class Transformation:
             return None
         return cls(config.factors[int(scale * len(config.factors))], int(turn * 4))
 
-    @torch.compiler.disable  # else the decoder would be compiled for every turn
     def __call__(self, x: Tensor) -> Tensor:
         """(b c h w), of sides that ``factor`` divides, to (b c h/factor w/factor), or with the sides exchanged."""
+        # Not compiled: else the decoder would be compiled for every turn. Said here, as it imports the compiler.
+        return torch.compiler.disable(self._transformed)(x)
+
+    def _transformed(self, x: Tensor) -> Tensor:
         return torch.rot90(F.avg_pool2d(x, self.factor), self.turns, dims=(2, 3))
 
 

@@ -43,7 +43,10 @@ class ClassConditioner(nn.Module):
             )
         self.num_classes = num_classes
         # Rows start with unit variance: classes that are far apart from the start are learned much sooner.
-        self.table = nn.Embedding(num_classes + 1, embedding_width)
+        weight = torch.empty(num_classes + 1, embedding_width)
+        if not weight.is_meta:  # torch imports its compiler to draw there, for two seconds
+            nn.init.normal_(weight)
+        self.table = nn.Embedding.from_pretrained(weight, freeze=False)
 
     def forward(self, conditions: Mapping[str, Tensor], dropped: Tensor) -> Conditioning:
         """Reads ``labels`` int64 (b), -1 where an image has none; ``dropped`` bool (b) marks those without theirs.
