@@ -1,6 +1,7 @@
 """The measuring itself: a known ratio is found, a control holds 1, and sides that compute other things are refused."""
 
 import logging
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -222,6 +223,14 @@ def test_a_benchmark_goes_on_with_the_pieces_that_its_file_lacks(
     assert said.startswith(f"benchmark: benchmark.output: {tmp_path}/f.json has figures of ")
     assert ", 11 rounds, not of " in said
     assert said.endswith(f", torch {torch.__version__}, 3 rounds: give another file\n")
+
+
+def test_models_are_not_measured_without_what_they_are_compared_with(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    assert benchmark.main(["train"]) == 2
+    assert "models are compared with diffusers; install it with" in capsys.readouterr().err
 
 
 def test_a_piece_that_fails_is_named_costs_no_other_and_is_tried_again(

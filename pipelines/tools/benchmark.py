@@ -15,6 +15,7 @@ starts none that would take longer: the exit code is then 75. A piece that fails
 """
 
 import gc
+import importlib.util
 import logging
 import math
 import sys
@@ -30,7 +31,7 @@ from pydantic import BaseModel, Field, NonNegativeFloat, NonNegativeInt, Positiv
 
 from data.files import write_atomically
 from pipelines.runtime.config.command_line import Answer, run_tool
-from pipelines.runtime.config.errors import config_error_at
+from pipelines.runtime.config.errors import ConfigError, config_error_at
 from pipelines.runtime.config.logs import print_line
 from pipelines.runtime.config.outcome import EXIT_CODES
 from pipelines.runtime.config.stage_config import CommandConfig
@@ -142,8 +143,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def measure_all(config: BenchmarkConfig) -> Answer:
-    """Measure piece by piece, and show and keep each at once."""
+    """Measure piece by piece, and show and keep each at once.
+
+    Raises:
+        ConfigError: An output file of other figures, or no diffusers to compare with.
+    """
     # What is known, and what is left.
+    if set(config.subjects) != {"data"} and importlib.util.find_spec("diffusers") is None:
+        raise ConfigError("benchmark: models are compared with diffusers; install it with `pip install -e '.[test]'`.")
     with config_error_at("benchmark.output"):
         known = known_figures(config)
     left = [piece for piece in pieces_of(config) if piece not in {figure.piece for figure in known.figures}]
