@@ -36,7 +36,7 @@ TRAINING: dict[str, list[Any]] = {
     "order": [
         {"kind": "full"},
         {"kind": "blocked", "canonical_nodes": 2, "window": 32},
-        {"kind": "weighted", "weights": {"disc": 3.0}},
+        {"kind": "weighted", "weights": {"circle": 3.0}},
         {"kind": "sequential"},
     ],
     "flip_probability": [0.0, 0.5],
