@@ -145,8 +145,11 @@ def test_killed_and_resumed_on_one_rank_or_two_it_is_the_training_that_it_would_
     assert losses(resumed) == losses(whole)
     assert sha256_of(resumed / weights) == sha256_of(whole / weights)
 
-    of_two = losses(train("on two ranks", ranks=2))
-    np.testing.assert_allclose(list(of_two.values()), list(losses(whole).values()), rtol=1e-4)
+    of_two, of_one = (np.array([*losses(place).values()]) for place in (train("on two ranks", ranks=2), whole))
+    joins = ADVERSARY["start"]["update"] if "objective.adversary" in drawn else UPDATES
+    np.testing.assert_allclose(of_two[:joins], of_one[:joins], rtol=1e-4)
+    # A game of two networks is chaotic: rounding grows from update to update.
+    np.testing.assert_allclose(of_two[joins:], of_one[joins:], rtol=3e-2)
 
 
 def losses(folder: Path) -> dict[int, float]:
