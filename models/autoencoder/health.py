@@ -56,24 +56,24 @@ def latent_metrics(posterior: Posterior) -> dict[str, Tensor]:
     return {"active_channels": active.sum(), **{f"kl_{channel}": value for channel, value in enumerate(kl)}}
 
 
-def normalised(latents: Tensor) -> Tensor:
-    """Latents as a diffusion model gets them: every channel with mean 0 and standard deviation 1, a dead one 0."""
+def standardised(latents: Tensor) -> Tensor:
+    """Latents of which every channel has mean 0 and standard deviation 1 over these images, a dead one 0."""
     deviation, mean = torch.std_mean(latents, dim=(0, 2, 3), keepdim=True)
     return (latents - mean) / deviation.clamp(min=1e-6)
 
 
 def high_frequency_share(latents: Tensor) -> float:
-    """Share of the power of normalised latents at frequencies that latents of half the size could not hold.
+    """Share of the power of standardised latents at frequencies that latents of half the size could not hold.
 
     Those above a quarter of a cycle a pixel, along either side. White noise has about three quarters there.
     """
-    power = torch.fft.fft2(normalised(latents)).abs().square().mean(dim=(0, 1))
+    power = torch.fft.fft2(standardised(latents)).abs().square().mean(dim=(0, 1))
     high_rows, high_columns = (torch.fft.fftfreq(side, device=power.device).abs() > 1 / 4 for side in power.shape)
     return float(power[high_rows[:, None] | high_columns].sum() / power.sum())
 
 
 def midpoints(latents: Tensor) -> Tensor:
-    """Return the point half-way between each latent and its nearest neighbour, both seen as normalised latents."""
-    points = normalised(latents).flatten(1)
+    """Return the point half-way between each latent and its nearest neighbour, both seen as standardised latents."""
+    points = standardised(latents).flatten(1)
     # The nearest of all is the point itself, or one that is equal.
     return (latents + latents[torch.cdist(points, points).topk(2, largest=False).indices[:, 1]]) / 2

