@@ -133,11 +133,12 @@ def test_killed_and_resumed_on_one_rank_or_two_it_is_the_training_that_it_would_
 
     whole = train("whole", ranks=1)
 
-    # Killed at one of the moments when something becomes durable.
-    moment = str(random.Random(number).randrange(12, 30))
+    # Killed at one of the moments when something becomes durable: the first checkpoint is after the 29th.
+    moment = str(random.Random(number).randrange(32, 75))
     killed = start_warm(str(REPOSITORY / "tests/killed_at.py"), "flush", moment, stage, *command("resumed")[2:])
     printed = killed.communicate(timeout=180)
     assert killed.returncode == -signal.SIGKILL, printed
+    assert any((tmp_path / "resumed" / STAGES[stage] / "checkpoints").glob("update-*")), "nothing to resume from"
     shutil.copytree(tmp_path / "resumed", tmp_path / "on two ranks")
 
     resumed = train("resumed", ranks=1)
