@@ -22,7 +22,7 @@ class RunConfig(BaseModel, frozen=True, extra="forbid"):
 
     root: Name = "runs/default"  # folder of the experiment; the stages' folders lie in it
     experiment: Name = "latentline"  # MLflow experiment
-    tracking_uri: str = "auto"  # MLflow server or store; "auto" is MLFLOW_TRACKING_URI, else sqlite beside run.root
+    tracking_uri: str = "auto"  # server or store; "auto": MLFLOW_TRACKING_URI, else sqlite beside run.root; "offline"
     curve_density: NonNegativeInt = CURVE_DENSITY  # updates that MLflow gets each, then ever fewer; 0 sends all
     register_as: str = (
         ""  # alias in MLflow's model registry for the final weights, such as "champion"; "" registers none
