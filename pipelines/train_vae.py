@@ -157,6 +157,8 @@ def train(config: TrainVAEConfig, stage: Stage) -> None:
             discriminator=Trainable(critic, config, stage.accelerator),
             start=AdversaryStart(patchgan.start, device=device.torch),
         )
+        if not adversary.start.may_start_before(config.updates):
+            stage.log.warning("objective.adversary starts after the last update: the discriminator trains for nothing")
     batches = BatchMaker(config, stage)
 
     # How to learn it.
@@ -270,7 +272,7 @@ def one_update(
         optimizers["train/discriminator_grad_norm"] = discriminator.optimizer
         for _, pair in zip(training.micro_batches(discriminator.wrapped), reconstructions, strict=True):
             hinge, gap = discriminator_loss(discriminator.wrapped, *pair)
-            training.backward(hinge)
+            training.backward(hinge, terms={})  # beyond both margins it has no gradient, and that is no error
             training.log({"train/discriminator_loss": hinge, "train/logit_gap": gap})
     training.step(optimizers)
 

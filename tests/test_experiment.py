@@ -97,6 +97,8 @@ def test_an_experiment_that_fits_is_fine() -> None:
          "There is no weights file /nowhere.pth"),
         (("train_vae.objective.perceptual", '{ kind = "lpips", weights = "/nowhere.safetensors" }'), FINE,
          "train_vae.objective.perceptual", "do not exist"),
+        (("train_vae.objective.equivariance", "{ probability = 0.5, factors = [3] }"), FINE, "train_vae.objective",
+         "does not divide"),
         (("encode_latents.captions", '{ kind = "pretrained", folder = "/nowhere" }'), FINE, "encode_latents.captions",
          "/nowhere holds no text encoder"),
         (("encode_latents.inputs.vae", "/nowhere"), FINE, "encode_latents.inputs.vae", "there is no such folder"),

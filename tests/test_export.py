@@ -5,6 +5,7 @@ import io
 import json
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -128,12 +129,15 @@ def test_a_model_of_another_architecture_is_no_single_file(two_process_run: Run,
     assert not list(tmp_path.glob("export/*"))
 
 
-def test_a_single_file_holds_what_the_folders_beside_it_hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_single_file_holds_what_the_folders_beside_it_hold(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     text = TextConditionerConfig(width=12, use="tokens", encoder=MiniLMConfig(max_tokens=5))
     network = UNetConfig(
         channels=(32, 32), blocks=(1, 1), attention=(False, True), heads=(8, 8), transformer_depth=(1, 1)
     ).model_copy(update={"time_injection": "shift"})
-    described = DenoiserConfig(network=network, conditioners=(text,), schedule=ScaledLinearScheduleConfig())
+    velocity = DenoiserConfig(network=network, conditioners=(text,), schedule=ScaledLinearScheduleConfig())
+    described = velocity.model_copy(update={"objective": ObjectiveConfig(prediction="eps")})
     model = LatentDiffusion(
         autoencoder=AutoencoderKL(VAEConfig(latent_channels=4, channels=(32, 32)), image_channels=3).eval(),
         denoiser=Denoiser(described, latent_channels=4, latent_size=4, num_classes=0).eval(),
@@ -160,6 +164,11 @@ def test_a_single_file_holds_what_the_folders_beside_it_hold(tmp_path: Path, mon
         assert all(torch.equal(tensor, expected[key]) for key, tensor in read.items())
     assert export.main(words) == 0
     assert not (tmp_path / "model.safetensors").exists()
+    monkeypatch.setattr(export, "denoiser_config", lambda *_: velocity)
+    model = replace(model, denoiser=Denoiser(velocity, latent_channels=4, latent_size=4, num_classes=0).eval())
+    monkeypatch.setattr(export, "load_latent_diffusion", lambda *_, **__: model)
+    assert export.main([*words, "--format", "single_file"]) == 2
+    assert "scheduler.prediction_type = 'v_prediction' (only epsilon)" in capsys.readouterr().err
 
 
 def test_what_diffusers_cannot_hold_is_refused_before_anything_is_written(two_process_run: Run, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from models.autoencoder.discriminator import (
     discriminator_hinge_loss,
     generator_hinge_loss,
 )
+from models.autoencoder.objective import rank_mean_gradient
 from models.autoencoder.vae import AutoencoderKL, Posterior, VAEConfig, _tile_starts
 
 JUDGE = DiscriminatorConfig(channels=8, downsamplings=1, norm_groups=4)
@@ -209,3 +210,13 @@ def test_the_adaptive_weight_makes_both_gradients_equally_long() -> None:
     assert not adaptive_weight(of_pixels.clone().requires_grad_(), of_judge).requires_grad
     torch.testing.assert_close((weight * of_judge).norm(), of_pixels.norm(), rtol=0.02, atol=0)
     assert adaptive_weight(of_pixels, torch.zeros_like(of_judge), maximum=10.0) == 10.0
+
+
+@pytest.mark.parametrize("precision", [torch.bfloat16, torch.float16])
+def test_gradients_that_half_precision_would_lose_are_compared(precision: torch.dtype) -> None:
+    layer, features = torch.nn.Conv2d(4, 3, 1), torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    elements = 16 * 3 * 512 * 512  # of a usual batch: 1 / elements is the gradient at each
+    exact = rank_mean_gradient(layer(features).abs().sum() / elements, layer.weight)
+    with torch.autocast("cpu", precision):
+        found = rank_mean_gradient(layer(features).float().abs().sum() / elements, layer.weight)
+    assert (found - exact).norm() < 0.02 * exact.norm()

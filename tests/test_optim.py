@@ -3,11 +3,14 @@
 import copy
 import math
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
+from pipelines.runtime.config.errors import ConfigError
+from pipelines.runtime.training.checkpoint import Checkpoint
 from pipelines.runtime.training.optim import (
     ConstantRate,
     CosineRate,
@@ -191,3 +194,7 @@ def test_the_state_of_another_network_is_refused() -> None:
     optimizer = Optimizer(net, OptimConfig(), accelerator=FakeAccelerator())
     with pytest.raises(ValueError, match="of another network or algorithm: stranger/step"):
         optimizer.load({"stranger/step": torch.zeros(1)})
+    muon = Optimizer(net, OptimConfig(algorithm="muon"), accelerator=FakeAccelerator())
+    checkpoint = Checkpoint(path=Path("update-5"), update=5, parts={"optimizer": muon.tensors()}, state={})
+    with pytest.raises(ConfigError, match=r"update-5, optimizer: The optimizer's state .* Take back what was changed"):
+        checkpoint.load_into({"optimizer": optimizer}, changed=True)

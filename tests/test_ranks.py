@@ -35,7 +35,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "flipped bit": {"flip_after": 7, "on_rank": 1, "config": SELF_TEST},
     "flipped bit before a save": {"flip_after": 6, "on_rank": 1, "config": {"replica_check_every": 0}},
     "same samples": {"same_samples": True, "dropout": 0.0, "config": SELF_TEST},
-    "silent term": {"silent_term": True, "config": SELF_TEST},
+    "silent term": {"silent_term": True, "on_rank": 1, "config": SELF_TEST},
     "still average": {"still_average": True, "config": SELF_TEST},
     "skipped on one rank": {
         "faults": {3: "data", 6: "loss", 9: "gradient", 10: "second", 21: "weights"},
@@ -105,7 +105,7 @@ def test_a_healthy_training_passes_its_self_tests(ended: dict[str, Any]) -> None
         ("flipped bit", "Rank 1 holds other bits than the other ranks before update 10: first, 0.weight", 10),
         ("flipped bit before a save", "Rank 1 holds other bits than the other ranks after update 10: first, 0.w", 10),
         ("same samples", "Ranks 0 and 1 have the same gradients in update 1", 1),
-        ("silent term", "No gradient comes from the loss term size in update 1", 1),
+        ("silent term", "No gradient comes in update 1 on rank 1 from the loss term ", 1),
         ("still average", "Nothing of first_averages has moved in update 1", 1),
     ],
 )
@@ -113,6 +113,7 @@ def test_the_self_test_names_what_has_gone_astray(name: str, message: str, lates
     for rank in ended[name]:
         assert rank["ended"].startswith(f"ReplicaError: {message}"), rank["ended"]
         assert rank["update"] <= latest
+    assert ended["silent term"][1]["ended"].endswith("the loss term size.")
 
 
 def test_an_optimizer_in_shards_makes_the_bits_of_a_whole_one(ended: dict[str, Any], folder: Path) -> None:

@@ -206,8 +206,32 @@ def test_an_inverted_picture_is_drawn_once_for_each_condition(
     assert "sample.invert" in capsys.readouterr().err
     assert drawn(tmp_path / "drawn", **{**options, "invert_as": "c"}) == 2
     assert "'c' is no class" in capsys.readouterr().err
-    with pytest.raises(ValueError, match="interpolate needs the noise of two images"):
-        config(invert=picture, interpolate=True)
+    assert drawn(tmp_path / "drawn", **{**options, "invert_as": "all"}) == 2
+    assert "a picture has one class" in capsys.readouterr().err
+    for changes, why in (
+        ({"invert": picture, "interpolate": True}, "interpolate needs the noise of two images"),
+        ({"invert": picture, "sampler": {"kind": "ddim", "eta": 0.5}}, "invert needs a sampler without fresh noise"),
+        ({"invert": picture, "sampler": {"kind": "ddpm"}}, "invert needs a sampler without fresh noise"),
+        ({"invert_as": "b"}, "invert_as describes the picture of invert"),
+    ):
+        with pytest.raises(ValueError, match=why):
+            config(**changes)
+
+
+@pytest.mark.parametrize(("num_classes", "number", "columns", "rows"), [(3, 8, 3, 3), (20, 40, 8, 5), (0, 3, 3, 1)])
+def test_a_grid_has_all_images_and_each_below_its_class(
+    num_classes: int, number: int, columns: int, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = [np.full((4, 4, 3), index, np.uint8) for index in range(number)]
+    seen: dict[str, Any] = {}
+    monkeypatch.setattr(sample, "grid_png", lambda cells, **words: seen.update(cells=cells, **words) or b"")
+    sample.grid_of(
+        config(number=number), images, [f"c{index % num_classes}" if num_classes else "" for index in range(number)]
+    )
+    cells = seen["cells"][..., 0, 0, 0]
+    assert cells.shape == (rows, columns)
+    assert cells.ravel().tolist() == [*range(number), *[255] * (rows * columns - number)]
+    assert seen["column_labels"] == (["c0", "c1", "c2"] if num_classes == 3 else [])
 
 
 def test_a_second_draw_leaves_the_first_as_it_is(

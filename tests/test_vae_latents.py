@@ -119,6 +119,7 @@ def test_waves_that_half_the_size_cannot_hold_are_the_high_frequencies(side: int
         for x in (wave[:, None].expand(side, side), wave.expand(side, side)):
             latents = torch.stack([torch.stack([x, 5 + 100 * x]), torch.stack([-x, 5 - 100 * x])])
             assert high_frequency_share(latents) == pytest.approx(float(cycles / side > 0.25), abs=1e-9)
+    assert high_frequency_share(torch.full((2, 2, side, side), 0.123)) == 0
     noise = torch.randn(500, 2, side, side, generator=torch.Generator().manual_seed(0))
     low = 2 * (side // 4) + 1
     assert high_frequency_share(noise) == pytest.approx(1 - (low / side) ** 2, abs=0.01)
@@ -150,3 +151,5 @@ def test_sides_that_a_term_cannot_take_are_refused_before_any_work() -> None:
     for message, config in refused.items():
         with pytest.raises(ValueError, match=message):
             config.check_sizes(resolution=24, latent_size=6)
+    with pytest.raises(ValueError, match="norm_groups = 32 does not divide 48"):
+        PatchAdversary(discriminator={"channels": 24})

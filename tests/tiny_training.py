@@ -64,7 +64,7 @@ class Recipe:
     flip_after: int = 0  # one bit of one weight of on_rank flips after this update
     same_samples: bool = False  # every rank reads the first share
     dropout: float = 0.1  # makes gradients differ even then
-    silent_term: bool = False  # a loss term that is detached
+    silent_term: bool = False  # a loss term that is detached on on_rank
     still_average: bool = False  # averages are not updated
     hang_in: int = 0  # on_rank sleeps in this update
     natively: bool = False  # in native code, with the interpreter's lock
@@ -171,7 +171,8 @@ class Tiny:
             if self.fault("gradient"):
                 out.register_hook(lambda gradient: gradient * math.nan)
             loss = (out - x[part]).square().mean()
-            terms = {"square": loss, "size": out.abs().mean().detach() if self.recipe.silent_term else out.abs().mean()}
+            silent = self.recipe.silent_term and self.recipe.on_rank == self.accelerator.process_index
+            terms = {"square": loss, "size": out.abs().mean().detach() if silent else out.abs().mean()}
             loss = loss + 0.1 * terms["size"]
             loss = loss * (math.nan if self.fault("loss") else 1e4 if self.fault("spike") else 1.0)
             training.backward(loss, terms=terms)

@@ -4,9 +4,11 @@ Isola et al. 2017 (arXiv:1611.07004, PatchGAN), with the adaptive weight of Esse
 GroupNorm stands where the original has batch normalisation, whose statistics would depend on the number of ranks.
 """
 
+from typing import Self
+
 import torch
 import torch.nn.functional as F
-from pydantic import BaseModel, PositiveInt
+from pydantic import BaseModel, PositiveInt, model_validator
 from torch import Tensor, nn
 
 
@@ -16,6 +18,12 @@ class DiscriminatorConfig(BaseModel, frozen=True, extra="forbid"):
     channels: PositiveInt = 64  # width of the first layer; doubles a layer, up to eight times
     downsamplings: PositiveInt = 3  # halvings of the image; 3 give patches of 70 pixels
     norm_groups: PositiveInt = 32  # groups of every GroupNorm; divides channels times 2
+
+    @model_validator(mode="after")
+    def _groups_divide_channels(self) -> Self:
+        if 2 * self.channels % self.norm_groups:
+            raise ValueError(f"norm_groups = {self.norm_groups} does not divide {2 * self.channels}, channels times 2")
+        return self
 
     @property
     def smallest_image(self) -> int:

@@ -49,6 +49,10 @@ class AdversaryStart:
         self._sum = torch.zeros((), dtype=wide, device=device)  # of the losses since the last test
         self._count = torch.zeros((), dtype=wide, device=device)
 
+    def may_start_before(self, last: int) -> bool:
+        """Return whether a training whose last update is ``last`` can have the adversarial term."""
+        return isinstance(self.config, StartOnPlateau) or self.config.update < last
+
     def has_started(self, update: int) -> bool:
         """Return whether ``update``, counted from 1, has the adversarial term."""
         match self.config:

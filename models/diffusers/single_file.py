@@ -1,7 +1,7 @@
 """Weights of VAE and U-Net in one file, under Stable Diffusion's names (Rombach et al. 2022, arXiv:2112.10752).
 
 They are those of ``AutoencoderKL`` and ``UNetModel`` in the CompVis code. Such a file says nothing of groups, heads,
-noise schedule and scale of the latents: programs that read it take those of Stable Diffusion for granted, so a model
+prediction, noise schedule and scale of the latents: programs that read it take those of Stable Diffusion, so a model
 that has others is refused. Converts what ``models/diffusers/config.py`` and ``weights.py`` give.
 """
 
@@ -55,6 +55,10 @@ def to_single_file(configs: Mapping[str, JSON], weights: Mapping[str, Mapping[st
         for key, value in settings.items()
         if configs[name].get(key) != value
     ]
+    # Stable Diffusion 2, whose attention has linear projections, predicts noise or velocity; 1 noise.
+    known = ("epsilon", "v_prediction") if unet.get("use_linear_projection") else ("epsilon",)
+    if (prediction := configs["scheduler"].get("prediction_type")) not in known:
+        wrong.append(f"scheduler.prediction_type = {prediction!r} (only {' or '.join(known)})")
     if not isinstance(blocks := unet["layers_per_block"], int):
         wrong.append(f"unet.layers_per_block = {blocks} (only one number for all levels)")
     heads = unet["attention_head_dim"]

@@ -174,6 +174,8 @@ def _checks(tables: Mapping[str, Any], corpus: CorpusFacts | None) -> Iterator[t
         if image is not None:
             yield "train_vae.network.channels", lambda: check_levels(vae.network, image.resolution)
             yield "train_vae.start", lambda: check_start(vae.start, _autoencoder(vae.network, image))
+            sizes = {"resolution": image.resolution, "latent_size": image.resolution // vae.network.factor}
+            yield "train_vae.objective", lambda: vae.objective.check_sizes(**sizes)
         yield "train_vae.extractor", vae.extractor.check
         yield "train_vae.order", lambda: _check_order(vae.order, corpus)
         if isinstance(vae.objective.perceptual, LPIPSTerm):

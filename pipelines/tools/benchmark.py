@@ -191,9 +191,11 @@ def known_figures(config: BenchmarkConfig) -> Figures:
     """Return the figures of the output file, or none yet.
 
     Raises:
-        ValueError: They are of another machine or version of torch, or of another number of rounds.
+        ValueError: They are of another machine or version of torch, or of another number of threads or rounds.
     """
-    here = Figures(about=f"{hardware()}, torch {torch.__version__}, {config.rounds} rounds")
+    threads = config.threads or cores_per_process()
+    about = f"{hardware()}, {threads} threads, torch {torch.__version__}, {config.rounds} rounds"
+    here = Figures(about=about)
     if not config.output:
         return here
     with open(config.output, "a+") as file:

@@ -72,6 +72,10 @@ class SampleConfig(StageConfig):
             raise ValueError("negative_prompt does nothing at guidance.scale = 1, which draws by the prompt alone")
         if self.interpolate and self.invert is not None:
             raise ValueError("interpolate needs the noise of two images, and invert gives one: choose one of them")
+        if self.invert_as and self.invert is None:
+            raise ValueError("invert_as describes the picture of invert, which is not given")
+        if self.invert is not None and (self.sampler.kind == "ddpm" or getattr(self.sampler, "eta", 0.0) > 0.0):
+            raise ValueError("invert needs a sampler without fresh noise, which would lead away from the picture")
         return self
 
 
@@ -112,7 +116,9 @@ def draw(config: SampleConfig) -> Answer:
         labels = list(dict.fromkeys(labels))
         config = config.model_copy(update={"number": len(labels)})
         described = config.model_copy(update={"class_name": config.invert_as or "none", "number": 1})
-        source = fields_of(config.invert_as, labels_of(described, () if encoder is not None else known))
+        if (named := encoder is None and known) and config.invert_as == "all":
+            raise ConfigError("invert_as = 'all', but a picture has one class: name it.")
+        source = fields_of(config.invert_as, labels_of(described, known if named else ()))
         start, errors = inverted(config, model, source, parents.vae)
         said = ", {psnr:.1f} dB from its noise back to the picture, {vae_psnr:.1f} dB by the VAE alone".format(**errors)
 
@@ -200,13 +206,14 @@ def image_name(config: SampleConfig, index: int, name: str) -> str:
 def grid_of(config: SampleConfig, images: Sequence[np.ndarray], names: Sequence[str]) -> bytes:
     """Return all images in one, as PNG; ``names`` are their classes, "" for none."""
     heads = list(dict.fromkeys(names)) if config.class_name == "all" and any(names) else []
-    columns = min(len(heads) or GRID_COLUMNS, len(images), 12)
-    rows = max(1, len(images) // columns)
-    shown = np.stack(images[: rows * columns]).reshape(rows, columns, *images[0].shape)
+    columns = min(len(heads) if 0 < len(heads) <= 12 else GRID_COLUMNS, len(images))
+    rows = -(-len(images) // columns)
+    blank = np.full_like(images[0], 255)
+    shown = np.stack([*images, *[blank] * (rows * columns - len(images))]).reshape(rows, columns, *blank.shape)
     parts = [config.prompt, f"not {config.negative_prompt}" if config.negative_prompt else ""]
     what = ", ".join(part for part in (*parts, config.class_name if any(names) else "") if part) or "any"
     title = f"{what}, guidance {config.guidance.scale:g}, {config.sampler.num_steps} steps, seed {config.seed}"
-    return grid_png(shown, column_labels=heads[:columns], title=title)
+    return grid_png(shown, column_labels=heads if len(heads) == columns else [], title=title)
 
 
 def labels_of(config: SampleConfig, classes: tuple[str, ...]) -> list[int]:

@@ -75,7 +75,7 @@ class Checkpoint:
             changed: Whether the configuration was changed on purpose: what it has dropped is left out then.
 
         Raises:
-            ConfigError: The training has other parts than the checkpoint; nothing is loaded.
+            ConfigError: The training has other parts than the checkpoint, and nothing is loaded; or one does not fit.
         """
         needed = [name for name, part in parts.items() if not getattr(part, "optional", False)]
         missing = [name for name in needed if name not in self.parts]
@@ -88,7 +88,12 @@ class Checkpoint:
             )
         for name, part in parts.items():
             if name in self.parts:
-                part.load(self.parts[name])
+                try:
+                    part.load(self.parts[name])
+                except ValueError as error:
+                    raise ConfigError(
+                        f"{self.path}, {name}: {error} Take back what was changed, or begin anew with another run.root."
+                    ) from error
 
 
 class Stateful(Protocol):

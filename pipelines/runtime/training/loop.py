@@ -212,10 +212,10 @@ class Training:
 
         Args:
             loss: Its mean over images.
-            terms: What the loss is made of; the replica check demands a gradient from each.
+            terms: What the loss is made of, by default itself; the replica check demands a gradient from each.
         """
         if self._replica_check.active:
-            self._replica_check.check_terms(terms or {"train/loss": loss})
+            self._replica_check.check_terms({"train/loss": loss} if terms is None else terms)
         if self._on_last_micro_batch:
             self._throughput.before_all_reduce()
         self.stage.accelerator.backward(loss / len(self.share.micro_batches))

@@ -72,11 +72,11 @@ def learning_rate(config: OptimConfig, *, update: int, total_updates: int) -> fl
 
 
 def is_inner(name: str, parameter: nn.Parameter) -> bool:
-    """Return whether Muon is for this parameter: a matrix or kernel of no first or last layer or embedding.
+    """Return whether Muon is for this parameter: a matrix or kernel of no first or last layer and no conditioner.
 
     Those of the discriminator are not told apart by their names; it is moved by Muon as a whole.
     """
-    ends = ("conv_in", "conv_out", "embedding", "conditioners")
+    ends = ("conv_in", "conv_out", "conditioners")
     return parameter.ndim > 1 and not any(part in ends for part in name.split("."))
 
 

@@ -150,10 +150,10 @@ class ReplicaCheck:
         when = f"in update {update}"
         self._must_agree(self._reduced, what="applies other gradients than the other ranks", when=when)
         self._local_must_differ(when)
-        if self._terms_without_gradient:
-            raise ReplicaError(
-                f"No gradient comes from the loss term {', '.join(self._terms_without_gradient)} {when}."
-            )
+        silent = gathered(torch.tensor(len(self._terms_without_gradient)), self._accelerator)
+        if silent.any():
+            terms = ", ".join(self._terms_without_gradient) or "that it names"
+            raise ReplicaError(f"No gradient comes {when} on rank {int(silent.argmax())} from the loss term {terms}.")
 
         # Results: the same on all ranks, and moved.
         after = self.compare(f"after update {update}")
