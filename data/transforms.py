@@ -246,16 +246,22 @@ def _to_eight_bits(picture: Image.Image) -> Image.Image:
     """Bring any mode that has one meaning to L, RGB or RGBA."""
     mode, transparent = picture.mode, "transparency" in picture.info
     if mode.startswith("I;16") or (mode == "I" and picture.format in ("PNG", "PPM")):
-        narrow = np.empty((picture.height, picture.width), dtype=np.uint8)
+        narrow = np.empty((1 + transparent, picture.height, picture.width), dtype=np.uint8)
         for first, strip in _strips(picture):
-            wide = np.asarray(strip).astype(np.uint32)
+            wide, rows = np.asarray(strip).astype(np.uint32), slice(first, first + strip.height)
             # 65535 is white: 257 levels of 16 bits to one of 8, rounded.
-            narrow[first : first + strip.height] = (np.minimum(wide, 65535) * 255 + 32767) // 65535
-        return Image.fromarray(narrow)
+            narrow[0, rows] = (np.minimum(wide, 65535) * 255 + 32767) // 65535
+            if transparent:
+                narrow[1, rows] = np.where(wide == picture.info["transparency"], 0, 255)
+        grey, *alpha = map(Image.fromarray, narrow)
+        return Image.merge("RGBA", [grey, grey, grey, *alpha]) if transparent else grey
     if mode in ("L", "RGB") and not transparent:
         return picture
     if mode == "1":
-        return picture.convert("L")
+        grey = picture.convert("L")
+        if transparent:
+            grey.info["transparency"] = 255 * min(1, picture.info["transparency"])
+        return grey.convert("RGBA") if transparent else grey
     if mode in ("RGBA", "LA", "PA", "La", "RGBa") or (transparent and mode in ("P", "L", "RGB")):
         return picture.convert("LA").convert("RGBA") if mode == "La" else picture.convert("RGBA")
     if mode in ("P", "CMYK", "YCbCr", "RGBX"):

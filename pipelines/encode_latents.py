@@ -223,8 +223,7 @@ def audit_keys(folder: Path, shards: Mapping[str, tuple[ImageShards, ShardRange]
     for result in results:
         entry = FileEntry(**result["entry"])
         images, part = shards[entry.name]
-        opened, _ = images.locate(part.indices[:1])
-        expected = set(opened[0].index.keys() if opened else ()) - {report["key"] for report in result["quarantined"]}
+        expected = set(images.index_of(part.entry).keys()) - {report["key"] for report in result["quarantined"]}
         found = set(ShardIndex.of(folder / entry.name, entry=entry).keys())
         if found != expected:
             key = min(found ^ expected)

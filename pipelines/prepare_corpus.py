@@ -307,7 +307,13 @@ def index_shard(config: PrepareCorpusConfig, corpus: Corpus, path: Path, split: 
         return True
 
     # The shard itself stays as it is.
-    entry = index_in_place(corpus, number, split, path, is_good=is_good)
+    try:
+        entry = index_in_place(corpus, number, split, path, is_good=is_good)
+    except BadSample as error:  # of the shard, not of a sample
+        raise ConfigError(
+            f"prepare_corpus.source: {error}. A shard stays as it is while it is indexed: restore it and run the same "
+            "command again, or remove this stage's folder and begin anew with what is there now."
+        ) from error
     return {"entry": entry.as_json(), "quarantined": quarantined}
 
 

@@ -23,6 +23,7 @@ from PIL import Image
 from data.loading import ImageShards
 from data.manifest import Counts, FileEntry
 from data.samples import BadSample, encode_png
+from data.shards.tar import scan_tar
 from data.shards.writer import ShardWriter
 from data.sources import WebDatasetConfig
 from data.sources.source import said_left_out
@@ -505,6 +506,15 @@ def test_samples_after_damage_are_found_again(tmp_path: Path) -> None:
     # Samples 2 and 3 left no trace, 4 has lost its image and label: one finding, on the sample that shows it.
     assert [(finding.reason, finding.key) for finding in found] == [("damaged_header", "b0004")]
     assert (num_in, num_out) == (3 * SAMPLES - 2, 3 * SAMPLES - 3)
+
+
+def test_names_with_the_spaces_and_joiners_of_any_script_are_allowed() -> None:
+    names = ["Screenshot at 9\u202fAM.png", "a\u00a0b.png", "\u6771\u3000\u4eac.png", "\U0001f468\u200d\U0001f469.png"]
+    with io.BytesIO() as buffer:
+        with tarfile.open(fileobj=buffer, mode="w") as tar:
+            for name in names:
+                tar.addfile(tarfile.TarInfo(name), io.BytesIO())
+        assert [found.name for found in scan_tar(buffer.getvalue())] == names
 
 
 @pytest.mark.parametrize("change", ["vanish", "grow", "shrink"])

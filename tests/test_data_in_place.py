@@ -10,9 +10,11 @@ import subprocess
 import sys
 import tarfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,11 +25,15 @@ from data.files import sha256_of
 from data.loading import ImageShards
 from data.manifest import read_manifest
 from data.samples import BadSample
+from data.shards import remote
 from data.shards.remote import Cache, check_address, local_path, matches
 from data.shards.verification import verify_shard
 from data.sources import Corpus, WebDatasetConfig
 from data.sources.in_place import index_in_place
 from data.transforms import ImageViewConfig, view_image
+from pipelines.prepare_corpus import PrepareCorpusConfig, index_shard
+from pipelines.runtime.config.errors import ConfigError
+from pipelines.runtime.config.experiment import load_config
 
 SECRET = "wJalrXUtnFEMIsecretEXAMPLE"
 BUCKET_HOST = "127.0.0.1"
@@ -144,6 +150,20 @@ def test_a_shard_that_was_changed_without_changing_its_size_is_refused(
         verify_shard(folder, entry)
 
 
+@pytest.mark.parametrize("gone", [False, True])
+def test_a_shard_that_changes_while_it_is_indexed_ends_the_stage_with_a_sentence(gone: bool, tmp_path: Path) -> None:
+    write_foreign(tmp_path / "theirs")
+    config = load_config(
+        PrepareCorpusConfig, table="prepare_corpus", argv=["--config", str(experiment(tmp_path, "urls = ['x']"))]
+    )
+    corpus = Corpus.alone(WebDatasetConfig(urls=(f"{tmp_path}/theirs/*.tar",), val_fraction=0.3).open())
+    shard = tmp_path / "theirs" / "00001.tar"
+    raw = shard.read_bytes()
+    shard.unlink() if gone else shard.write_bytes(raw + bytes(10_240))
+    with pytest.raises(ConfigError, match=f"shard_{'missing' if gone else 'changed'}.* run the same command again"):
+        index_shard(config, corpus, tmp_path / "corpus" / "train-000001.tar", "train", 1)
+
+
 # --- an object store
 
 
@@ -214,6 +234,61 @@ def test_a_compressed_shard_in_an_object_store_is_unpacked_once(s3: str, cache: 
                 source.read(split, index)
             time.sleep(0.01)  # a use, which is noted in the copy's time
     assert len(copies(cache)) == 2
+
+
+def test_an_object_that_was_replaced_by_one_of_its_size_is_fetched_again(
+    s3: str, cache: Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import boto3
+
+    source, client = WebDatasetConfig(urls=(s3.replace("laion", "again/0.tar"),), val_fraction=0.3), boto3.client("s3")
+    captions = []
+    for first in (0, 20):
+        client.put_object(Bucket="corpora", Key="again/0.tar", Body=img2dataset_shard(range(first, first + 20)))
+        opened = source.open()
+        captions.append(opened.read("train", 0).caption)
+    assert captions[0] != captions[1]
+    url, digest = opened.urls[0], hashlib.sha256(img2dataset_shard(range(20, 40))).hexdigest()
+    assert local_path(url, sha256=digest).read_bytes() == img2dataset_shard(range(20, 40))
+    with pytest.raises(OSError, match="its content was changed"):
+        local_path(url, sha256="0" * 64)
+
+
+def test_a_service_that_fails_for_a_moment_costs_nothing_and_its_reason_is_said(
+    s3: str, cache: Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remote, "PAUSE_SECONDS", 0.001)
+    real, failures = remote._filesystem("s3"), [0]
+
+    def failing(name: str, times: int) -> Callable[..., Any]:
+        failures[0] = times
+
+        def call(*words: Any, **named: Any) -> Any:
+            failures[0] -= 1
+            if failures[0] >= 0:
+                raise TimeoutError("slow down")
+            return getattr(real, name)(*words, **named)
+
+        return call
+
+    shard = img2dataset_shard(range(20))
+    for name in ("info", "open"):
+        fake = SimpleNamespace(info=real.info, open=real.open)
+        setattr(fake, name, failing(name, 2))
+        monkeypatch.setattr(remote, "_filesystem", lambda scheme, fake=fake: fake)
+        assert cache.fetch(f"{s3}/00000.tar").read_bytes() == shard
+        cache.path(f"{s3}/00000.tar").unlink()
+        setattr(fake, name, failing(name, 3))
+        with pytest.raises(OSError, match=r"cannot be read \(TimeoutError\)"):
+            cache.fetch(f"{s3}/00000.tar")
+    fake = SimpleNamespace(info=real.info, open=lambda *_, **__: io.BytesIO(b"short"))
+    monkeypatch.setattr(remote, "_filesystem", lambda scheme: fake)
+    with pytest.raises(OSError, match=f"gave 5 bytes instead of {len(shard)}"):
+        cache.fetch(f"{s3}/00000.tar")
+    monkeypatch.undo()
+    monkeypatch.setenv("LATENTLINE_CACHE_GB", "inf")
+    with pytest.raises(ValueError, match="LATENTLINE_CACHE_GB is a number of gigabytes above 0, not 'inf'"):
+        Cache.of_environment()
 
 
 def test_what_is_fetched_is_what_was_stored_and_the_longest_unused_makes_room(s3: str, cache: Cache) -> None:

@@ -340,6 +340,7 @@ class Flaky:
 
 
 def test_only_the_ranges_that_failed_are_asked_for_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("data.shards.remote.PAUSE_SECONDS", 0.001)
     flaky = Flaky(last=b"x" * 600)
     monkeypatch.setattr("data.shards.remote._filesystem", lambda scheme: flaky)
     assert read_ranges([("s3://b/x", 10 * n, 10 * n + 600) for n in range(6)]) == [b"x" * 600] * 6

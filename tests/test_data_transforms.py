@@ -57,15 +57,22 @@ def test_palettes_become_their_colours() -> None:
     np.testing.assert_array_equal(decode_image(encoded(image)), HALVES)
 
 
-@pytest.mark.parametrize("mode", ["P", "L", "RGB"])
+@pytest.mark.parametrize("mode", ["P", "L", "RGB", "1", "I;16"])
 def test_a_transparent_colour_takes_the_background(mode: str) -> None:
     image = Image.fromarray(HALVES)
-    image = image.quantize(2) if mode == "P" else image.convert(mode)
+    grey = np.asarray(image.convert("L"))
+    if mode == "I;16":
+        image = Image.fromarray(grey.astype(np.uint16) * 257)
+    elif mode == "1":
+        image = Image.fromarray(grey > grey.mean())
+    else:
+        image = image.quantize(2) if mode == "P" else image.convert(mode)
     transparent = image.getpixel((0, 0))
     view = ImageViewConfig(resolution=8, channels=3, background=(0, 255, 0))
     shown = view_image(encoded(image, transparency=transparent), view)
     assert (shown[:, :4] == (0, 255, 0)).all()
-    assert (shown[:, 4:] == np.asarray(image.convert("RGB"))[:, 4:]).all()
+    opaque = decode_image(encoded(image))
+    assert (shown[:, 4:] == opaque[:, 4:]).all()
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA"])

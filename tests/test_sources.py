@@ -506,6 +506,10 @@ def test_braces_and_globs_name_files_in_order(tmp_path: Path) -> None:
         for path in expand((f"{tmp_path}/s-{{009..011}}.tar", f"{tmp_path}/s-00{{8,7}}.tar", f"{tmp_path}/*.tar"))
     ]
     assert names == [f"s-{number:03d}.tar" for number in (9, 10, 11, 8, 7)]
+    (tmp_path / "lost.tar").symlink_to(tmp_path / "not mounted.tar")
+    with pytest.raises(ValueError, match=r"lost\.tar' is a link to nothing"):
+        expand((f"{tmp_path}/*.tar",))
+    (tmp_path / "lost.tar").unlink()
     with pytest.raises(ValueError, match=r"s-012\.tar' names no file"):
         expand((f"{tmp_path}/s-{{009..012}}.tar",))
     with pytest.raises(ValueError, match=r"s-\{009\.\.011\.tar' has braces that do not close\. Write \{000"):

@@ -14,22 +14,26 @@ import contextlib
 import fcntl
 import gzip
 import hashlib
+import math
 import os
 import re
 import time
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 from urllib.parse import urlsplit
 
 from data.files import atomic_file, temporary_beside
+
+T = TypeVar("T")
 
 SCHEMES = ("s3", "gs", "https")
 CHUNK_BYTES = 8 << 20
 TAR_END_BYTES = 1024
 TRIES = 3
+PAUSE_SECONDS = 0.5  # after the first failure of a service; each further one is four times as long
 POLL_SECONDS = 0.2
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.\-]*:")
 
@@ -74,23 +78,26 @@ def matches(pattern: str) -> list[str]:
     if not re.search(r"[*?\[]", pattern):
         return [pattern]
     scheme = pattern.partition("://")[0]
+    filesystem = _filesystem(scheme)
     with _clean_errors(pattern):
-        found = _filesystem(scheme).glob(pattern)
+        found = filesystem.glob(pattern)
     return sorted(path if is_remote(path) else f"{scheme}://{path}" for path in found)
 
 
-def local_path(url: str, *, size: int | None = None, sha256: str = "") -> Path:
+def local_path(url: str, *, size: int | None = None, sha256: str = "", version: str = "") -> Path:
     """Return a file of this machine with the content of ``url``: a plain path as it is, else a copy in the cache.
 
     Args:
         url: A path or address.
-        size: What it should be, bytes: an older copy of another size is fetched again.
+        size: What it should be, bytes. A copy of another size, sha256 or version is fetched again.
         sha256: What it should be; checked as it is fetched.
+        version: By which its service tells it from other content at the same address.
 
     Raises:
         OSError: It is not there, cannot be fetched, or is another file than it should be.
     """
-    return Cache.of_environment().fetch(url, size=size, sha256=sha256) if is_remote(url) else Path(url)
+    wanted = {"sha256": sha256, "version": version}
+    return Cache.of_environment().fetch(url, size=size, **wanted) if is_remote(url) else Path(url)
 
 
 def held(url: str) -> bool:
@@ -114,10 +121,15 @@ def properties_of(url: str) -> dict[str, Any]:
     """Return what its service says of a file that is far away: ``size``, and other things by names of its own.
 
     Raises:
-        OSError: It is not there, or its service does not answer or does not tell the size.
+        OSError: It is not there, or its service does not answer after several tries or does not tell the size.
     """
-    with _clean_errors(url):
-        about = dict(_filesystem(url.partition("://")[0]).info(url))
+    filesystem = _filesystem(url.partition("://")[0])
+
+    def info() -> dict[str, Any]:
+        with _clean_errors(url):
+            return dict(filesystem.info(url))
+
+    about = _patiently(info)
     if not isinstance(about.get("size"), int):
         raise OSError(f"{url}: its server does not say how large it is.")
     return about
@@ -131,9 +143,10 @@ def answers_ranges(url: str) -> bool:
     """
     if not url.startswith("https:"):
         return True
+    filesystem = _filesystem("https")
     with _clean_errors(url):
         try:
-            with _filesystem("https").open(url, "rb", block_size=1, cache_type="none") as file:
+            with filesystem.open(url, "rb", block_size=1, cache_type="none") as file:
                 file.seek(1)
                 return len(file.read(1)) == 1
         except ValueError:  # seen from the answer's head: the rest of it is not read
@@ -149,12 +162,15 @@ def read_ranges(ranges: Sequence[tuple[str, int, int]]) -> list[bytes]:
     out: list[bytes] = [b""] * len(ranges)
     missing = [place for place, (_, start, end) in enumerate(ranges) if end > start]
     for attempt in range(TRIES):
+        if missing and attempt:
+            time.sleep(PAUSE_SECONDS * 4 ** (attempt - 1))
         # None is left after the first try as a rule; a range of no bytes is not asked for at all.
         for scheme in sorted({ranges[place][0].partition("://")[0] for place in missing}):
             places = [place for place in missing if ranges[place][0].startswith(f"{scheme}://")]
             urls, starts, ends = (list(column) for column in zip(*(ranges[place] for place in places), strict=True))
+            filesystem = _filesystem(scheme)
             with _clean_errors(urls[0]):
-                found = _filesystem(scheme).cat_ranges(urls, starts, ends, on_error="return")
+                found = filesystem.cat_ranges(urls, starts, ends, on_error="return")
             for place, payload in zip(places, found, strict=True):
                 if isinstance(payload, bytes) and len(payload) == ranges[place][2] - ranges[place][1]:
                     out[place] = payload
@@ -179,29 +195,44 @@ class Cache:
     def of_environment(cls) -> "Cache":
         """Return the cache that the environment asks for; see the module's docstring."""
         folder = Path(os.environ.get("LATENTLINE_CACHE", "~/.cache/latentline")).expanduser()
-        return cls(folder, int(float(os.environ.get("LATENTLINE_CACHE_GB", "100")) * 1e9))
+        said = os.environ.get("LATENTLINE_CACHE_GB", "100")
+        try:
+            size = float(said)
+        except ValueError:
+            size = math.nan
+        if not 0 < size < math.inf:
+            raise ValueError(f"LATENTLINE_CACHE_GB is a number of gigabytes above 0, not {said!r}.")
+        return cls(folder, int(size * 1e9))
 
     def path(self, url: str) -> Path:
         """Return where the copy of ``url`` lies when it is there."""
         return self.folder / hashlib.sha256(url.encode()).hexdigest()[:40]
 
-    def fetch(self, url: str, *, size: int | None = None, sha256: str = "") -> Path:
+    def fetch(self, url: str, *, size: int | None = None, sha256: str = "", version: str = "") -> Path:
         """Return the copy of ``url``, made now if need be; see ``local_path``.
 
         Raises:
             FileNotFoundError: There is no such file.
             OSError: It cannot be fetched, is larger than the cache, or is another file than it should be.
         """
-        path = self.path(url)
-        if self._touched(path, size):
+        path, kept = self.path(url), self.path(url).with_suffix(".lock")
+
+        def is_there() -> bool:
+            # The lock's file says what the copy is; nothing, if an older version of this code made it.
+            known = kept.read_text().split(maxsplit=1) if (sha256 or version) and kept.is_file() else []
+            same = known[:1] == [sha256] if sha256 else known[1:] == [version]
+            return (same or not known) and self._touched(path, size)
+
+        if is_there():
             return path
         self.folder.mkdir(parents=True, exist_ok=True)
-        with self._locked(f"{path.name}.lock"):
-            if not self._touched(path, size):
+        with self._locked(kept.name):
+            if not is_there():
                 found = int(properties_of(url)["size"])
                 if size is not None and found != size:
                     raise OSError(f"{url} has {found} bytes instead of {size}: it was cut or changed.")
-                self._download(_filesystem(url.partition("://")[0]), url, found, path, sha256=sha256)
+                digest = self._download(_filesystem(url.partition("://")[0]), url, found, path, sha256=sha256)
+                kept.write_text(f"{digest} {version}")
         return path
 
     def unpacked(self, packed: Path, *, version: str) -> Path:
@@ -248,7 +279,8 @@ class Cache:
             return False
         return True
 
-    def _download(self, filesystem: Any, url: str, size: int, path: Path, *, sha256: str) -> None:
+    def _download(self, filesystem: Any, url: str, size: int, path: Path, *, sha256: str) -> str:
+        """Fetch a file and return its sha256."""
         temporary = temporary_beside(path)
         with open(temporary, "xb") as file:
             try:
@@ -259,17 +291,15 @@ class Cache:
                             os.ftruncate(file.fileno(), size)  # others now count it against the bound
                             break
                     time.sleep(POLL_SECONDS)
-                for attempt in range(TRIES):
-                    with contextlib.suppress(OSError) if attempt < TRIES - 1 else contextlib.nullcontext():
-                        with _clean_errors(url):
-                            digest = _copy(filesystem, url, size, file)
-                        break
+                digest = _patiently(lambda: _copy(filesystem, url, size, file))
                 if sha256 and digest != sha256:
                     raise OSError(
                         f"{url} has sha256 {digest[:12]}, its manifest says {sha256[:12]}: its content was changed."
                     )
                 file.flush()
+                os.fsync(file.fileno())  # it has its size from the start: after a power cut it would be zeros
                 os.rename(temporary, path)
+                return digest
             except BaseException:
                 temporary.unlink(missing_ok=True)
                 raise
@@ -328,17 +358,38 @@ def _copy(filesystem: Any, url: str, size: int, file: Any) -> str:
     """Copy ``url`` into ``file`` from its start, and return its sha256.
 
     Raises:
-        OSError: It ended early or holds more.
+        OSError: It ended early or holds more, or this machine's disk is full.
     """
     file.seek(0)
     digest = hashlib.sha256()
-    with filesystem.open(url, "rb", block_size=CHUNK_BYTES, cache_type="readahead") as source:
-        while chunk := source.read(CHUNK_BYTES):
-            file.write(chunk)
+    with _clean_errors(url):
+        source = filesystem.open(url, "rb", block_size=CHUNK_BYTES, cache_type="readahead")
+    with source:
+        while True:
+            with _clean_errors(url):
+                chunk = source.read(CHUNK_BYTES)
+            if not chunk:
+                break
+            try:
+                file.write(chunk)
+            except OSError as error:
+                raise OSError(error.errno, error.strerror, file.name) from None
             digest.update(chunk)
     if file.tell() != size:
         raise OSError(f"{url} gave {file.tell()} bytes instead of {size}.")
     return digest.hexdigest()
+
+
+def _patiently(act: Callable[[], T]) -> T:
+    """Return what ``act`` returns, after several tries where its service fails; a pause lets it recover."""
+    for attempt in range(TRIES - 1):
+        try:
+            return act()
+        except OSError as error:
+            if isinstance(error, (FileNotFoundError, PermissionError)) or error.errno is not None:  # or of this machine
+                raise
+            time.sleep(PAUSE_SECONDS * 4**attempt)
+    return act()
 
 
 def _filesystem(scheme: str) -> Any:

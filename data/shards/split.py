@@ -15,16 +15,19 @@ from data.order.order import AnyOrderConfig, Order, WeightedConfig
 from data.samples import BadSample, Split
 from data.shards.index import ShardIndex, index_path
 from data.shards.reader import FarShard, OpenShard, Shard
-from data.shards.remote import answers_ranges, held, is_remote, local_path, range_policy
+from data.shards.remote import TRIES, answers_ranges, held, is_remote, local_path, range_policy
 
-MOST_OPEN_SHARDS = 16_384
+MOST_OPEN_SHARDS = 4_096  # maps of memory are limited, too: to 65,530 a process by default
 FEW = 0.1  # share of a remote shard's bytes below which its samples are fetched by themselves
 
 
 def max_open_shards() -> int:
-    """Return how many shards a reader keeps open: half of the process's file descriptors, two a shard."""
+    """Return how many shards a reader keeps open: an eighth of the process's file descriptors, two a shard.
+
+    A stage has up to four readers.
+    """
     limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return MOST_OPEN_SHARDS if limit == resource.RLIM_INFINITY else max(16, min(limit // 4, MOST_OPEN_SHARDS))
+    return MOST_OPEN_SHARDS if limit == resource.RLIM_INFINITY else max(16, min(limit // 16, MOST_OPEN_SHARDS))
 
 
 @dataclass(frozen=True)
@@ -110,11 +113,7 @@ class ShardSet:
         with self._lock:
             if number not in self._open:
                 entry = self.shards[number].entry
-                try:
-                    self._open[number] = self._open_one(entry, trusted=number in self._opened_before)
-                except FileNotFoundError:
-                    where = entry.url or self.folder / entry.name
-                    raise BadSample("shard_missing", f"{where} is not there", shard=entry.name) from None
+                self._open[number] = self._open_there(entry, trusted=number in self._opened_before)
                 self._opened_before.add(number)
                 # Dropped, not closed: a batch in another thread may still be reading from it.
                 while len(self._open) > self._max_open:
@@ -123,6 +122,17 @@ class ShardSet:
             shard = self._open[number]
         shard.check_unchanged()
         return shard
+
+    def _open_there(self, entry: FileEntry, *, trusted: bool) -> Shard:
+        # A copy may be dropped from the cache between its fetch and its opening.
+        for tries_left in reversed(range(TRIES if is_remote(entry.url) else 1)):
+            try:
+                return self._open_one(entry, trusted=trusted)
+            except FileNotFoundError:
+                if not tries_left:
+                    where = entry.url or self.folder / entry.name
+                    raise BadSample("shard_missing", f"{where} is not there", shard=entry.name) from None
+        raise AssertionError
 
     def _open_one(self, entry: FileEntry, *, trusted: bool) -> Shard:
         kept = index_path(self.folder / entry.name)
@@ -139,6 +149,11 @@ class ShardSet:
         if host not in self._ranged_hosts:
             self._ranged_hosts[host] = answers_ranges(url)
         return self._ranged_hosts[host]
+
+    def index_of(self, entry: FileEntry) -> ShardIndex:
+        """Return the index of a shard, without fetching that."""
+        name = self.folder / entry.name
+        return ShardIndex.of(Path(entry.url) if entry.url else name, entry=entry, kept=index_path(name))
 
     def labels(self) -> np.ndarray:
         """Return the class of every sample, -1 where there is none; int64 (len,). Opens every shard once."""

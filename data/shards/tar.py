@@ -6,6 +6,7 @@ Formats: Unix v7, POSIX.1-1988 ustar, GNU long names, POSIX.1-2001 pax (``path``
 """
 
 import mmap
+import re
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ _NO_MAGIC = bytes(72)  # magic, version and names of owner and group, which v7 h
 _PACKERS = {b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd", b"PK\3\4": "zip"}
 _REGULAR = (b"\0", b"0", b"7")  # as old tars say it, as POSIX does, and contiguous files
 _FOLDER = b"5"
+_UNSAFE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")  # control characters and ends of lines
 _ODD_KINDS = {
     b"1": "hard link",
     b"2": "symbolic link",
@@ -147,7 +149,7 @@ def _named(raw_name: bytes, shown: str, offset: int, size: int) -> Member | Faul
     except UnicodeDecodeError:
         return Fault("name_not_utf8", shown, "the member's name is not UTF-8")
     name = name.removeprefix("./")
-    if not name or name.startswith("/") or "\\" in name or ".." in name.split("/") or not name.isprintable():
+    if not name or name.startswith("/") or "\\" in name or ".." in name.split("/") or _UNSAFE.search(name):
         return Fault("unsafe_name", shown, "names are relative, without '..', backslash or control characters")
     return Member(name, offset, size)
 

@@ -39,7 +39,7 @@ class FoundShard:
     @property
     def path(self) -> Path:
         """A local file with its content, unpacked; fetched and unpacked again when the cache has dropped it."""
-        found = local_path(self.url, size=self.bytes)
+        found = local_path(self.url, size=self.bytes, version=self.version)
         if not self.is_packed:
             return found
         return Cache.of_environment().unpacked(found, version=f"{self.bytes} {self.version}")

@@ -254,9 +254,10 @@ class WebDataset:
         """Return the samples of a shard, scanning it unless that was done lately."""
         try:
             return self._scanned(number)[0]
-        except OSError as error:
-            detail = f"{error.strerror or error} since it was scanned"
-            raise BadSample("shard_missing", detail, shard=self._shards[number].url) from None
+        except FileNotFoundError:  # another error is the machine's or the service's, and ends the stage
+            raise BadSample(
+                "shard_missing", "it has gone since it was scanned", shard=self._shards[number].url
+            ) from None
 
     def _scanned(self, number: int) -> tuple[list[RawSample], Counter[str]]:
         """Return the samples of a shard, and the members that are no part of one."""
@@ -316,6 +317,8 @@ def expand(urls: tuple[str, ...]) -> list[str]:
                 paths = matches(pattern)
             else:
                 named = sorted(glob.glob(pattern, recursive=True)) if glob.has_magic(pattern) else [pattern]
+                if lost := [name for name in named if Path(name).is_symlink() and not Path(name).exists()]:
+                    raise ValueError(f"{lost[0]!r} is a link to nothing. Mount what it points at, or remove it.")
                 paths = [str(Path(name).absolute()) for name in named if Path(name).is_file()]
             if not paths:
                 raise ValueError(f"{pattern!r} names no file. Check the path; a relative one starts at {Path.cwd()}.")

@@ -3,6 +3,7 @@
 import ctypes
 import json
 import os
+import resource
 import signal
 import sys
 import time
@@ -26,6 +27,7 @@ Precision = Literal["float32", "bf16", "fp16"]
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 PR_SET_PDEATHSIG = 1
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
+MOST_OPEN_FILES = 65_536
 SECOND_SIGNAL_SECONDS = 0.5  # one Ctrl-C can come twice: from the terminal, and from a launcher that passes it on
 
 
@@ -50,6 +52,7 @@ def start_accelerator(run: RunConfig, *, precision: Precision = "float32", tf32:
         )
     torch.set_num_threads(threads_per_process(run))
     keep_freed_memory()
+    allow_open_files()
     set_float32(tf32=tf32)
     if run.deterministic != torch.are_deterministic_algorithms_enabled():  # torch imports its compiler to set it: 2 s
         torch.use_deterministic_algorithms(run.deterministic)
@@ -82,6 +85,14 @@ def keep_freed_memory() -> None:
     if sys.platform == "linux" and hasattr(library := ctypes.CDLL(None), "mallopt"):
         library.mallopt(M_TRIM_THRESHOLD, -1)  # gives nothing back
         library.mallopt(M_MMAP_THRESHOLD, 32 << 20)  # bytes, the most that it takes: what is larger is given back
+
+
+def allow_open_files() -> None:
+    """Raise the number of files that this process may open as far as it may: shards stay open while there is room."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = MOST_OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, MOST_OPEN_FILES)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
 def set_float32(*, tf32: bool) -> None:
