@@ -6,7 +6,7 @@
 # Everything it writes is in the repository's runs/demo; run it again to continue or to see the summary again.
 set -euo pipefail
 
-root="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)"
+root="$(unset CDPATH && cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)"
 cd -- "$root"
 # Two processes are enough for so small a corpus, also where there are eight GPUs.
 export CUDA_VISIBLE_DEVICES="${CUDA_VISIBLE_DEVICES:-0,1}"

@@ -13,7 +13,7 @@
 # Become the launcher (exec), so that SIGTERM reaches it: it passes it on to the processes of the stage.
 set -euo pipefail
 
-root="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)"
+root="$(unset CDPATH && cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)"
 if (($# == 0)) || [[ $1 == -* ]]; then
     printf 'usage: bash launch/node.sh STAGE --config EXPERIMENT.toml [OPTION ...]\n' >&2
     exit 2

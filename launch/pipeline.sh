@@ -13,7 +13,7 @@
 # Exit code: 0 done, 2 bad input or configuration, 75 stopped and resumable, 1 failure.
 set -euo pipefail
 
-root="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)"
+root="$(unset CDPATH && cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)"
 python="$root/.venv/bin/python"
 # shellcheck source=launch/stages.sh
 source "$root/launch/stages.sh"

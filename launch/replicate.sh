@@ -12,7 +12,7 @@
 # launch/pipeline.sh, which makes the latents first.
 set -euo pipefail
 
-root="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)"
+root="$(unset CDPATH && cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)"
 python="$root/.venv/bin/python"
 # shellcheck source=launch/stages.sh
 source "$root/launch/stages.sh"

@@ -9,7 +9,7 @@
 #                       login node of a cluster whose GPU nodes use this folder.
 set -euo pipefail
 
-root="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)"
+root="$(unset CDPATH && cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)"
 venv="$root/.venv"
 python="$venv/bin/python"
 constraints="$root/launch/constraints.txt"
@@ -110,7 +110,7 @@ up_to_date() {
         { read -r before && read -r torch_before && read -r -a extras_before; } <"$stamp" || true
     fi
     now="$(fingerprint)"
-    torch="$(torch_flavour "$torch_before")"
+    torch="$(torch_flavour "$torch_before")" || exit 1
     mapfile -t extras < <(printf '%s\n' "${extras_before[@]}" "$@" | sed '/^$/d' | LC_ALL=C sort -u)
     [[ "$now $torch ${extras[*]}" == "$before $torch_before ${extras_before[*]}" ]] && "$python" -c '' 2>/dev/null
 }

@@ -47,7 +47,7 @@ outcome_mark() { stat --format '%i %y' -- "$1/outcome.json" 2>/dev/null || true;
 # before. When that one still lies there, it is of an earlier run. Nothing when there is none.
 stage_outcome() {
     if [[ -f $1/outcome.json && $(outcome_mark "$1") != "$2" ]]; then
-        "$python" -c 'import json, sys; print(json.load(open(sys.argv[1])).get(sys.argv[2]) or "")' \
+        "$python" -c 'import json, sys; found = json.load(open(sys.argv[1])).get(sys.argv[2]); print("" if found is None else found)' \
             "$1/outcome.json" "$3" 2>/dev/null || true
     fi
 }
@@ -111,6 +111,13 @@ request_stop() {
     fi
 }
 
+# Set $code to the exit code of process $1, which has ended, where bash still knows it.
+settle_code() {
+    local ended=0
+    wait "$1" 2>/dev/null || ended=$?
+    ((ended == 127)) || code=$ended
+}
+
 # Launch stage $1 with the options behind it, into $folder; return the stage's own exit code, not its launcher's.
 launch_stage() {
     local code stage="$1"
@@ -124,6 +131,8 @@ launch_stage() {
         wait "$stage_pid" || code=$?
         kill -0 "$stage_pid" 2>/dev/null
     do :; done
+    # It may have ended while the trap ran; then the code so far is the signal's.
+    settle_code "$stage_pid"
     stage_pid=""
     # A request that came while the stage was ending anyway must not stop the next start.
     ((requests == 0)) || rm -f -- "$folder/stop"

@@ -5,7 +5,7 @@
 #   bash tests/run.sh -m soak          arguments go to pytest, in one worker; lint and types are then left out
 set -euo pipefail
 
-root="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)"
+root="$(unset CDPATH && cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)"
 cd -- "$root"
 bash launch/setup.sh test browser
 

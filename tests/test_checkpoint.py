@@ -1,6 +1,7 @@
 """Laws of checkpoints: whole or absent, verified, never fewer than one good one."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,16 @@ from pipelines.runtime.config.errors import ConfigError
 from pipelines.runtime.config.stage_config import RunConfig
 from pipelines.runtime.stage.provenance import code_version, exactness, made_by
 from pipelines.runtime.stage.stage import running_stage
-from pipelines.runtime.training.checkpoint import CheckpointConfig, Checkpoints, DamagedCheckpoint, verify
+from pipelines.runtime.training.checkpoint import (
+    Best,
+    BestBy,
+    Checkpoint,
+    CheckpointConfig,
+    Checkpoints,
+    DamagedCheckpoint,
+    Weights,
+    verify,
+)
 from pipelines.runtime.training.config import TrainingConfig
 
 
@@ -116,6 +126,27 @@ def test_the_best_by_a_metric_stays_and_is_saved_between_the_others(tmp_path: Pa
     assert checkpoints(tmp_path / "checkpoints").updates() == [20, 44]
     assert tiny.training.update == 40
     assert again.training.update == 44
+
+
+@pytest.mark.parametrize(
+    ("metric", "better", "values"), [("other", "lower", (30, 10)), ("val", "higher", (0.04, 0.06))]
+)
+def test_a_best_of_another_metric_or_direction_is_no_best(
+    metric: str, better: str, values: tuple[float, float]
+) -> None:
+    before = Best(BestBy(metric="val"))
+    assert before.beaten_by({"val": 0.05}, update=1)
+    after = Best(BestBy(metric=metric, better=better))
+    after.found = before.found
+    assert [after.beaten_by({metric: value}, update=2 + number) for number, value in enumerate(values)] == [True, True]
+
+
+def test_a_folder_that_a_user_set_aside_is_no_checkpoint(tmp_path: Path) -> None:
+    store = checkpoints(tmp_path)
+    save(store, 1)
+    store.wait()
+    shutil.copytree(tmp_path / "update-00000001", tmp_path / "update-00000001.bak")
+    assert checkpoints(tmp_path).updates() == [1]
 
 
 def test_a_metric_that_nobody_measures_is_refused(tmp_path: Path) -> None:
@@ -223,4 +254,15 @@ def test_a_part_that_a_changed_configuration_has_dropped_is_left_out(tmp_path: P
     (newest / "loss_scale.safetensors").write_bytes((newest / "anomalies.safetensors").read_bytes())
     commit_again(newest)
     changed = {"updates": 20, "run": {"root": "-", "allow_changed": ["precision"]}}
-    assert Tiny(tmp_path, Recipe(config=changed)).run().tracker.rows[0]["update"] == 11
+    first = Tiny(tmp_path, Recipe(config=changed)).run().tracker.rows[0]
+    # Of what a killed run wrote behind the checkpoint, lines of another configuration are not these.
+    assert (first["update"], first["attempt"]) == (11, 2)
+
+
+def test_a_part_of_another_shape_is_refused_with_advice() -> None:
+    part = Weights(torch.nn.Linear(2, 3))
+    checkpoint = Checkpoint(
+        path=Path("update-5"), update=5, parts={"net": Weights(torch.nn.Linear(2, 2)).tensors()}, state={}
+    )
+    with pytest.raises(ConfigError, match=r"(?s)update-5, net: .*size mismatch.* Take back what was changed"):
+        checkpoint.load_into({"net": part}, changed=True)

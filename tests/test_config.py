@@ -16,7 +16,7 @@ from pydantic import BaseModel, Field, PositiveFloat, PositiveInt, model_validat
 from pipelines.runtime.config.command_line import config_from_command_line, help_text
 from pipelines.runtime.config.dotted_keys import flattened, flattened_texts
 from pipelines.runtime.config.errors import ConfigError
-from pipelines.runtime.config.experiment import config_as_toml, early_root, load_config
+from pipelines.runtime.config.experiment import config_as_toml, early_folder, load_config
 from pipelines.runtime.config.renamed_keys import RENAMED_KEYS, with_new_names
 from pipelines.runtime.config.stage_config import StageConfig
 from pipelines.tools.plan import StageConfigs
@@ -296,7 +296,15 @@ def test_a_file_that_is_no_experiment_is_the_only_mistake(tmp_path: Path) -> Non
     with pytest.raises(SystemExit):
         config_from_command_line(Config, table="train_vae", about="", argv=[*words, str(tmp_path / "run")])
     assert json.loads((tmp_path / "run" / "vae" / "outcome.json").read_bytes())["exit_code"] == 2
-    assert early_root(Config, table="train_vae", argv=words[:2]) is None, "that of another experiment"
+    assert early_folder(Config, table="train_vae", argv=words[:2]) is None, "that of another experiment"
+
+
+@pytest.mark.parametrize("text", ["[train_vae]\nupdates = = 3", "[train_vae]\nstray = 1"])
+def test_a_mistake_in_a_named_variant_is_left_in_its_own_folder(text: str, tmp_path: Path) -> None:
+    (tmp_path / "e.toml").write_text(text)
+    words = ["--config", str(tmp_path / "e.toml"), "--run.root", "r", "--name", "wide"]
+    assert early_folder(Config, table="train_vae", argv=words) == Path("r/vae-wide")
+    assert early_folder(StageConfig, table="train_vae", argv=words) == Path("r/vae"), "of a stage without names"
 
 
 def test_missing_and_broken_files_are_named(tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ from pipelines.prepare_corpus import PrepareCorpusConfig
 from pipelines.runtime.config.experiment import load_config
 from pipelines.runtime.training.memory import Settings, Sketch, gib
 from pipelines.runtime.training.optim import OptimConfig, Optimizer
-from pipelines.tools.doctor_checks import file_operations, gpu_memory, mlflow_store, shards, workers
+from pipelines.tools.doctor_checks import file_operations, free_space, gpu_memory, mlflow_store, shards, workers
 from pipelines.tools.plan import StagePlan, add_costs, corpus_size, memory_lines, stage_configs, unet_sketch, vae_sketch
 from pipelines.train_unet import TrainUNetConfig
 from pipelines.train_vae import TrainVAEConfig
@@ -102,6 +102,19 @@ def test_a_disk_that_is_too_small_fails(tmp_path: Path, tool: Callable[..., Answ
         subprocess.run(["umount", disk], check=True)
     assert done.code == 1
     assert re.search(r"failed  free space, rank 0: 0.0 GiB free in .*disk, 0.03 GiB expected", done.stdout)
+
+
+def test_what_is_finished_needs_no_more_space(tmp_path: Path) -> None:
+    needed = []
+    for finished in ("", "corpus", "latents"):
+        if finished:
+            (tmp_path / finished).mkdir()
+            (tmp_path / finished / "manifest.json").touch()
+        ((_, said),) = free_space(
+            stage_configs(str(REPOSITORY / "pipelines/configs/demo.toml"), root=str(tmp_path)), tmp_path
+        )
+        needed.append(float(re.search(r"free in .*, (\S+) GiB expected", said)[1]))
+    assert needed == sorted(set(needed), reverse=True)
 
 
 @pytest.mark.parametrize(("call", "step"), [("link", "make a hard link in"), ("fsync", "flush a file in")])

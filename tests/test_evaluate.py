@@ -31,7 +31,7 @@ from models.features.scattering import ScatteringConfig
 from models.metrics.neighbours import nearest
 from models.unet import UNetConfig
 from pipelines.evaluation.contract import contract_digest, drawn_differently, not_comparable
-from pipelines.evaluation.metrics import PROBED, Reference, absent_figures
+from pipelines.evaluation.metrics import PROBED, RETRIEVED, Reference, absent_figures
 from pipelines.evaluation.samples import key_prefix
 
 VIEW = {"resolution": 16, "channels": 3, "fit": "crop", "resample": "lanczos", "background": [255, 255, 255]}
@@ -236,7 +236,12 @@ def test_the_figures_that_two_contracts_may_not_compare_are_named() -> None:
     assert not_comparable(older, contract) == {}
 
     # The number of samples moves what is biased; the reference moves everything; a sampler is a part of the model.
-    assert set(not_comparable(contract, changed(num_samples=400))) == {"frechet_distance", "precision", "recall"}
+    assert set(not_comparable(contract, changed(num_samples=400))) == {
+        "frechet_distance",
+        "precision",
+        "recall",
+        *RETRIEVED,
+    }
     assert not_comparable(contract, changed(reference={"digest": "cd", "split": "train"})) == {
         "all": "they were compared with other images"
     }

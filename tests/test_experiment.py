@@ -1,5 +1,6 @@
 """Laws of the experiment as a whole: what a later stage would refuse is said by the first one that can know it."""
 
+import itertools
 import json
 import tomllib
 from pathlib import Path
@@ -48,6 +49,14 @@ def test_a_table_s_keys_are_those_of_its_stage(stage: str) -> None:
         if name != "inputs":
             assert field.default == whole[name].default, name
             assert field.annotation in (whole[name].annotation, float), name
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_a_kind_within_another_is_kept_in_any_order_of_the_words(turned: bool) -> None:
+    inner, outer = "train_vae.objective.adversary.start.kind", "train_vae.objective.adversary.kind"
+    words = [(outer, "patchgan"), (inner, "plateau")]
+    found = tables(*itertools.chain(*(words[::-1] if turned else words)))["train_vae"].objective.adversary
+    assert (found.kind, found.start.kind) == ("patchgan", "plateau")
 
 
 def test_an_experiment_that_fits_is_fine() -> None:

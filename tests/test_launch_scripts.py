@@ -206,6 +206,13 @@ def test_no_stage_begins_after_a_request_to_stop_that_came_too_late_for_the_one_
     assert launched_stages(house) == STAGES[:1]
 
 
+def test_a_stage_that_ends_while_a_trap_runs_keeps_its_code() -> None:
+    source = (
+        f"root=x python=x; . '{ROOT}/launch/stages.sh'; (exit 3) & wait $!; code=143; settle_code $!; echo $code"
+    )
+    assert subprocess.run(["bash", "-c", source], capture_output=True, text=True).stdout == "3\n"
+
+
 def test_a_second_signal_reaches_the_launcher(house: Path) -> None:
     stage = 'trap "touch terminated; exit 1" TERM; touch started; while true; do sleep 0.05; done'
     command = ["bash", str(house / "launch" / "pipeline.sh"), "x.toml"]

@@ -478,6 +478,13 @@ def test_credentials_are_taken_out_of_any_url() -> None:
     signed = "https://host/a.tar?key=secret 'postgresql://me:b@d@db/mlflow?sslmode=require'"
     assert without_credentials(signed, queries=True) == "https://host/a.tar?*** 'postgresql://***@db/mlflow?***'"
     assert without_credentials(signed).endswith("'postgresql://***@db/mlflow?sslmode=require'")
+    for said in ("postgresql://me:pa/ss@host/db", "postgresql://***@host/db"):
+        assert without_credentials(said) == "postgresql://***@host/db"
+    assert (
+        without_credentials("postgresql://host/db?user=me&password=b@d/x")
+        == "postgresql://host/db?user=me&password=***"
+    )
+    assert without_credentials('http://host:80/a and me@b, \'{"a":"http://host:80/a","b":"me@b"}\'').count("***") == 0
 
 
 def test_the_store_gets_a_curve_that_thins_out_as_a_function_of_the_update_alone() -> None:

@@ -9,7 +9,7 @@
 # Prints one line a stage: its name and its job. Submitting again is harmless: finished stages end at once.
 set -euo pipefail
 
-root="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/../.." && pwd -P)"
+root="$(unset CDPATH && cd -- "$(dirname -- "${BASH_SOURCE[0]}")/../.." && pwd -P)"
 python="${LATENTLINE_PYTHON:-$root/.venv/bin/python}"
 # shellcheck source=launch/stages.sh
 source "$root/launch/stages.sh"

@@ -18,7 +18,7 @@ _BASIS: Mapping[str, tuple[Collection[str], str]] = {
     "reference": ((), "they were compared with other images"),
     "conditions": ((), "their samples were drawn for other conditions"),
     "num_samples": (
-        ("frechet_distance", "precision", "recall"),
+        ("frechet_distance", "precision", "recall", *RETRIEVED),  # among as many captions as there are samples
         "its value depends on the number of samples, which differs",
     ),
     "probe": (PROBED, "the class probe was fitted on other images"),

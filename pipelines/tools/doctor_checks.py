@@ -19,10 +19,11 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 
-from data.manifest import CorpusManifest, digest_of
+from data.manifest import MANIFEST_NAME, CorpusManifest, digest_of
 from models.attention import probe_backend
 from pipelines.model.experiment import misfits
 from pipelines.runtime.config.redaction import without_credentials
+from pipelines.runtime.config.stage_config import STAGE_FOLDERS
 from pipelines.runtime.stage.fingerprint import inputs_of
 from pipelines.runtime.stage.provenance import REPOSITORY
 from pipelines.runtime.tracking.identity import OFFLINE, sqlite_file, store_uri
@@ -139,7 +140,8 @@ def free_space(stages: StageConfigs, root: Path) -> Findings:
     forecast(stages, plans)
     there = nearest_folder(root)
     free = shutil.disk_usage(there).free
-    needed = sum(plan.disk_bytes for plan in plans.values())
+    unfinished = [stage for stage, folder in STAGE_FOLDERS.items() if not (root / folder / MANIFEST_NAME).exists()]
+    needed = sum(plans[stage].disk_bytes for stage in unfinished)
     text = f"{free / 2**30:.1f} GiB free in {there}, {needed / 2**30:.2f} GiB expected"
     yield "failed" if free < needed else "warning" if free < 2 * needed else "ok", text
 

@@ -263,7 +263,9 @@ def corpus_size(config: prepare_corpus.PrepareCorpusConfig, corpus: CorpusManife
         ValueError: The size is known only after reading the shards, or the source cannot be opened.
     """
     if corpus is not None:
-        return CorpusSize(corpus.counts.out, corpus.classes, sum(entry.bytes for entry in corpus.files))
+        return CorpusSize(
+            corpus.counts.out, corpus.classes, sum(entry.bytes for entry in corpus.files if not entry.url)
+        )
     if config.source.kind not in prepare_corpus.LISTED_AT_ONCE:
         raise ValueError("not counted: what the shards hold is known when prepare_corpus has read them")
     try:

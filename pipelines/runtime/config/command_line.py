@@ -6,12 +6,11 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext, redirect_stdout
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pipelines
 from pipelines.runtime.config.errors import ConfigError, Stopped, sentence
-from pipelines.runtime.config.experiment import Config, config_as_toml, early_root, load_config
+from pipelines.runtime.config.experiment import Config, config_as_toml, early_folder, load_config
 from pipelines.runtime.config.logs import print_answer, say_mistake, set_up_logging
 from pipelines.runtime.config.outcome import EXIT_CODES, Outcome
 from pipelines.runtime.config.schema import model_paths
@@ -102,10 +101,12 @@ def help_text(model: type[CommandConfig], *, table: str, about: str | None) -> s
 
 def _leave_early_outcome(model: type[CommandConfig], argv: Sequence[str], error: ConfigError, *, table: str) -> None:
     """Leave outcome.json for scripts even when the configuration is wrong: the launcher hides the exit code."""
-    root = early_root(model, table=table, argv=argv)
-    if not root or "\0" in root or table not in STAGE_FOLDERS or os.environ.get("RANK", "0") != "0":
+    if table not in STAGE_FOLDERS or os.environ.get("RANK", "0") != "0":
+        return
+    folder = early_folder(model, table=table, argv=argv)
+    if folder is None:
         return
     set_up_logging(table)
     outcome = Outcome()
     outcome.set("failed", code=2, reason=error)
-    outcome.write(Path(root) / STAGE_FOLDERS[table], is_main=True)
+    outcome.write(folder, is_main=True)

@@ -61,9 +61,9 @@ def merged_tree(
     path, overrides, mistakes = _split_command_line(model, argv)
     tree, sources, file_mistakes = _tree_of_file(path, table=table, shared="run" in model.model_fields)
     mistakes += file_mistakes
-    # Kinds first: a changed kind drops the old variant's keys, but never a word of the same command line.
-    for key, raw in sorted(overrides, key=lambda override: not override[0].endswith(".kind")):
-        key = key.removeprefix(f"{table}.")
+    # Kinds first, from the outside: a changed kind drops the old variant's keys, but never a word of this command line.
+    named = [(key.removeprefix(f"{table}."), raw) for key, raw in overrides]
+    for key, raw in sorted(named, key=lambda each: (not each[0].endswith(".kind"), each[0].count("."))):
         mistakes += _renamed(key, raw, source="command line", table=table)
         mistakes += _override(model, tree, sources, new_name(table, key), raw)
     return complete(model, _with_inputs(model, tree)), sources, mistakes
@@ -84,12 +84,18 @@ def experiment_path(argv: Sequence[str] | None) -> str:
     return path
 
 
-def early_root(model: type[CommandConfig], *, table: str, argv: Sequence[str]) -> str | None:
-    """Return ``run.root`` of a configuration that may be wrong; None where it is not known."""
+def early_folder(model: type[CommandConfig], *, table: str, argv: Sequence[str]) -> Path | None:
+    """Return a stage's folder by a configuration that may be wrong; None where it is not known."""
     try:
-        return root_of(merged_tree(model, table=table, argv=argv)[0])
+        tree = merged_tree(model, table=table, argv=argv)[0]
+        root, name = root_of(tree), tree.get("name", "")
     except ConfigError:
-        return dict(_split_command_line(model, argv)[1]).get("run.root")
+        words = dict(_split_command_line(model, argv)[1])
+        root, name = words.get("run.root"), words.get("name", "")
+    name = name if "name" in model.model_fields else ""
+    if not root or not isinstance(name, str) or "\0" in root + name:
+        return None
+    return Path(root) / (f"{STAGE_FOLDERS[table]}-{name}" if name else STAGE_FOLDERS[table])
 
 
 def given_experiment() -> str | None:

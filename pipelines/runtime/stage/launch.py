@@ -119,11 +119,9 @@ def cores_per_process() -> int:
 def exit_with_launcher() -> None:
     """Ask the kernel to kill this process when its launcher dies: an orphan would hold the device and the folder.
 
-    Only under a launcher (it sets LOCAL_RANK or ACCELERATE_*): a process started by hand may outlive its shell.
+    Only under a launcher, by what users do not set themselves: a process started by hand may outlive its shell.
     """
-    if sys.platform != "linux" or not any(
-        name == "LOCAL_RANK" or name.startswith("ACCELERATE_") for name in os.environ
-    ):
+    if sys.platform != "linux" or not {"LOCAL_RANK", "ACCELERATE_MIXED_PRECISION"} & os.environ.keys():
         return
     parent = os.getppid()
     # torch's launcher passes signals on and waits; accelerate's simple one just dies, so there SIGTERM asks to stop.

@@ -90,7 +90,7 @@ class Checkpoint:
             if name in self.parts:
                 try:
                     part.load(self.parts[name])
-                except ValueError as error:
+                except (ValueError, RuntimeError, KeyError) as error:
                     raise ConfigError(
                         f"{self.path}, {name}: {error} Take back what was changed, or begin anew with another run.root."
                     ) from error
@@ -131,7 +131,7 @@ class Best:
 
     def __init__(self, config: NoBest | BestBy) -> None:
         self.config = config
-        self.found: dict[str, Any] = {}  # update, metric, value
+        self.found: dict[str, Any] = {}  # update, metric, better, value
 
     def beaten_by(self, metrics: Mapping[str, float], *, update: int) -> bool:
         """Return whether ``metrics`` hold a new best, and remember it; those from before the first update hold none.
@@ -153,10 +153,12 @@ class Best:
 
         # Only an update's finite value counts.
         value, sign = metrics[self.config.metric], 1 if self.config.better == "higher" else -1
-        beaten = not self.found or sign * value > sign * self.found["value"]
+        wanted = self.config.model_dump(include={"metric", "better"})
+        same = {**wanted, **self.found} == {**self.found, **wanted}  # else the value is of another metric
+        beaten = not self.found or not same or sign * value > sign * self.found["value"]
         if not (update and math.isfinite(value) and beaten):
             return False
-        self.found = {"update": update, "metric": self.config.metric, "value": value}
+        self.found = {"update": update, "value": value, **wanted}
         return True
 
 
@@ -181,7 +183,8 @@ class Checkpoints:
 
     def updates(self) -> list[int]:
         """Return the updates of all committed checkpoints, oldest first."""
-        return sorted(int(path.name.removeprefix(PREFIX)) for path in self.folder.glob(f"{PREFIX}*") if path.is_dir())
+        found = (path.name.removeprefix(PREFIX) for path in self.folder.glob(f"{PREFIX}*") if path.is_dir())
+        return sorted(int(name) for name in found if name.isdecimal())  # not one that a user has set aside
 
     def newest_intact(self) -> int:
         """Return the update of the newest checkpoint that is what its manifest says; 0 when there is none.

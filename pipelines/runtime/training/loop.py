@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from data.files import flush_file
-from data.manifest import MANIFEST_NAME
+from data.manifest import MANIFEST_NAME, digest_of
 from data.prefetch import Prefetch
 from data.randomness import key_of
 from pipelines.runtime.config.errors import ConfigError, Stopped
@@ -81,6 +81,7 @@ class Training:
         self._best, self._save_for_best = Best(config.checkpoint.best), False
         request = fingerprint_of(stage.name, config, stage.parents)
         world_size, device = accelerator.num_processes, accelerator.device
+        self._request_digest = digest_of(request)
         self._made_by = made_by(request, config.run, world_size=world_size, device=device) if stage.is_main else {}
 
         # Logs.
@@ -113,6 +114,10 @@ class Training:
             if self.stage.is_main:
                 manifest.unlink()
                 flush_file(manifest.parent)
+
+        # Lines that were written behind the checkpoint are of another configuration: what follows does not repeat them.
+        if state and self.config.run.allow_changed and state.get("config") != self._request_digest:
+            self.attempt += 1
 
         # Say where it goes on, and how exactly; the main process alone knows what wrote it.
         if state and self.stage.is_main:
