@@ -117,3 +117,8 @@ def test_an_interval_that_is_none_is_refused_with_advice(interval):
     assert f"guidance.interval = [{interval[0]}, {interval[1]}]" in message
     assert "0 <= low <= high <= 1" in message
     assert "s / sqrt(1 + s^2)" in message
+
+
+def test_a_constant_prediction_has_no_contrast_to_restore() -> None:
+    constant = torch.ones(2, 3, 4, 4)
+    assert torch.equal(restore_contrast(constant, torch.randn(2, 3, 4, 4), share=1.0), constant)

@@ -207,9 +207,7 @@ def test_no_stage_begins_after_a_request_to_stop_that_came_too_late_for_the_one_
 
 
 def test_a_stage_that_ends_while_a_trap_runs_keeps_its_code() -> None:
-    source = (
-        f"root=x python=x; . '{ROOT}/launch/stages.sh'; (exit 3) & wait $!; code=143; settle_code $!; echo $code"
-    )
+    source = f"root=x python=x; . '{ROOT}/launch/stages.sh'; (exit 3) & wait $!; code=143; settle_code $!; echo $code"
     assert subprocess.run(["bash", "-c", source], capture_output=True, text=True).stdout == "3\n"
 
 

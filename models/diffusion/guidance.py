@@ -93,5 +93,6 @@ def restore_contrast(guided: Tensor, conditional: Tensor, *, share: float) -> Te
     if share == 0:
         return guided
     elements = tuple(range(1, guided.dim()))
-    ratio = conditional.std(dim=elements, keepdim=True) / guided.std(dim=elements, keepdim=True)
+    wanted, found = (each.std(dim=elements, keepdim=True) for each in (conditional, guided))
+    ratio = torch.where(found > 0, wanted / found, 1.0)  # a constant, as of a new network, stays what it is
     return share * (guided * ratio) + (1 - share) * guided

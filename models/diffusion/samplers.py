@@ -172,7 +172,7 @@ def ddim_inversion(denoise: Denoise, x0: Tensor, moments: Sequence[Moment]) -> I
     time of the level that the step leads to, since clean data has none. The round trip closes as steps become finer.
 
     Args:
-        denoise: Must be able to tell the noise in clean data: a prediction of x0 or of the score cannot.
+        denoise: Must be able to tell the noise in clean data: a prediction of x0 cannot.
         x0: Clean latents; (b c h w).
         moments: As for sampling, noisiest first.
 

@@ -128,10 +128,10 @@ class RealImages:
 
     def features(self, name: RealSet) -> Tensor:
         """Return the features of a set; (n d), on the extractor's device."""
+        device = next(self.extractor.buffers()).device
         if not len(self.indices[name]):
-            return torch.empty(0, self.extractor.dimension)
-        found = read_items(self.folder, self.batches(name), "features")
-        return found.to(next(self.extractor.buffers()).device)
+            return torch.empty(0, self.extractor.dimension, device=device)
+        return read_items(self.folder, self.batches(name), "features").to(device)
 
 
 def read_items(folder: Path, names: Sequence[str], key: str) -> Tensor:
