@@ -189,18 +189,19 @@ def by_corpus(files: list[FileEntry]) -> dict[str, Any]:
 def check_listing(source: Source, stage: Stage) -> None:
     """Refuse to go on with a source whose listing has changed: the shards that are done were cut from another one.
 
+    A collective: the main process compares, and no rank begins a shard before it knows the answer.
+
     Raises:
-        ConfigError: It has changed.
+        ConfigError: On every rank, when it has changed.
     """
-    if not stage.is_main:
-        return
 
-    # Of shards also what they are, which ``report_changed_source`` can ask for without a look into them.
-    path, found = stage.folder / LISTING_NAME, {"sha256": listing_digest(source.listing())}
-    if isinstance(source, WebDataset):
-        found["shards"] = listing_digest(islice(source.listing(), len(source.urls)))
+    def compare_or_write() -> None:
+        # Of shards also what they are, which ``report_changed_source`` can ask for without a look into them.
+        path, found = stage.folder / LISTING_NAME, {"sha256": listing_digest(source.listing())}
+        if isinstance(source, WebDataset):
+            found["shards"] = listing_digest(islice(source.listing(), len(source.urls)))
 
-    with config_error_at("prepare_corpus.source"):
+        # Compare it with what the folder was begun with, if anything.
         if not path.exists():
             write_json(path, found)
             return
@@ -210,6 +211,9 @@ def check_listing(source: Source, stage: Stage) -> None:
                 f"its files are not those that {stage.folder} was begun with, so an image could be stored twice or not "
                 "at all. Bring them back, choose another run.root, or move the folder away."
             )
+
+    with config_error_at("prepare_corpus.source"):
+        json_from_main(compare_or_write, stage.accelerator)
 
 
 def report_changed_source(config: PrepareCorpusConfig, folder: Path) -> None:

@@ -194,6 +194,28 @@ def test_what_the_main_process_finds_or_cannot_find_reaches_every_rank(tmp_path:
     assert [out for out, _ in printed] == ["[Errno 2] No such file or directory: '/no/such/shard'\n"] * 2, printed
 
 
+def test_a_changed_listing_is_refused_by_every_rank_before_its_first_shard(tmp_path: Path) -> None:
+    (tmp_path / "listing.json").write_text(json.dumps({"sha256": "of another listing"}))
+    (tmp_path / "rank.py").write_text(
+        "import sys\n"
+        "from pathlib import Path\n"
+        "from types import SimpleNamespace\n"
+        "from pipelines.prepare_corpus import check_listing\n"
+        "from pipelines.runtime.config.errors import ConfigError\n"
+        "from pipelines.runtime.config.stage_config import RunConfig\n"
+        "from pipelines.runtime.stage.launch import start_accelerator\n"
+        "accelerator = start_accelerator(RunConfig(threads=1))\n"
+        "is_main = accelerator.is_main_process\n"
+        "stage = SimpleNamespace(folder=Path(sys.argv[1]), accelerator=accelerator, is_main=is_main)\n"
+        "try: check_listing(SimpleNamespace(listing=lambda: ['a.png']), stage); print('begins a shard')\n"
+        "except ConfigError as error: print(error)\n"
+        "accelerator.end_training()\n"
+    )
+    printed = [rank.communicate(timeout=120) for rank in start_ranks(str(tmp_path / "rank.py"), str(tmp_path))]
+    refusal = f"prepare_corpus.source: its files are not those that {tmp_path} was begun with"
+    assert all(out.startswith(refusal) for out, _ in printed), printed
+
+
 def test_all_ranks_skip_what_is_bad_on_one(ended: dict[str, Any]) -> None:
     skipped, without = ended["skipped on one rank"], ended["left out"]
     assert [rank["ended"] for rank in skipped] == ["done", "done"]
