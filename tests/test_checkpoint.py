@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -147,6 +149,18 @@ def test_a_folder_that_a_user_set_aside_is_no_checkpoint(tmp_path: Path) -> None
     store.wait()
     shutil.copytree(tmp_path / "update-00000001", tmp_path / "update-00000001.bak")
     assert checkpoints(tmp_path).updates() == [1]
+
+
+def test_an_error_ends_the_training_only_when_its_last_checkpoint_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The stage gives the folder's lock back then: a writer that goes on would meet the next start."""
+    tiny = Tiny(tmp_path, Recipe(raise_after=11))
+    monkeypatch.setattr(tiny.tracker, "flush", lambda: time.sleep(0.5))
+    with pytest.raises(InterruptedError, match="the stage's own"):
+        tiny.run()
+    assert not [thread.name for thread in threading.enumerate() if thread.name == "checkpoint writer"]
+    assert checkpoints(tmp_path / "checkpoints").updates() == [10]
 
 
 def test_a_metric_that_nobody_measures_is_refused(tmp_path: Path) -> None:

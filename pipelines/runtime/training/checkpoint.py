@@ -231,7 +231,7 @@ class Checkpoints:
         """
         if not self.writes:
             return
-        self._join()
+        self.join()
         self.check(update)
         if self._path(update).exists():
             return
@@ -267,7 +267,7 @@ class Checkpoints:
             OSError: It failed, and ``grace_updates`` are over.
         """
         if self._writer is not None and not self._writer.is_alive():
-            self._join()
+            self.join()
         failure, self.failure = self.failure, None
         if failure is None:
             return
@@ -288,12 +288,13 @@ class Checkpoints:
         Raises:
             OSError: It failed; the checkpoints before it are untouched.
         """
-        self._join()
+        self.join()
         failure, self.failure = self.failure, None
         if failure is not None:
             raise self._unwritable(failure)
 
-    def _join(self) -> None:
+    def join(self) -> None:
+        """Wait until the last save has ended, well or not."""
         if self._writer is not None:
             self._writer.join()
             self._writer = None

@@ -194,6 +194,7 @@ class Training:
                         stream = batches(self.next_batch)
             self._checkpoints.wait()
         finally:
+            self._checkpoints.join()  # after an error the folder's lock is given back, and the next start may read here
             stream.close()
 
     def micro_batches(self, wrapped: nn.Module) -> Iterator[slice]:
