@@ -77,6 +77,7 @@ class Checkpoint:
         Raises:
             ConfigError: The training has other parts than the checkpoint, and nothing is loaded; or one does not fit.
         """
+        # What both must have.
         needed = [name for name, part in parts.items() if not getattr(part, "optional", False)]
         missing = [name for name in needed if name not in self.parts]
         unknown = [] if changed else self.parts.keys() - parts.keys()
@@ -86,6 +87,8 @@ class Checkpoint:
                 f"{', '.join(sorted(parts))}: another version of the code began it. Finish it with that version, or "
                 "begin anew with another run.root."
             )
+
+        # Each part; what does not fit is of another configuration.
         for name, part in parts.items():
             if name in self.parts:
                 try:
