@@ -29,31 +29,43 @@ from models.diffusion.guidance import GuidanceConfig
 from models.features.extractor import eight_bit
 from models.features.scattering import ScatteringConfig
 from models.metrics.neighbours import nearest
+from models.metrics.probe import LinearProbe
+from models.metrics.retrieval import RidgeMap
 from models.unet import UNetConfig
 from pipelines.evaluation.contract import contract_digest, drawn_differently, not_comparable
-from pipelines.evaluation.metrics import PROBED, RETRIEVED, Reference, absent_figures
+from pipelines.evaluation.metrics import (
+    DISTANCES,
+    PROBED,
+    RETRIEVED,
+    Reference,
+    absent_figures,
+    distribution_metrics,
+    retrieval_metrics,
+)
 from pipelines.evaluation.samples import key_prefix
 
 VIEW = {"resolution": 16, "channels": 3, "fit": "crop", "resample": "lanczos", "background": [255, 255, 255]}
 COUNTS = {"in": 1, "out": 1}
 
 
-def write_corpus(folder: Path, classes: Sequence[str], train: Sequence[int], val: Sequence[int], **more: Any) -> None:
-    """Write a corpus with these labels."""
+def write_corpus(
+    folder: Path, classes: Sequence[str], train: Sequence[int], val: Sequence[int], *, side: int = 16, **more: Any
+) -> None:
+    """Write a corpus with these labels, of images of so many pixels a side."""
     folder.mkdir(parents=True)
     entries, rng = [], np.random.default_rng(0)
     for split, labels in (("train", train), ("val", val)):
         with ShardWriter(folder / f"{split}-000000.tar") as shard:
             for number, label in enumerate(labels):
-                image = rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)
+                image = rng.integers(0, 256, (side, side, 3), dtype=np.uint8)
                 key = f"{split}{number:04}"
                 shard.add(key, image_members(key, image, label=label, caption="", metadata={}))
         entries.append(shard.entry)
-    given = {"classes": tuple(classes), "config": {"view": VIEW}, **more}
-    commit_corpus(folder, [entry for entry in entries if entry is not None], resolution=16, **given)
+    given = {"classes": tuple(classes), "config": {"view": {**VIEW, "resolution": side}}, **more}
+    commit_corpus(folder, [entry for entry in entries if entry is not None], resolution=side, **given)
 
 
-def write_model(root: Path, classes: Sequence[str], *, poisoned: bool = False) -> None:
+def write_model(root: Path, classes: Sequence[str], *, side: int = 16, poisoned: bool = False) -> None:
     """Write an untrained VAE and U-Net as the training stages would."""
     torch.manual_seed(0)
     network = {"latent_channels": 2, "channels": [8, 8], "blocks_per_level": 1, "norm_groups": 4}
@@ -61,7 +73,7 @@ def write_model(root: Path, classes: Sequence[str], *, poisoned: bool = False) -
     denoiser = DenoiserConfig.model_validate(
         {"network": unet.model_dump(), "conditioners": [{"kind": "class"}] if len(classes) else []}
     )
-    shape = {"latent_channels": 2, "latent_size": 8}
+    shape = {"latent_channels": 2, "latent_size": side // 2}
     statistics = {"mean": [0.0, 0.0], "std": [1.0, 1.0], "min": [0.0] * 2, "max": [0.0] * 2, "active": [1.0] * 2}
     vae = AutoencoderKL(VAEConfig(**network), image_channels=3)
     if poisoned:
@@ -80,7 +92,8 @@ def write_model(root: Path, classes: Sequence[str], *, poisoned: bool = False) -
         write_json(root / name / "config.json", config)
         weights[name] = sha256_of(root / name / f"{name}.safetensors")
     common = {"format_version": 1, "counts": COUNTS, "classes": tuple(classes), "files": ()}
-    about = {"stage": "train_vae", "value_range": (-1, 1), "factor": 2, "latent_channels": 2, "view": VIEW}
+    about = {"stage": "train_vae", "value_range": (-1, 1), "factor": 2, "latent_channels": 2}
+    about["view"] = {**VIEW, "resolution": side}
     write_manifest(root / "vae", VAEManifest(weights=weights["vae"], **about, **common))
     write_manifest(
         root / "unet", UNetManifest(stage="train_unet", weights=weights["unet"], vae=weights["vae"], **common)
@@ -95,9 +108,16 @@ def evaluated(root: Path, *words: str) -> tuple[int, str]:
 
 
 FEW_LABELS = [0, 1, 2] * 8
+HELD_OUT = Order(FullShuffleConfig(), num_samples=24, seed=0).indices(0, 8).tolist()
 CASES: dict[str, tuple[list[str], list[int], list[int], set[str]]] = {
     "a missing class": (["a", "b", "c"], [0, 1] * 12, [0, 1, 2, 0, 1], set(PROBED)),
     "some without a label": (["a", "b", "c"], [*FEW_LABELS, -1], [0, 1, 2, -1, -1], set()),
+    "no held-out image with a label": (
+        ["a", "b", "c"],
+        [-1 if row in HELD_OUT else row % 3 for row in range(24)],
+        [0, 1, 2, 0, 1],
+        set(),
+    ),
     "one validation image": (
         ["a", "b", "c"],
         FEW_LABELS,
@@ -140,6 +160,38 @@ def test_an_odd_corpus_is_evaluated_as_far_as_it_goes(case: str, tmp_path: Path)
     assert list(metrics["error_budget"]) == ([] if "floor" in absent else ["real", "encoded"])
     for name in absent:
         assert said.index(name) < said.index("batches"), "it is said before any work"
+
+
+@pytest.mark.parametrize("num_samples", ["1", "2"])
+def test_fewer_samples_than_classes_are_evaluated(num_samples: str, tmp_path: Path) -> None:
+    write_corpus(tmp_path / "corpus", ["a", "b", "c"], FEW_LABELS, [0, 1, 2, 0, 1])
+    write_model(tmp_path, ["a", "b", "c"])
+    code, said = evaluated(tmp_path, "--num_samples", num_samples, "--batch_size", num_samples)
+    assert code == 0, said
+    budget = json.loads((tmp_path / "evaluation" / "metrics.json").read_bytes())["error_budget"]
+    assert ("psnr" in budget["encoded"]) == (num_samples == "2")
+
+
+def test_a_set_of_images_has_the_figures_that_it_allows() -> None:
+    draw = partial(torch.randn, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    features, labels = draw((12, 2)), torch.tensor([0, 1] * 6)
+    probe = LinearProbe.fit(features, labels, num_classes=2)
+    reference = Reference(features=features, nearest_of_real=torch.empty(0), probe=probe)
+    for count, known, wanted in (
+        (0, 0, set()),
+        (2, 1, {"frechet_distance"}),
+        (3, 2, {"frechet_distance", "kernel_distance", *PROBED}),
+        (12, 12, {*DISTANCES, "precision", "recall", *PROBED}),
+    ):
+        shown = labels[:count].clone()
+        shown[known:] = -1
+        assert set(distribution_metrics(draw((count, 2)), shown, reference)) == wanted
+
+    # Where all prompts are one caption, an image cannot find its own among others.
+    texts = draw((3, 4))
+    ridge = RidgeMap.fit(draw((5, 2)), draw((5, 4)))
+    found = [retrieval_metrics(ridge, features[:3], texts, captions) for captions in (["a", "a", ""], ["a", "b", ""])]
+    assert [set(each) for each in found] == [set(), set(RETRIEVED)]
 
 
 def test_every_line_of_the_error_budget_is_what_a_short_script_finds(tmp_path: Path) -> None:

@@ -5,7 +5,6 @@ own. What the real images alone decide, the class probe and the distances at whi
 the corpus, beside its features, and serves all evaluations.
 """
 
-from collections.abc import Sequence
 from dataclasses import fields
 from functools import cached_property
 from typing import Any
@@ -28,6 +27,7 @@ from pipelines.evaluation.metrics import (
     as_metric,
     distribution_metrics,
     mean_metrics,
+    retrieval_metrics,
 )
 from pipelines.evaluation.real_images import RealSet
 from pipelines.evaluation.samples import ItemMaker
@@ -66,10 +66,10 @@ class FigureMaker:
             contract["probe"] = {"kind": "linear", "num_images": len(labels), "validation_accuracy": accuracy}
         if self._retrieves:
             texts, captions = self._maker.texts("train")
-            known = _known(captions)
+            known = torch.tensor([bool(caption) for caption in captions])
             ridge = RidgeMap.fit(self._real.features("train")[known], texts[known].to(validation.device))
             tensors |= _tensors("ridge", ridge)
-            found = self._retrieval(ridge, validation, *self._maker.texts("val"))
+            found = retrieval_metrics(ridge, validation, *self._maker.texts("val"))
             of_validation = {metric: as_metric(estimate) for metric, estimate in found.items()}
             contract["retrieval"] = {"kind": "ridge", "num_images": int(known.sum()), "validation": of_validation}
         path = self._real.folder / f"{name}.safetensors"
@@ -90,7 +90,7 @@ class FigureMaker:
         if self._retrieves:
             found |= self._agreement(kind, on_device)
         stored = {"features": features, "labels": labels}
-        if "copied" not in absent:
+        if "copied" not in absent and len(features):
             near = nearest(on_device, self.training_features)
             found["copied"] = self.reference.copied(near.distances)
             places = np.concatenate([self._real.indices[name] for name in self._searched])
@@ -105,23 +105,13 @@ class FigureMaker:
             path = maker.stage.folder / features_name(kind)
             write_atomically(path, save(stored))
         metrics = {name: as_metric(estimate) for name, estimate in found.items()}
-        if kind in DECODED:
+        if kind in DECODED and len(features) > 1:
             metrics |= mean_metrics({"psnr": maker.read(self.sets[kind], "psnr")})
         return metrics
 
     @property
     def _retrieves(self) -> bool:
         return bool(self._maker.text_batches) and "retrieval" not in self._maker.absent
-
-    def _retrieval(
-        self, ridge: RidgeMap, features: Tensor, texts: Tensor, captions: Sequence[str]
-    ) -> dict[str, Estimate]:
-        """How many images find their own caption among those of all."""
-        known = _known(captions).to(features.device)
-        own = torch.arange(int(known.sum()))
-        named = [caption for caption in captions if caption]
-        found = ridge.retrieve(features[known], own, texts.to(features.device)[known], named)
-        return {"retrieval": found.first, "retrieval_in_five": found.in_five}
 
     def _agreement(self, kind: str, features: Tensor) -> dict[str, Estimate]:
         """Agreement of a set of images with their captions."""
@@ -132,7 +122,7 @@ class FigureMaker:
             texts, captions = self._maker.texts("floor")
             rows = torch.arange(len(features)) if kind == REAL else self._maker.read(self.sets[kind], "rows")
         ridge = RidgeMap(**self._calibrated("ridge"))
-        return self._retrieval(ridge, features, texts[rows], [captions[row] for row in rows.tolist()])
+        return retrieval_metrics(ridge, features, texts[rows], [captions[row] for row in rows.tolist()])
 
     def _calibrated(self, what: str) -> dict[str, Tensor]:
         tensors = load_file(self._real.folder / f"{self._maker.calibration}.safetensors")
@@ -184,10 +174,6 @@ def features_name(kind: str) -> str:
 
 def _tensors(name: str, fitted: LinearProbe | RidgeMap) -> dict[str, Tensor]:
     return {f"{name}.{field.name}": getattr(fitted, field.name) for field in fields(fitted)}
-
-
-def _known(captions: Sequence[str]) -> Tensor:
-    return torch.tensor([bool(caption) for caption in captions])
 
 
 def _labelled(features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

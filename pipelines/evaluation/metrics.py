@@ -14,6 +14,7 @@ from models.metrics.frechet import frechet_at_infinity, frechet_distance
 from models.metrics.kernel import kernel_distance
 from models.metrics.neighbours import precision_recall
 from models.metrics.probe import LinearProbe
+from models.metrics.retrieval import RidgeMap
 from pipelines.runtime.tracking.tracker import SilentTracker, Tracker
 
 Metrics = dict[str, dict[str, float]]
@@ -56,12 +57,7 @@ def absent_figures(
         num_held_out: Real images that are not in the reference.
         num_bounds: Validation images whose likelihood is measured.
     """
-    absent: dict[str, str] = {}
-    for name, least in MIN_IMAGES.items():
-        if min(len(samples), len(reference)) < least:
-            absent[name] = f"it needs {least} samples and {least} images to compare with"
-    if (fewest := min(len(samples), len(reference))) < 2 * dimension:
-        absent["frechet_at_infinity"] = f"half of {fewest} images are fewer than {dimension} features"
+    absent = _too_few(min(len(samples), len(reference)), dimension=dimension)
     if not len(probed) and not num_held_out:
         absent["copied"] = "no training images are read (evaluate.probe_images)"
 
@@ -87,6 +83,18 @@ def absent_figures(
         absent |= dict.fromkeys(("psnr", "ssim"), "one validation image gives no error")
     if num_bounds == 1:
         absent["likelihood"] = "one validation image gives no error"
+    return absent
+
+
+def _too_few(fewest: int, *, dimension: int) -> dict[str, str]:
+    """Return the figures that need more than ``fewest`` images on each side, each with the reason."""
+    absent = {
+        name: f"it needs {least} samples and {least} images to compare with"
+        for name, least in MIN_IMAGES.items()
+        if fewest < least
+    }
+    if fewest < 2 * dimension:
+        absent["frechet_at_infinity"] = f"half of {fewest} images are fewer than {dimension} features"
     return absent
 
 
@@ -120,7 +128,7 @@ class Reference:
 def distribution_metrics(
     features: Tensor, labels: Tensor, reference: Reference, *, absent: Collection[str] = ()
 ) -> dict[str, Estimate]:
-    """Compare images with the reference's.
+    """Compare images with the reference's, by the figures that so many images, and so many with a class, allow.
 
     Args:
         features: (n d).
@@ -132,7 +140,9 @@ def distribution_metrics(
     if "precision" not in absent:
         neighbours = precision_recall(features, reference.features)
         metrics |= {"precision": neighbours.precision, "recall": neighbours.recall}
-    if reference.probe is not None:
+    # Fewer than the samples may be held out, have latents, or have a class.
+    absent = {*absent, *_too_few(min(len(features), len(reference.features)), dimension=features.shape[1])}
+    if reference.probe is not None and (labels >= 0).sum() > 1:
         features, labels = features[(labels >= 0).to(features.device)], labels[labels >= 0]
         right = reference.probe.predict(features) == labels
         metrics["class_accuracy"] = mean_estimate(right.double())
@@ -145,6 +155,23 @@ def distribution_metrics(
 def metrics_of_samples(sweep: Mapping[float, Any], guidance: float) -> dict[str, Any]:
     """Return the metrics of samples without guidance and with it, by the names that they have in an error budget."""
     return {f"guidance {scale:g}": sweep[scale] for scale in sorted({1.0, guidance} & sweep.keys())}
+
+
+def retrieval_metrics(ridge: RidgeMap, features: Tensor, texts: Tensor, captions: Sequence[str]) -> dict[str, Estimate]:
+    """Measure how many images find their own caption among those of all; nothing where fewer than 2 captions differ.
+
+    Args:
+        ridge: Map from image features to text features.
+        features: (n d).
+        texts: Text features of the captions; (n k).
+        captions: Of each image, "" for none.
+    """
+    named = [caption for caption in captions if caption]
+    if len(set(named)) < 2:
+        return {}
+    known = torch.tensor([bool(caption) for caption in captions], device=features.device)
+    found = ridge.retrieve(features[known], torch.arange(len(named)), texts.to(features.device)[known], named)
+    return dict(zip(RETRIEVED, (found.first, found.in_five), strict=True))
 
 
 def mean_metrics(values: Mapping[str, Tensor]) -> Metrics:
