@@ -172,6 +172,16 @@ def test_fewer_samples_than_classes_are_evaluated(num_samples: str, tmp_path: Pa
     assert ("psnr" in budget["encoded"]) == (num_samples == "2")
 
 
+def test_images_smaller_than_the_windows_of_ssim_are_evaluated_without_it(tmp_path: Path) -> None:
+    write_corpus(tmp_path / "corpus", ["a", "b"], [0, 1] * 12, [0, 1, 0, 1, 0], side=8)
+    write_model(tmp_path, ["a", "b"], side=8)
+    code, said = evaluated(tmp_path)
+    assert code == 0, said
+    metrics = json.loads((tmp_path / "evaluation" / "metrics.json").read_bytes())
+    assert set(metrics["vae"]) == {"psnr"}
+    assert metrics["absent"]["ssim"] == "images of 8 pixels a side are smaller than its 11x11 windows"
+
+
 def test_a_set_of_images_has_the_figures_that_it_allows() -> None:
     draw = partial(torch.randn, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     features, labels = draw((12, 2)), torch.tensor([0, 1] * 6)

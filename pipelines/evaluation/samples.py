@@ -43,6 +43,8 @@ from pipelines.runtime.config.stage_config import StageConfig
 from pipelines.runtime.stage.launch import Precision
 from pipelines.runtime.stage.stage import Stage
 
+SSIM_WINDOW = 11  # pixels a side
+
 
 class EvaluateInputs(ModelInputs):
     """The trained model, and the images that its samples are compared with."""
@@ -153,6 +155,8 @@ class ItemMaker:
         )
         if self.prompts is not None and min(len(set(self.real.captions(each)) - {""}) for each in ("train", "val")) < 3:
             absent["retrieval"] = "fewer than 3 different captions in a split"
+        if (side := self.stage.parents.corpus.image.resolution) < SSIM_WINDOW:
+            absent["ssim"] = f"images of {side} pixels a side are smaller than its {SSIM_WINDOW}x{SSIM_WINDOW} windows"
         return absent | {step: why for step, why in self.held_out.absent.items() if step != "transformed"}
 
     def make(self, name: str) -> dict[str, Any]:
@@ -253,7 +257,8 @@ class ItemMaker:
         real, _ = self.real.read("val", number)
         decoded = self.autoencoder.decode(self.autoencoder.encode(real).mode())
         found, expected = decoded.movedim(-1, 1), real.movedim(-1, 1)
-        return {"psnr": psnr(found, expected), "ssim": ssim(found, expected)}
+        fidelity = {"psnr": psnr(found, expected)}
+        return fidelity if "ssim" in self.absent else fidelity | {"ssim": ssim(found, expected)}
 
     @property
     def _num_bounds(self) -> int:
