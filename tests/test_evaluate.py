@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -43,6 +44,7 @@ from pipelines.evaluation.metrics import (
     retrieval_metrics,
 )
 from pipelines.evaluation.samples import key_prefix
+from pipelines.model.grids import grid_png
 
 VIEW = {"resolution": 16, "channels": 3, "fit": "crop", "resample": "lanczos", "background": [255, 255, 255]}
 COUNTS = {"in": 1, "out": 1}
@@ -163,11 +165,16 @@ def test_an_odd_corpus_is_evaluated_as_far_as_it_goes(case: str, tmp_path: Path)
 
 
 @pytest.mark.parametrize("num_samples", ["1", "2"])
-def test_fewer_samples_than_classes_are_evaluated(num_samples: str, tmp_path: Path) -> None:
+def test_fewer_samples_than_classes_are_evaluated_and_have_headings_of_their_own(
+    num_samples: str, tmp_path: Path
+) -> None:
     write_corpus(tmp_path / "corpus", ["a", "b", "c"], FEW_LABELS, [0, 1, 2, 0, 1])
     write_model(tmp_path, ["a", "b", "c"])
-    code, said = evaluated(tmp_path, "--num_samples", num_samples, "--batch_size", num_samples)
+    with mock.patch("pipelines.evaluation.pictures.grid_png", wraps=grid_png) as drawn:
+        code, said = evaluated(tmp_path, "--num_samples", num_samples, "--batch_size", num_samples)
     assert code == 0, said
+    headings = [call.kwargs["column_labels"] for call in drawn.call_args_list[:2]]
+    assert headings == [("a", "b")[: int(num_samples)]] * 2
     budget = json.loads((tmp_path / "evaluation" / "metrics.json").read_bytes())["error_budget"]
     assert ("psnr" in budget["encoded"]) == (num_samples == "2")
 

@@ -55,7 +55,7 @@ def draw_pictures(
     # A column a class, or a caption.
     config, folder = maker.config, maker.stage.folder
     in_turn = maker.stage.parents.unet.classes if maker.prompts is None else ()
-    columns = min(len(in_turn), MAX_GRID_COLUMNS) if in_turn else min(10, config.num_samples)
+    columns = min(len(in_turn) or 10, MAX_GRID_COLUMNS, config.num_samples)
     stride = len(in_turn) or columns
     heads = in_turn[:columns] if maker.prompts is None else maker.captions(range(columns))
     num_rows = max(1, min(GRID_ROWS, config.num_samples // stride))
