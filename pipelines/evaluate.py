@@ -53,6 +53,7 @@ class EvaluateConfig(DrawConfig):
         *VIEW_REVISIONS,
         "a byte order mark is no part of a caption",
         "images and their features are stored apart",
+        "where real images are copies, distances to training images have no other unit",
     )
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]*$")] = ""  # NAME writes evaluation-NAME/; empty evaluation/

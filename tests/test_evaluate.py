@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import tarfile
 from collections.abc import Sequence
 from functools import partial
@@ -209,6 +210,15 @@ def test_a_set_of_images_has_the_figures_that_it_allows() -> None:
     ridge = RidgeMap.fit(draw((5, 2)), draw((5, 4)))
     found = [retrieval_metrics(ridge, features[:3], texts, captions) for captions in (["a", "a", ""], ["a", "b", ""])]
     assert [set(each) for each in found] == [set(), set(RETRIEVED)]
+
+
+def test_where_real_images_are_copies_only_equal_images_count_and_distances_have_no_other_unit() -> None:
+    reference = Reference(features=torch.zeros(2, 2), nearest_of_real=torch.zeros(4))
+    distances = torch.tensor([0.0, 1e-6, 3.0])
+    assert reference.copied(distances).value == pytest.approx(1 / 3)
+    assert reference.relative(distances).tolist() == [0, math.inf, math.inf]
+    usual = Reference(features=torch.zeros(2, 2), nearest_of_real=torch.full((4,), 2.0))
+    assert usual.relative(distances).tolist() == (distances / 2).tolist()
 
 
 def test_every_line_of_the_error_budget_is_what_a_short_script_finds(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from PIL import Image
 from test_evaluate import evaluated, write_corpus, write_model
 
 from data.manifest import read_manifest
+from pipelines.tools.trace import text_of
 
 
 @pytest.fixture(scope="module")
@@ -151,6 +152,12 @@ def test_a_report_names_a_tar_of_samples_that_was_cut(runs: Path, tmp_path: Path
     tar.write_bytes(tar.read_bytes()[:2000])
     done = tool("report", str(tmp_path / "one"), "--output", str(tmp_path / "r.html"))
     assert (done.returncode, "samples-000000.tar" in done.stderr) == (2, True), done.stderr
+
+
+def test_a_sample_that_is_farther_than_any_copy_is_traced() -> None:
+    near = {"key": "k", "shard": "s", "distance": None}
+    said = text_of({"sample": "a", "ancestors": [], "missing": {}, "nearest": near}, searched=".")
+    assert said.endswith("nearest training image: k in s, not equal to it, as a copy would be")
 
 
 def test_a_sample_is_traced_to_all_that_it_was_made_of(runs: Path, tmp_path: Path, tool: Ran) -> None:

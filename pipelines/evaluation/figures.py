@@ -95,7 +95,7 @@ class FigureMaker:
             found["copied"] = self.reference.copied(near.distances)
             places = np.concatenate([self._real.indices[name] for name in self._searched])
             stored["nearest.index"] = torch.from_numpy(places[near.indices.cpu().numpy()])
-            stored["nearest.distance"] = near.distances.cpu() / (self.reference.copy_distance or 1.0)
+            stored["nearest.distance"] = self.reference.relative(near.distances)
         if kind != REAL:
             stored |= {
                 f"influence.{metric}.{part}": influence.float()
@@ -153,7 +153,7 @@ class FigureMaker:
 
         Returns:
             The samples and the training images, uint8 (count h w c) each, closest first, and their distances as
-            multiples of that below which a sample counts as a copy.
+            multiples of that up to which a sample counts as a copy.
         """
         maker, size = self._maker, self._maker.config.batch_size
         stored = load_file(maker.stage.folder / features_name(kind))

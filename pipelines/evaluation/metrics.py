@@ -111,6 +111,10 @@ class Reference:
         """Distance to a training image up to which an image counts as a copy."""
         return float(torch.quantile(self.nearest_of_real, COPY_QUANTILE))
 
+    def relative(self, distances: Tensor) -> Tensor:
+        """Return distances to training images (n,) as multiples of that of a copy; where that is 0, 0 or infinity."""
+        return (distances.cpu() / self.copy_distance).nan_to_num(nan=0.0, posinf=math.inf)
+
     def copied(self, distances: Tensor) -> Estimate:
         """Return the share of images that are closer to a training image than all but a few real ones are.
 
@@ -136,12 +140,12 @@ def distribution_metrics(
         reference: Real images.
         absent: Figures that are left out.
     """
+    # Fewer than the samples may be held out, have latents, or have a class.
+    absent = {*absent, *_too_few(min(len(features), len(reference.features)), dimension=features.shape[1])}
     metrics = {name: of(features, reference.features) for name, of in DISTANCES.items() if name not in absent}
     if "precision" not in absent:
         neighbours = precision_recall(features, reference.features)
         metrics |= {"precision": neighbours.precision, "recall": neighbours.recall}
-    # Fewer than the samples may be held out, have latents, or have a class.
-    absent = {*absent, *_too_few(min(len(features), len(reference.features)), dimension=features.shape[1])}
     if reference.probe is not None and (labels >= 0).sum() > 1:
         features, labels = features[(labels >= 0).to(features.device)], labels[labels >= 0]
         right = reference.probe.predict(features) == labels
@@ -150,11 +154,6 @@ def distribution_metrics(
         successes = [int(right[labels == label].sum()) for label in labels.unique()]
         metrics["worst_class_accuracy"] = worst_fraction(successes, totals)
     return metrics
-
-
-def metrics_of_samples(sweep: Mapping[float, Any], guidance: float) -> dict[str, Any]:
-    """Return the metrics of samples without guidance and with it, by the names that they have in an error budget."""
-    return {f"guidance {scale:g}": sweep[scale] for scale in sorted({1.0, guidance} & sweep.keys())}
 
 
 def retrieval_metrics(ridge: RidgeMap, features: Tensor, texts: Tensor, captions: Sequence[str]) -> dict[str, Estimate]:
@@ -172,6 +171,11 @@ def retrieval_metrics(ridge: RidgeMap, features: Tensor, texts: Tensor, captions
     known = torch.tensor([bool(caption) for caption in captions], device=features.device)
     found = ridge.retrieve(features[known], torch.arange(len(named)), texts.to(features.device)[known], named)
     return dict(zip(RETRIEVED, (found.first, found.in_five), strict=True))
+
+
+def metrics_of_samples(sweep: Mapping[float, Any], guidance: float) -> dict[str, Any]:
+    """Return the metrics of samples without guidance and with it, by the names that they have in an error budget."""
+    return {f"guidance {scale:g}": sweep[scale] for scale in sorted({1.0, guidance} & sweep.keys())}
 
 
 def mean_metrics(values: Mapping[str, Tensor]) -> Metrics:

@@ -76,8 +76,9 @@ def text_of(traced: Mapping[str, Any], *, searched: str) -> str:
         lines += [f"    {key}: {row[key]}" for key in SHOWN if row.get(key)]
     lines += [f"missing: {what} {digest[:12]}, not below {searched}" for digest, what in traced["missing"].items()]
     if near := traced["nearest"]:
-        place = f"{near['key']} in {near['shard']}"
-        lines.append(f"nearest training image: {place}, at {near['distance']:.2f} times the distance of a copy")
+        far = "not equal to it, as a copy would be" if near["distance"] is None else ""
+        far = far or f"at {near['distance']:.2f} times the distance of a copy"
+        lines.append(f"nearest training image: {near['key']} in {near['shard']}, {far}")
     return "\n".join(lines)
 
 
@@ -149,7 +150,8 @@ def nearest_image(beginning: Beginning, found: Sequence[FinishedStage]) -> dict[
     except (OSError, KeyError, ValueError, IndexError, StopIteration):
         return {}
     shards, rows = ImageShards(corpus.folder, split="train").locate(np.array([place]))
-    return {"key": shards[0].key(rows[0]), "shard": shards[0].name, "distance": float(distance)}
+    far = float(distance) if np.isfinite(distance) else None  # JSON has no infinity
+    return {"key": shards[0].key(rows[0]), "shard": shards[0].name, "distance": far}
 
 
 if __name__ == "__main__":
