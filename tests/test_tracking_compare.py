@@ -134,6 +134,27 @@ def test_replicates_beside_a_run_are_part_of_it(tmp_path: Path, capsys: pytest.C
     assert said.count(" against ") == 4  # two sentences, two lines on guidance
 
 
+def test_replicates_are_compared_at_the_guidance_and_by_the_figures_that_all_have(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    demo, wide = tmp_path / "demo", tmp_path / "wide"
+    make_run(demo, peak_lr=0.001, loss=2.0, sweep=(1.0, 2.0))
+    make_run(wide, peak_lr=0.001, loss=2.0, sweep=(1.0, 1.5, 2.0))
+    make_run(wide, peak_lr=0.001, loss=2.0, sweep=(1.5, 2.0), seed=1, suffix="-seed_1")
+    make_run(wide, peak_lr=0.001, loss=2.0, sweep=(1.0,), seed=2, suffix="-seed_2")
+    scores = json.loads((wide / "evaluation-seed_1" / "metrics.json").read_bytes())
+    for entry in scores["sweep"]:
+        del entry["precision"]
+    write_json(wide / "evaluation-seed_1" / "metrics.json", scores)
+    said = said_of(demo, wide, capsys=capsys)
+    assert "evaluation-seed_2 has no guidance scale in common with the others" in said
+    assert "Guidance 1.5 against 1" in said
+    table = said[said.index("metric ") :].split("\n\n")[0]
+    row = next(line.split() for line in table.splitlines() if line.startswith("precision"))
+    assert row == ["precision", "higher", "is", "better", "0.6", "-", "-", "-", "-"]
+    assert table_of(said, f"{wide}, 2 trainings")["precision"] == ["-"] * 4
+
+
 def test_figures_that_contracts_make_incomparable_are_named_and_not_judged(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

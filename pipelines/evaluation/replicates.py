@@ -72,11 +72,15 @@ class Side:
 
     @cached_property
     def guidance(self) -> float:
-        """The guidance of the best mean Frechet distance, at which all metrics are compared; else the default."""
-        means = {scale: self._mean(CHOOSING, scale) for scale in self.own.sweep}
+        """The guidance of the best mean Frechet distance, at which all metrics are compared; else the default.
+
+        Of the scales that all trainings were evaluated at.
+        """
+        shared = set.intersection(*(set(each.sweep) for each in self.evaluations))
+        means = {scale: self._mean(CHOOSING, scale) for scale in self.own.sweep if scale in shared}
         known = {scale: -JUDGED[CHOOSING] * mean for scale, mean in means.items() if mean is not None}
         default: float = self.own.figures["default_guidance"]
-        return min(known, key=known.__getitem__, default=default)
+        return min(known, key=known.__getitem__, default=default if default in shared else min(shared))
 
     @cached_property
     def means(self) -> dict[str, float | None]:
@@ -109,12 +113,15 @@ def read_side(name: str, folder: Path) -> Side:
         except FileNotFoundError:
             left_out.append(f"{place.name} is unfinished")
             continue
+        shared = set.intersection(*(set(each.sweep) for each in (*found, replicate)))
         if len({contract_digest(each.figures["contract"]) for each in (found[0], replicate)}) > 1:
             left_out.append(f"{place.name} was measured under another contract")
         elif not request or its_request != request:
             left_out.append(f"{place.name} is of a training that differs in more than its seed")
         elif seed in seeds:
             left_out.append(f"{place.name} is of a training with the seed of another one")
+        elif not shared:
+            left_out.append(f"{place.name} has no guidance scale in common with the others")
         else:
             found.append(replicate)
             seeds.add(seed)

@@ -125,7 +125,7 @@ class Verdict:
         self.incomparable = not_comparable(*contracts)
         #: Parts of the contracts by which their samples differ besides.
         self.drawn_differently = drawn_differently(*contracts)
-        measured = [name for name in JUDGED if name in baseline.means and name in side.means]
+        measured = [name for name in JUDGED if None not in (baseline.means.get(name), side.means.get(name))]
         judged = [name for name in measured if not {name, "all"} & self.incomparable.keys()]
         #: Of each metric that is judged, and the word for it.
         self.differences = {
@@ -218,6 +218,9 @@ def luck_table(side: Side) -> str:
     count = len(side.evaluations)
     rows = [(f"{side.name}, {count} training{'s' * (count > 1)}", "mean", "sampling luck", "training luck", "ratio")]
     for name, mean in side.means.items():
+        if mean is None:  # not all trainings have it
+            rows.append((name, *(ABSENT,) * 4))
+            continue
         luck = Luck.of(side.measured(name))
         sampling, by_seed = math.sqrt(luck.sampling), luck.seed_deviation
         ratio = f"{by_seed / sampling:.2g}" if by_seed is not None and sampling else ABSENT
