@@ -15,6 +15,9 @@ from PIL import Image
 from test_evaluate import evaluated, write_corpus, write_model
 
 from data.manifest import read_manifest
+from pipelines.runtime.stage.lineage import FinishedStage
+from pipelines.tools.compare import sides_of
+from pipelines.tools.report import Run
 from pipelines.tools.trace import text_of
 
 
@@ -144,6 +147,18 @@ def test_a_report_of_runs_without_an_evaluation_says_so(runs: Path, tmp_path: Pa
     assert done.returncode == 2
     assert "report.runs" in done.stderr
     assert not (tmp_path / "r.html").exists()
+
+
+def test_a_curve_has_the_newest_record_of_an_update_that_was_repeated(runs: Path, tmp_path: Path) -> None:
+    shutil.copytree(runs / "one", tmp_path / "one")
+    (side,), _ = sides_of([str(tmp_path / "one")])
+    run = Run(side, "A")
+    unet = read_manifest(tmp_path / "one" / "unet")
+    run.stages["train_unet"] = FinishedStage(tmp_path / "one" / "unet", unet)
+    records = [(1, 4.0), (2, 9.0), (3, 9.5), (2, 3.0), (3, 2.0)]  # a rewind to update 1
+    lines = [json.dumps({"update": update, "time": 0.0, "train/loss": loss}) + "\n" for update, loss in records]
+    (tmp_path / "one" / "unet" / "metrics.jsonl").write_text("".join(lines))
+    assert run.curve("train/loss") == ([1, 2, 3], [4.0, 3.0, 2.0])
 
 
 def test_a_report_names_a_tar_of_samples_that_was_cut(runs: Path, tmp_path: Path, tool: Ran) -> None:

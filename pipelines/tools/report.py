@@ -115,7 +115,10 @@ class Run:
         """Return updates and values of one metric of the trainings, thinned; of the U-Net where it has it."""
         for stage in ("train_unet", "train_vae"):
             records = read_spool_backwards(self.stages[stage].folder / METRICS) if stage in self.stages else ()
-            points = {int(row.get("update", row.get("step", 0))): row[name] for row in records if name in row}
+            points: dict[int, float] = {}
+            for row in records:
+                if name in row:  # the newest of an update that was repeated after a rewind
+                    points.setdefault(int(row.get("update", row.get("step", 0))), row[name])
             if points:
                 updates = sorted(points)[:: max(1, len(points) // 200)]
                 return updates, [points[update] for update in updates]
