@@ -149,6 +149,12 @@ def test_a_report_of_runs_without_an_evaluation_says_so(runs: Path, tmp_path: Pa
     assert not (tmp_path / "r.html").exists()
 
 
+def test_a_report_of_a_run_that_is_not_there_says_so(runs: Path, tmp_path: Path, tool: Ran) -> None:
+    done = tool("report", str(runs / "one"), str(runs / "typo"), "--output", str(tmp_path / "r.html"))
+    assert done.returncode == 2
+    assert f"report.runs: {runs / 'typo'} is neither a stage's folder nor a pipeline's" in done.stderr
+
+
 def test_a_curve_has_the_newest_record_of_an_update_that_was_repeated(runs: Path, tmp_path: Path) -> None:
     shutil.copytree(runs / "one", tmp_path / "one")
     (side,), _ = sides_of([str(tmp_path / "one")])

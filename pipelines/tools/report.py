@@ -76,6 +76,7 @@ def report(config: ReportConfig) -> Answer:
         runs = [Run(side, letter) for side, letter in zip(sides, ascii_uppercase, strict=False)]
         samples = samples_of(runs)
     with config_error_at("report.output"):
+        differences = comparisons([each for run in config.runs for each in reports_of(run)])
         make_folder(output := Path(config.output).absolute().parent)
 
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
@@ -87,7 +88,7 @@ def report(config: ReportConfig) -> Answer:
         curves=chart_svg(curves_chart, {name: {run.label: run.curve(name) for run in runs} for name in CURVES}),
         sweep=chart_svg(sweep_chart, {run.label: run.figures["sweep"] for run in runs}, {}),
         error_budget=chart_svg(error_budget_chart, {run.label: run.error_budget for run in runs}),
-        differences=comparisons([each for run in config.runs for each in reports_of(run)]),
+        differences=differences,
         made=time.strftime("%Y-%m-%d %H:%M"),
     )
     path = output / Path(config.output).name
