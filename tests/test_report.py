@@ -1,6 +1,8 @@
 """The report of two runs as one page, and the ancestors of a sample."""
 
+import base64
 import importlib
+import io
 import json
 import re
 import shutil
@@ -8,6 +10,8 @@ import subprocess
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from conftest import run_here
@@ -17,7 +21,7 @@ from test_evaluate import evaluated, write_corpus, write_model
 from data.manifest import read_manifest
 from pipelines.runtime.stage.lineage import FinishedStage
 from pipelines.tools.compare import sides_of
-from pipelines.tools.report import Run
+from pipelines.tools.report import Run, encoded, samples_of
 from pipelines.tools.trace import text_of
 
 
@@ -165,6 +169,17 @@ def test_a_curve_has_the_newest_record_of_an_update_that_was_repeated(runs: Path
     lines = [json.dumps({"update": update, "time": 0.0, "train/loss": loss}) + "\n" for update, loss in records]
     (tmp_path / "one" / "unet" / "metrics.jsonl").write_text("".join(lines))
     assert run.curve("train/loss") == ([1, 2, 3], [4.0, 3.0, 2.0])
+
+
+def test_pictures_beyond_the_limit_of_webp_are_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    samples = {1.0: [(Image.new("RGB", (1024, 8)), "a")] * 16}
+    monkeypatch.setattr("pipelines.tools.report.read_samples", lambda *_: samples)
+    side = SimpleNamespace(own=SimpleNamespace(sweep={1.0: {}}))
+    run: Any = SimpleNamespace(label="A: one", folder=Path(), grids={}, side=side)
+    shown = samples_of([run])
+    assert (shown["seeds"], len(shown["heads"])) == (15, 15)
+    wide = base64.b64decode(encoded(Image.new("RGB", (20_000, 40))).partition(",")[2])
+    assert Image.open(io.BytesIO(wide)).size == (16_383, 33)
 
 
 def test_a_report_names_a_tar_of_samples_that_was_cut(runs: Path, tmp_path: Path, tool: Ran) -> None:

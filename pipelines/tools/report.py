@@ -45,6 +45,7 @@ TEMPLATE = Path(__file__).parents[1] / "evaluation" / "report.html"
 MOST_SEEDS = 16  # samples that are shown of each guidance
 MOST_GRIDS = 6  # of the training that are shown of each run
 PICTURE_BYTES = 3_500_000  # of all pictures together; fewer seeds are shown where they are larger
+MOST_PIXELS = 16_383  # a side of a WebP
 SMALL = 64  # pixels a side, up to which pictures are stored without loss
 CURVES = ("train/loss", "val/loss", "val/frechet_distance", "val/psnr")
 
@@ -75,8 +76,8 @@ def report(config: ReportConfig) -> Answer:
             raise ValueError(f"{len(sides)} runs are too many for one page. Give at most {len(ascii_uppercase)}.")
         runs = [Run(side, letter) for side, letter in zip(sides, ascii_uppercase, strict=False)]
         samples = samples_of(runs)
-    with config_error_at("report.output"):
         differences = comparisons([each for run in config.runs for each in reports_of(run)])
+    with config_error_at("report.output"):
         make_folder(output := Path(config.output).absolute().parent)
 
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
@@ -158,6 +159,8 @@ def samples_of(runs: Sequence[Run]) -> dict[str, Any]:
     scales = sorted(set.intersection(*(set(run.side.own.sweep) for run in runs)))
     samples = {run.label: read_samples(run.folder, scales) for run in runs}
     seeds = min((len(of_scale) for of_run in samples.values() for of_scale in of_run.values()), default=0)
+    widths = [image.width for of_run in samples.values() for of_scale in of_run.values() for image, _ in of_scale]
+    seeds = min(seeds, max(1, MOST_PIXELS // max(widths, default=1)))
     while True:
         strips = {
             scale: {label: strip([image for image, _ in of_run[scale][:seeds]]) for label, of_run in samples.items()}
@@ -213,8 +216,9 @@ def strip(images: Sequence[Image.Image]) -> str:
 
 
 def encoded(image: Image.Image) -> str:
-    """Return an image as a data URI: small ones without loss."""
+    """Return an image as a data URI: small ones without loss, those beyond WebP's limit scaled down."""
     buffer = io.BytesIO()
+    image.thumbnail((MOST_PIXELS, MOST_PIXELS))  # others stay as they are
     image.save(buffer, format="WEBP", lossless=image.height <= SMALL, quality=85)
     return data_uri(buffer.getvalue(), "webp")
 
