@@ -19,6 +19,7 @@ from PIL import Image
 from test_evaluate import evaluated, write_corpus, write_model
 
 from data.manifest import read_manifest
+from pipelines.evaluation.pictures import chart_svg, sweep_chart
 from pipelines.runtime.stage.lineage import FinishedStage
 from pipelines.tools.compare import sides_of
 from pipelines.tools.report import Run, encoded, samples_of
@@ -180,6 +181,11 @@ def test_pictures_beyond_the_limit_of_webp_are_shown(monkeypatch: pytest.MonkeyP
     assert (shown["seeds"], len(shown["heads"])) == (15, 15)
     wide = base64.b64decode(encoded(Image.new("RGB", (20_000, 40))).partition(",")[2])
     assert Image.open(io.BytesIO(wide)).size == (16_383, 33)
+
+
+def test_a_chart_names_a_run_whose_folder_looks_like_mathematics() -> None:
+    sweep = [{"guidance": 1.0, "precision": {"value": 0.5, "error": 0.1}}]
+    assert "a$b_{$c" in chart_svg(sweep_chart, {"A: a$b_{$c": sweep}, {})
 
 
 def test_a_report_names_a_tar_of_samples_that_was_cut(runs: Path, tmp_path: Path, tool: Ran) -> None:

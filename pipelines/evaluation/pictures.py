@@ -201,7 +201,9 @@ def chart_svg(draw: Callable[..., Any], *data: Any) -> str:
         figure = draw(*data)
         handles = figure.axes[0].get_legend_handles_labels() if figure.axes else ([], [])
         if handles[0]:
-            figure.legend(*handles, loc="outside upper left", ncols=3)
+            legend = figure.legend(*handles, loc="outside upper left", ncols=3)
+            for text in legend.get_texts():
+                text.set_parse_math(False)  # a folder's name may hold "$"
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     text = buffer.getvalue()
     text = text[text.index("<svg") :].replace(INK, "currentColor")
