@@ -28,11 +28,21 @@ from data.order.order import BlockedShuffleConfig
 from models.autoencoder.discriminator import DiscriminatorConfig
 from models.autoencoder.objective import PatchAdversary, VAEObjectiveConfig
 from pipelines.prepare_corpus import PrepareCorpusConfig
+from pipelines.runtime.config.errors import ConfigError
 from pipelines.runtime.config.experiment import load_config
 from pipelines.runtime.training.memory import Settings, Sketch, gib
 from pipelines.runtime.training.optim import OptimConfig, Optimizer
 from pipelines.tools.doctor_checks import file_operations, free_space, gpu_memory, mlflow_store, shards, workers
-from pipelines.tools.plan import StagePlan, add_costs, corpus_size, memory_lines, stage_configs, unet_sketch, vae_sketch
+from pipelines.tools.plan import (
+    StagePlan,
+    add_costs,
+    corpus_size,
+    memory_lines,
+    stage_configs,
+    try_out,
+    unet_sketch,
+    vae_sketch,
+)
 from pipelines.train_unet import TrainUNetConfig
 from pipelines.train_vae import TrainVAEConfig
 
@@ -417,3 +427,11 @@ def test_a_trial_that_fails_says_what_it_said(root: Path, tmp_path: Path, tool: 
     assert done.code == 2
     assert "train_vae failed in its trial with exit code" in done.stderr
     assert "train-000001.tar" in done.stderr
+
+
+def test_a_trial_that_does_not_end_is_a_plan_without_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    ended = Mock(side_effect=subprocess.TimeoutExpired("words", 1800))
+    monkeypatch.setattr("pipelines.tools.plan.subprocess.run", ended)
+    stages = stage_configs(str(SMOKE), root="runs/none")
+    with pytest.raises(ConfigError, match=r"train_vae: its trial did not end within 1800 s\. .* --trial false"):
+        try_out("train_vae", stages.train_vae, str(SMOKE), run=stages.train_vae.run, devices=1)

@@ -377,9 +377,14 @@ def try_out(stage: str, config: TrainingConfig, path: str, *, run: RunConfig, de
             *("--global_batch", str(share), "--log_every", "1", "--validate_every", "1000000"),
         ]
         for expected in (75, 0):
-            done = subprocess.run(
-                words, env=environment, capture_output=True, text=True, timeout=TRIAL_SECONDS, check=False
-            )
+            try:
+                done = subprocess.run(
+                    words, env=environment, capture_output=True, text=True, timeout=TRIAL_SECONDS, check=False
+                )
+            except subprocess.TimeoutExpired:
+                raise ConfigError(
+                    f"{stage}: its trial did not end within {TRIAL_SECONDS:g} s. Plan without it: --trial false."
+                ) from None
             if done.returncode != expected:
                 last = "\n    ".join(done.stderr.strip().splitlines()[-8:])
                 raise ConfigError(f"{stage} failed in its trial with exit code {done.returncode}:\n    {last}")
