@@ -28,8 +28,8 @@ _BASIS: Mapping[str, tuple[Collection[str], str]] = {
 }
 #: Parts that make samples what they are: they may differ, and then the difference is theirs, too.
 _OF_THE_SAMPLES = ("sampler", "guidance", "precision", "tf32", "seed", "average")
-#: Parts that belong to the model, and measured figures, which follow from the rest up to rounding.
-_NO_IDENTITY = frozenset({"average", "bias_floor", "validation_accuracy", "validation"})
+#: Parts that belong to the model or to memory, and measured figures, which follow from the rest up to rounding.
+_NO_IDENTITY = frozenset({"average", "batched", "bias_floor", "validation_accuracy", "validation"})
 
 
 def contract_of(
@@ -110,7 +110,7 @@ def not_comparable(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[
 def drawn_differently(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[str]:
     """Return the parts of two contracts that make samples what they are, and that differ."""
     pairs = ((name, first.get(name), second.get(name)) for name in _OF_THE_SAMPLES)
-    return [name for name, ours, theirs in pairs if ours is not None and theirs is not None and ours != theirs]
+    return [name for name, ours, theirs in pairs if ours is not None and theirs is not None and _differs(ours, theirs)]
 
 
 def _differs(ours: Any, theirs: Any) -> bool:
