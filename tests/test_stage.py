@@ -11,6 +11,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import reduce
 from pathlib import Path
 from types import SimpleNamespace
@@ -34,7 +36,9 @@ from pipelines.runtime.stage.fingerprint import (
     ignored_values,
     keys_at_default,
 )
-from pipelines.runtime.stage.stage import running_stage
+from pipelines.runtime.stage.launch import StopSignal
+from pipelines.runtime.stage.leases import Leases
+from pipelines.runtime.stage.stage import Stage, running_stage
 from pipelines.runtime.tracking.spool import EVENTS, read_spool
 from pipelines.runtime.training.config import TrainingConfig
 from pipelines.train_unet import TrainUNetConfig
@@ -484,6 +488,47 @@ def test_a_disk_that_fails_in_the_work_is_a_sentence_and_the_folder_is_left_whol
     assert "Traceback" not in said
     assert json.loads((tmp_path / "corpus" / "outcome.json").read_bytes())["exit_code"] == code
     assert {path.name for path in (tmp_path / "corpus").glob("*.tar*")} == {"a.tar"}
+
+
+@pytest.fixture
+def runs_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., AbstractContextManager[Stage]]:
+    """Starts runs of a stage that can be joined, all in this process; ``first`` is done between check and lock."""
+    here = SimpleNamespace(is_main_process=True, num_processes=1, process_index=0, device="cpu")
+    monkeypatch.setattr(StopSignal, "handling_signals", lambda stop: contextlib.nullcontext())
+    monkeypatch.setattr("pipelines.runtime.stage.stage.JOIN_PATIENCE_SECONDS", 0.0)
+
+    def start(first: Callable[[], object] = lambda: None, joinable: bool = True) -> AbstractContextManager[Stage]:
+        monkeypatch.setattr("pipelines.runtime.stage.stage.start_accelerator", lambda *_, **__: (first(), here)[1])
+        config = StageConfig.model_validate({"run": {"root": str(tmp_path), "tracking_uri": "offline"}})
+        return running_stage(config, name="encode_latents", joinable=joinable)
+
+    return start
+
+
+@pytest.mark.parametrize("owner_first", [True, False])
+def test_the_file_stop_stops_all_runs_on_a_folder_and_not_the_next_one(
+    owner_first: bool, tmp_path: Path, runs_here: Callable[..., AbstractContextManager[Stage]]
+) -> None:
+    runs = [runs_here(), runs_here()]
+    stages = [run.__enter__() for run in runs]
+    file = tmp_path / "latents" / "stop"
+    stages[1].stop.request_on_all_ranks()
+    assert [stage.stop.requested() for stage in stages] == [False, True], "the ranks of one run are asked"
+    file.touch()
+    for run, stage in list(zip(runs, stages, strict=True))[:: 1 if owner_first else -1]:
+        assert stage.stop.requested()
+        with pytest.raises(SystemExit) as end:
+            run.__exit__(Stopped, Stopped(stage.stop.reason), None)
+        assert end.value.code == 75
+    (tmp_path / "latents" / "parts").mkdir()
+    with Leases(tmp_path / "latents" / "parts") as leases, leases.lease("a"), runs_here() as stage:
+        assert stage.stop.requested(), "another run is still at work, and is to find it"
+    with runs_here() as stage:
+        assert not stage.stop.requested()
+    file.touch()
+    os.utime(file, (time.time() + 1, time.time() + 1))
+    with runs_here() as stage:
+        assert stage.stop.requested(), "it was made for this start"
 
 
 def test_a_store_that_cannot_be_beside_the_root_is_refused_before_any_work(

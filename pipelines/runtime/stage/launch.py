@@ -144,10 +144,17 @@ class StopSignal:
     """A request to stop, by SIGTERM, Ctrl-C or the file ``stop`` in the stage's folder; training ranks agree on it.
 
     A second signal ends the process at once; what is committed stays good.
+
+    Args:
+        folder: Of the stage; the file there stops all runs on it.
+        accelerator: Of this process.
+        own: Folder of this run's records, where it has another one: its ranks pass a request on to each other there.
     """
 
-    def __init__(self, folder: Path, accelerator: Accelerator) -> None:
-        self.file = folder / "stop"
+    def __init__(self, folder: Path, accelerator: Accelerator, *, own: Path | None = None) -> None:
+        self.file, self.passed_on = folder / "stop", (own or folder) / "stop-all-ranks"
+        if accelerator.is_main_process:
+            self.passed_on.unlink(missing_ok=True)  # of a run that was killed; nobody has passed on anything yet
         self.reason: str | None = None
         self._received = 0.0
         # A group of its own on the host, to leave together: the device may have work that nobody waits for.
@@ -173,11 +180,13 @@ class StopSignal:
         """Return whether this rank was asked to stop, after a look for the file; other ranks may not know yet."""
         if self.reason is None and self.file.exists():
             self.reason = "the file 'stop'"
+        if self.reason is None and self.passed_on.exists():
+            self.reason = "asked by another rank"
         return self.reason is not None
 
     def request_on_all_ranks(self) -> None:
-        """Pass the request on to the other ranks by the file, where there is no collective to agree by."""
-        self.file.touch()
+        """Pass the request on to this run's other ranks by a file, where there is no collective to agree by."""
+        self.passed_on.touch()
 
 
 def poll_seconds(waited: float) -> float:

@@ -202,7 +202,7 @@ def running_stage(
             tracker = start_tracker(config, name=name, folder=own, parents=manifests, accelerator=accelerator)
         elif accelerator.is_local_main_process:
             tracker = NodeTracker(own, node=f"node{os.environ.get('GROUP_RANK', socket.gethostname())}")
-        stop = StopSignal(folder, accelerator)
+        stop = StopSignal(folder, accelerator, own=own)
         stage = Stage(
             name=name,
             folder=folder,
@@ -249,8 +249,10 @@ def running_stage(
         tracker.close(RUN_STATUSES[outcome.state])
         if stage is not None and outcome.state != "failed":
             end_process_group(stage)
-        if is_main and outcome.working:
-            (folder / "stop").unlink(missing_ok=True)  # answered; one made before the start is still to be answered
+        if is_main and stage is not None:  # answered; one made before the start is still to be answered
+            stage.stop.passed_on.unlink(missing_ok=True)
+            if not (folder / "runs").is_dir():  # of runs that join each other each is to find it
+                (folder / "stop").unlink(missing_ok=True)
         lock.release()
     if outcome.code:
         raise SystemExit(outcome.code)
@@ -323,12 +325,23 @@ def sweep(folder: Path, *, joinable: bool) -> None:
     parts = folder / "parts"
     if joinable and parts.is_dir() and not sweep_expired_leases(parts):
         return
+    if joinable:
+        remove_answered_stop(folder)
     for place in (folder, folder / "index"):
         sweep_temporaries(place)
     for path in sorted(parts.glob("*.json")):
         if not _is_whole(path, folder):
             log.warning(f"{folder / path.stem} or its result, {path}, was cut or changed: it is made again")
             path.unlink()
+
+
+def remove_answered_stop(folder: Path) -> None:
+    """Remove a request to stop that is older than the end of a run: runs that join each other leave it to the next."""
+    ends = [folder / OUTCOME_NAME, *folder.glob(f"runs/*/{OUTCOME_NAME}")]
+    with suppress(FileNotFoundError):
+        made = (folder / "stop").stat().st_mtime_ns
+        if any(end.stat().st_mtime_ns >= made for end in ends if end.exists()):
+            (folder / "stop").unlink()
 
 
 def _is_whole(path: Path, folder: Path) -> bool:
