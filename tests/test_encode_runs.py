@@ -68,6 +68,7 @@ def test_runs_that_join_share_the_work_and_one_of_them_finishes_it(two_process_r
     folder = tmp_path / "latents"
     owner = FolderLock(folder)
     owner.acquire()
+    shutil.copy(two_process_run.folder("encode_latents") / "request.json", folder)  # an owner writes it as it begins
     runs = [started(encoding_command(two_process_run, tmp_path, processes=1)) for _ in range(2)]
     parts = len(two_process_run.manifest("encode_latents")["content"]["files"])
     wait_until(lambda: len(list(folder.glob("runs/*"))) == 2, seconds=180, what="joining the owner")

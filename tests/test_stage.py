@@ -10,19 +10,20 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from functools import reduce
+from functools import partial, reduce
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from conftest import REPOSITORY, SMOKE, environment, run_here, run_stage, start_ranks, start_warm, wait_until
-from manifests import commit_unet
+from manifests import commit_latents, commit_unet
 
-from data.files import write_atomically
+from data.files import FolderLock, write_atomically
 from pipelines.encode_latents import EncodeLatentsConfig
 from pipelines.model.grids import grid_png
 from pipelines.runtime.config.errors import ConfigError, Stopped, config_error_at
@@ -419,8 +420,6 @@ def test_mended_samples_are_looked_at_again_and_a_changed_listing_is_refused(tmp
 
 
 def test_a_second_start_leaves_the_outcome_of_the_owner_alone(tmp_path: Path) -> None:
-    from data.files import FolderLock
-
     owner = FolderLock(tmp_path)
     owner.acquire()
     Outcome("failed", code=2).write(tmp_path, is_main=True)
@@ -529,6 +528,38 @@ def test_the_file_stop_stops_all_runs_on_a_folder_and_not_the_next_one(
     os.utime(file, (time.time() + 1, time.time() + 1))
     with runs_here() as stage:
         assert stage.stop.requested(), "it was made for this start"
+
+
+@pytest.mark.parametrize("at_work", [False, True])
+def test_another_request_that_began_between_check_and_lock_is_not_mixed_with(
+    at_work: bool, tmp_path: Path, runs_here: Callable[..., AbstractContextManager[Stage]]
+) -> None:
+    """The other run has ended by then, or is joined; that one takes the lock before it writes what it does."""
+    folder, other = tmp_path / "latents", FolderLock(tmp_path / "latents")
+    theirs = {"stage": "encode_latents", "config": {"seed": 7}, "parents": {}}
+
+    def begin_another() -> None:
+        writes = threading.Timer(0.5, begin, (folder, theirs), {"fingerprint_ignores": {}})
+        writes.start()
+        other.acquire() if at_work else writes.join()
+
+    with pytest.raises(SystemExit) as end, runs_here(begin_another):
+        pytest.fail("it works on another request's folder")
+    other.release()
+    assert end.value.code == 2
+    ((outcome,),) = (list(folder.rglob("outcome.json")),)
+    assert "begun with another request:\n    seed: was 7, is now absent" in json.loads(outcome.read_bytes())["reason"]
+    assert json.loads((folder / "request.json").read_bytes())["config"] == {"seed": 7}
+
+
+def test_what_was_finished_between_check_and_lock_is_left_as_it_is(
+    tmp_path: Path, runs_here: Callable[..., AbstractContextManager[Stage]]
+) -> None:
+    finish = partial(commit_latents, tmp_path / "latents", [], config={}, parents={})
+    with pytest.raises(SystemExit) as end, runs_here(finish, joinable=False):
+        pytest.fail("it works on a finished folder")
+    assert end.value.code == 0
+    assert json.loads((tmp_path / "latents" / "outcome.json").read_bytes())["state"] == "done"
 
 
 def test_a_store_that_cannot_be_beside_the_root_is_refused_before_any_work(

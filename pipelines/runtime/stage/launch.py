@@ -178,10 +178,9 @@ class StopSignal:
 
     def requested(self) -> bool:
         """Return whether this rank was asked to stop, after a look for the file; other ranks may not know yet."""
-        if self.reason is None and self.file.exists():
-            self.reason = "the file 'stop'"
-        if self.reason is None and self.passed_on.exists():
-            self.reason = "asked by another rank"
+        for file, reason in ((self.file, "the file 'stop'"), (self.passed_on, "asked by another rank")):
+            if self.reason is None and file.exists():
+                self.reason = reason
         return self.reason is not None
 
     def request_on_all_ranks(self) -> None:

@@ -31,6 +31,7 @@ from pipelines.runtime.config.outcome import OUTCOME_NAME, Outcome, resume_comma
 from pipelines.runtime.config.redaction import without_credentials
 from pipelines.runtime.config.stage_config import STAGE_FOLDERS, StageConfig
 from pipelines.runtime.stage.fingerprint import (
+    REQUEST_NAME,
     already_done,
     ancestors,
     begin,
@@ -172,25 +173,31 @@ def running_stage(
                 make_folder(folder)
         manifests = read_parents(config)
         request = fingerprint_of(name, config, manifests)
-        if already_done(
-            folder,
-            request,
-            allowed=config.run.allow_changed,
-            fingerprint_ignores=config.fingerprint_ignores,
-            at_default=keys_at_default(config),
-            revisions=config.revisions,
-        ):
+
+        def is_done() -> bool:
+            return already_done(
+                folder,
+                request,
+                allowed=config.run.allow_changed,
+                fingerprint_ignores=config.fingerprint_ignores,
+                at_default=keys_at_default(config),
+                revisions=config.revisions,
+            )
+
+        if not (done := is_done()):
+            check(manifests)  # what a finished stage was made from may be gone
+            if is_main:
+                with config_error_at("run.tracking_uri"):
+                    store_uri(config.run.tracking_uri, root=Path(config.run.root))
+            accelerator = start_accelerator(config.run, precision=precision, tf32=tf32)
+            own = take_folder(folder, lock, accelerator, joinable=joinable)
+            done = done_by_now(is_done, folder, lock, accelerator)
+        if done:
             outcome.set("done")
             log.info(f"already finished in {folder}; nothing to do.")
             if is_main:
                 when_done(folder)
             raise SystemExit(0)
-        check(manifests)  # what a finished stage was made from may be gone
-        if is_main:
-            with config_error_at("run.tracking_uri"):
-                store_uri(config.run.tracking_uri, root=Path(config.run.root))
-        accelerator = start_accelerator(config.run, precision=precision, tf32=tf32)
-        own = take_folder(folder, lock, accelerator, joinable=joinable)
         if accelerator.is_main_process:
             ignored = ignored_values(config)
             if lock.held and (
@@ -244,6 +251,8 @@ def running_stage(
             with suppress(OSError):
                 stage.watchdog.report(f"{type(error).__name__}: {error}")
     finally:
+        if not outcome.working:
+            lock.release()  # the outcome of a run that ended before its work is written where the lock can be taken
         outcome.write(own, is_main=is_main)
         tracker.set_tags({"outcome": outcome.reason or outcome.state})
         tracker.close(RUN_STATUSES[outcome.state])
@@ -289,6 +298,28 @@ def take_folder(folder: Path, lock: FolderLock, accelerator: Accelerator, *, joi
     if accelerator.num_processes > 1:
         _check_all_ranks_see(own / f".{abs(token):016x}.tmp", accelerator)
     return own
+
+
+def done_by_now(is_done: Callable[[], bool], folder: Path, lock: FolderLock, accelerator: Accelerator) -> bool:
+    """Check the request again, since another run may have begun or finished before the lock was taken. A collective.
+
+    Raises:
+        ConfigError: On every rank: the folder holds another request's work.
+    """
+    done, mistake = 0, None
+    if accelerator.is_main_process:
+        # An owner that is joined may have its request still to write.
+        deadline = time.monotonic() + SHARED_PATIENCE_SECONDS
+        while not lock.held and not (folder / REQUEST_NAME).exists() and time.monotonic() < deadline:
+            time.sleep(POLL_SECONDS)
+        try:
+            done = int(is_done())
+        except ConfigError as error:
+            done, mistake = -1, error
+    done = from_main(done, accelerator)
+    if done < 0:
+        raise mistake or ConfigError(f"{folder} holds the work of another request, which has just begun.")
+    return bool(done)
 
 
 def _check_all_ranks_see(mark: Path, accelerator: Accelerator) -> None:
