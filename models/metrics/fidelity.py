@@ -13,6 +13,7 @@ from torch.nn import functional
 from models.metrics.estimate import on_one_thread
 
 _PEAK = 255.0
+SSIM_WINDOW = 11  # pixels a side
 _ROUNDING_ERROR = 1 / 12  # mean square error of rounding to whole levels
 
 
@@ -54,10 +55,9 @@ def ssim(images: Tensor, reference: Tensor) -> Tensor:
         ValueError: The shapes differ, are not (b c h w), or are smaller than the window.
     """
     images, reference = _checked_levels(images, reference)
-    if min(images.shape[-2:]) < 11:
-        raise ValueError(
-            f"SSIM looks through 11x11 windows; images of {images.shape[-2]}x{images.shape[-1]} are smaller."
-        )
+    if min(images.shape[-2:]) < SSIM_WINDOW:
+        size = f"{images.shape[-2]}x{images.shape[-1]}"
+        raise ValueError(f"SSIM looks through {SSIM_WINDOW}x{SSIM_WINDOW} windows; images of {size} are smaller.")
 
     mean, mean_ref = _window_mean(images), _window_mean(reference)
     variance = _window_mean(images.square()) - mean.square()
@@ -77,8 +77,8 @@ def _window_mean(levels: Tensor) -> Tensor:
     window = window / window.sum()
     batch, channels, height, width = levels.shape
     planes = levels.reshape(batch * channels, 1, height, width)
-    planes = functional.conv2d(planes, window.reshape(1, 1, 11, 1))
-    planes = functional.conv2d(planes, window.reshape(1, 1, 1, 11))
+    planes = functional.conv2d(planes, window.reshape(1, 1, -1, 1))
+    planes = functional.conv2d(planes, window.reshape(1, 1, 1, -1))
     return planes.reshape(batch, channels, height - 10, width - 10)
 
 

@@ -28,7 +28,7 @@ from models.features import FeatureExtractorConfig
 from models.features.extractor import FeatureExtractor
 from models.features.scattering import ScatteringConfig
 from models.latent_diffusion import LatentDiffusion
-from models.metrics.fidelity import psnr, ssim
+from models.metrics.fidelity import SSIM_WINDOW, psnr, ssim
 from pipelines.evaluation.error_budget import FixedBatches, HeldOutImages
 from pipelines.evaluation.metrics import absent_figures
 from pipelines.evaluation.real_images import RealImages, RealSet, read_items
@@ -42,8 +42,6 @@ from pipelines.runtime.config.errors import config_error_at
 from pipelines.runtime.config.stage_config import StageConfig
 from pipelines.runtime.stage.launch import Precision
 from pipelines.runtime.stage.stage import Stage
-
-SSIM_WINDOW = 11  # pixels a side
 
 
 class EvaluateInputs(ModelInputs):
