@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import psutil
@@ -437,3 +439,21 @@ def test_a_batch_keeps_its_structure_when_there_is_nothing_to_pin() -> None:
         indices=np.zeros(1, dtype=np.int64), images=np.zeros(1), labels=np.zeros(1), keys=["k"], captions=[""]
     )
     assert replace(pinned(batch)) == batch
+
+
+def test_a_remote_copy_that_is_dropped_before_it_was_opened_is_fetched_again() -> None:
+    entry = FileEntry(name="train-0.tar", bytes=1, sha256="", samples=1, url="s3://bucket/0.tar")
+    for failures, outcome in ((shard_set.TRIES - 1, "shard"), (shard_set.TRIES, BadSample)):
+        opens = iter([FileNotFoundError] * failures + ["shard"])
+
+        def open_one(*_: object, opens: Any = opens, **__: object) -> Any:
+            if (found := next(opens)) is FileNotFoundError:
+                raise found
+            return found
+
+        reader: Any = SimpleNamespace(_open_one=open_one, folder=Path("corpus"))
+        if outcome == "shard":
+            assert shard_set.ShardSet._open_there(reader, entry, trusted=False) == "shard"
+        else:
+            with pytest.raises(BadSample, match="s3://bucket/0.tar is not there"):
+                shard_set.ShardSet._open_there(reader, entry, trusted=False)

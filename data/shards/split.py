@@ -1,5 +1,6 @@
 """Shards of one split as one long row of samples: opened when they are needed, checked, and closed again."""
 
+import contextlib
 import resource
 import threading
 from collections import OrderedDict
@@ -125,14 +126,14 @@ class ShardSet:
 
     def _open_there(self, entry: FileEntry, *, trusted: bool) -> Shard:
         # A copy may be dropped from the cache between its fetch and its opening.
-        for tries_left in reversed(range(TRIES if is_remote(entry.url) else 1)):
-            try:
+        for _ in range(TRIES - 1 if is_remote(entry.url) else 0):
+            with contextlib.suppress(FileNotFoundError):
                 return self._open_one(entry, trusted=trusted)
-            except FileNotFoundError:
-                if not tries_left:
-                    where = entry.url or self.folder / entry.name
-                    raise BadSample("shard_missing", f"{where} is not there", shard=entry.name) from None
-        raise AssertionError
+        try:
+            return self._open_one(entry, trusted=trusted)
+        except FileNotFoundError:
+            where = entry.url or self.folder / entry.name
+            raise BadSample("shard_missing", f"{where} is not there", shard=entry.name) from None
 
     def _open_one(self, entry: FileEntry, *, trusted: bool) -> Shard:
         kept = index_path(self.folder / entry.name)
