@@ -23,7 +23,7 @@ from data.order.order import FullShuffleConfig, OrderConfig
 from data.randomness import SampleDraws
 from models.autoencoder.vae import Posterior
 from models.denoiser import Denoiser, DenoiserConfig
-from models.diffusion.objective import check_starting_weight
+from models.diffusion.objective import check_sampling_start
 from models.features import FeatureExtractorConfig
 from models.features.scattering import ScatteringConfig
 from models.latent_diffusion import Normalisation
@@ -127,7 +127,7 @@ def check(config: TrainUNetConfig, parents: Parents) -> None:
         CaptionFeatures(config.captions, config.denoiser, latents=latents, device=torch.device("cpu"))
         with torch.device("meta"):
             denoiser = build_denoiser(config, latents.latent, num_classes=len(latents.classes))
-        check_starting_weight(config.denoiser.objective, denoiser.process)
+        check_sampling_start(config.denoiser.objective, denoiser.process)
     with config_error_at("train_unet.start"):
         check_start(config.start, denoiser)
     with config_error_at("train_unet.grid.sampler"):
@@ -164,7 +164,7 @@ def train(config: TrainUNetConfig, stage: Stage) -> None:
     with config_error_at("train_unet.captions"):
         captions = CaptionFeatures(config.captions, config.denoiser, latents=latents, device=device.torch)
     batches = BatchMaker(config, stage, denoiser, captions)
-    if warning := check_starting_weight(config.denoiser.objective, denoiser.process):
+    if warning := check_sampling_start(config.denoiser.objective, denoiser.process):
         stage.log.info(f"warning: train_unet.denoiser.{warning}")
 
     # How to learn it.

@@ -19,7 +19,7 @@ from models.diffusion.objective import (
     UniformTimes,
     UniformWeighting,
     check_objective,
-    check_starting_weight,
+    check_sampling_start,
     denoising_loss,
     loss_weights,
     strata,
@@ -351,14 +351,18 @@ def test_a_last_step_without_weight_is_refused_and_one_with_hardly_any_is_warned
     min_snr = ObjectiveConfig(prediction="v", weighting=MinSNRWeighting())
     pure_noise = CosineScheduleConfig(zero_terminal_snr=True).build()
     with pytest.raises(ValueError, match=r'"min_snr" with prediction = "v" .* never trained') as caught:
-        check_starting_weight(min_snr, pure_noise)
+        check_sampling_start(min_snr, pure_noise)
     assert 'Use weighting.kind = "uniform" or "truncated_snr"' in str(caught.value)
     capped = snr_at(torch.arange(1000)).clamp(max=5) / (snr_at(torch.arange(1000)) + 1)
-    assert f"{CHAIN.alpha_bars[-1] / capped.median():.1g} of the median weight" in check_starting_weight(min_snr, CHAIN)
-    assert "hardly trained" in check_starting_weight(min_snr.model_copy(update={"prediction": "velocity"}), FLOW)
+    assert f"{CHAIN.alpha_bars[-1] / capped.median():.1g} of the median weight" in check_sampling_start(min_snr, CHAIN)
+    assert "hardly trained" in check_sampling_start(min_snr.model_copy(update={"prediction": "velocity"}), FLOW)
     for process in (CHAIN, FLOW, pure_noise):
         for weighting in (UniformWeighting(), TruncatedSNRWeighting()):
             for kind in ("v", "velocity", "x0"):
-                assert not check_starting_weight(ObjectiveConfig(prediction=kind, weighting=weighting), process)
-    assert not check_starting_weight(ObjectiveConfig(prediction="eps", weighting=MinSNRWeighting()), CHAIN)
-    assert not check_starting_weight(min_snr, ScaledLinearScheduleConfig().build())  # Stable Diffusion's
+                assert not check_sampling_start(ObjectiveConfig(prediction=kind, weighting=weighting), process)
+    assert "multiply the network's errors" in check_sampling_start(ObjectiveConfig(prediction="eps"), CHAIN)
+    for schedule in (ScaledLinearScheduleConfig(), LinearScheduleConfig()):
+        assert not check_sampling_start(
+            ObjectiveConfig(prediction="eps", weighting=MinSNRWeighting()), schedule.build()
+        )
+    assert not check_sampling_start(min_snr, ScaledLinearScheduleConfig().build())  # Stable Diffusion's

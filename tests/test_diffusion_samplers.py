@@ -186,6 +186,15 @@ def test_solvers_converge_at_their_order_on_a_closed_form_problem(schedule, meth
     assert rates[-1] == pytest.approx(order, abs=0.15), errors
 
 
+@pytest.mark.parametrize("spacing", ["trailing", "linspace", "quadratic"])
+@pytest.mark.parametrize("config", [DDIMConfig(), HeunConfig(), DPMSolverConfig()], ids=lambda config: config.kind)
+def test_few_steps_from_nearly_pure_noise_keep_the_spread_of_the_data(config, spacing):
+    """A cosine schedule starts at 20,000 times as much noise as data; Heun's 10 steps once gave 10 times the spread."""
+    noise, config = draw(1, 4, 8, 8), config.model_copy(update={"num_steps": 10, "spacing": spacing})
+    x = sample(config, PROCESSES["cosine"], ideal_for_gaussian(mean=0.0, std=1.0), noise, fresh_noise=no_noise)
+    assert float(x.std() / noise.std()) == pytest.approx(1, abs=0.25)
+
+
 @pytest.mark.parametrize("config", [DDPMConfig(num_steps=100), DDIMConfig(num_steps=100, eta=0.5)])
 @pytest.mark.parametrize("schedule", PROCESSES)
 def test_stochastic_samplers_give_the_distribution_of_the_data(schedule, config):

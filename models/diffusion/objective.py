@@ -173,6 +173,7 @@ def x0_error_per_error(level: NoiseLevel, snr: Tensor, prediction: Prediction) -
 # -------------------------------------------------------------------------------------------------------- objective
 
 LEAST_STARTING_WEIGHT = 1e-3  # of the step where sampling starts, in medians over all steps; below it is warned about
+LARGEST_EPS_RATIO = 1e3  # sigma / alpha where sampling starts; above it is warned about eps
 
 
 class ObjectiveConfig(BaseModel, frozen=True, extra="forbid"):
@@ -210,8 +211,8 @@ def check_objective(objective: ObjectiveConfig, schedule: ScheduleConfig) -> Non
         )
 
 
-def check_starting_weight(objective: ObjectiveConfig, process: Process) -> str:
-    """Return a warning if the step where sampling starts has hardly any weight, else "".
+def check_sampling_start(objective: ObjectiveConfig, process: Process) -> str:
+    """Return a warning if the step where sampling starts has hardly any weight, or tells eps nothing of x0, else "".
 
     min(SNR, gamma) / (SNR + 1), as Hang et al. 2023 weigh v, vanishes with the SNR; Lin et al. 2024 train their last
     step, which is pure noise, with the plain error of v.
@@ -220,6 +221,12 @@ def check_starting_weight(objective: ObjectiveConfig, process: Process) -> str:
         ValueError: It has none at all, and no other time of the chain is near it.
     """
     levels = [process.moment(step).level for step in range(process.num_steps)]
+    if objective.prediction in ("eps", "score") and (ratio := float(levels[-1].ratio)) > LARGEST_EPS_RATIO:
+        return (
+            f'objective.prediction = "{objective.prediction}" with a schedule that ends at {ratio:.0f} times as much '
+            "noise as data: samplers of few steps start there and multiply the network's errors by up to as much. Use "
+            '"v" or "velocity", schedule.kind = "scaled_linear" or "linear", or sampler.spacing = "leading".'
+        )
     weights = torch.stack([loss_weights(objective.weighting, level, objective.prediction) for level in levels])
     share = float(weights[-1] / weights.median())
     if share > LEAST_STARTING_WEIGHT:

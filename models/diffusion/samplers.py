@@ -35,6 +35,7 @@ from models.diffusion.schedule import CLEAN, Moment, NoiseLevel, NoiseSource, Pr
 from models.diffusion.spacing import Spacing, sampling_moments
 
 DATA = Moment(time=0.0, level=CLEAN)  # where every sampler ends; the network is never called there
+LARGEST_HEUN_RATIO = 200.0  # sigma / alpha; a cosine schedule ends at 20,000, where the trapezoidal rule diverges
 
 
 @dataclass(frozen=True)
@@ -73,11 +74,12 @@ def heun_correction(here: Estimate, there: Estimate, *, now: NoiseLevel, then: N
     """Correction by the trapezoidal rule to an Euler step from ``now`` to ``then``. Karras et al. 2022, algorithm 1.
 
     On the chain it integrates in (x / alpha, sigma / alpha), where the slope is eps; on the straight path in (x, t),
-    where the slope is eps - x0. From pure noise the former has no finite slope and the step stays an Euler step.
+    where the slope is eps - x0. A chain's step from near pure noise covers almost all of sigma / alpha, where the rule
+    is worse than Euler's: there, and from pure noise itself, the step stays an Euler step.
     """
     if straight:
         return (then.sigma - now.sigma) / 2 * ((there.eps - there.x0) - (here.eps - here.x0))
-    if now.alpha == 0:
+    if now.ratio > LARGEST_HEUN_RATIO:
         return torch.zeros_like(here.eps)
     return (then.sigma - then.alpha * now.ratio) / 2 * (there.eps - here.eps)
 

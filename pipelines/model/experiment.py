@@ -22,7 +22,7 @@ from models.autoencoder.vae import AutoencoderKL, VAEConfig
 from models.conditioning.text import TextConditionerConfig
 from models.denoiser import Denoiser, DenoiserConfig
 from models.diffusion.likelihood import BoundConfig, NoBoundConfig, VariationalBoundConfig
-from models.diffusion.objective import check_starting_weight
+from models.diffusion.objective import check_sampling_start
 from models.diffusion.samplers import DDIMConfig, SamplerConfig
 from models.features import FeatureExtractorConfig
 from models.features.scattering import ScatteringConfig
@@ -252,7 +252,7 @@ def _check_denoiser(unet: Any, vae: Any, corpus: CorpusFacts | None) -> None:
             latent_size=size,
             num_classes=1 if corpus.classes is None else len(corpus.classes),
         )
-    check_starting_weight(unet.denoiser.objective, denoiser.process)
+    check_sampling_start(unet.denoiser.objective, denoiser.process)
     # Shapes of weights depend on the number of classes and on what the null of a caption is.
     known = corpus.classes is not None and conditioners == unet.denoiser.conditioners
     check_start(unet.start, denoiser, shapes=known)
