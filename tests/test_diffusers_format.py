@@ -529,6 +529,8 @@ def test_foreign_networks_with_parts_that_ours_lack_are_refused() -> None:
     sdxl = SD15_UNET | {"addition_embed_type": "text_time", "act_fn": "gelu"}
     with pytest.raises(ValueError, match=r"act_fn = 'gelu' \(only 'silu'\), addition_embed_type = 'text_time'"):
         unet_config_from_diffusers(sdxl)
+    with pytest.raises(ValueError, match=r"attn_norm_num_groups = 8 \(only 32\)"):
+        unet_config_from_diffusers(SD15_UNET | {"attn_norm_num_groups": 8})
     odd = SD15_VAE | {"down_block_types": ["DownEncoderBlock2D"] * 3 + ["AttnDownEncoderBlock2D"]}
     with pytest.raises(ValueError, match="parts that ours lack: down_block_types"):
         vae_config_from_diffusers(odd)

@@ -266,10 +266,12 @@ def unet_config_from_diffusers(theirs: Mapping[str, Any]) -> ForeignUNet:
         **_unet_blocks(attention, with_tokens=with_tokens),
         "class_embed_type": "simple_projection" if with_tokens and theirs.get("class_embed_type") else None,
         "resnet_time_scale_shift": "scale_shift" if shift == "scale_shift" else "default",
+        "attn_norm_num_groups": theirs.get("norm_num_groups", 32) if theirs.get("attn_norm_num_groups") else None,
     }
     _refuse_others(theirs, expected)
-    heads = _per_level(theirs.get("attention_head_dim", 8), len(channels))
-    if not with_tokens:  # there it is the width of a head
+    given = theirs.get("attention_head_dim", 8)
+    heads = _per_level(1 if given is None else given, len(channels))
+    if not with_tokens and given is not None:  # there it is the width of a head, and null one head
         heads = tuple(channel // width for channel, width in zip(channels, heads, strict=True))
     network = UNetConfig(
         channels=channels,
