@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_training import Recipe, Tiny
+from tiny_training import Recipe, Rows, Tiny
 
 from data.files import sha256_of
 from pipelines.runtime.config.errors import ConfigError
@@ -166,7 +166,25 @@ def test_an_error_ends_the_training_only_when_its_last_checkpoint_is_written(
 def test_a_metric_that_nobody_measures_is_refused(tmp_path: Path) -> None:
     config = {"checkpoint": {"best": {"kind": "metric", "metric": "val/los"}}}
     with pytest.raises(ConfigError, match="'val/los' is not measured here; measured are val/loss"):
-        Tiny(tmp_path, Recipe(config=config)).run()
+        Tiny(tmp_path / "new", Recipe(config=config)).run()
+    # A restart does not wait for its next validation.
+    Tiny(tmp_path / "begun", Recipe(config={"updates": 20})).run()
+    again = Tiny(tmp_path / "begun", Recipe(config={**config, "validate_every": 30}))
+    with pytest.raises(ConfigError, match="'val/los' is not measured here; measured are val/loss"):
+        again.run()
+    assert not again.tracker.rows
+
+
+def test_a_training_that_has_made_more_updates_than_it_is_to_make_is_refused(tmp_path: Path) -> None:
+    Tiny(tmp_path, Recipe(config={"updates": 20})).run()
+    with pytest.raises(ConfigError, match=r"has made 20 updates, but tiny\.updates = 10: give at least 20"):
+        Tiny(tmp_path, Recipe(config={"updates": 10})).run()
+
+
+def test_checkpoints_that_stay_for_good_are_written_whatever_the_others_are(tmp_path: Path) -> None:
+    config = {"updates": 40, "checkpoint": {"every_updates": 15, "keep_every": 12, "keep_last": 1}}
+    Tiny(tmp_path, Recipe(config=config)).run()
+    assert checkpoints(tmp_path / "checkpoints").updates() == [12, 24, 36, 40]
 
 
 def test_a_checkpoint_says_what_its_bits_depend_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -253,7 +271,7 @@ def test_a_checkpoint_with_other_parts_than_the_training_is_refused_with_exit_co
     given = {"updates": 4, "global_batch": 2, "run": {"root": str(tmp_path), "tracking_uri": "offline"}}
     config = TrainingConfig.model_validate_json(json.dumps(given))
     with pytest.raises(SystemExit) as end, running_stage(config, name="train_unet"):
-        Tiny(tmp_path / "unet", Recipe(config={"updates": 20})).run()
+        Tiny(tmp_path / "unet", Recipe(config={"updates": 10})).run()
     assert end.value.code == 2
     said = capsys.readouterr().err
     held = {"renamed": "", "missing": "", "unknown": "anomalies, "}[change] + "first, first_averages, first_optimizer"
@@ -262,15 +280,18 @@ def test_a_checkpoint_with_other_parts_than_the_training_is_refused_with_exit_co
     assert "Finish it with that version, or begin anew with another run.root." in said
 
 
-def test_a_part_that_a_changed_configuration_has_dropped_is_left_out(tmp_path: Path) -> None:
+def test_a_part_that_a_changed_configuration_has_dropped_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     Tiny(tmp_path, Recipe(config={"updates": 10})).run()
     newest = tmp_path / "checkpoints/update-00000010"
     (newest / "loss_scale.safetensors").write_bytes((newest / "anomalies.safetensors").read_bytes())
     commit_again(newest)
-    changed = {"updates": 20, "run": {"root": "-", "allow_changed": ["precision"]}}
-    first = Tiny(tmp_path, Recipe(config=changed)).run().tracker.rows[0]
-    # Of what a killed run wrote behind the checkpoint, lines of another configuration are not these.
-    assert (first["update"], first["attempt"]) == (11, 2)
+    # Of what killed runs wrote behind the checkpoint, lines of other configurations are not these. The change was
+    # accepted by a start that ended before its first checkpoint, and is not accepted again.
+    monkeypatch.setattr(Rows, "resume_after", lambda self, update: 2)
+    first = Tiny(tmp_path, Recipe(config={"updates": 20})).run().tracker.rows[0]
+    assert (first["update"], first["attempt"]) == (11, 3)
 
 
 def test_a_part_of_another_shape_is_refused_with_advice() -> None:

@@ -133,7 +133,7 @@ def test_a_rewind_adds_lines_and_its_replay_does_not(tmp_path: Path, start: Open
     first.log_records(records(61, 75, attempt=2))
     first.close("KILLED")
     again = start()
-    again.resume_after(60)  # the checkpoint is older than the rewind: both attempts are gone through again
+    assert again.resume_after(60) == 2  # the checkpoint is older than the rewind: both attempts are gone through again
     again.log_records(records(61, 80))
     again.log_records(records(61, 90, attempt=2))
     again.flush()

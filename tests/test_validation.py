@@ -176,6 +176,16 @@ def test_grids_are_tracked_at_updates_that_trainings_of_any_length_share(stage: 
     assert written == [f"samples-{update:08}.png" for update in (0, 5, 8, 10, 11)]
 
 
+def test_a_disk_that_takes_no_grid_costs_the_picture_alone(stage: Any, tmp_path: Path) -> None:
+    (tmp_path / "grids").write_text("no folder")
+    config = TrainingConfig.model_construct(updates=5, validate_every=5)
+    said: list[str] = []
+    log = SimpleNamespace(info=said.append)
+    training = SimpleNamespace(**{**vars(stage), "folder": tmp_path, "config": config, "log": log})
+    show_grid(cast(Any, training), "samples", b"", update=5, shown="val/loss 1")
+    assert said[0].startswith("update 5: val/loss 1; warning: the grid is not written: ")
+
+
 def rank_of(stage: Any, process_index: int) -> Any:
     """The stage as one of two ranks has it."""
     accelerator = SimpleNamespace(**{**vars(stage.accelerator), "process_index": process_index, "num_processes": 2})

@@ -49,11 +49,15 @@ def show_grid(stage: Stage, name: str, grid: bytes, *, update: int, shown: str) 
     """Write a PNG as ``grids/NAME-UPDATE.png``, track it, and log it with the metrics ``shown``.
 
     It is tracked at multiples of ``validate_every``, which trainings of any length share, and the last one under a key
-    of its own at step 0.
+    of its own at step 0. A disk that does not take it costs the picture alone.
     """
     path = stage.folder / "grids" / f"{name}-{update:08}.png"
-    path.parent.mkdir(exist_ok=True)
-    write_atomically(path, grid)
+    try:
+        path.parent.mkdir(exist_ok=True)
+        write_atomically(path, grid)
+    except OSError as error:  # the next checkpoint, which may have time to spare, decides whether the disk is too full
+        stage.log.info(f"update {update}: {shown}; warning: the grid is not written: {error}")
+        return
     assert isinstance(stage.config, TrainingConfig)
     if update % stage.config.validate_every == 0:
         stage.tracker.log_image(f"val/{name}", path, step=update)

@@ -115,7 +115,8 @@ class Watchdog:
             report = f"lost ({error})"
         log.error(
             f"rank {self.rank}: no update has begun for {self.hang_seconds:g} s (update {self.current[0]}, batch "
-            f"{self.current[1]}); stack and sample keys: {report}. This process ends; the same command continues."
+            f"{self.current[1]}); stack and sample keys: {report}. This process ends; the same command continues, "
+            "with a larger hang_seconds where it was validation that took so long."
         )
         with suppress(OSError):
             outcome = Outcome(reason=f"rank {self.rank}: no update has begun for {self.hang_seconds:g} s", working=True)

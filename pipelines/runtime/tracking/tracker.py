@@ -54,7 +54,9 @@ class SilentTracker:
 
     run_id = ""
 
-    def resume_after(self, update: int) -> None: ...
+    def resume_after(self, update: int) -> int:
+        return 0
+
     def log_records(self, records: Sequence[Record]) -> None: ...
     def log_metrics(self, metrics: Mapping[str, float], *, step: int, attempt: int = 1) -> None: ...
     def log_image(self, key: str, path: Path, *, step: int) -> None: ...
@@ -162,13 +164,17 @@ class Tracker:
         """Local id of the run; it outlives restarts and needs no store."""
         return self._identity.run_id
 
-    def resume_after(self, update: int) -> None:
+    def resume_after(self, update: int) -> int:
         """Set the update from which training goes on, so that records behind it are recognised, not written twice.
 
         Replaying is exact, so the records that a killed run wrote behind its last checkpoint are right and stay. Costs
         as much as there is to replay. Without this call the first logging call looks through the whole file.
+
+        Returns:
+            The highest attempt among these records, 0 where there are none.
         """
         self._written = _written_behind(self._folder / METRICS, update=update)
+        return max((int(record[0]) for record in self._written), default=0)
 
     def log_records(self, records: Sequence[Record]) -> None:
         """Append training records ``{"update", "batch", "time", "train/loss", ...}`` to ``metrics.jsonl`` as they are.

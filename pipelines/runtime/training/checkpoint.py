@@ -49,7 +49,7 @@ class CheckpointConfig(BaseModel, frozen=True, extra="forbid"):
 
     every_updates: PositiveInt = 1_000  # updates from one checkpoint to the next
     keep_last: PositiveInt = 2  # newest ones that stay; a damaged newest one needs another behind it
-    keep_every: NonNegativeInt = 0  # of every so many updates one stays for good; 0 keeps none of them
+    keep_every: NonNegativeInt = 0  # every so many updates one is written that stays for good; 0 keeps none of them
     best: NoBest | BestBy = Field(default=NoBest(), discriminator="kind")  # one more that stays
     grace_updates: NonNegativeInt = 0  # updates that training goes on while no checkpoint can be written
 
@@ -130,11 +130,24 @@ class Weights:
 
 
 class Best:
-    """The best value of a metric so far; ``found`` is kept in the checkpoint's state."""
+    """The best value of a metric so far; ``found`` and ``measured`` are kept in the checkpoint's state."""
 
     def __init__(self, config: NoBest | BestBy) -> None:
         self.config = config
         self.found: dict[str, Any] = {}  # update, metric, better, value
+        self.measured: list[str] = []  # what the last validation measured
+
+    def check(self) -> None:
+        """Refuse a metric that validation does not measure; also at a restart, whose next validation may be far.
+
+        Raises:
+            ConfigError: The message names those that are measured.
+        """
+        if isinstance(self.config, BestBy) and self.measured and self.config.metric not in self.measured:
+            raise ConfigError(
+                f"checkpoint.best.metric = {self.config.metric!r} is not measured here; measured are "
+                f"{', '.join(self.measured)}."
+            )
 
     def beaten_by(self, metrics: Mapping[str, float], *, update: int) -> bool:
         """Return whether ``metrics`` hold a new best, and remember it; those from before the first update hold none.
@@ -144,15 +157,13 @@ class Best:
             update: The update they were measured after.
 
         Raises:
-            ConfigError: The metric is not among them; the message names those that are.
+            ConfigError: As ``check``.
         """
+        if metrics:
+            self.measured = list(metrics)
+            self.check()
         if not isinstance(self.config, BestBy) or not metrics:
             return False
-        if self.config.metric not in metrics:
-            raise ConfigError(
-                f"checkpoint.best.metric = {self.config.metric!r} is not measured here; measured are "
-                f"{', '.join(metrics)}."
-            )
 
         # Only an update's finite value counts.
         value, sign = metrics[self.config.metric], 1 if self.config.better == "higher" else -1

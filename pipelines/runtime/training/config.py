@@ -49,7 +49,7 @@ class TrainingConfig(StageConfig):
     prefetch_batches: PositiveInt = 4  # batches made ahead of the network
     on_bad_update: BadUpdateConfig = BadUpdateConfig()  # what happens to NaN, infinity and spikes
     replica_check_every: NonNegativeInt = 1_000  # updates between two comparisons of the ranks; 0 only when starting
-    hang_seconds: Annotated[float, Field(gt=0, le=1e9)] = 1_200.0  # without an update, until a process reports and ends
+    hang_seconds: Annotated[float, Field(gt=0, le=1e9)] = 1_200.0  # of an update and its validation, at most
 
     @model_validator(mode="after")
     def _graphs_keep_no_gradients(self) -> Self:

@@ -100,10 +100,17 @@ class Training:
         A training that had finished is longer now: its manifest is removed before its weights can be replaced.
 
         Raises:
-            ConfigError: Another version of the code wrote it, or of a finished training no checkpoint is left.
+            ConfigError: Another version of the code wrote it, or it is longer than the training is to be, or of a
+                finished training no checkpoint is left.
         """
         # What is finished is so no longer, but only where it can be trained on.
         manifest, state = self.stage.folder / MANIFEST_NAME, self._restore()
+        if self.update > self.config.updates:
+            raise ConfigError(
+                f"{self.stage.folder} has made {self.update} updates, but {self.stage.name}.updates = "
+                f"{self.config.updates}: give at least {self.update}, or begin anew with another run.root."
+            )
+        self._best.check()
         if any_rank(self.stage.is_main and manifest.is_file(), self.stage.accelerator):
             if not state:
                 raise ConfigError(f"{self.stage.folder} is finished and holds no intact checkpoint to train on from.")
@@ -116,13 +123,13 @@ class Training:
                 flush_file(manifest.parent)
 
         # Lines that were written behind the checkpoint are of another configuration: what follows does not repeat them.
-        if state and self.config.run.allow_changed and state.get("config") != self._request_digest:
-            self.attempt += 1
+        newest_attempt = self.stage.tracker.resume_after(self.update)
+        if state and state.get("config", self._request_digest) != self._request_digest:
+            self.attempt = max(self.attempt, newest_attempt) + 1
 
         # Say where it goes on, and how exactly; the main process alone knows what wrote it.
         if state and self.stage.is_main:
             self.stage.log.info(f"continuing after update {self.update}, {exactness(state, self._made_by)}")
-        self.stage.tracker.resume_after(self.update)
 
     def rehearse(self, one_update: Callable[[Batch], object], make_batch: Callable[[int], Batch]) -> None:
         """Make the next update in a way that changes nothing, when there are several ranks.
@@ -365,7 +372,8 @@ class Training:
         stage.log.info(f"{text} {done}.")
 
     def _saves_now(self) -> bool:
-        return self.is_due(self.config.checkpoint.every_updates) or self._save_for_best
+        periods = self.config.checkpoint.every_updates, self.config.checkpoint.keep_every
+        return any(self.is_due(period) for period in periods if period) or self._save_for_best
 
     def _retry_due(self) -> bool:
         return any_rank(self._checkpoints.retry_due(self.update), self.stage.accelerator)
@@ -391,6 +399,7 @@ class Training:
             "attempt": self.attempt,
             "bad_batches": self._bad_batches,
             "best": self._best.found,
+            "measured": self._best.measured,
             "images": self.update * self.config.global_batch,
             "local_run_id": self.stage.tracker.run_id,
             **self._made_by,
@@ -407,11 +416,13 @@ class Training:
         if not newest:
             return {}
         checkpoint = self._checkpoints.read(newest)
-        checkpoint.load_into(self.parts, changed=bool(self.config.run.allow_changed))
         state = checkpoint.state
+        changed = state.get("config", self._request_digest) != self._request_digest
+        checkpoint.load_into(self.parts, changed=changed)
         self.update, self.next_batch = checkpoint.update, int(state["next_batch"])
         self.attempt = int(state.get("attempt", 1))
-        self._best.found, self._bad_batches = dict(state.get("best", {})), list(state.get("bad_batches", ()))
+        self._best.found, self._best.measured = dict(state.get("best", {})), list(state.get("measured", ()))
+        self._bad_batches = list(state.get("bad_batches", ()))
         return state
 
 
