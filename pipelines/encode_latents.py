@@ -300,7 +300,9 @@ def encode_shard(
 
     def read(number: int) -> tuple[ImageBatch, list[BadSample]]:
         unreadable: list[BadSample] = []
-        return images.read(indices[number * size : (number + 1) * size], bad=unreadable, carry=True), unreadable
+        with config_error_at("inputs.corpus"):
+            batch = images.read(indices[number * size : (number + 1) * size], bad=unreadable, carry=True)
+        return batch, unreadable
 
     def set_aside(error: BadSample) -> None:
         error = error.at(shard=part.entry.name)

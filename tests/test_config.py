@@ -93,6 +93,7 @@ def test_the_command_line_wins_over_the_file_and_the_file_over_defaults(tmp_path
 
 
 def test_a_list_of_plain_values_may_come_without_brackets_on_the_command_line(tmp_path: Path) -> None:
+    assert load(tmp_path, "", "--names", "x-{0,1}.tar,y").names == ("x-{0,1}.tar", "y")
     words = ("--interval", "0.1, 0.85", "--names", "a b,7")
     assert (config := load(tmp_path, "", *words)).interval == (0.1, 0.85)
     assert config.names == ("a b", "7")

@@ -176,6 +176,9 @@ def test_what_diffusers_cannot_hold_is_refused_before_anything_is_written(two_pr
     refused = run_here("export", *words, "--num_inference_steps", "30")
     assert refused.returncode == 2
     assert "cannot follow 30 steps" in refused.stderr
+    refused = run_here("export", *words, "--num_inference_steps", "2000")
+    assert refused.returncode == 2
+    assert "export.num_inference_steps: a sampler of num_steps = 2000 cannot take more" in refused.stderr
     unet = tmp_path / "unet"
     unet.mkdir()
     for name in ("manifest.json", "unet.safetensors", "config.json"):

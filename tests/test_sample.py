@@ -160,6 +160,13 @@ def test_a_negative_prompt_is_refused_where_it_would_do_nothing(
         config(negative_prompt="blurry")
 
 
+def test_a_class_is_refused_where_the_model_reads_none(
+    trained: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert drawn(tmp_path, class_name="sneaker") == 2
+    assert "class_name = 'sneaker', but u reads no class." in capsys.readouterr().err
+
+
 def with_classes() -> LatentDiffusion:
     """A model of two classes whose weights are random, small enough for an inversion to come back."""
     given = model()

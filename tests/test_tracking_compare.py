@@ -1,6 +1,7 @@
 """`python -m pipelines.tools.compare` on folders as the stages leave them."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -174,6 +175,14 @@ def test_an_unfinished_evaluation_is_no_other_contract(tmp_path: Path, capsys: p
     said = said_of(tmp_path / "demo", tmp_path / "wide", capsys=capsys)
     assert f"The evaluation of {tmp_path / 'wide'} is unfinished: there is nothing to judge yet." in said
     assert "Not compared" not in said
+
+
+def test_a_run_without_an_evaluation_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("demo", "wide"):
+        make_run(tmp_path / name, peak_lr=0.001, loss=2.0)
+    shutil.rmtree(tmp_path / "wide" / "evaluation")
+    said = said_of(tmp_path / "demo", tmp_path / "wide", capsys=capsys)
+    assert f"{tmp_path / 'wide'} has no evaluation/: there is nothing to judge." in said
 
 
 def test_a_folder_without_a_run_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

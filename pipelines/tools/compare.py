@@ -93,6 +93,8 @@ def sides_of(runs: Sequence[str]) -> tuple[list[Side], list[str]]:
         if not (folder / "run.json").exists():
             folder /= STAGE_FOLDERS["evaluate"]
         if not (folder / "run.json").exists() or RunIdentity.read(folder).stage != "evaluate":
+            if folder != Path(run):
+                notes.append(f"{run} has no {folder.name}/: there is nothing to judge.")
             continue
         try:
             side = read_side(os.path.normpath(run), folder)

@@ -75,8 +75,8 @@ def export(config: ExportConfig) -> Answer:
         raise ConfigError(f"output = {config.output!r} is a folder with other things in it. Give a new one.")
 
     # What cannot be exported is refused before any weight is read.
-    check_latent_diffusion(config.inputs, parents)
     sampler = DDIMConfig(num_steps=config.num_inference_steps, spacing=config.spacing)
+    check_latent_diffusion(config.inputs, parents, {"export.num_inference_steps": sampler})
     with config_error_at("inputs"):
         scheduler = scheduler_config_to_diffusers(denoiser_config(config.inputs.unet, parents.unet), sampler)
     model = load_latent_diffusion(config.inputs, parents, device=ON_CPU)

@@ -61,7 +61,7 @@ def reconstruct(config: ReconstructConfig) -> Answer:
     write_json(output / "config.json", json.loads((source / "config.json").read_bytes()))
     changed = {
         "weights": sha256_of(path),
-        "parents": {"unet": unet.digest},
+        "parents": {**unet.parents, "unet": unet.digest},
         "files": (FileEntry.of(path), FileEntry.of(output / "config.json")),
         "reconstruction": Reconstruction(update=wanted.update, relative_std=wanted.relative_std),
         "provenance": {"code_version": code_version(), "residual": combination.residual},

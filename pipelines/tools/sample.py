@@ -116,9 +116,9 @@ def draw(config: SampleConfig) -> Answer:
         labels = list(dict.fromkeys(labels))
         config = config.model_copy(update={"number": len(labels)})
         described = config.model_copy(update={"class_name": config.invert_as or "none", "number": 1})
-        if (named := encoder is None and known) and config.invert_as == "all":
+        if (named := encoder is None) and config.invert_as == "all":
             raise ConfigError("invert_as = 'all', but a picture has one class: name it.")
-        source = fields_of(config.invert_as, labels_of(described, known if named else ()))
+        source = fields_of(config.invert_as, labels_of(described, known) if named else [-1])
         start, errors = inverted(config, model, source, parents.vae)
         said = ", {psnr:.1f} dB from its noise back to the picture, {vae_psnr:.1f} dB by the VAE alone".format(**errors)
 
@@ -222,7 +222,7 @@ def labels_of(config: SampleConfig, classes: tuple[str, ...]) -> list[int]:
     Raises:
         ConfigError: There is no such class.
     """
-    if not classes or config.class_name == "none":
+    if config.class_name == "none" or (not classes and config.class_name == "all"):
         return [-1] * config.number
     if config.class_name == "all":
         return [index % len(classes) for index in range(config.number)]
@@ -230,6 +230,8 @@ def labels_of(config: SampleConfig, classes: tuple[str, ...]) -> list[int]:
         return [classes.index(config.class_name)] * config.number
     if config.class_name.isdigit() and int(config.class_name) < len(classes):
         return [int(config.class_name)] * config.number
+    if not classes:
+        raise ConfigError(f"class_name = {config.class_name!r}, but {config.inputs.unet} reads no class.")
     raise ConfigError(
         f"class_name = {config.class_name!r} is no class of {config.inputs.unet}. Classes are "
         f"{', '.join(classes)}, their numbers from 0, 'all' or 'none'."

@@ -250,7 +250,9 @@ def _value_of(raw: str, annotation: Any) -> Any:
         return raw
     if get_origin(annotation) is tuple and not raw.lstrip().startswith("["):
         element = get_args(annotation)[0]
-        return [_value_of(part.strip(), element) for part in raw.split(",")] if not variants_of(element) else raw
+        if variants_of(element):
+            return raw
+        return [_value_of(part.strip(), element) for part in re.split(r",(?![^{}]*\})", raw)]  # a,{b,c} are two
     text = raw.lower() if raw.lower() in ("true", "false") else raw
     try:
         return _parsed(f"value = {text}")["value"]

@@ -84,6 +84,8 @@ def results_of(stage: Stage, names: Sequence[str]) -> list[Result]:
 def _result(path: Path) -> Result:
     try:
         return read_json(path, mend="It is removed, so that the same command makes it again.")
+    except FileNotFoundError:
+        raise ConfigError(f"{path} was made and is gone: the first process has refused it, and says why.") from None
     except ValueError as error:
         path.unlink(missing_ok=True)
         raise ConfigError(str(error)) from None
