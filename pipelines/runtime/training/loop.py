@@ -124,7 +124,7 @@ class Training:
 
         # Lines that were written behind the checkpoint are of another configuration: what follows does not repeat them.
         newest_attempt = self.stage.tracker.resume_after(self.update)
-        if state and state.get("config", self._request_digest) != self._request_digest:
+        if self._was_changed_since(state):
             self.attempt = max(self.attempt, newest_attempt) + 1
 
         # Say where it goes on, and how exactly; the main process alone knows what wrote it.
@@ -417,13 +417,18 @@ class Training:
             return {}
         checkpoint = self._checkpoints.read(newest)
         state = checkpoint.state
-        changed = state.get("config", self._request_digest) != self._request_digest
-        checkpoint.load_into(self.parts, changed=changed)
+        checkpoint.load_into(self.parts, changed=self._was_changed_since(state))
+
+        # Where it was.
         self.update, self.next_batch = checkpoint.update, int(state["next_batch"])
         self.attempt = int(state.get("attempt", 1))
         self._best.found, self._best.measured = dict(state.get("best", {})), list(state.get("measured", ()))
         self._bad_batches = list(state.get("bad_batches", ()))
         return state
+
+    def _was_changed_since(self, state: Mapping[str, Any]) -> bool:
+        """Return whether a checkpoint is of another configuration; it may have been accepted by an earlier start."""
+        return state.get("config", self._request_digest) != self._request_digest
 
 
 def seed_networks(seed: int, *, device: torch.device) -> None:
