@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import Run, run_here, run_stage, unrendered
+from conftest import SMOKE, Run, run_here, run_stage, unrendered
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from data.files import sha256_of
 from data.loading import ImageShards, LatentShards
-from data.manifest import DiffusersVAEManifest, read_input
+from data.manifest import DiffusersVAEManifest, LatentShape, read_input
 from data.transforms import to_unit_range
 from models.autoencoder.vae import AutoencoderKL, VAEConfig
 from models.conditioning.class_label import ClassConditionerConfig
@@ -32,6 +32,8 @@ from pipelines.model.captions import CaptionEncoder, as_tensors
 from pipelines.model.device import Device
 from pipelines.model.start import DiffusersStart, RandomStart, RunStart, check_start, encoder_at, load_start
 from pipelines.model.weights import ModelInputs, check_same_vae, load_vae
+from pipelines.runtime.config.experiment import load_config
+from pipelines.runtime.config.stage_config import RunConfig
 from pipelines.tools.export import (
     ExportConfig,
     compute_example,
@@ -40,6 +42,8 @@ from pipelines.tools.export import (
     write_export,
     write_pipeline,
 )
+from pipelines.tools.plan import PlanConfig, plan, unet_sketch
+from pipelines.train_unet import TrainUNetConfig
 
 MADE_BEFORE = Path(__file__).with_name("made_by_0_1")
 NETWORK = UNetConfig(
@@ -129,6 +133,21 @@ def test_a_unet_is_trained_and_evaluated_on_a_published_vae_from_a_published_une
     theirs = load_file(tmp_path / "unet" / "diffusion_pytorch_model.safetensors")
     difference = (weights["network.conv_in.weight"] - theirs["conv_in.weight"]).abs().max()
     assert 0 < difference < 0.02 < theirs["conv_in.weight"].abs().max()
+
+
+def test_a_plan_with_a_published_vae_has_its_latents_and_no_training_of_one(tmp_path: Path) -> None:
+    build_vae().save_pretrained(tmp_path / "published")
+    before, _, after = SMOKE.read_text().partition("[train_vae]")
+    _, _, after = after.partition("[encode_latents]")
+    given = f'[encode_latents]\ninputs.vae = "{tmp_path / "published"}"'
+    (tmp_path / "mine.toml").write_text(before + given + after)
+    planned = plan(PlanConfig(run=RunConfig(root=str(tmp_path)), trial=False), str(tmp_path / "mine.toml"))
+    stages = {one.stage: one for one in planned}
+    assert stages["train_vae"].state == f"not needed, {tmp_path / 'published'} is given"
+    assert not stages["train_vae"].flops_per_image
+    config = load_config(TrainUNetConfig, table="train_unet", argv=["--config", str(SMOKE)])
+    sketch = unet_sketch(config, LatentShape(channels=3, size=8), num_classes=10)
+    assert stages["train_unet"].flops_per_image == sketch.flops(sketch.levels)
 
 
 def build_conditional_unet(**more: Any) -> diffusers.UNet2DConditionModel:

@@ -71,9 +71,20 @@ def load_vae(folder: str | Path, manifest: AnyVAEManifest, *, device: Device) ->
         network = _diffusers_vae(Path(folder), manifest)
     else:
         config = _checked_config(Path(folder), manifest, name="vae")
-        network = AutoencoderKL(VAEConfig(**config["network"]), image_channels=config["image_channels"])
+        network = AutoencoderKL(vae_config_of(folder, manifest), image_channels=config["image_channels"])
         network.load_state_dict(load_file(Path(folder) / "vae.safetensors"))
     return device.place(network.requires_grad_(False).eval())
+
+
+def vae_config_of(folder: str | Path, manifest: AnyVAEManifest) -> VAEConfig:
+    """Read the network of an autoencoder, without its weights.
+
+    Raises:
+        ValueError: It has parts that ours lacks, or ``config.json`` is missing or not that of the manifest.
+    """
+    if isinstance(manifest, DiffusersVAEManifest):
+        return vae_config_from_diffusers(manifest.network)[0]
+    return VAEConfig(**network_config(Path(folder), manifest)["network"])
 
 
 def _diffusers_vae(folder: Path, manifest: DiffusersVAEManifest) -> AutoencoderKL:

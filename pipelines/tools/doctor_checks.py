@@ -29,7 +29,7 @@ from pipelines.runtime.stage.provenance import REPOSITORY
 from pipelines.runtime.tracking.identity import OFFLINE, sqlite_file, store_uri
 from pipelines.runtime.tracking.mlflow_store import MlflowStore
 from pipelines.runtime.training.memory import device_memory, gib
-from pipelines.tools.plan import StageConfigs, StagePlan, facts_of, forecast, manifest_or_none
+from pipelines.tools.plan import StageConfigs, StagePlan, facts_of, forecast, manifest_or_none, trainings_of
 
 Level = Literal["ok", "warning", "failed"]
 Findings = Iterator[tuple[Level, str]]
@@ -201,7 +201,7 @@ def server_finding(uri: str, *, experiment: str) -> tuple[Level, str]:
 
 def shards(stages: StageConfigs, *, world_size: int) -> Findings:
     """Whether the work divides among the ranks: shards for encoding, batches for training."""
-    for stage, config in (("train_vae", stages.train_vae), ("train_unet", stages.train_unet)):
+    for stage, config in trainings_of(stages).items():
         unit = world_size * (config.images_per_device or 1)
         if config.global_batch % unit:
             yield (

@@ -44,6 +44,7 @@ from models.denoiser import Denoiser
 from pipelines import encode_latents, evaluate, prepare_corpus, train_unet, train_vae
 from pipelines.model.captions import NoTextConfig, blank_features
 from pipelines.model.experiment import CorpusFacts, misfits
+from pipelines.model.weights import vae_config_of
 from pipelines.runtime.config.command_line import Answer, run_tool
 from pipelines.runtime.config.errors import ConfigError, config_error_at
 from pipelines.runtime.config.experiment import experiment_path, load_config
@@ -85,7 +86,7 @@ class StagePlan:
     """Forecast of one stage. Bytes and hours are of the whole stage, memory is of one device."""
 
     stage: str
-    state: str  # absent, begun, done or stale
+    state: str  # absent, begun, done, stale or not needed
     why: list[str] = field(default_factory=list)
     parameters: int = 0
     flops_per_image: float = 0.0  # of one training step
@@ -128,7 +129,23 @@ def stage_configs(path: str, *, root: str) -> StageConfigs:
     """
     words = ["--config", path, "--run.root", root]
     models = get_type_hints(StageConfigs)
-    return StageConfigs(**{name: load_config(model, table=name, argv=words) for name, model in models.items()})
+    encoding = load_config(encode_latents.EncodeLatentsConfig, table="encode_latents", argv=words)
+    # Where a VAE is given, none is trained, and its table may be missing.
+    unused = {"train_vae": ["--updates", "1", "--global_batch", "1"]} if vae_is_given(encoding) else {}
+    return StageConfigs(
+        **{name: load_config(model, table=name, argv=words + unused.get(name, [])) for name, model in models.items()}
+    )
+
+
+def vae_is_given(encoding: encode_latents.EncodeLatentsConfig) -> bool:
+    """Return whether latents are made by a VAE of another place, so that none is trained here."""
+    return Path(inputs_of(encoding)["vae"]) != Path(encoding.run.root) / STAGE_FOLDERS["train_vae"]
+
+
+def trainings_of(configs: StageConfigs) -> dict[str, TrainingConfig]:
+    """Return the trainings that are needed, by stage."""
+    found = {"train_vae": configs.train_vae, "train_unet": configs.train_unet}
+    return {"train_unet": configs.train_unet} if vae_is_given(configs.encode_latents) else found
 
 
 def plan(config: PlanConfig, path: str) -> list[StagePlan]:
@@ -141,7 +158,7 @@ def plan(config: PlanConfig, path: str) -> list[StagePlan]:
         plans[stage] = state_of(stage, one, plans)
     sketches = forecast(configs, plans)
     memory = round(2**30 * config.memory_gb) or device_memory()
-    for stage, training in (("train_vae", configs.train_vae), ("train_unet", configs.train_unet)):
+    for stage, training in trainings_of(configs).items():
         found = plans[stage]
         found.images = training.updates * training.global_batch if found.state != "done" else 0
         add_memory(found, sketches[stage], devices=config.devices, memory=memory)
@@ -213,10 +230,15 @@ def forecast(configs: StageConfigs, plans: Mapping[str, StagePlan]) -> dict[str,
     image = corpus.image if corpus else ImageShape(resolution=view.resolution, channels=view.channels)
 
     # The networks.
-    sketches = {"train_vae": vae_sketch(vae_config, image)}
-    promised_shape = LatentShape(
-        channels=vae_config.network.latent_channels, size=image.resolution // vae_config.network.factor
-    )
+    sketches, network = {"train_vae": vae_sketch(vae_config, image)}, vae_config.network
+    if vae_is_given(encoding):
+        place, parents = inputs_of(encoding)["vae"], Parents()
+        plans["train_vae"].state, plans["train_vae"].why = f"not needed, {place} is given", []
+        del sketches["train_vae"]
+        with suppress(OSError, ValueError):  # it is not there yet: counted as one by default
+            parents["vae"] = read_input("vae", place)
+            network = vae_config_of(place, parents.vae)
+    promised_shape = LatentShape(channels=network.latent_channels, size=image.resolution // network.factor)
     latents = manifest_or_none(inputs_of(unet_config)["latents"], LatentsManifest)
     shape = latents.latent if latents else promised_shape
     num_classes = len(latents.classes if latents else size.classes)
