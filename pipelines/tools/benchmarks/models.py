@@ -321,9 +321,9 @@ def sampling(setup: Setup) -> Comparison:
     """Sampling by DDIM with guidance, from noise to pixels."""
     # One model on both sides.
     config = setup.config(EvaluateConfig, "evaluate")
-    assert isinstance(config.sampler, DDIMConfig)
+    sampler = DDIMConfig(num_steps=config.sampler.num_steps, spacing=config.sampler.spacing)
     guidance = GuidanceConfig(scale=config.guidance.scale)  # at all steps, as in diffusers' loop
-    rows, steps, scale = range(config.batch_size), config.sampler.num_steps, config.guidance.scale
+    rows, steps, scale = range(config.batch_size), sampler.num_steps, config.guidance.scale
     accelerator = start_accelerator(config.run, precision=setup.precision, tf32=setup.tf32)
     device, autocast = accelerator.device, accelerator.autocast
     for network in (denoiser := setup.build_denoiser().eval(), decoder := setup.build_vae().eval()):
@@ -345,7 +345,7 @@ def sampling(setup: Setup) -> Comparison:
         for _ in range(2 if setup.compiled else 1)
     ]
     unet, vae = copies[0]
-    scheduler = peers.scheduler_of(denoiser, config.sampler)
+    scheduler = peers.scheduler_of(denoiser, sampler)
 
     def noise() -> Tensor:
         return noise_of(0, rows, shape=denoiser.latent_shape, device=device)("sample")
@@ -353,7 +353,7 @@ def sampling(setup: Setup) -> Comparison:
     def ours(arithmetic: Any = autocast) -> np.ndarray:
         with arithmetic():
             images = model.sample(
-                noise(), conditions, sampler=config.sampler, guidance=guidance, fresh_noise=lambda step: noise()
+                noise(), conditions, sampler=sampler, guidance=guidance, fresh_noise=lambda step: noise()
             )
         return finite_levels(images, names=rows, stage="benchmark", precision=setup.precision)
 
