@@ -5,6 +5,7 @@ mean and unit variance in every channel.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Annotated, Any, Self
 
 import torch
@@ -167,18 +168,23 @@ class Denoiser(nn.Module):
         return self.network(x, times, condition.embedding, condition.tokens, condition.token_mask).to(x.dtype)
 
     def denoise(
-        self, conditions: Mapping[str, Tensor], guidance: GuidanceConfig, uncond: Mapping[str, Tensor] | None = None
+        self,
+        conditions: Mapping[str, Tensor],
+        guidance: GuidanceConfig,
+        uncond: Mapping[str, Tensor] | None = None,
+        guide: Self | None = None,
     ) -> Denoise:
         """The model with its conditions and guidance, as the samplers and the variational bound take it.
 
         ``uncond`` holds fields (b ...) or (1 ...) of the unconditional branch, such as those of a negative prompt;
-        conditioners that read none of them have their null there.
+        conditioners that read none of them have their null there. ``guide`` is a weaker denoiser that stands for that
+        branch, with the conditions (autoguidance).
         """
         uncond = uncond or {}
         reads = [any(field in uncond for field in conditioner.fields) for conditioner in self.config.conditioners]
         has_null = ~torch.tensor(reads, dtype=torch.bool)  # (k,)
 
-        def predict(x: Tensor, moment: Moment, is_null: Tensor) -> Tensor:
+        def predict(denoiser: Self, x: Tensor, moment: Moment, is_null: Tensor) -> Tensor:
             # Guidance in one call brings every sample twice.
             repeated, others = (
                 {name: torch.cat([field] * (len(x) // len(field))) for name, field in fields.items()}
@@ -187,10 +193,12 @@ class Denoiser(nn.Module):
             for name, other in others.items():
                 repeated[name] = torch.where(is_null.view(-1, *[1] * (other.dim() - 1)), other, repeated[name])
             times = torch.full((len(x),), moment.time, device=x.device)
-            return self.output(x, times, repeated, is_null[:, None] & has_null.to(x.device))
+            return denoiser.output(x, times, repeated, is_null[:, None] & has_null.to(x.device))
+
+        weaker = partial(predict, guide) if guide is not None else None
 
         def denoise(x: Tensor, moment: Moment) -> Estimate:
-            output = guided_output(predict, x, moment, guidance)
+            output = guided_output(partial(predict, self), x, moment, guidance, weaker=weaker)
             return estimate_from_output(output, x, moment.level, self.config.objective.prediction)
 
         return denoise
@@ -205,13 +213,14 @@ class Denoiser(nn.Module):
         guidance: GuidanceConfig,
         fresh_noise: NoiseSource,
         uncond: Mapping[str, Tensor] | None = None,
+        guide: Self | None = None,
     ) -> Tensor:
         """Turn noise (b c h w), float32, into normalised latents of the same shape.
 
         ``fresh_noise`` gives the noise of a step by its index, (b c h w); deterministic samplers never call it.
-        ``uncond`` is as in ``denoise``.
+        ``uncond`` and ``guide`` are as in ``denoise``.
         """
-        denoise = self.denoise(conditions, guidance, uncond)
+        denoise = self.denoise(conditions, guidance, uncond, guide)
         return sample(sampler, self.process, denoise, noise, fresh_noise=fresh_noise)
 
     @torch.no_grad()

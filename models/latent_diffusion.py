@@ -53,6 +53,7 @@ class LatentDiffusion:
     denoiser: Denoiser
     normalisation: Normalisation
     caption_features: Mapping[str, Any] | None = None  # kind and digest of the text encoder, shape of its features
+    guide: Denoiser | None = None  # a weaker one, which guidance leads away from (autoguidance), not from no condition
 
     @property
     def device(self) -> torch.device:
@@ -106,7 +107,13 @@ class LatentDiffusion:
             {name: field.to(self.device) for name, field in fields.items()} for fields in (conditions, uncond or {})
         )
         latents = self.denoiser.sample(
-            noise, on_device, sampler=sampler, guidance=guidance, fresh_noise=fresh_noise, uncond=uncond
+            noise,
+            on_device,
+            sampler=sampler,
+            guidance=guidance,
+            fresh_noise=fresh_noise,
+            uncond=uncond,
+            guide=self.guide,
         )
         return self.decode(latents, tile=tile)
 

@@ -122,3 +122,16 @@ def test_an_interval_that_is_none_is_refused_with_advice(interval):
 def test_a_constant_prediction_has_no_contrast_to_restore() -> None:
     constant = torch.ones(2, 3, 4, 4)
     assert torch.equal(restore_contrast(constant, torch.randn(2, 3, 4, 4), share=1.0), constant)
+
+
+@pytest.mark.parametrize("scale", [0.0, 1.0, 2.5])
+def test_autoguidance_goes_from_the_weaker_network_with_the_condition_through_the_better_one(scale):
+    """Karras et al. 2024, eq. 1."""
+    network, weaker = Network(), Network()
+    guided = guided_output(
+        network, X, MOMENT, GuidanceConfig(scale=scale), weaker=lambda x, *rest: 0.5 * weaker(x, *rest)
+    )
+    conditional, _ = branches()
+    torch.testing.assert_close(guided, (1 - scale) * 0.5 * conditional + scale * conditional)
+    assert network.calls == [[False] * 3] * (scale != 0)
+    assert weaker.calls == [[False] * 3] * (scale != 1)

@@ -112,17 +112,19 @@ def test_a_unet_is_reconstructed_from_its_checkpoints_and_draws(two_process_run:
     assert done.returncode == 0, done.stderr
 
     # An evaluation takes checkpoints and widths alike: those of the published weights draw the published samples.
-    curve = ("--curve.updates", "[12, 24]", "--curve.relative_stds", "[0.2]")
+    curve = ("--curve.updates", "[12, 24]", "--curve.relative_stds", "[0.2]", "--guide_update", "24")
     evaluation = (
         *("evaluate", *words, *inputs, f"--inputs.corpus={two_process_run.root / 'corpus'}", "--run.threads", "1"),
-        *("--num_samples", "16", "--sweep", "[]", "--sampler.num_steps", "2", "--probe_images", "0"),
+        *("--num_samples", "16", "--sweep", "[1.0]", "--sampler.num_steps", "2", "--probe_images", "0"),
     )
     done = run_here(*evaluation, *curve)
     assert done.returncode == 0, done.stderr
     features = {
         name: load_file(root / "evaluation" / f"features-{name}.safetensors")["features"]
-        for name in ("guidance_2", "update_24", "update_12", "width_0p2")
+        for name in ("guidance_1", "guidance_2", "update_24", "update_12", "width_0p2")
     }
+    # Its own weights lead a network nowhere, so that any scale draws what scale 1 does, which has no guide.
+    torch.testing.assert_close(features["guidance_1"], features["guidance_2"], rtol=0, atol=0)
     torch.testing.assert_close(features["update_24"], features["guidance_2"], rtol=0, atol=0)
     found = json.loads((root / "evaluation" / "metrics.json").read_bytes())
     assert [set(point) & {"update", "relative_std"} for point in found["curve"]] == [{"update"}] * 2 + [
@@ -137,6 +139,9 @@ def test_a_unet_is_reconstructed_from_its_checkpoints_and_draws(two_process_run:
     assert done.returncode == 2
     assert "no checkpoint of update 7" in done.stderr
     assert "kept are: 3, 6, 9" in done.stderr
+    done = run_here(*evaluation, "--name", "other", "--guide_update", "7")
+    assert done.returncode == 2
+    assert "guide_update: there is no checkpoint of update 7" in done.stderr
 
 
 def test_a_training_without_power_averages_cannot_be_reconstructed(two_process_run: Run, tmp_path: Path) -> None:

@@ -1,9 +1,12 @@
 """Classifier-free guidance: push a conditional prediction away from the unconditional one.
 
 Scale 0 is unconditional, 1 is conditional, above 1 extrapolates. At 0 and at 1 the other branch is never computed.
+Autoguidance has a weaker network with the same conditions in the place of the unconditional one: it leads away from the
+mistakes of that network, not from other classes.
 
 Sources: Ho & Salimans 2022 (arXiv:2207.12598), eq. 6, whose w is our scale - 1; Kynkäänniemi et al. 2024
-(arXiv:2404.07724) for the interval; Lin et al. 2024 (arXiv:2305.08891), section 3.4, for the rescaling.
+(arXiv:2404.07724) for the interval; Karras et al. 2024 (arXiv:2406.02507), eq. 1, for autoguidance; Lin et al. 2024
+(arXiv:2305.08891), section 3.4, for the rescaling.
 """
 
 from __future__ import annotations
@@ -51,11 +54,14 @@ class GuidanceConfig(BaseModel, frozen=True, extra="forbid"):
         return self
 
 
-def guided_output(predict: Predict, x: Tensor, moment: Moment, guidance: GuidanceConfig) -> Tensor:
+def guided_output(
+    predict: Predict, x: Tensor, moment: Moment, guidance: GuidanceConfig, *, weaker: Predict | None = None
+) -> Tensor:
     """The output of ``predict`` for ``x`` (b c h w) under guidance; (b c h w), or (b 2c h w) with a learned variance.
 
     The branches are combined as the network's own output, which equals combining eps, x0 or v: for a given x each is an
     affine function of the other. Only the rescaling depends on that choice; Lin et al. apply it to the output, too.
+    ``weaker`` is the network of autoguidance, which then stands for the unconditional branch, with the condition.
     """
     low, high = guidance.interval
     scale = guidance.scale if low <= moment.level.sigma <= high else 1.0
@@ -63,8 +69,10 @@ def guided_output(predict: Predict, x: Tensor, moment: Moment, guidance: Guidanc
     if scale == 1:
         return predict(x, moment, conditional)
     if scale == 0:
-        return predict(x, moment, ~conditional)
-    if guidance.batched:
+        return predict(x, moment, ~conditional) if weaker is None else weaker(x, moment, conditional)
+    if weaker is not None:
+        with_condition, without = predict(x, moment, conditional), weaker(x, moment, conditional)
+    elif guidance.batched:
         both = predict(torch.cat([x, x]), moment, torch.cat([conditional, ~conditional]))
         with_condition, without = both.chunk(2)
     else:
