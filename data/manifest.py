@@ -303,6 +303,11 @@ class Parents(dict[str, Manifest]):
         """The denoiser."""
         return self._of_kind("unet", UNetManifest)
 
+    @property
+    def guide(self) -> UNetManifest | None:
+        """The weaker denoiser of autoguidance, where one is given."""
+        return self._of_kind("guide", UNetManifest) if "guide" in self else None
+
     def _of_kind(self, name: str, kind: type[AnyManifest]) -> AnyManifest:
         found = self[name]
         assert isinstance(found, kind)
@@ -315,6 +320,7 @@ INPUT_KINDS: Mapping[str, tuple[type[Manifest], ...]] = {
     "vae": (VAEManifest, DiffusersVAEManifest),
     "latents": (LatentsManifest,),
     "unet": (UNetManifest,),
+    "guide": (UNetManifest,),
 }
 
 

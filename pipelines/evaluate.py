@@ -87,9 +87,7 @@ def check_inputs(config: EvaluateConfig, parents: Parents) -> None:
     check_latent_diffusion(config.inputs, parents, samplers)
 
     # The points of its training.
-    training = TrainingWeights(config.inputs.unet, parents.unet)
-    training.check(config.curve)
-    training.check_guide(config.guide_update)
+    TrainingWeights(config.inputs.unet, parents.unet).check(config.curve)
 
     # The images to compare with.
     corpus, unet = parents.corpus, parents.unet

@@ -16,6 +16,8 @@ from conftest import SMOKE, run_here
 from PIL import Image
 from torch import Tensor
 
+from data.files import write_json
+from data.manifest import Parents, UNetManifest
 from data.samples import PNG_KEYWORD, encode_png
 from models.autoencoder.vae import AutoencoderKL, VAEConfig
 from models.conditioning.class_label import ClassConditionerConfig
@@ -25,6 +27,7 @@ from models.diffusion.samplers import DDIMConfig, slerp
 from models.latent_diffusion import LatentDiffusion, Normalisation
 from models.unet import UNetConfig
 from pipelines.model.noise import noise_of
+from pipelines.model.weights import GuidedInputs, check_guide
 from pipelines.runtime.config.command_line import run_tool
 from pipelines.tools import export, reconstruct, sample
 from pipelines.tools.sample import SampleConfig, draw_batch, image_name, start_of
@@ -165,6 +168,23 @@ def test_a_class_is_refused_where_the_model_reads_none(
 ) -> None:
     assert drawn(tmp_path, class_name="sneaker") == 2
     assert "class_name = 'sneaker', but u reads no class." in capsys.readouterr().err
+
+
+def test_a_guide_whose_output_means_something_else_is_refused(tmp_path: Path) -> None:
+    for name, prediction in (("unet", "v"), ("narrower", "v"), ("other", "x0")):
+        objective = {"prediction": prediction, "variance": "fixed"}
+        denoiser = {"conditioners": [], "schedule": {"kind": "cosine"}, "objective": objective, "network": name}
+        (tmp_path / name).mkdir()
+        write_json(tmp_path / name / "config.json", {"denoiser": denoiser, "statistics": {}})
+    unet = UNetManifest.model_construct(vae="v", classes=("a", "b"), files=())
+    parents = Parents(unet=unet, guide=unet)
+    inputs = {"vae": "v", "unet": str(tmp_path / "unet")}
+    check_guide(GuidedInputs(**inputs, guide=str(tmp_path / "narrower")), parents)
+    with pytest.raises(ValueError, match="other prediction than inputs.unet"):
+        check_guide(GuidedInputs(**inputs, guide=str(tmp_path / "other")), parents)
+    parents["guide"] = unet.model_copy(update={"classes": ("a",)})
+    with pytest.raises(ValueError, match="other classes than inputs.unet"):
+        check_guide(GuidedInputs(**inputs, guide=str(tmp_path / "narrower")), parents)
 
 
 def with_classes() -> LatentDiffusion:

@@ -27,7 +27,7 @@ _BASIS: Mapping[str, tuple[Collection[str], str]] = {
     "likelihood": (TERMS, "the likelihood was measured otherwise"),
 }
 #: Parts that make samples what they are: they may differ, and then the difference is theirs, too.
-_OF_THE_SAMPLES = ("sampler", "guidance", "guide_update", "precision", "tf32", "seed", "average")
+_OF_THE_SAMPLES = ("sampler", "guidance", "guide", "precision", "tf32", "seed", "average")
 #: Parts that belong to the model or to memory, and measured figures, which follow from the rest up to rounding.
 _NO_IDENTITY = frozenset({"average", "batched", "bias_floor", "validation_accuracy", "validation"})
 
@@ -45,12 +45,13 @@ def contract_of(
     """
     corpus, extractor, images = maker.stage.parents.corpus, maker.extractor, maker.real
     settings = maker.config.model_dump(mode="json", exclude={"guidance": {"scale"}})
-    of_samples = ("num_samples", "seed", "sampler", "guidance", "guide_update", "precision", "tf32", "likelihood")
+    of_samples = ("num_samples", "seed", "sampler", "guidance", "precision", "tf32", "likelihood")
     same_size = extractor.resolution == corpus.image.resolution
     labels = images.labels(images.reference)
     return {
         # the samples
         **{name: settings[name] for name in of_samples},
+        "guide": guide.weights if (guide := maker.stage.parents.guide) else None,
         "conditions": "validation captions" if maker.prompts is not None else "classes in turn",
         "average": average_of(maker.stage.parents.unet),
         # the features

@@ -37,14 +37,14 @@ from pipelines.model.captions import as_tensors, prompt_encoder
 from pipelines.model.decoded import finite_levels
 from pipelines.model.device import device_of
 from pipelines.model.noise import noise_of
-from pipelines.model.weights import ModelInputs, load_latent_diffusion
+from pipelines.model.weights import GuidedInputs, load_latent_diffusion
 from pipelines.runtime.config.errors import config_error_at
 from pipelines.runtime.config.stage_config import StageConfig
 from pipelines.runtime.stage.launch import Precision
 from pipelines.runtime.stage.stage import Stage
 
 
-class EvaluateInputs(ModelInputs):
+class EvaluateInputs(GuidedInputs):
     """The trained model, and the images that its samples are compared with."""
 
     corpus: str  # folder of the image shards; one split is the reference, held-out images of the other make the floor
@@ -60,7 +60,6 @@ class DrawConfig(StageConfig):
     batch_size: PositiveInt = 50  # images drawn at once; images of a batch may depend on it in their last bits
     sampler: SamplerConfig = DDIMConfig(num_steps=50)  # how samples are drawn
     guidance: GuidanceConfig = GuidanceConfig(scale=2.0)  # the default guidance, which is shown and stored first
-    guide_update: NonNegativeInt = 0  # autoguidance by the weights of this update, which were kept; 0 by no condition
     sweep: tuple[GuidanceScale, ...] = (1.0, 1.5, 2.0, 3.0)  # guidance scales compared; the default's is added
     extractor: FeatureExtractorConfig = ScatteringConfig()  # features that metrics compare
     reference: Split = "val"  # split that samples are compared with; of the training split, ``probe_images`` at most
@@ -93,9 +92,7 @@ class ItemMaker:
 
         # The model, and what prompts and images are encoded by.
         device = device_of(stage)
-        self._training = TrainingWeights(config.inputs.unet, stage.parents.unet)
-        model = load_latent_diffusion(config.inputs, stage.parents, device=device)
-        self.model = self._training.guided(model, config.guide_update)
+        self.model = load_latent_diffusion(config.inputs, stage.parents, device=device)
         with config_error_at("inputs.corpus"):
             check_shape(stage.parents.corpus, self.model)
         with config_error_at("inputs.unet"):
@@ -107,6 +104,7 @@ class ItemMaker:
         self._scales = {key_prefix(scale): scale for scale in config.scales}
         #: Sets of samples: of the sweep, by ``key_prefix``, then of the curve, by the point's name.
         self.sampled = (*self._scales, *config.curve.points)
+        self._training = TrainingWeights(config.inputs.unet, stage.parents.unet)
         self._loaded = ""  # point of the curve whose weights the denoiser has; "" for the published ones
 
         # The real images, and what the error budget makes of them.

@@ -1,7 +1,5 @@
 """Weights that a training of a U-Net went through: the averages in its checkpoints, and power averages of any width."""
 
-from copy import deepcopy
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,7 +10,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from data.manifest import UNetManifest
-from models.latent_diffusion import LatentDiffusion
 from pipelines.runtime.config.errors import ConfigError, config_error_at
 from pipelines.runtime.training.checkpoint import PREFIX, verify
 from pipelines.runtime.training.ema import Combination, Snapshot, combine_snapshots
@@ -67,32 +64,6 @@ class TrainingWeights:
             raise ConfigError(f"evaluate.curve.average = {curve.average}, but the training has {count} average(s).")
         for width in curve.relative_stds:
             self.power_average(width)
-
-    def check_guide(self, update: int) -> None:
-        """Refuse a ``guide_update`` that this training did not keep.
-
-        Raises:
-            ConfigError: Saying which there are.
-        """
-        if update and update not in self._checkpoints:
-            kept = ", ".join(map(str, self._checkpoints)) or "none"
-            raise ConfigError(
-                f"guide_update: there is no checkpoint of update {update} in {self._folder}; kept are: {kept}. Train "
-                "with train_unet.checkpoint.keep_every to keep more, or guide by no condition: 0."
-            )
-
-    def guided(self, model: LatentDiffusion, update: int) -> LatentDiffusion:
-        """Return the model guided by its own weights of an earlier update, those of the published average; 0 for none.
-
-        Raises:
-            ConfigError: There is no such checkpoint, or it is damaged.
-        """
-        if not update:
-            return model
-        self.check_guide(update)
-        guide = deepcopy(model.denoiser)
-        guide.load_state_dict(self.at({"update": update, "average": 0}))
-        return replace(model, guide=guide)
 
     def published(self) -> dict[str, Tensor]:
         """Return the published weights."""

@@ -38,6 +38,12 @@ class ModelInputs(BaseModel, frozen=True, extra="forbid"):
     unet: str  # folder of the U-Net
 
 
+class GuidedInputs(ModelInputs, frozen=True, extra="forbid"):
+    """The trained model, and what its guidance leads away from."""
+
+    guide: str = ""  # folder of a weaker U-Net: guidance leads away from it (autoguidance); "" from no condition
+
+
 def publish(
     stage: Stage, kind: type[Manifest], network: nn.Module, *, config: Mapping[str, Any], **fields: Any
 ) -> None:
@@ -111,20 +117,67 @@ def load_latent_diffusion(inputs: ModelInputs, parents: Parents, *, device: Devi
     with config_error_at("inputs.vae"):
         autoencoder = load_vae(inputs.vae, parents.vae, device=device)
     with config_error_at("inputs.unet"):
-        config = _checked_config(Path(inputs.unet), parents.unet, name="unet")
-        denoiser = Denoiser(
-            _denoiser_of(config),
-            latent_channels=config["latent_channels"],
-            latent_size=config["latent_size"],
-            num_classes=len(parents.unet.classes),
-        )
-        denoiser.load_state_dict(load_file(Path(inputs.unet) / "unet.safetensors"))
+        config = network_config(Path(inputs.unet), parents.unet)
+        denoiser = _load_denoiser(inputs.unet, parents.unet, device=device)
+    guide = None
+    if isinstance(inputs, GuidedInputs) and parents.guide is not None:
+        with config_error_at("inputs.guide"):
+            guide = _load_denoiser(inputs.guide, parents.guide, device=device)
     return LatentDiffusion(
         autoencoder=autoencoder,
-        denoiser=device.place(denoiser.requires_grad_(False).eval()),
+        denoiser=denoiser,
+        guide=guide,
         normalisation=Normalisation(config["statistics"]["mean"], config["statistics"]["std"]).to(device.torch),
         caption_features=config.get("text"),
     )
+
+
+def _load_denoiser(folder: str, manifest: UNetManifest, *, device: Device) -> Denoiser:
+    """Load a U-Net with its process, frozen.
+
+    Raises:
+        ValueError: The weights are missing or not those of the manifest.
+    """
+    config = _checked_config(Path(folder), manifest, name="unet")
+    denoiser = Denoiser(
+        _denoiser_of(config),
+        latent_channels=config["latent_channels"],
+        latent_size=config["latent_size"],
+        num_classes=len(manifest.classes),
+    )
+    denoiser.load_state_dict(load_file(Path(folder) / "unet.safetensors"))
+    return device.place(denoiser.requires_grad_(False).eval())
+
+
+def check_guide(inputs: ModelInputs, parents: Parents) -> None:
+    """Refuse a guide whose output is not to be mixed with the U-Net's.
+
+    Raises:
+        ValueError: It was trained on other latents or classes, or predicts something else.
+    """
+    if not isinstance(inputs, GuidedInputs) or parents.guide is None:
+        return
+    ours, theirs = _terms(inputs.unet, parents.unet), _terms(inputs.guide, parents.guide)
+    if wrong := [name for name, value in ours.items() if value != theirs[name]]:
+        raise ValueError(
+            f"{inputs.guide} has other {', '.join(wrong)} than inputs.unet = {inputs.unet!r}. A guide is a smaller or "
+            "less trained network of the same training: change its channels or updates alone."
+        )
+
+
+def _terms(folder: str, manifest: UNetManifest) -> dict[str, Any]:
+    """Return by name what the outputs of two U-Nets must share to be mixed."""
+    config = network_config(Path(folder), manifest)
+    denoiser = config["denoiser"]
+    return {
+        "VAE": manifest.vae,
+        "statistics of latents": config["statistics"],
+        "classes": manifest.classes,
+        "captions": config.get("text"),
+        "conditioners": denoiser["conditioners"],
+        "schedule": denoiser["schedule"],
+        "prediction": [denoiser["objective"][key] for key in ("prediction", "variance")],
+    }
 
 
 def check_latent_diffusion(
@@ -142,6 +195,8 @@ def check_latent_diffusion(
     """
     with config_error_at("inputs.vae"):
         check_same_vae(parents.unet.vae, given=parents.vae, given_at=inputs.vae, user=f"inputs.unet = {inputs.unet!r}")
+    with config_error_at("inputs.guide"):
+        check_guide(inputs, parents)
     for key, sampler in (samplers or {}).items():
         with config_error_at(key):
             check_sampler_suits(sampler, denoiser_config(inputs.unet, parents.unet))

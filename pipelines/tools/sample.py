@@ -30,13 +30,12 @@ from models.diffusion.guidance import GuidanceConfig
 from models.diffusion.samplers import DDIMConfig, SamplerConfig, slerp
 from models.latent_diffusion import LatentDiffusion
 from models.metrics.fidelity import psnr
-from pipelines.evaluation.training_weights import TrainingWeights
 from pipelines.model.captions import as_tensors, prompt_encoder
 from pipelines.model.decoded import finite_levels
 from pipelines.model.device import Device, attention_on
 from pipelines.model.grids import grid_png
 from pipelines.model.noise import noise_of
-from pipelines.model.weights import ModelInputs, check_latent_diffusion, load_latent_diffusion
+from pipelines.model.weights import GuidedInputs, check_latent_diffusion, load_latent_diffusion
 from pipelines.runtime.config.command_line import Answer, run_tool
 from pipelines.runtime.config.errors import ConfigError, config_error_at
 from pipelines.runtime.config.stage_config import Name, StageConfig
@@ -52,7 +51,7 @@ GRID_COLUMNS = 8
 class SampleConfig(StageConfig):
     """Images to draw: their conditions, number, seed and sampler."""
 
-    inputs: ModelInputs  # where the weights are
+    inputs: GuidedInputs  # where the weights are
     prompt: str = ""  # what to draw, in words, for a model with a text condition; empty for anything
     negative_prompt: str = ""  # what not to draw: guidance leads away from it, not from no caption
     class_name: str = "all"  # a class of the corpus by name or number, "all" in turn, or "none" for any
@@ -60,7 +59,6 @@ class SampleConfig(StageConfig):
     seed: NonNegativeInt = 0  # image i depends on (seed, i) only
     sampler: SamplerConfig = DDIMConfig(num_steps=50)  # from noise to latents; --sampler.num_steps N
     guidance: GuidanceConfig = GuidanceConfig(scale=2.0)  # weight of class and prompt; --guidance.scale S
-    guide_update: NonNegativeInt = 0  # autoguidance by the weights of this update, which were kept; 0 by no condition
     invert: Path | None = None  # picture whose noise, by DDIM inversion, all images start from; one a condition
     invert_as: str = ""  # that picture's prompt, or its class where the model reads no text; empty for none
     interpolate: bool = False  # images on the arc from the first one's noise to the last one's, both included
@@ -72,8 +70,8 @@ class SampleConfig(StageConfig):
     def _settings_have_an_effect(self) -> Self:
         if self.negative_prompt and self.guidance.scale == 1:
             raise ValueError("negative_prompt does nothing at guidance.scale = 1, which draws by the prompt alone")
-        if self.negative_prompt and self.guide_update:
-            raise ValueError("negative_prompt and guide_update are two things to lead away from: choose one of them")
+        if self.negative_prompt and self.inputs.guide:
+            raise ValueError("negative_prompt and inputs.guide are two things to lead away from: choose one of them")
         if self.interpolate and self.invert is not None:
             raise ValueError("interpolate needs the noise of two images, and invert gives one: choose one of them")
         if self.invert_as and self.invert is None:
@@ -98,10 +96,7 @@ def draw(config: SampleConfig) -> Answer:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     attention = attention_on(device, config.run)
     log.info(f"on {device}, attention by {attention.name}: {attention.reason}")
-    training = TrainingWeights(config.inputs.unet, parents.unet)
-    training.check_guide(config.guide_update)
     model = load_latent_diffusion(config.inputs, parents, device=Device(device, attention.name))
-    model = training.guided(model, config.guide_update)
 
     # The conditions.
     classes = parents.unet.classes
