@@ -328,6 +328,7 @@ def test_the_figures_that_two_contracts_may_not_compare_are_named() -> None:
     slower = changed(sampler={"kind": "ddim", "num_steps": 50})
     assert (not_comparable(contract, slower), drawn_differently(contract, slower)) == ({}, ["sampler"])
     assert contract_digest(contract) != contract_digest(slower)
+    assert drawn_differently(contract, changed(guide="ab")) == ["guide"]
 
     # How many branches of guidance a call has is a choice about memory.
     one, two = (changed(guidance={"rescale": 0.0, "batched": batched}) for batched in (True, False))

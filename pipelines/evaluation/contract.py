@@ -51,7 +51,7 @@ def contract_of(
     return {
         # the samples
         **{name: settings[name] for name in of_samples},
-        "guide": guide.weights if (guide := maker.stage.parents.guide) else None,
+        **({"guide": guide.weights} if (guide := maker.stage.parents.guide) else {}),
         "conditions": "validation captions" if maker.prompts is not None else "classes in turn",
         "average": average_of(maker.stage.parents.unet),
         # the features
@@ -110,7 +110,8 @@ def not_comparable(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[
 
 def drawn_differently(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[str]:
     """Return the parts of two contracts that make samples what they are, and that differ."""
-    pairs = ((name, first.get(name), second.get(name)) for name in _OF_THE_SAMPLES)
+    unguided = {"guide": "no condition"}  # of evaluations that name no weaker network
+    pairs = ((name, (unguided | {**first}).get(name), (unguided | {**second}).get(name)) for name in _OF_THE_SAMPLES)
     return [name for name, ours, theirs in pairs if ours is not None and theirs is not None and _differs(ours, theirs)]
 
 
