@@ -529,6 +529,15 @@ def test_foreign_networks_with_parts_that_ours_lack_are_refused() -> None:
     sdxl = SD15_UNET | {"addition_embed_type": "text_time", "act_fn": "gelu"}
     with pytest.raises(ValueError, match=r"act_fn = 'gelu' \(only 'silu'\), addition_embed_type = 'text_time'"):
         unet_config_from_diffusers(sdxl)
+    blocks = {
+        "down_block_types": ["DownBlock2D", "AttnDownBlock2D"],
+        "up_block_types": ["AttnUpBlock2D", "UpBlock2D"],
+        "block_out_channels": (32, 64),
+        "attention_head_dim": None,  # one head as wide as its level
+    }
+    theirs = diffusers.UNet2DModel(**blocks)
+    assert unet_config_from_diffusers(dict(theirs.config)).network.heads == (1, 1)
+    assert theirs.mid_block.attentions[0].heads == 1
     with pytest.raises(ValueError, match=r"attn_norm_num_groups = 8 \(only 32\)"):
         unet_config_from_diffusers(SD15_UNET | {"attn_norm_num_groups": 8})
     odd = SD15_VAE | {"down_block_types": ["DownEncoderBlock2D"] * 3 + ["AttnDownEncoderBlock2D"]}

@@ -105,6 +105,8 @@ def test_a_unet_is_reconstructed_from_its_checkpoints_and_draws(two_process_run:
     assert any(not torch.allclose(other[name], tensor, rtol=1e-3) for name, tensor in published.items())
     content = json.loads((tmp_path / "other" / "manifest.json").read_bytes())["content"]
     assert content["reconstruction"] == {"update": 24, "relative_std": 0.2}
+    trained = json.loads((root / "unet" / "manifest.json").read_bytes())["content"]
+    assert content["parents"]["latents"] == trained["parents"]["latents"]  # of its error budget
     done = run_here(
         *("sample", f"--inputs.vae={two_process_run.root / 'vae'}", f"--inputs.unet={tmp_path / 'other'}"),
         *("--number", "2", "--sampler.num_steps", "2", "--output", str(tmp_path / "samples")),
