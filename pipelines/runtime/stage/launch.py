@@ -176,10 +176,10 @@ class StopSignal:
         if self.reason is None:
             self.reason, self._received = signal.Signals(number).name, time.monotonic()
 
-    def requested(self) -> bool:
-        """Return whether this rank was asked to stop, after a look for the file; other ranks may not know yet."""
+    def requested(self, *, look: bool = True) -> bool:
+        """Return whether this rank was asked to stop, after a ``look`` for the file; other ranks may not know yet."""
         for file, reason in ((self.file, "the file 'stop'"), (self.passed_on, "asked by another rank")):
-            if self.reason is None and file.exists():
+            if look and self.reason is None and file.exists():
                 self.reason = reason
         return self.reason is not None
 

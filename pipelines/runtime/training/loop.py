@@ -248,7 +248,7 @@ class Training:
         if self._replica_check.active:
             self._replica_check.record_reduced()
         norms = {name: optimizer.clip() for name, optimizer in optimizers.items()}
-        stops = stage.stop.requested() if stage.is_main else stage.stop.reason is not None
+        stops = stage.stop.requested(look=stage.is_main)
         self._anomalies.check(self._buffer.current, norms, stops=stops)
 
         # Apply it; a refused one changes nothing.

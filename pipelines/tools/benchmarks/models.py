@@ -136,7 +136,11 @@ def _trainings(
     their_loss: peers.LossOf,
     flops: float,
 ) -> Comparison:
-    """Check that all three compute the same losses, then time them; ``flops`` are those of an image."""
+    """Check that all three compute the same losses, then time them; ``flops`` are those of an image.
+
+    Several processes are compared with the plain loop alone: diffusers' examples train an autoencoder past the wrapper
+    that averages gradients.
+    """
     config, turns, accelerator = stage.config, stage.stop, stage.accelerator
     assert isinstance(config, TrainingConfig)
     assert isinstance(turns, Turns)
@@ -148,41 +152,37 @@ def _trainings(
         with accelerator.autocast():
             return loss_of(bare, batch)
 
-    plain = PlainLoop(network, loss_in_precision, [_placed(batch, accelerator.device) for batch in batches], config)
+    several = accelerator.num_processes > 1
+    bare = nn.parallel.DistributedDataParallel(network, gradient_as_bucket_view=True) if several else network
+    plain = PlainLoop(bare, loss_in_precision, [_placed(batch, accelerator.device) for batch in batches], config)
     turns.begin(train)
     try:
-        # The stage's losses are the plain loop's.
+        # The stage's losses are the plain loop's, after a rehearsal that changes nothing.
+        if several:
+            turns.make(1)
         turns.make(setup.updates)
         plain.make(setup.updates)
-        stage.tracker.flush()
-        records = [json.loads(line) for line in (stage.folder / METRICS).read_text().splitlines()]
-        losses = torch.tensor([record["train/loss"] for record in records if "update" in record])
-        check_close(losses, torch.stack(plain.losses).cpu(), within=setup.rounding, what="The stage's loss")
+        expected = accelerator.reduce(torch.stack(plain.losses), "mean").cpu()
+        jobs: dict[str, Callable[[int], None]] = {"ours": turns.make, "plain loop": plain.make}
+        if accelerator.is_main_process:
+            stage.tracker.flush()
+            records = [json.loads(line) for line in (stage.folder / METRICS).read_text().splitlines()]
+            losses = torch.tensor([record["train/loss"] for record in records if "update" in record])
+            check_close(losses, expected, within=setup.rounding, what="The stage's loss")
 
         # So is that of diffusers' network with the weights that this loop has now.
-        theirs = peers.theirs(network, setup.image.resolution)
-        with torch.no_grad(), accelerator.autocast():
-            found = their_loss(theirs, _placed(dict(their_batches[0]), accelerator.device))
-            expected = loss_of(network, _placed(batches[0], accelerator.device))
-        check_close(found, expected, within=setup.rounding, what="The loss of diffusers' network")
-
-        # Theirs then goes its own way, as it is too where it is compiled.
-        others = {"diffusers": theirs}
-        if setup.compiled:
-            others[EAGER] = peers.theirs(network, setup.image.resolution)
-            peers.compile_parts(theirs)
-        samples = [
-            {name: field[row] for name, field in each.items() if name not in peers.DRAWN}
-            for each in their_batches
-            for row in range(config.global_batch)
-        ]
-        jobs = {"ours": turns.make, "plain loop": plain.make}
-        for name, other in others.items():
-            jobs[name] = peers.TheirTraining(other, their_loss, samples, config, accelerator).make
+        if not several:
+            with torch.no_grad(), accelerator.autocast():
+                expected = loss_of(network, _placed(batches[0], accelerator.device))
+            jobs |= _their_trainings(setup, stage, network, their_batches, their_loss, expected)
         units = setup.updates * config.global_batch
 
         # The sender's start is no part of an update: it imports MLflow and makes the database, for some seconds.
-        while config.run.tracking_uri != OFFLINE and unsent(stage.folder, Sent.read(stage.folder)):
+        while (
+            accelerator.is_main_process
+            and config.run.tracking_uri != OFFLINE
+            and unsent(stage.folder, Sent.read(stage.folder))
+        ):
             time.sleep(POLL_SECONDS)
         return compare(
             {
@@ -195,6 +195,35 @@ def _trainings(
     finally:
         turns.end()
         stage.tracker.close("KILLED")
+
+
+def _their_trainings(
+    setup: Setup,
+    stage: Stage,
+    network: nn.Module,
+    batches: Sequence[Mapping[str, Tensor]],
+    loss_of: peers.LossOf,
+    expected: Tensor,
+) -> dict[str, Callable[[int], None]]:
+    """Check that diffusers' network with these weights has the ``expected`` loss, and let it go its own way."""
+    config, accelerator = stage.config, stage.accelerator
+    assert isinstance(config, TrainingConfig)
+    theirs = peers.theirs(network, setup.image.resolution)
+    with torch.no_grad(), accelerator.autocast():
+        found = loss_of(theirs, _placed(dict(batches[0]), accelerator.device))
+    check_close(found, expected, within=setup.rounding, what="The loss of diffusers' network")
+    others = {"diffusers": theirs}
+    if setup.compiled:  # beside the one that is not
+        others[EAGER] = peers.theirs(network, setup.image.resolution)
+        peers.compile_parts(theirs)
+    samples = [
+        {name: field[row] for name, field in each.items() if name not in peers.DRAWN}
+        for each in batches
+        for row in range(config.global_batch)
+    ]
+    return {
+        name: peers.TheirTraining(other, loss_of, samples, config, accelerator).make for name, other in others.items()
+    }
 
 
 class PlainLoop:

@@ -4,6 +4,8 @@ Each round runs every side once and ours once more, in an order that changes fro
 median over the rounds of the ratio within a round, with a bootstrap interval (Efron 1979). Ours against ours is the
 control: its interval must hold 1, else the machine was too restless and the figure says nothing.
 
+Several processes work in step: their processor seconds are added, and the slowest one's wall seconds count.
+
 Both clocks run at once. Processor seconds, those of all threads together, are hardly disturbed by what else the machine
 does; wall seconds show where one thread waits for another, and are what counts on a GPU.
 """
@@ -12,11 +14,12 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import psutil
 import torch
+import torch.distributed as dist
 
 RESAMPLES = 2_000
 CONTROL = "ours again"
@@ -76,7 +79,10 @@ def compare(jobs: Mapping[str, Job], *, rounds: int, peak: float = math.inf) -> 
     rates: dict[Clock, dict[str, list[float]]] = {"processor": {**limit}, "wall": {**limit}}
     for _ in range(rounds):
         for name in order.permutation(list(jobs)).tolist():
-            job, wall, processor = jobs[name], time.perf_counter(), time.process_time()
+            job = jobs[name]
+            if dist.is_initialized():
+                dist.barrier()
+            wall, processor = time.perf_counter(), time.process_time()
             job.run()
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
@@ -88,6 +94,7 @@ def compare(jobs: Mapping[str, Job], *, rounds: int, peak: float = math.inf) -> 
                 before, of_children = of_children, children_seconds()
                 spent["processor"] += of_children - before
             for clock, seconds in spent.items():
+                seconds = of_all_processes(seconds, dist.ReduceOp.SUM if clock == "processor" else dist.ReduceOp.MAX)
                 rates[clock].setdefault(name, []).append(job.units / max(seconds, 1e-9))
 
     def faster(name: str, clock: Clock) -> Ratio:
@@ -97,6 +104,15 @@ def compare(jobs: Mapping[str, Job], *, rounds: int, peak: float = math.inf) -> 
         {name: {clock: faster(name, clock) for clock in rates} for name in rates["wall"] if name != ours},
         {name: {clock: float(np.median(found[name])) for clock, found in rates.items()} for name in rates["wall"]},
     )
+
+
+def of_all_processes(seconds: float, operation: Any) -> float:
+    """Return the sum or the largest of the seconds of all processes."""
+    if not dist.is_initialized():
+        return seconds
+    found = torch.tensor([seconds], device="cuda" if torch.cuda.is_available() else "cpu")
+    dist.all_reduce(found, operation)
+    return found.item()
 
 
 def children_seconds() -> float:

@@ -101,7 +101,8 @@ def stage_of(setup: Setup, config: StageConfig, name: str, *, in_turns: bool) ->
     if in_turns:
         (folder / "config.toml").touch()
         stop = Turns(folder, accelerator)
-        tracker = start_tracker(config, name=name, folder=folder, parents=parents, accelerator=accelerator)
+        if accelerator.is_main_process:
+            tracker = start_tracker(config, name=name, folder=folder, parents=parents, accelerator=accelerator)
     return Stage(
         name=name,
         folder=folder,
@@ -147,7 +148,7 @@ class Turns(StopSignal):
         if (error := self._ended.get()) is not None:
             raise error
 
-    def requested(self) -> bool:
+    def requested(self, *, look: bool = True) -> bool:
         """Wait for the next turn where the last one is over."""
         if self._left == 0:
             self._ended.put(None)
