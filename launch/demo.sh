@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The whole road on the embedded corpus: set-up, then five stages with two processes, some ten minutes on two CPU cores.
+# The whole road on the embedded corpus: set-up, then all stages with two processes, some ten minutes on two CPU cores.
 #
 #   bash launch/demo.sh [LAUNCHER FLAG ...] [-- STAGE OPTION ...]     as launch/pipeline.sh takes them
 #

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Run all five stages of one experiment on this machine, one after the other. Run it again to continue where it stopped.
+# Run all stages of one experiment on this machine, one after the other. Run it again to continue where it stopped.
 #
 #   bash launch/pipeline.sh EXPERIMENT.toml [LAUNCHER FLAG ...] [-- STAGE OPTION ...]
 #
@@ -43,12 +43,14 @@ began_all=$SECONDS
 # The packages come from .venv, never from a folder that happens to be called data/ or models/ where we were started.
 export PYTHONSAFEPATH=1
 
-# All five configurations are checked before the first stage works: a mistake in the last one shows now.
+# All configurations are checked before the first stage works: a mistake in the last one shows now.
+choose_stages "$experiment"
 scratch="$(mktemp -d)"
 trap 'rm -rf -- "$scratch"' EXIT
 checks=()
 for stage in "${stages[@]}"; do
-    stage_folder "$stage" "${options[@]}" >"$scratch/$stage" &
+    read -ra words <<<"$stage"
+    stage_folder "${words[@]}" "${options[@]}" >"$scratch/$stage" &
     checks+=($!)
 done
 mistaken=0
@@ -60,7 +62,8 @@ stop_on_signals
 number=0
 for stage in "${stages[@]}"; do
     number=$((number + 1))
-    run_stage "$number/${#stages[@]} $stage" "$stage" "$(<"$scratch/$stage")" "${options[@]}"
+    read -ra words <<<"$stage"
+    run_stage "$number/${#stages[@]} $stage" "${words[0]}" "$(<"$scratch/$stage")" "${words[@]:1}" "${options[@]}"
 done
 
 # Absolute, so that what is printed works from any folder.
@@ -77,7 +80,7 @@ else
 fi
 cat <<SUMMARY
 
-All five stages took $((SECONDS - began_all)) s.
+All stages took $((SECONDS - began_all)) s.
   samples   $results/samples.png
   metrics   $results/metrics.json
   MLflow    $tracked

@@ -2,13 +2,25 @@
 # What the scripts of this folder know about stages; to be sourced, with $root and $python set.
 
 : "${root:?}" "${python:?}"
-# shellcheck disable=SC2034  # for those who source this
-stages=(prepare_corpus train_vae encode_latents train_unet evaluate)
 declare -A stage_folders=(
     [prepare_corpus]=corpus [train_vae]=vae [encode_latents]=latents [train_unet]=unet [evaluate]=evaluation
 )
 
 say() { printf '%s\n' "$*" >&2; }
+
+# Set stages to those of experiment $1 in their order, each with options of its own: train_unet is one more time there
+# where the file names a guide.
+choose_stages() {
+    # shellcheck disable=SC2034  # for those who source this
+    stages=(prepare_corpus train_vae encode_latents train_unet evaluate)
+    if "$python" -c "$names_guide" "$1" 2>/dev/null; then
+        stages=("${stages[@]:0:4}" "train_unet --name guide" evaluate)
+    fi
+}
+names_guide='
+import sys, tomllib
+tomllib.loads(open(sys.argv[1], encoding="utf-8-sig").read())["train_unet"]["named"]["guide"]
+'
 
 # Print one setting of a stage's resolved configuration: $1 stage, $2 key, then its --config and other options.
 stage_setting() {

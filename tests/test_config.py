@@ -13,6 +13,7 @@ from clocks import processor_seconds_of
 from conftest import REPOSITORY, SMOKE, STAGES, environment, run_stage
 from pydantic import BaseModel, Field, PositiveFloat, PositiveInt, model_validator
 
+from pipelines.evaluate import EvaluateConfig
 from pipelines.runtime.config.command_line import config_from_command_line, help_text
 from pipelines.runtime.config.dotted_keys import flattened, flattened_texts
 from pipelines.runtime.config.errors import ConfigError
@@ -107,6 +108,16 @@ def test_a_list_of_plain_values_may_come_without_brackets_on_the_command_line(tm
 def test_inputs_lie_below_the_root_unless_they_are_given(tmp_path: Path) -> None:
     assert load(tmp_path, "", "--run.root", "runs/z").inputs.corpus == "runs/z/corpus"
     assert load(tmp_path, "", "--inputs.corpus", "elsewhere").inputs.corpus == "elsewhere"
+    words = ["--config", str(SMOKE), "--run.root", str(tmp_path)]
+
+    def guide(*more: str) -> str:
+        return load_config(EvaluateConfig, table="evaluate", argv=[*words, *more]).inputs.guide
+
+    assert guide() == "", "an optional one that is not finished"
+    (tmp_path / "unet-guide").mkdir()
+    (tmp_path / "unet-guide" / "manifest.json").touch()
+    assert guide() == str(tmp_path / "unet-guide")
+    assert guide("--inputs.guide", "") == ""
 
 
 def test_a_partly_given_table_keeps_its_fields_defaults(tmp_path: Path) -> None:
@@ -298,6 +309,34 @@ def test_a_file_that_is_no_experiment_is_the_only_mistake(tmp_path: Path) -> Non
         config_from_command_line(Config, table="train_vae", about="", argv=[*words, str(tmp_path / "run")])
     assert json.loads((tmp_path / "run" / "vae" / "outcome.json").read_bytes())["exit_code"] == 2
     assert early_folder(Config, table="train_vae", argv=words[:2]) is None, "that of another experiment"
+
+
+def test_a_name_takes_the_changes_that_the_file_has_for_it_and_the_command_line_wins(tmp_path: Path) -> None:
+    text = """[train_vae]
+    global_batch = 32
+    shape = { kind = "square", side = 9 }
+    shapes = [{ kind = "circle", radius = 3 }, { kind = "square" }]
+    [train_vae.named.small]
+    global_batch = 16
+    peak_lr = 2
+    shape.kind = "circle"
+    shapes = [{ kind = "square", side = 4 }]
+    """
+    plain, other = load(tmp_path, text), load(tmp_path, text, "--name", "wide")
+    assert other.model_copy(update={"name": "x"}) == plain, "no changes of that name"
+    small = load(tmp_path, text, "--name", "small", "--peak_lr", "3")
+    assert (small.global_batch, small.peak_lr, small.name) == (16, 3.0, "small")
+    assert small.shape == Circle(radius=5.0), "the default, without the square's side"
+    assert small.shapes == (Square(side=4),)
+    assert load(tmp_path, text.replace("[train_vae]", '[train_vae]\nname = "small"')).global_batch == 16
+    wrong = text + 'name = "big"\nrun.root = "r"\ncolour = 1\nshape.radius = "x"'
+    assert load(tmp_path, wrong) == plain
+    said = mistakes(tmp_path, wrong, "--name", "small")
+    assert "train_vae.named.small.name" in said
+    assert "train_vae.named.small.run.root" in said
+    assert f"colour = 1 ({tmp_path / 'experiment.toml'})" in said
+    assert "shape.radius" in said
+    assert "expected tables [train_vae.named.NAME]" in mistakes(tmp_path, "[train_vae]\nnamed = [1]")
 
 
 @pytest.mark.parametrize("text", ["[train_vae]\nupdates = = 3", "[train_vae]\nstray = 1"])

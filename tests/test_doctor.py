@@ -243,11 +243,13 @@ def test_a_plan_runs_everything_once_and_says_what_is_stale(
     after = sorted(path for path in root.rglob("*") if path.suffix != ".verified")
     assert after == before, "it writes nothing below run.root"
 
-    other = changed(tmp_path / "other.toml", **{"num_train = 192": "num_train = 96"})
+    guide = "[train_unet.named.guide]\nupdates = 12\n[evaluate]"
+    other = changed(tmp_path / "other.toml", **{"num_train = 192": "num_train = 96", "[evaluate]": guide})
     done = tool("plan", "--run.root", str(root), "--trial", "false", config=other)
     assert done.code == 0, done.stderr
     assert "prepare_corpus: stale\n    source.num_train: was 192, is now 96" in done.stdout
     assert "its input corpus is stale" in done.stdout
+    assert "its guide, train_unet --name guide, takes 50% more" in done.stdout
 
 
 def sketch_of(experiment: str, stage: str, **changes: Any) -> Sketch:

@@ -64,7 +64,7 @@ def test_every_script_stops_at_the_first_failing_command() -> None:
 
 def test_the_scripts_know_the_same_stages_as_the_pipeline() -> None:
     shell = (ROOT / "launch" / "stages.sh").read_text()
-    found = re.search(r"^stages=\((.*)\)$", shell, flags=re.MULTILINE)
+    found = re.search(r"^ *stages=\((.*)\)$", shell, flags=re.MULTILINE)
     assert found
     assert found.group(1).split() == list(STAGE_FOLDERS)
     assert dict(re.findall(r"\[(\w+)\]=(\w+)", shell)) == STAGE_FOLDERS

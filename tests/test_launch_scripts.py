@@ -20,6 +20,7 @@ from pipelines.runtime.config.stage_config import STAGE_FOLDERS
 
 ROOT = Path(__file__).parent.parent
 STAGES = list(STAGE_FOLDERS)
+GUIDED = [*STAGES[:4], "train_unet --name guide", "evaluate"]  # of an experiment that names a guide
 
 # What a stage does is a line of shell in the variable STAGE_DOES; $1 is its name, $2 its folder.
 PYTHON = """#!/usr/bin/env bash
@@ -57,8 +58,8 @@ def house(tmp_path: Path) -> Path:
     (root / "launch" / "setup.sh").write_text("exit 0\n")
     (root / ".venv" / "bin").mkdir(parents=True)
     (root / "records").mkdir()
-    for name in ("x.toml", "an experiment.toml"):
-        (root / name).touch()
+    (root / "x.toml").touch()
+    (root / "an experiment.toml").write_text("\ufeff[train_unet.named.guide]\nupdates = 3\n", encoding="utf-8")
     folders = " ".join(f"[{stage}]={folder}" for stage, folder in STAGE_FOLDERS.items())
     executable(root / ".venv" / "bin" / "python", PYTHON.replace("FOLDERS", folders).replace("REAL", sys.executable))
     return root
@@ -104,8 +105,8 @@ def wait_for(path: Path) -> None:
 def test_the_pipeline_runs_every_stage_in_order_and_says_where_the_results_are(house: Path) -> None:
     done = run(house, "launch/pipeline.sh", "an experiment.toml")
     assert done.returncode == 0, done.stderr
-    assert launched_stages(house) == STAGES
-    assert all(words[-2:] == ["--config", "an experiment.toml"] for words in launches(house))
+    found = [" ".join(words[words.index("-m") + 1 :]).removeprefix("pipelines.") for words in launches(house)]
+    assert found == [f"{stage} --config an experiment.toml" for stage in GUIDED]
     # Absolute, so that what is printed works from any folder.
     assert (house / "synced").read_text() == f"{house}/runs/a b\n"
     assert f"{house}/runs/a b/evaluation/samples.png" in done.stdout
@@ -375,15 +376,18 @@ def test_the_job_ends_with_the_stage_s_own_exit_code(slurm: Path, stage_does: st
 
 def test_submitted_stages_wait_for_each_other(slurm: Path) -> None:
     path = f"{slurm / 'commands'}:{os.environ['PATH']}"
-    done = run(slurm, "launch/slurm/submit.sh", "x.toml", "--nodes", "4", "--", "--run.root", "b", PATH=path)
+    done = run(
+        slurm, "launch/slurm/submit.sh", "an experiment.toml", "--nodes", "4", "--", "--run.root", "b", PATH=path
+    )
     assert done.returncode == 0, done.stderr
     lines = (slurm / "sbatch").read_text().splitlines()
-    assert [line.split("stage.sbatch ")[1] for line in lines] == [f"{s} --config x.toml --run.root b" for s in STAGES]
+    words = [line.split("stage.sbatch ")[1] for line in lines]
+    assert words == [f"{stage} --config an experiment.toml --run.root b" for stage in GUIDED]
     assert "--dependency" not in lines[0]
     for number, line in enumerate(lines[1:], start=1):
         assert f"--dependency afterok:{number} --kill-on-invalid-dep=yes" in line
     # The last --nodes counts for sbatch.
-    assert [line.split("--nodes ")[-1][0] for line in lines] == ["1", "4", "4", "4", "4"]
+    assert [line.split("--nodes ")[-1][0] for line in lines] == ["1", "4", "4", "4", "4", "4"]
 
 
 def test_nothing_is_submitted_when_a_later_stage_has_a_mistake(slurm: Path) -> None:

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Submit all five stages of one experiment to Slurm, each to start when the one before it has succeeded.
+# Submit all stages of one experiment to Slurm, each to start when the one before it has succeeded.
 #
 #   bash launch/slurm/submit.sh EXPERIMENT.toml [SBATCH OPTION ...] [-- STAGE OPTION ...]
 #   bash launch/slurm/submit.sh pipelines/configs/imagenet256.toml \
@@ -33,15 +33,20 @@ export LATENTLINE_ROOT="$root" PYTHONSAFEPATH=1
 
 # Better a message here than in a job that starts next week.
 mistaken=0
-for stage in "${stages[@]}"; do stage_folder "$stage" "${options[@]}" >/dev/null || mistaken=$?; done
+choose_stages "$experiment"
+for stage in "${stages[@]}"; do
+    read -ra words <<<"$stage"
+    stage_folder "${words[@]}" "${options[@]}" >/dev/null || mistaken=$?
+done
 ((mistaken == 0)) || exit "$mistaken"
 
 previous=""
 for stage in "${stages[@]}"; do
-    job=(--parsable --job-name "$stage" "${sbatch_options[@]}")
+    read -ra words <<<"$stage"
+    job=(--parsable --job-name "${words[0]}" "${sbatch_options[@]}")
     if [[ $stage == prepare_corpus ]]; then job+=(--nodes 1); fi
     if [[ -n $previous ]]; then job+=(--dependency "afterok:$previous" --kill-on-invalid-dep=yes); fi
-    previous="$(sbatch "${job[@]}" "$root/launch/slurm/stage.sbatch" "$stage" "${options[@]}")"
+    previous="$(sbatch "${job[@]}" "$root/launch/slurm/stage.sbatch" "${words[@]}" "${options[@]}")"
     previous="${previous%%;*}" # with several clusters: JOB;CLUSTER
     printf '%-16s %s\n' "$stage" "$previous"
 done

@@ -161,7 +161,8 @@ def check_guide(inputs: ModelInputs, parents: Parents) -> None:
     if wrong := [name for name, value in ours.items() if value != theirs[name]]:
         raise ValueError(
             f"{inputs.guide} has other {', '.join(wrong)} than inputs.unet = {inputs.unet!r}. A guide is a smaller or "
-            "less trained network of the same training: change its channels or updates alone."
+            "less trained network of the same training: change its channels or updates alone, or go without it by "
+            "--inputs.guide ''."
         )
 
 
@@ -174,7 +175,7 @@ def _terms(folder: str, manifest: UNetManifest) -> dict[str, Any]:
         "statistics of latents": config["statistics"],
         "classes": manifest.classes,
         "captions": config.get("text"),
-        "conditioners": denoiser["conditioners"],
+        "conditioners": [{**conditioner, "drop_probability": None} for conditioner in denoiser["conditioners"]],
         "schedule": denoiser["schedule"],
         "prediction": [denoiser["objective"][key] for key in ("prediction", "variance")],
     }

@@ -98,7 +98,8 @@ class StagePlan:
     images: int = 0  # trained on, counting repeats
     images_per_second: float = 0.0  # of one device
     measured: bool = False  # by a trial
-    device_hours: float = 0.0
+    guide: float = 0.0  # cost of training the weaker U-Net that the file names, as a share of this training's
+    device_hours: float = 0.0  # with it
     notes: list[str] = field(default_factory=list)
 
 
@@ -156,7 +157,7 @@ def plan(config: PlanConfig, path: str) -> list[StagePlan]:
     plans: dict[str, StagePlan] = {}
     for stage, one in configs._asdict().items():
         plans[stage] = state_of(stage, one, plans)
-    sketches = forecast(configs, plans)
+    sketches = forecast(configs, plans, guide_of(configs.train_unet, path))
     memory = round(2**30 * config.memory_gb) or device_memory()
     for stage, training in trainings_of(configs).items():
         found = plans[stage]
@@ -171,8 +172,15 @@ def plan(config: PlanConfig, path: str) -> list[StagePlan]:
             found.images_per_second = (
                 config.utilisation * peak_flops(device, training.precision, tf32=training.tf32) / found.flops_per_image
             )
-        found.device_hours = found.images / found.images_per_second / 3600
+        found.device_hours = (1 + found.guide) * found.images / found.images_per_second / 3600
     return list(plans.values())
+
+
+def guide_of(unet: train_unet.TrainUNetConfig, path: str) -> train_unet.TrainUNetConfig | None:
+    """Return the training of the U-Net that the file has under ``train_unet.named.guide``, if it has one."""
+    words = ["--config", path, "--run.root", unet.run.root, "--name", "guide"]
+    guide = load_config(train_unet.TrainUNetConfig, table="train_unet", argv=words)
+    return None if guide.model_copy(update={"name": unet.name}) == unet else guide
 
 
 def state_of(stage: str, config: StageConfig, before: Mapping[str, StagePlan]) -> StagePlan:
@@ -208,7 +216,9 @@ def state_of(stage: str, config: StageConfig, before: Mapping[str, StagePlan]) -
     return StagePlan(stage=stage, state="stale" if why else "done" if finished else "begun", why=why)
 
 
-def forecast(configs: StageConfigs, plans: Mapping[str, StagePlan]) -> dict[str, Sketch]:
+def forecast(
+    configs: StageConfigs, plans: Mapping[str, StagePlan], guide: train_unet.TrainUNetConfig | None = None
+) -> dict[str, Sketch]:
     """Fill in parameters, FLOPs and bytes: of what is there as it is, of what is not as its inputs promise.
 
     Returns:
@@ -245,6 +255,11 @@ def forecast(configs: StageConfigs, plans: Mapping[str, StagePlan]) -> dict[str,
     sketches["train_unet"] = unet_sketch(unet_config, shape, num_classes=num_classes)
     for stage, sketch in sketches.items():
         add_costs(plans[stage], sketch)
+    if guide is not None:
+        weaker, found = unet_sketch(guide, shape, num_classes=num_classes), plans["train_unet"]
+        images = guide.updates * guide.global_batch / (unet_config.updates * unet_config.global_batch)
+        found.guide = images * weaker.flops(weaker.levels) / found.flops_per_image
+        found.notes.append(f"its guide, train_unet --name guide, takes {found.guide:.0%} more")
 
     # Bytes of the stages that only write samples.
     numbers = 2 * promised_shape.channels * promised_shape.size**2 * (2 if encoding.flipped else 1)

@@ -1,8 +1,9 @@
 """Experiment file and command line, merged into one tree and validated once, into one frozen model.
 
 An experiment is one TOML file: a table ``[run]`` that all stages share and one table a stage. ``--dotted.name value``
-changes a key of the stage's own table, ``--run.name value`` one of the shared table. Whatever is wrong is reported at
-once, each mistake with its source, its key, what was given, what is expected and the nearest valid name.
+changes a key of the stage's own table, ``--run.name value`` one of the shared table. ``[train_unet.named.guide]`` holds
+the changes that ``--name guide`` makes. Whatever is wrong is reported at once, each mistake with its source, its key,
+what was given, what is expected and the nearest valid name.
 """
 
 import json
@@ -24,7 +25,7 @@ from pipelines.runtime.config.errors import ConfigError
 from pipelines.runtime.config.mistakes import explained, nearest, shown, without_flaws
 from pipelines.runtime.config.renamed_keys import new_name, with_new_names
 from pipelines.runtime.config.schema import annotation_at, complete, kind_of, variant_at, variants_of
-from pipelines.runtime.config.stage_config import STAGE_FOLDERS, TOOL_TABLES, CommandConfig, RunConfig
+from pipelines.runtime.config.stage_config import INPUT_FOLDERS, STAGE_FOLDERS, TOOL_TABLES, CommandConfig, RunConfig
 
 Config = TypeVar("Config", bound=CommandConfig)
 MAX_DEPTH = 32  # tables and lists that a value lies in; no key of ours lies in half as many
@@ -61,9 +62,11 @@ def merged_tree(
     path, overrides, mistakes = _split_command_line(model, argv)
     tree, sources, file_mistakes = _tree_of_file(path, table=table, shared="run" in model.model_fields)
     mistakes += file_mistakes
-    # Kinds first, from the outside: a changed kind drops the old variant's keys, but never a word of this command line.
-    named = [(key.removeprefix(f"{table}."), raw) for key, raw in overrides]
-    for key, raw in sorted(named, key=lambda each: (not each[0].endswith(".kind"), each[0].count("."))):
+    if "name" in model.model_fields:
+        name = dict(overrides).get("name") or dict(overrides).get(f"{table}.name") or tree.get("name", "")
+        mistakes += _with_changes_of(name, model, tree, sources, source=path or "", table=table)
+    words = [(key.removeprefix(f"{table}."), raw) for key, raw in overrides]
+    for key, raw in sorted(words, key=_kinds_first):
         mistakes += _renamed(key, raw, source="command line", table=table)
         mistakes += _override(model, tree, sources, new_name(table, key), raw)
     return complete(model, _with_inputs(model, tree)), sources, mistakes
@@ -205,6 +208,29 @@ def _parsed(text: str) -> dict[str, Any]:
     return whole
 
 
+def _with_changes_of(
+    name: Any, model: type[CommandConfig], tree: dict[str, Any], sources: dict[str, str], *, source: str, table: str
+) -> list[str]:
+    """Put the changes of ``named.NAME`` into the tree, and no others; return mistakes that have no place in it."""
+    named = tree.pop("named", {})
+    for key in [key for key in sources if key.split(".")[0] == "named"]:
+        del sources[key]
+    if not isinstance(named, dict) or not all(isinstance(changes, dict) for changes in named.values()):
+        return [f"  {table}.named ({source})\n      expected tables [{table}.named.NAME]"]
+    changes, mistakes = with_new_names(table, named.get(name, {})) if isinstance(name, str) else {}, list[str]()
+    for key, value in sorted(flattened(changes, numbered=False).items(), key=_kinds_first):
+        if key.split(".")[0] in ("run", "name"):
+            mistakes.append(f"  {table}.named.{name}.{key} ({source})\n      is the same whatever the name")
+        else:
+            mistakes += _place(model, tree, sources, key, value, source=source)
+    return mistakes
+
+
+def _kinds_first(change: tuple[str, Any]) -> tuple[bool, int]:
+    """Sort kinds first, from the outside: a changed kind drops the old variant's keys."""
+    return not change[0].endswith(".kind"), change[0].count(".")
+
+
 def _override(
     model: type[CommandConfig], tree: dict[str, Any], sources: dict[str, str], key: str, raw: str | None
 ) -> list[str]:
@@ -223,13 +249,22 @@ def _override(
         # Given again and again. Of the file's words none stay, while what it allows stays allowed.
         kept = reduce(below, parts, tree) if key == "run.allow_changed" or sources.get(key) == "command line" else None
         value = [*(kept or ()), *(value if isinstance(value, list) else [raw])]
+    return _place(model, tree, sources, key, value, source="command line")
+
+
+def _place(
+    model: type[CommandConfig], tree: dict[str, Any], sources: dict[str, str], key: str, value: Any, *, source: str
+) -> list[str]:
+    """Put a value into the tree at a dotted key; return mistakes that have no place in it."""
+    parts = key.split(".")
+    wrong = f"  {'--' if source == 'command line' else ''}{key} = {shown(value)}"
     place: Any = tree
     for index, part in enumerate(parts[:-1]):
         if isinstance(place, dict) and not parts[index + 1].isdigit():
             place.setdefault(part, {})
         if (place := below(place, part)) is None:
             missing = ".".join(parts[: index + 1])
-            return [f"  --{key} {raw} (command line)\n      the experiment file has no {missing} to change"]
+            return [f"{wrong} ({source})\n      the experiment file has no {missing} to change"]
     last = parts[-1]
     if isinstance(place, list) and last.isdigit() and int(last) < len(place):
         place[int(last)] = value
@@ -239,8 +274,8 @@ def _override(
             place.clear()  # Another variant: the old one's keys mean nothing to it.
         place[last] = value
     else:
-        return [f"  --{key} {raw} (command line)\n      {'.'.join(parts[:-1])} holds no keys"]
-    sources[key] = "command line"
+        return [f"{wrong} ({source})\n      {'.'.join(parts[:-1])} holds no keys"]
+    sources[key] = source
     return []
 
 
@@ -264,7 +299,7 @@ def _value_of(raw: str, annotation: Any) -> Any:
 
 
 def _with_inputs(model: type[CommandConfig], tree: dict[str, Any]) -> dict[str, Any]:
-    """Let ``inputs.NAME`` default to the folder NAME below ``run.root``; an optional input only where it is finished.
+    """Let ``inputs.NAME`` default to its folder below ``run.root``; an optional input only where it is finished.
 
     Not a validator of the model: one that runs before validation would turn strict JSON into strict Python values.
     """
@@ -272,7 +307,7 @@ def _with_inputs(model: type[CommandConfig], tree: dict[str, Any]) -> dict[str, 
     if field is None or not isinstance(given, dict) or root is None:
         return tree
     inputs = {name: each for model in variants_of(field.annotation) for name, each in model.model_fields.items()}
-    folders = {name: Path(root) / name for name in inputs}
+    folders = {name: Path(root) / INPUT_FOLDERS.get(name, name) for name in inputs}
     default = {
         name: str(folder)
         for name, folder in folders.items()

@@ -11,6 +11,7 @@ STAGE_FOLDERS = {
     "train_unet": "unet",
     "evaluate": "evaluation",
 }
+INPUT_FOLDERS = {"guide": "unet-guide"}  # of inputs that are not called like their folder: `train_unet --name guide`
 TOOL_TABLES = ("sample", "export", "reconstruct", "benchmark", "doctor", "plan", "compare", "report", "trace", "sync")
 CURVE_DENSITY = 1000
 
@@ -41,7 +42,7 @@ class CommandConfig(BaseModel, frozen=True, extra="forbid"):
 
 
 class StageConfig(CommandConfig):
-    """Base of a stage's configuration, or of a tool's on one; ``inputs.NAME`` is the folder NAME in ``run.root``."""
+    """Base of a stage's configuration, or of a tool's on one; ``inputs.NAME`` is a folder in ``run.root``."""
 
     # Dotted keys that do not change the result: left out of the fingerprint, so they may differ on resume.
     fingerprint_ignores: ClassVar[frozenset[str]] = frozenset()
