@@ -1,6 +1,7 @@
 """The measuring itself: a known ratio is found, a control holds 1, and sides that compute other things are refused."""
 
 import logging
+import subprocess
 import sys
 import threading
 import time
@@ -15,6 +16,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from clocks import quietest_round
+from conftest import environment, stage_command
 from torch import Tensor
 
 from models.autoencoder.vae import AutoencoderKL
@@ -284,6 +286,21 @@ def test_the_largest_size_is_stable_diffusion_2(tmp_path: Path) -> None:
     assert denoiser.network == theirs.network
     assert denoiser.token_width == theirs.token_width
     assert (setup.image.resolution, setup.image.channels) == (512, 3)
+
+
+@pytest.mark.soak
+def test_trainings_of_two_processes_are_compared_with_the_plain_loop_alone(tmp_path: Path) -> None:
+    launch = stage_command("tools.benchmark", processes=2)
+    words = ("train", "--rounds", "1", "--threads", "1", "--goals", "true", "--output", str(tmp_path / "figures.json"))
+    command = [*launch[: launch.index("--config")], *words]
+    done = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=600)
+    assert "float32 failed" not in done.stderr, done.stderr
+    assert done.stdout.count("Update of the U-Net") == 1, "one rank speaks"
+    known = benchmark.Figures.model_validate_json((tmp_path / "figures.json").read_bytes())
+    assert "2 processes, 1 threads" in known.about
+    assert [(figure.piece[0], figure.processes) for figure in known.figures] == [("unet", 2), ("vae", 2)]
+    assert all({*figure.faster} - {PEAK} == {"plain loop", CONTROL} for figure in known.figures)
+    assert {goal.against for figure in known.figures for goal in figure.goals} == {"plain loop"}
 
 
 def test_a_training_the_plain_loop_and_diffusers_compute_the_same_losses(

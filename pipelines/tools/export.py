@@ -2,7 +2,7 @@
 
     python -m pipelines.tools.export --config pipelines/configs/demo.toml --format diffusers --output exports/demo
 
-Reads: ``runs/NAME/vae/``, ``runs/NAME/unet/``, and ``runs/NAME/evaluation/samples.png`` where it is there. Writes to
+Reads: ``runs/NAME/vae/`` and ``runs/NAME/unet/``; a guide has no place in stock pipelines. Writes to
 ``OUTPUT``: ``vae/``, ``unet/`` and ``scheduler/`` as diffusers loads them, ``example.safetensors``, ``grid.png`` and a
 model card ``README.md``, whose few lines reproduce the example; and ``model_index.json``, ``text_encoder/`` and
 ``tokenizer/`` where a stock pipeline does. ``--format single_file`` writes the networks once more, into
@@ -92,7 +92,7 @@ def export(config: ExportConfig) -> Answer:
     write_pipeline(config, model, configs)
     if single_file is not None:
         write_weights(output / "model.safetensors", single_file)
-    write_atomically(output / "grid.png", grid_of(config, example))
+    write_atomically(output / "grid.png", grid_png(to_levels(example["images"])[None]))
     unet_class = configs["unet"]["_class_name"]
     card = model_card(
         unet_class=unet_class,
@@ -227,14 +227,6 @@ def arguments_in_diffusers(network: Denoiser, conditions: Mapping[str, Tensor], 
             if cond.tokens is not None and cond.token_mask is not None:
                 arguments |= {"encoder_hidden_states": cond.tokens, "encoder_attention_mask": cond.token_mask}
     return arguments
-
-
-def grid_of(config: ExportConfig, example: Mapping[str, Tensor]) -> bytes:
-    """Return the evaluation's samples where they are there, else the example's; PNG."""
-    evaluated = Path(config.run.root) / "evaluation" / "samples.png"
-    if evaluated.is_file() and Path(config.inputs.unet).resolve() == (Path(config.run.root) / "unet").resolve():
-        return evaluated.read_bytes()
-    return grid_png(to_levels(example["images"])[None])
 
 
 if __name__ == "__main__":
