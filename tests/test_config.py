@@ -321,6 +321,8 @@ def test_a_name_takes_the_changes_that_the_file_has_for_it_and_the_command_line_
     peak_lr = 2
     shape.kind = "circle"
     shapes = [{ kind = "square", side = 4 }]
+    [train_vae.named.first]
+    shapes.0.radius = 7
     """
     plain, other = load(tmp_path, text), load(tmp_path, text, "--name", "wide")
     assert other.model_copy(update={"name": "x"}) == plain, "no changes of that name"
@@ -328,8 +330,11 @@ def test_a_name_takes_the_changes_that_the_file_has_for_it_and_the_command_line_
     assert (small.global_batch, small.peak_lr, small.name) == (16, 3.0, "small")
     assert small.shape == Circle(radius=5.0), "the default, without the square's side"
     assert small.shapes == (Square(side=4),)
+    assert load(tmp_path, text, "--name", "first").shapes == (Circle(radius=7.0), Square())
+    bare = text.replace('shapes = [{ kind = "circle", radius = 3 }, { kind = "square" }]', "")
+    assert "has no shapes to change" in mistakes(tmp_path, bare, "--name", "first")
     assert load(tmp_path, text.replace("[train_vae]", '[train_vae]\nname = "small"')).global_batch == 16
-    wrong = text + 'name = "big"\nrun.root = "r"\ncolour = 1\nshape.radius = "x"'
+    wrong = text.replace("peak_lr = 2", 'name = "big"\nrun.root = "r"\ncolour = 1\nshape.radius = "x"')
     assert load(tmp_path, wrong) == plain
     said = mistakes(tmp_path, wrong, "--name", "small")
     assert "train_vae.named.small.name" in said
@@ -421,7 +426,10 @@ def test_every_experiment_is_valid_for_every_stage(path: Path) -> None:
             for value in vars(module).values()
             if isinstance(value, type) and issubclass(value, StageConfig) and value.__module__ == module.__name__
         ]
-        load_config(model, table=stage, argv=["--config", str(path)])
+        words = ["--config", str(path)]
+        load_config(model, table=stage, argv=words)
+        if "name" in model.model_fields:
+            load_config(model, table=stage, argv=[*words, "--name", "guide"])
 
 
 def test_help_is_quick_and_loads_no_tracking_attention_diffusers_or_compiler() -> None:
