@@ -32,7 +32,7 @@ from pipelines.evaluation.pictures import draw_pictures
 from pipelines.evaluation.real_images import RealSet
 from pipelines.evaluation.samples import DrawConfig, ItemMaker, key_prefix
 from pipelines.evaluation.training_weights import TrainingWeights
-from pipelines.model.weights import check_latent_diffusion
+from pipelines.model.weights import check_latent_diffusion, weights_of_samples
 from pipelines.runtime.config.command_line import config_from_command_line
 from pipelines.runtime.config.errors import ConfigError
 from pipelines.runtime.stage.progress import progress_line
@@ -112,6 +112,7 @@ def evaluate(config: EvaluateConfig, stage: Stage) -> None:
     # The model, the real images, and the names of all batches.
     maker = ItemMaker(config, stage)
     names = [name for batches in maker.batches.values() for name in batches]
+    stage.log.info(f"guidance leads away from {config.inputs.guide or 'no condition'}")
     for reason in dict.fromkeys(maker.absent.values()):
         which = ", ".join(name for name, why in maker.absent.items() if why == reason)
         stage.log.info(f"without {which}: {reason}")
@@ -222,7 +223,7 @@ def stored_samples(maker: ItemMaker) -> Iterator[tuple[str, dict[str, bytes]]]:
     """Yield key and members of every sample; one batch of images in memory at a time."""
     seed, size, steps = maker.config.seed, maker.config.batch_size, maker.config.sampler.num_steps
 
-    origin = {"unet": maker.stage.parents.unet.weights, "vae": maker.stage.parents.vae.weights}
+    origin = weights_of_samples(maker.stage.parents)
 
     # Keys are unique over all guidance scales: each begins with its scale.
     for scale in maker.config.scales:

@@ -14,6 +14,7 @@ from conftest import REPOSITORY, SMOKE, STAGES, environment, run_stage
 from pydantic import BaseModel, Field, PositiveFloat, PositiveInt, model_validator
 
 from pipelines.evaluate import EvaluateConfig
+from pipelines.evaluation.samples import EvaluateInputs
 from pipelines.runtime.config.command_line import config_from_command_line, help_text
 from pipelines.runtime.config.dotted_keys import flattened, flattened_texts
 from pipelines.runtime.config.errors import ConfigError
@@ -110,14 +111,22 @@ def test_inputs_lie_below_the_root_unless_they_are_given(tmp_path: Path) -> None
     assert load(tmp_path, "", "--inputs.corpus", "elsewhere").inputs.corpus == "elsewhere"
     words = ["--config", str(SMOKE), "--run.root", str(tmp_path)]
 
-    def guide(*more: str) -> str:
-        return load_config(EvaluateConfig, table="evaluate", argv=[*words, *more]).inputs.guide
+    def inputs(*more: str) -> EvaluateInputs:
+        return load_config(EvaluateConfig, table="evaluate", argv=[*words, *more]).inputs
 
-    assert guide() == "", "an optional one that is not finished"
-    (tmp_path / "unet-guide").mkdir()
-    (tmp_path / "unet-guide" / "manifest.json").touch()
-    assert guide() == str(tmp_path / "unet-guide")
-    assert guide("--inputs.guide", "") == ""
+    assert inputs().latents == "", "an optional one that is not finished"
+    (tmp_path / "latents").mkdir()
+    (tmp_path / "latents" / "manifest.json").touch()
+    assert inputs().latents == str(tmp_path / "latents")
+
+    # A guide is one that the file names, whether it is finished or not.
+    assert inputs().guide == ""
+    words[1] = str(tmp_path / "guided.toml")
+    Path(words[1]).write_text(SMOKE.read_text() + "\n[train_unet.named.guide]\nupdates = 3\n")
+    folder = str(tmp_path / "unet-guide")
+    assert inputs().guide == folder
+    assert inputs("--inputs.guide", "").guide == ""
+    assert inputs("--inputs.unet", folder).guide == "", "not of itself"
 
 
 def test_a_partly_given_table_keeps_its_fields_defaults(tmp_path: Path) -> None:
@@ -331,15 +340,19 @@ def test_a_name_takes_the_changes_that_the_file_has_for_it_and_the_command_line_
     assert small.shape == Circle(radius=5.0), "the default, without the square's side"
     assert small.shapes == (Square(side=4),)
     assert load(tmp_path, text, "--name", "first").shapes == (Circle(radius=7.0), Square())
+    assert load(tmp_path, text, "--name", "small-seed_2").global_batch == 16, "a replicate of it"
+    by_default = text.replace("[train_vae]", '[train_vae]\nname = "small"')
+    assert load(tmp_path, by_default, "--name", "").global_batch == 32
     bare = text.replace('shapes = [{ kind = "circle", radius = 3 }, { kind = "square" }]', "")
     assert "has no shapes to change" in mistakes(tmp_path, bare, "--name", "first")
-    assert load(tmp_path, text.replace("[train_vae]", '[train_vae]\nname = "small"')).global_batch == 16
+    assert load(tmp_path, by_default).global_batch == 16
     wrong = text.replace("peak_lr = 2", 'name = "big"\nrun.root = "r"\ncolour = 1\nshape.radius = "x"')
     assert load(tmp_path, wrong) == plain
     said = mistakes(tmp_path, wrong, "--name", "small")
-    assert "train_vae.named.small.name" in said
-    assert "train_vae.named.small.run.root" in said
-    assert f"colour = 1 ({tmp_path / 'experiment.toml'})" in said
+    place = f"({tmp_path / 'experiment.toml'}, [train_vae.named.small])"
+    assert f"  name {place}" in said
+    assert f"  run.root {place}" in said
+    assert f"colour = 1 {place}" in said
     assert "shape.radius" in said
     assert "expected tables [train_vae.named.NAME]" in mistakes(tmp_path, "[train_vae]\nnamed = [1]")
 

@@ -18,7 +18,7 @@ from conftest import REPOSITORY, SMOKE, STAGES, Run, communicated, stage_command
 from data.files import sha256_of
 
 UPDATES = 9
-NUM_COMBINATIONS = 12  # of each stage; the first of the VAE's alone is no soak test
+NUM_COMBINATIONS = 12  # of each stage
 
 TRAINING: dict[str, list[Any]] = {
     "images_per_device": [2, 4],  # splits both 8 and 4 images of a rank
@@ -103,13 +103,9 @@ def write_experiment(path: Path, stage: str, drawn: dict[str, Any]) -> None:
     path.write_text(tomli_w.dumps(experiment))
 
 
-def cases() -> list[Any]:
-    """Return all combinations of both stages."""
-    first, *others = [(stage, number) for stage in OF_STAGE for number in range(NUM_COMBINATIONS)]
-    return [first, *(pytest.param(*other, marks=pytest.mark.soak) for other in others)]
-
-
-@pytest.mark.parametrize(("stage", "number"), cases())
+@pytest.mark.soak
+@pytest.mark.parametrize("number", range(NUM_COMBINATIONS))
+@pytest.mark.parametrize("stage", OF_STAGE)
 def test_killed_and_resumed_on_one_rank_or_two_it_is_the_training_that_it_would_have_been(
     stage: str, number: int, inputs: Run, tmp_path: Path
 ) -> None:

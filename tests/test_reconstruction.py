@@ -1,6 +1,7 @@
 """Power averages of any width, reconstructed from stored ones: against averages that were really kept."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -114,7 +115,8 @@ def test_a_unet_is_reconstructed_from_its_checkpoints_and_draws(two_process_run:
     assert done.returncode == 0, done.stderr
 
     # An evaluation takes checkpoints and widths alike: those of the published weights draw the published samples.
-    curve = ("--curve.updates", "[12, 24]", "--curve.relative_stds", "[0.2]", "--inputs.guide", str(root / "unet"))
+    shutil.copytree(root / "unet", root / "twin")
+    curve = ("--curve.updates", "[12, 24]", "--curve.relative_stds", "[0.2]", "--inputs.guide", str(root / "twin"))
     evaluation = (
         *("evaluate", *words, *inputs, f"--inputs.corpus={two_process_run.root / 'corpus'}", "--run.threads", "1"),
         *("--num_samples", "16", "--sweep", "[1.0]", "--sampler.num_steps", "2", "--probe_images", "0"),

@@ -103,7 +103,7 @@ def test_names_of_images_keep_the_letters_of_every_script() -> None:
 @pytest.fixture
 def trained(monkeypatch: pytest.MonkeyPatch) -> None:
     """A trained model for the tools, without its folders."""
-    parents = SimpleNamespace(unet=SimpleNamespace(classes=(), weights=""), vae=SimpleNamespace(weights=""))
+    parents = SimpleNamespace(guide=None, unet=SimpleNamespace(classes=(), weights=""), vae=SimpleNamespace(weights=""))
     for tool in (sample, export, reconstruct):
         monkeypatch.setattr(tool, "read_parents", lambda config: parents)
     for tool in (sample, export):
@@ -182,6 +182,8 @@ def test_a_guide_whose_output_means_something_else_is_refused(tmp_path: Path) ->
     check_guide(GuidedInputs(**inputs, guide=str(tmp_path / "narrower")), parents)
     with pytest.raises(ValueError, match="other prediction than inputs.unet"):
         check_guide(GuidedInputs(**inputs, guide=str(tmp_path / "other")), parents)
+    with pytest.raises(ValueError, match="is inputs.unet itself"):
+        check_guide(GuidedInputs(**inputs, guide=inputs["unet"]), parents)
     parents["guide"] = unet.model_copy(update={"classes": ("a",)})
     with pytest.raises(ValueError, match="other classes than inputs.unet"):
         check_guide(GuidedInputs(**inputs, guide=str(tmp_path / "narrower")), parents)
@@ -217,7 +219,9 @@ def test_an_inverted_picture_is_drawn_once_for_each_condition(
     trained: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sample, "load_latent_diffusion", lambda *_, device: with_classes())
-    parents = SimpleNamespace(unet=SimpleNamespace(classes=("a", "b"), weights=""), vae=SimpleNamespace(weights=""))
+    parents = SimpleNamespace(
+        guide=None, unet=SimpleNamespace(classes=("a", "b"), weights=""), vae=SimpleNamespace(weights="")
+    )
     monkeypatch.setattr(sample, "read_parents", lambda config: parents)
     picture = tmp_path / "picture.png"
     picture.write_bytes(encode_png(np.random.default_rng(0).integers(0, 256, (20, 24, 3), dtype=np.uint8)))

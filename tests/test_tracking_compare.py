@@ -87,8 +87,11 @@ def test_runs_are_laid_side_by_side_with_only_what_differs(tmp_path: Path, capsy
 def test_equal_stages_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("demo", "twin"):
         make_run(tmp_path / name, peak_lr=0.001, loss=2.0)
+        make_run(tmp_path / "guides" / name, peak_lr=0.002, loss=2.0)
+        shutil.copytree(tmp_path / "guides" / name / "unet", tmp_path / name / "unet-guide")
     said = said_of(tmp_path / "demo", tmp_path / "twin", capsys=capsys)
     assert [line for line in said.splitlines() if line.startswith("train_unet: equal, digest ")]
+    assert [line for line in said.splitlines() if line.startswith("train_unet --name guide: equal, digest ")]
     assert "val/loss" not in said
 
 

@@ -41,7 +41,7 @@ class ModelInputs(BaseModel, frozen=True, extra="forbid"):
 class GuidedInputs(ModelInputs, frozen=True, extra="forbid"):
     """The trained model, and what its guidance leads away from."""
 
-    guide: str = ""  # folder of a weaker U-Net: guidance leads away from it (autoguidance); "" from no condition
+    guide: str = ""  # of a weaker U-Net that guidance leads away from, if the file names it; "" from no condition
 
 
 def publish(
@@ -63,7 +63,8 @@ def publish(
         files = [FileEntry.of(path), FileEntry.of(stage.folder / "config.json")]
         fields["weights"] = files[0].sha256
         stage.log.info(f"weights {files[0].sha256[:12]} in {stage.folder}")
-    stage.tracker.log_model(path.stem, stage.folder, alias=stage.config.run.register_as)
+    # By its folder: a guide or a replicate is to take the alias from no other network.
+    stage.tracker.log_model(stage.folder.name, stage.folder, alias=stage.config.run.register_as)
     stage.finish(kind, files=files, **fields)
 
 
@@ -149,6 +150,12 @@ def _load_denoiser(folder: str, manifest: UNetManifest, *, device: Device) -> De
     return device.place(denoiser.requires_grad_(False).eval())
 
 
+def weights_of_samples(parents: Parents) -> dict[str, str]:
+    """Return the sha256 of the weights that samples are drawn by."""
+    guide = {"guide": parents.guide.weights} if parents.guide else {}
+    return {"unet": parents.unet.weights, "vae": parents.vae.weights, **guide}
+
+
 def check_guide(inputs: ModelInputs, parents: Parents) -> None:
     """Refuse a guide whose output is not to be mixed with the U-Net's.
 
@@ -157,12 +164,13 @@ def check_guide(inputs: ModelInputs, parents: Parents) -> None:
     """
     if not isinstance(inputs, GuidedInputs) or parents.guide is None:
         return
+    if Path(inputs.guide).resolve() == Path(inputs.unet).resolve():
+        raise ValueError(f"{inputs.guide} is inputs.unet itself; --inputs.guide '' goes without a guide.")
     ours, theirs = _terms(inputs.unet, parents.unet), _terms(inputs.guide, parents.guide)
     if wrong := [name for name, value in ours.items() if value != theirs[name]]:
         raise ValueError(
             f"{inputs.guide} has other {', '.join(wrong)} than inputs.unet = {inputs.unet!r}. A guide is a smaller or "
-            "less trained network of the same training: change its channels or updates alone, or go without it by "
-            "--inputs.guide ''."
+            "less trained network of the same training; --inputs.guide '' goes without one."
         )
 
 

@@ -159,8 +159,8 @@ def measure_all(config: BenchmarkConfig) -> Answer:
     # What is known, and what is left.
     if set(config.subjects) != {"data"} and importlib.util.find_spec("diffusers") is None:
         raise ConfigError("benchmark: models are compared with diffusers; install it with `pip install -e '.[test]'`.")
-    if launched_world_size() > 1 and set(config.subjects) != {"train"}:
-        raise ConfigError("benchmark.subjects: several processes can be compared at `train` alone.")
+    if launched_world_size() > 1 and (set(config.subjects) != {"train"} or config.minutes):
+        raise ConfigError("benchmark: several processes can be compared at `train` alone, and without `minutes`.")
     with config_error_at("benchmark.output"):
         known = known_figures(config)
     left = [piece for piece in pieces_of(config) if piece not in {figure.piece for figure in known.figures}]

@@ -18,7 +18,7 @@ import os
 import re
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any
@@ -54,6 +54,7 @@ class Report:
     facts: Mapping[str, str]
     metrics: Mapping[str, str]
     settings: Mapping[str, str]
+    named: str = ""  # of a pipeline's stages: the name that this one was given
 
 
 class CompareConfig(CommandConfig):
@@ -246,7 +247,10 @@ def reports_of(run: str) -> list[Report]:
         folders = [stage for stage in stages if not re.search(r"-seed_\d+$", stage.name)]
     if not folders:
         raise ValueError(f"{run} is neither a stage's folder nor a pipeline's: no run.json in it or one level below.")
-    return [report_of_folder(folder) for folder in folders]
+    if folders == [folder]:
+        return [report_of_folder(folder)]
+    found = [(report_of_folder(each), each.name) for each in folders]
+    return [replace(report, named=name.partition("-")[2]) for report, name in found]
 
 
 def report_of_folder(folder: Path) -> Report:
@@ -313,15 +317,18 @@ def report_of_mlflow_run(run_id: str) -> Report:
 
 
 def comparisons(reports: Sequence[Report]) -> list[str]:
-    """Return a table for each stage, in the order of the stages."""
-    found = {report.stage for report in reports}
-    stages = [*(stage for stage in STAGE_FOLDERS if stage in found), *sorted(found - STAGE_FOLDERS.keys())]
-    return [_comparison([report for report in reports if report.stage == stage]) for stage in stages]
+    """Return a table for each stage, and for each name that one was given, in the order of the stages."""
+    order = [*STAGE_FOLDERS, *sorted({report.stage for report in reports} - STAGE_FOLDERS.keys())]
+    found = sorted({(order.index(report.stage), report.named) for report in reports})
+    return [
+        _comparison([report for report in reports if (report.stage, report.named) == (order[stage], named)])
+        for stage, named in found
+    ]
 
 
 def _comparison(reports: Sequence[Report]) -> str:
     """Return a table of reports of one stage: a column a run, a row a metric, or a fact or setting that differs."""
-    stage, facts = reports[0].stage, [report.facts for report in reports]
+    stage, facts = " --name ".join(filter(None, (reports[0].stage, reports[0].named))), [each.facts for each in reports]
     digests = {fact.get("digest") for fact in facts}  # of finished stages
     if len(reports) > 1 and len(digests) == 1 and (digest := digests.pop()):
         return f"{stage}: equal, digest {digest}"

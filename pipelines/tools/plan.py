@@ -48,7 +48,7 @@ from pipelines.model.weights import vae_config_of
 from pipelines.runtime.config.command_line import Answer, run_tool
 from pipelines.runtime.config.errors import ConfigError, config_error_at
 from pipelines.runtime.config.experiment import experiment_path, load_config
-from pipelines.runtime.config.stage_config import STAGE_FOLDERS, RunConfig, StageConfig
+from pipelines.runtime.config.stage_config import INPUT_FOLDERS, STAGE_FOLDERS, RunConfig, StageConfig
 from pipelines.runtime.stage.fingerprint import begun_with, differing_keys, fingerprint_of, inputs_of, keys_at_default
 from pipelines.runtime.stage.progress import duration
 from pipelines.runtime.training.config import TrainingConfig
@@ -98,7 +98,7 @@ class StagePlan:
     images: int = 0  # trained on, counting repeats
     images_per_second: float = 0.0  # of one device
     measured: bool = False  # by a trial
-    guide: float = 0.0  # cost of training the weaker U-Net that the file names, as a share of this training's
+    guide_images: float = 0.0  # as many take as long as the training of the guide that is to come
     device_hours: float = 0.0  # with it
     notes: list[str] = field(default_factory=list)
 
@@ -172,7 +172,7 @@ def plan(config: PlanConfig, path: str) -> list[StagePlan]:
             found.images_per_second = (
                 config.utilisation * peak_flops(device, training.precision, tf32=training.tf32) / found.flops_per_image
             )
-        found.device_hours = (1 + found.guide) * found.images / found.images_per_second / 3600
+        found.device_hours = (found.images + found.guide_images) / found.images_per_second / 3600
     return list(plans.values())
 
 
@@ -257,9 +257,12 @@ def forecast(
         add_costs(plans[stage], sketch)
     if guide is not None:
         weaker, found = unet_sketch(guide, shape, num_classes=num_classes), plans["train_unet"]
-        images = guide.updates * guide.global_batch / (unet_config.updates * unet_config.global_batch)
-        found.guide = images * weaker.flops(weaker.levels) / found.flops_per_image
-        found.notes.append(f"its guide, train_unet --name guide, takes {found.guide:.0%} more")
+        add_costs(costs := StagePlan(stage="train_unet", state="absent"), weaker)
+        found.disk_bytes += costs.disk_bytes
+        if not (Path(guide.run.root) / INPUT_FOLDERS["guide"] / MANIFEST_NAME).is_file():
+            found.guide_images = guide.updates * guide.global_batch * costs.flops_per_image / found.flops_per_image
+            share = found.guide_images / (unet_config.updates * unet_config.global_batch)
+            found.notes.append(f"its guide, train_unet --name guide, takes {share:.0%} more")
 
     # Bytes of the stages that only write samples.
     numbers = 2 * promised_shape.channels * promised_shape.size**2 * (2 if encoding.flipped else 1)

@@ -35,7 +35,7 @@ from pipelines.model.decoded import finite_levels
 from pipelines.model.device import Device, attention_on
 from pipelines.model.grids import grid_png
 from pipelines.model.noise import noise_of
-from pipelines.model.weights import GuidedInputs, check_latent_diffusion, load_latent_diffusion
+from pipelines.model.weights import GuidedInputs, check_latent_diffusion, load_latent_diffusion, weights_of_samples
 from pipelines.runtime.config.command_line import Answer, run_tool
 from pipelines.runtime.config.errors import ConfigError, config_error_at
 from pipelines.runtime.config.stage_config import Name, StageConfig
@@ -71,7 +71,10 @@ class SampleConfig(StageConfig):
         if self.negative_prompt and self.guidance.scale == 1:
             raise ValueError("negative_prompt does nothing at guidance.scale = 1, which draws by the prompt alone")
         if self.negative_prompt and self.inputs.guide:
-            raise ValueError("negative_prompt and inputs.guide are two things to lead away from: choose one of them")
+            raise ValueError(
+                f"negative_prompt and inputs.guide = {self.inputs.guide!r} are two things to lead away from; "
+                "--inputs.guide '' goes without a guide"
+            )
         if self.interpolate and self.invert is not None:
             raise ValueError("interpolate needs the noise of two images, and invert gives one: choose one of them")
         if self.invert_as and self.invert is None:
@@ -126,7 +129,7 @@ def draw(config: SampleConfig) -> Answer:
 
     # Batch by batch.
     names = [classes[label] if label >= 0 else "" for label in labels]
-    origin = {"prompt": config.prompt, "unet": parents.unet.weights, "vae": parents.vae.weights}
+    origin = {"prompt": config.prompt, **weights_of_samples(parents)}
     origin |= {key: str(value) for key in ("negative_prompt", "invert", "invert_as") if (value := getattr(config, key))}
     images, paths = list[np.ndarray](), list[Path]()
     with progress_line("sample", total=config.number, unit="images") as line:

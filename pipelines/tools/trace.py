@@ -121,7 +121,8 @@ def beginning_of(sample: str, known: Mapping[str, FinishedStage]) -> Beginning:
 def _of_png(path: Path) -> Beginning:
     with Image.open(path) as picture:
         about = json.loads(picture.info[PNG_KEYWORD])
-    return Beginning({about.pop(name): name for name in ("unet", "vae")}, about)
+    names = ("unet", "vae", *(["guide"] if "guide" in about else []))
+    return Beginning({about.pop(name): name for name in names}, about)
 
 
 def _of_member(tar: Path, key: str) -> Beginning:
@@ -132,7 +133,7 @@ def _of_member(tar: Path, key: str) -> Beginning:
             raise ValueError(f"{tar} holds no {key}.json. Name a sample as TAR:KEY.") from None
         assert file is not None
         about = json.load(file)
-    digests = {about.pop(name): name for name in ("unet", "vae") if name in about}
+    digests = {about.pop(name): name for name in ("unet", "vae", "guide") if name in about}
     if not digests:  # an older version's samples name nothing, but lie beside the manifest
         digests = {read_manifest(tar.parent).digest: "evaluation"}
     return Beginning(digests, {"key": key, **about}, tar.parent)

@@ -5,14 +5,14 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 
-def flattened(tree: Mapping[str, Any], prefix: str = "", *, numbered: bool = True) -> dict[str, Any]:
-    """Return the leaves by dotted key; a list of tables is ``numbered``, a list of plain values is one leaf."""
+def flattened(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return the leaves by dotted key; a list of tables is numbered, a list of plain values is one leaf."""
     leaves: dict[str, Any] = {}
     for key, value in tree.items():
-        if numbered and isinstance(value, list | tuple) and any(isinstance(item, Mapping) for item in value):
+        if isinstance(value, list | tuple) and any(isinstance(item, Mapping) for item in value):
             value = {str(index): item for index, item in enumerate(value)}
         if isinstance(value, Mapping) and value:
-            leaves |= flattened(value, f"{prefix}{key}.", numbered=numbered)
+            leaves |= flattened(value, f"{prefix}{key}.")
         else:
             leaves[f"{prefix}{key}"] = value
     return leaves

@@ -11,7 +11,7 @@ import os
 import re
 import sys
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import reduce
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin
@@ -60,16 +60,18 @@ def merged_tree(
         ConfigError: There is no experiment, or it is no TOML: whatever it lacks would be shown as a mistake, too.
     """
     path, overrides, mistakes = _split_command_line(model, argv)
-    tree, sources, file_mistakes = _tree_of_file(path, table=table, shared="run" in model.model_fields)
+    whole = _tables_of(path, needed="run" in model.model_fields)
+    tree, sources, file_mistakes = _tree_of_file(whole, path, table=table, shared="run" in model.model_fields)
     mistakes += file_mistakes
-    if "name" in model.model_fields:
-        name = dict(overrides).get("name") or dict(overrides).get(f"{table}.name") or tree.get("name", "")
-        mistakes += _with_changes_of(name, model, tree, sources, source=path or "", table=table)
     words = [(key.removeprefix(f"{table}."), raw) for key, raw in overrides]
-    for key, raw in sorted(words, key=_kinds_first):
+    if "name" in model.model_fields:
+        name = {"name": tree.get("name", ""), **dict(words)}["name"]
+        mistakes += _with_changes_of(name, model, tree, sources, source=path or "", table=table)
+    for key, raw in sorted(words, key=lambda word: _kinds_first(word[0].split("."))):
         mistakes += _renamed(key, raw, source="command line", table=table)
         mistakes += _override(model, tree, sources, new_name(table, key), raw)
-    return complete(model, _with_inputs(model, tree)), sources, mistakes
+    has_guide = reduce(below, ("train_unet", "named", "guide"), whole) is not None
+    return complete(model, _with_inputs(model, tree, has_guide=has_guide)), sources, mistakes
 
 
 def config_as_toml(config: CommandConfig, *, table: str) -> str:
@@ -147,18 +149,26 @@ def _split_command_line(
     return path, overrides, mistakes
 
 
-def _tree_of_file(path: str | None, *, table: str, shared: bool) -> tuple[dict[str, Any], dict[str, str], list[str]]:
-    """Return one table of a file, with [run] where the command has the ``shared`` one and so needs a file."""
+def _tables_of(path: str | None, *, needed: bool) -> dict[str, Any]:
+    """Return the tables of a file, or none where it is neither there nor ``needed``."""
     if path is None:
-        if shared:
+        if needed:
             raise ConfigError("--config is missing; give the experiment: --config EXPERIMENT.toml")
-        return {}, {}, []
+        return {}
     try:
-        whole = _parsed(Path(path).read_text(encoding="utf-8-sig"))
+        return _parsed(Path(path).read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise ConfigError(f"--config {path}: there is no such file, seen from {Path.cwd()}") from None
     except (OSError, ValueError) as error:
         raise ConfigError(f"--config {path} cannot be read as TOML: {error}") from None
+
+
+def _tree_of_file(
+    whole: dict[str, Any], path: str | None, *, table: str, shared: bool
+) -> tuple[dict[str, Any], dict[str, str], list[str]]:
+    """Return one table of a file, with [run] where the command has the ``shared`` one."""
+    if path is None:
+        return {}, {}, []
     known = ("run", *STAGE_FOLDERS, *TOOL_TABLES)
     mistakes = [
         f"  [{name}] ({path})\n      no stage reads this table{nearest(name, known)}; tables are {', '.join(known)}"
@@ -217,18 +227,29 @@ def _with_changes_of(
         del sources[key]
     if not isinstance(named, dict) or not all(isinstance(changes, dict) for changes in named.values()):
         return [f"  {table}.named ({source})\n      expected tables [{table}.named.NAME]"]
-    changes, mistakes = with_new_names(table, named.get(name, {})) if isinstance(name, str) else {}, list[str]()
-    for key, value in sorted(flattened(changes, numbered=False).items(), key=_kinds_first):
-        if key.split(".")[0] in ("run", "name"):
-            mistakes.append(f"  {table}.named.{name}.{key} ({source})\n      is the same whatever the name")
+    name = re.sub(r"-?seed_\d+$", "", str(name))  # a replicate is what its name is but for the seed
+    changes, mistakes, source = with_new_names(table, named.get(name, {})), [], f"{source}, [{table}.named.{name}]"
+    for parts, value in sorted(_leaves(changes) if changes else (), key=lambda leaf: _kinds_first(leaf[0])):
+        if parts[0] in ("run", "name"):
+            mistakes.append(f"  {'.'.join(parts)} ({source})\n      is the same whatever the name")
         else:
-            mistakes += _place(model, tree, sources, key, value, source=source)
+            mistakes += _place(model, tree, sources, parts, value, source=source)
     return mistakes
 
 
-def _kinds_first(change: tuple[str, Any]) -> tuple[bool, int]:
+def _leaves(value: Any) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Yield what lies in nested tables with the keys to it; a list is one leaf."""
+    if not isinstance(value, dict) or not value:
+        yield (), value
+        return
+    for key, part in value.items():
+        for parts, leaf in _leaves(part):
+            yield (key, *parts), leaf
+
+
+def _kinds_first(parts: Sequence[str]) -> tuple[bool, int]:
     """Sort kinds first, from the outside: a changed kind drops the old variant's keys."""
-    return not change[0].endswith(".kind"), change[0].count(".")
+    return parts[-1] != "kind", len(parts)
 
 
 def _override(
@@ -249,14 +270,20 @@ def _override(
         # Given again and again. Of the file's words none stay, while what it allows stays allowed.
         kept = reduce(below, parts, tree) if key == "run.allow_changed" or sources.get(key) == "command line" else None
         value = [*(kept or ()), *(value if isinstance(value, list) else [raw])]
-    return _place(model, tree, sources, key, value, source="command line")
+    return _place(model, tree, sources, parts, value, source="command line")
 
 
 def _place(
-    model: type[CommandConfig], tree: dict[str, Any], sources: dict[str, str], key: str, value: Any, *, source: str
+    model: type[CommandConfig],
+    tree: dict[str, Any],
+    sources: dict[str, str],
+    parts: Sequence[str],
+    value: Any,
+    *,
+    source: str,
 ) -> list[str]:
-    """Put a value into the tree at a dotted key; return mistakes that have no place in it."""
-    parts = key.split(".")
+    """Put a value into the tree, ``parts`` below each other; return mistakes that have no place in it."""
+    key = ".".join(parts)
     wrong = f"  {'--' if source == 'command line' else ''}{key} = {shown(value)}"
     place: Any = tree
     for index, part in enumerate(parts[:-1]):
@@ -298,8 +325,10 @@ def _value_of(raw: str, annotation: Any) -> Any:
             return raw
 
 
-def _with_inputs(model: type[CommandConfig], tree: dict[str, Any]) -> dict[str, Any]:
+def _with_inputs(model: type[CommandConfig], tree: dict[str, Any], *, has_guide: bool) -> dict[str, Any]:
     """Let ``inputs.NAME`` default to its folder below ``run.root``; an optional input only where it is finished.
+
+    The guide is one where the file names it, finished or not: an evaluation that came too early would be another one.
 
     Not a validator of the model: one that runs before validation would turn strict JSON into strict Python values.
     """
@@ -308,9 +337,11 @@ def _with_inputs(model: type[CommandConfig], tree: dict[str, Any]) -> dict[str, 
         return tree
     inputs = {name: each for model in variants_of(field.annotation) for name, each in model.model_fields.items()}
     folders = {name: Path(root) / INPUT_FOLDERS.get(name, name) for name in inputs}
-    default = {
-        name: str(folder)
+    wanted = {
+        name: inputs[name].is_required() or os.path.isfile(folder / MANIFEST_NAME)  # False, too, for no possible name
         for name, folder in folders.items()
-        if inputs[name].is_required() or os.path.isfile(folder / MANIFEST_NAME)  # False, too, for no possible name
     }
+    if "guide" in folders:
+        wanted["guide"] = has_guide and str(given.get("unet", "")) != str(folders["guide"])
+    default = {name: str(folder) for name, folder in folders.items() if wanted[name]}
     return {**tree, "inputs": {**default, **given}}

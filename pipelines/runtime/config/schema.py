@@ -14,6 +14,7 @@ from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
 from pipelines.runtime.config.dotted_keys import below
+from pipelines.runtime.config.stage_config import INPUT_FOLDERS
 
 
 def unwrapped(annotation: Any) -> Any:
@@ -147,7 +148,7 @@ def model_paths(
             annotation, path_below = get_args(annotation)[0], (*path, f"{name}.0")
         variants = variants_of(annotation)
         if not variants:
-            shown = f"<run.root>/{name}" if path == ("inputs",) else _shown(value)
+            shown = f"<run.root>/{INPUT_FOLDERS.get(name, name)}" if path == ("inputs",) else _shown(value)
             yield path, name, shown, comments.get(name, "") + _choices(annotation)
         for variant in variants:
             kind = kind_of(variant)

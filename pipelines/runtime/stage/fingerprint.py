@@ -209,8 +209,9 @@ def differing_keys(
     old = flattened({"parents": before["parents"], **with_new_names(now["stage"], before["config"])})
     new = flattened({"parents": now["parents"], **now["config"]})
     old = lacked_values(now["stage"], new.keys() - old.keys()) | old
-    if revisions is None:  # what is finished by a version that knew fewer inputs stays valid
-        new = {key: value for key, value in new.items() if not key.startswith("parents.") or key in old}
+    if revisions is None:  # what is finished by a version that knew fewer inputs stays valid, but for other samples
+        known_inputs = {"parents.guide", *old}
+        new = {key: value for key, value in new.items() if not key.startswith("parents.") or key in known_inputs}
     found = [
         (key, line)
         for key, line in _differences(old, new)

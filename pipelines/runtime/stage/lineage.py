@@ -87,5 +87,6 @@ def ancestors_by_folder(folder: Path) -> dict[str, FinishedStage]:
             continue
         if manifest.stage not in found:
             found[manifest.stage] = FinishedStage(place, manifest)
-            ahead += [Path(given) for given in manifest.provenance.get("inputs", {}).values() if given]
+            inputs = manifest.provenance.get("inputs", {}).items()
+            ahead += [Path(given) for name, given in inputs if given and name != "guide"]  # it is a second U-Net
     return found

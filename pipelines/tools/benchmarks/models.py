@@ -38,7 +38,7 @@ from pipelines.model.captions import CaptionFeatures, blank_features
 from pipelines.model.decoded import finite_levels
 from pipelines.model.device import Device
 from pipelines.model.noise import noise_of
-from pipelines.runtime.stage.launch import set_float32, start_accelerator
+from pipelines.runtime.stage.launch import json_from_main, set_float32, start_accelerator
 from pipelines.runtime.stage.stage import Stage
 from pipelines.runtime.stage.work_items import make_items
 from pipelines.runtime.tracking.identity import OFFLINE
@@ -153,7 +153,9 @@ def _trainings(
             return loss_of(bare, batch)
 
     several = accelerator.num_processes > 1
-    bare = nn.parallel.DistributedDataParallel(network, gradient_as_bucket_view=True) if several else network
+    bare = network
+    if several:  # wrapped as our trainings are
+        bare = nn.parallel.DistributedDataParallel(network, gradient_as_bucket_view=True, broadcast_buffers=False)
     plain = PlainLoop(bare, loss_in_precision, [_placed(batch, accelerator.device) for batch in batches], config)
     turns.begin(train)
     try:
@@ -164,11 +166,14 @@ def _trainings(
         plain.make(setup.updates)
         expected = accelerator.reduce(torch.stack(plain.losses), "mean").cpu()
         jobs: dict[str, Callable[[int], None]] = {"ours": turns.make, "plain loop": plain.make}
-        if accelerator.is_main_process:
+
+        def check() -> None:
             stage.tracker.flush()
             records = [json.loads(line) for line in (stage.folder / METRICS).read_text().splitlines()]
             losses = torch.tensor([record["train/loss"] for record in records if "update" in record])
             check_close(losses, expected, within=setup.rounding, what="The stage's loss")
+
+        json_from_main(check, accelerator)
 
         # So is that of diffusers' network with the weights that this loop has now.
         if not several:
