@@ -385,9 +385,10 @@ def read_input(name: str, folder: str | Path) -> Manifest:
             return manifest
         what = f"it is the folder of {manifest.stage}"
     diffusers = " or that of an AutoencoderKL of diffusers" if DiffusersVAEManifest in kinds else ""
+    command = f"pipelines.{wanted}{' --name guide' if name == 'guide' else ''}"
     raise ValueError(
-        f"{what}. The input {name!r} takes the finished folder of {wanted}{diffusers}. Run pipelines.{wanted} first, "
-        f"or point inputs.{name} at such a folder."
+        f"{what}. The input {name!r} takes the finished folder of {wanted}{diffusers}. Run {command} first, or "
+        f"point inputs.{name} at such a folder."
     )
 
 

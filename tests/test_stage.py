@@ -56,6 +56,9 @@ def test_differences_are_named_by_dotted_key_with_both_values() -> None:
         ("seed", "seed: was 0, is now 1"),
     ]
     assert differing_keys(request(), {**request(), "parents": {"vae": "b"}})[0][0] == "parents.vae"
+    # An input that an older version did not know leaves what is finished as it is; a guide makes other samples.
+    assert differing_keys(request(), {**request(), "parents": {"vae": "a", "latents": "b"}}) == []
+    assert differing_keys(request(), {**request(), "parents": {"vae": "a", "guide": "b"}})[0][0] == "parents.guide"
 
 
 def test_an_unfinished_stage_continues_only_the_same_request(tmp_path: Path) -> None:
